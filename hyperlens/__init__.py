@@ -1,0 +1,49 @@
+"""hyperlens: what did fine-tuning change inside this model, where, and is it real?
+
+Everything public is importable from here; each name is loaded on first use, so that
+`import hyperlens` costs next to nothing and pulls in neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .compare import compare_models as compare_models
+    from .corpus import Corpus as Corpus
+    from .errors import HyperlensError as HyperlensError
+    from .loading import load_hooked as load_hooked
+    from .results import Comparison as Comparison
+    from .texts import read_texts as read_texts
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "compare_models": ".compare",
+    "Comparison": ".results",
+    "Corpus": ".corpus",
+    "HyperlensError": ".errors",
+    "load_hooked": ".loading",
+    "read_texts": ".texts",
+}
+
+__all__ = [
+    "Comparison",
+    "Corpus",
+    "HyperlensError",
+    "__version__",
+    "compare_models",
+    "load_hooked",
+    "read_texts",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(_HOME[name], __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
