@@ -1,0 +1,180 @@
+"""95% confidence intervals over whole sequences, because tokens of one sequence are not independent.
+
+Means are ratios of per-sequence sums, so their intervals need only the sums' second moments.
+The participation ratio's interval comes from a fixed sample of tokens: see `ratio_influence`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from einops import einsum
+from jaxtyping import Bool, Float
+from scipy.stats import t as student_t
+from torch import Tensor
+
+from .moments import Moments, TraceEstimates, corrected_traces
+
+CONFIDENCE = 0.95
+
+
+def t_factor(n_sequences: float) -> float:
+    """Student's t quantile for a 95% interval from `n_sequences` independent sequences."""
+    if n_sequences < 2:
+        return float("nan")
+    return float(student_t.ppf(0.5 + CONFIDENCE / 2, n_sequences - 1))
+
+
+def mean_half_width(
+    n_sequences: float,
+    value: Float[Tensor, "*sets"],
+    tokens: Float[Tensor, "*sets"],
+    sum_yy: Float[Tensor, "*sets"],
+    sum_yn: Float[Tensor, "*sets"],
+    sum_nn: Float[Tensor, "*sets"],
+) -> Float[Tensor, "*sets"]:
+    """Half width of the interval of `value` = Σy / Σn, y and n being per-sequence sums.
+
+    The linearised (cluster-robust) variance of a ratio: Σ(y - value·n)² / (Σn)².
+
+    Args:
+        n_sequences: independent sequences; below two there is no interval (NaN).
+        value, tokens: the ratio and its denominator Σn.
+        sum_yy, sum_yn, sum_nn: Σy², Σyn, Σn² over sequences.
+    """
+    if n_sequences < 2:
+        return torch.full_like(value, torch.nan)
+    residual = (sum_yy - 2 * value * sum_yn + value**2 * sum_nn).clamp_min(0.0)
+    # What is left by rounding alone is not spread: without this floor a constant would get
+    # an interval as wide as the square root of the float64 epsilon.
+    residual = torch.where(residual > 1e-13 * sum_yy, residual, 0.0)
+    spread = torch.sqrt(residual * n_sequences / (n_sequences - 1)) / tokens
+    return t_factor(n_sequences) * spread
+
+
+@dataclass(frozen=True)
+class SampledTokens:
+    """The kept tokens of one (layer, view, model).
+
+    Attributes:
+        vectors: the tokens, sequence by sequence, about the same origin as the moments.
+        valid: False for unused places.
+        length: how many counted tokens each sequence has in all.
+        sum_nn: Σ length² over *all* sequences of the corpus, sampled or not.
+    """
+
+    vectors: Float[Tensor, "sequence token d"]
+    valid: Bool[Tensor, "sequence token"]
+    length: Float[Tensor, " sequence"]
+    sum_nn: float
+
+
+@dataclass(frozen=True)
+class RatioInfluence:
+    """How each sampled token moves a participation ratio, and where the ratio really lies.
+
+    Attributes:
+        centre: the participation ratio estimated from pairs of tokens of different sequences.
+        influence: change of that estimate per unit of weight put on each sampled token.
+    """
+
+    centre: float
+    influence: Float[Tensor, "sequence token"]
+
+
+def ratio_influence(m: Moments, sample: SampledTokens) -> RatioInfluence:
+    """Linearise the participation ratio in its tokens, honestly for clustered tokens.
+
+    Two tokens of one sequence resemble each other, so estimators that treat all pairs alike
+    (the row estimator included) read too few dimensions. Same-sequence pairs are a known share
+    of all pairs and their mean is seen in the sample, so they can be taken out; what is left
+    averages over pairs of different sequences and is unbiased whatever the clustering.
+    """
+    n, mean = m.n, m.total / m.n
+    covariance = m.outer / n - torch.outer(mean, mean)
+    x = (sample.vectors - mean) * sample.valid[..., None]
+    norm = x.square().sum(-1)
+    through = (einsum(x, covariance, "s t i, i j -> s t j") * x).sum(-1)
+    gram = einsum(x, x, "s t i, s u i -> s t u").square()
+    kept = sample.valid.sum(-1, keepdim=True)
+    own = (gram.sum(-1) - norm.square()) / (kept - 1).clamp_min(1) * sample.valid
+
+    length = sample.length[:, None]
+    same = (sample.sum_nn - n) / (n * (n - 1))
+    weight = (sample.length * (sample.length - 1)) * (kept.squeeze(-1) > 1)
+    share = weight / weight.sum().clamp_min(1.0)
+    others = (kept * (kept - 1)).clamp_min(1)
+    same_norms = (norm.sum(-1) ** 2 - norm.square().sum(-1)) / others.squeeze(-1)
+    same_products = own.sum(-1) / kept.squeeze(-1).clamp_min(1)
+
+    row = corrected_traces(m)
+    cross = TraceEstimates(
+        (row.trace_squared - same * (share * same_norms).sum()) / (1 - same),
+        (row.square_trace - same * (share * same_products).sum()) / (1 - same),
+    )
+    across = (n * through - norm.square() - (length - 1) * own) / (n - length)
+    centred = norm / _mean(norm, sample) - across / _mean(across, sample)
+    centre = float(cross.ratio)
+    return RatioInfluence(centre, 2 * centre * centred * sample.valid)
+
+
+def _mean(values: Float[Tensor, "sequence token"], sample: SampledTokens) -> Float[Tensor, ""]:
+    """Mean over the corpus's tokens, each sampled sequence standing for its full length."""
+    per_sequence = (values * sample.valid).sum(-1) / sample.valid.sum(-1).clamp_min(1)
+    weight = sample.length * sample.valid.any(-1)
+    return (per_sequence * weight).sum() / weight.sum()
+
+
+def influence_half_width(
+    influence: Float[Tensor, "sequence token"], n: float, sample: SampledTokens
+) -> float:
+    """Half width of the 95% interval of an estimate with the given token influences.
+
+    The variance of a mean of clustered tokens has two parts, the variance of a token and the
+    mean covariance of two tokens of a sequence; both are estimated from the sample and scaled
+    to the corpus's own sequence lengths.
+    """
+    used = sample.valid.any(-1)
+    n_used = float(used.sum())
+    if n_used < 2:
+        return float("nan")
+    kept = sample.valid.sum(-1)
+    token_variance = float(_mean(influence.square(), sample))
+    pairs = (kept * (kept - 1)).clamp_min(1)
+    products = (influence.sum(-1) ** 2 - influence.square().sum(-1)) / pairs
+    weight = sample.length * (sample.length - 1) * (kept > 1)
+    covariance = float((products * weight).sum() / weight.sum().clamp_min(1.0))
+    variance = (n * token_variance + (sample.sum_nn - n) * max(covariance, 0.0)) / n**2
+    # (S / (S - 1))² as in the jackknife: a sequence weighs on the estimate it is compared with.
+    return t_factor(n_used) * max(variance, 0.0) ** 0.5 * n_used / (n_used - 1)
+
+
+def quantile_interval(
+    counts: Float[Tensor, " values"], half_width: float, probability: float = 0.5
+) -> tuple[float, float, float]:
+    """(quantile, low, high) of one-based integer values from their counts.
+
+    `half_width` is that of the *share* of tokens at or below the quantile; its ends are read
+    back through the distribution (Woodruff 1952). The quantile of an even count is the mean of
+    the middle two for the median, as numpy's.
+    """
+    total = float(counts.sum())
+    if total == 0:
+        return (float("nan"),) * 3
+    cumulative = counts.cumsum(0)
+
+    def value_at(order: float) -> float:
+        target = torch.tensor(min(max(order, 1.0), total), dtype=cumulative.dtype)
+        return float(torch.searchsorted(cumulative, target.to(cumulative.device))) + 1
+
+    position = probability * (total - 1) + 1
+    low_index, high_index = float(int(position)), float(-(-position // 1))
+    fraction = position - low_index
+    value = value_at(low_index) * (1 - fraction) + value_at(high_index) * fraction
+    if half_width != half_width:
+        return value, float("nan"), float("nan")
+    low = value_at((probability - half_width) * total)
+    high = value_at((probability + half_width) * total)
+    return value, min(low, value), max(high, value)
+

@@ -1,0 +1,122 @@
+"""Participation ratio from streamed moments: no eigensolver, no stored activations.
+
+PR = tr(Σ)² / ‖Σ‖²_F counts the directions that share a stream's variance (section 4 of
+arXiv 2605.22579 calls it effective dimension). Sums are taken about a fixed origin near the
+data, because a stream whose mean is a thousand standard deviations from zero would otherwise
+lose its variance to cancellation; PR itself does not depend on the origin.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from einops import einsum
+from jaxtyping import Float
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Sums over n vectors x about an origin, float64; leading dimensions are independent sets.
+
+    Attributes:
+        n: number of vectors.
+        total: Σx.
+        outer: Σxxᵀ.
+        square: Σ|x|².
+        fourth: Σ|x|⁴.
+        cubic: Σx|x|².
+    """
+
+    n: Float[Tensor, "*sets"]
+    total: Float[Tensor, "*sets d"]
+    outer: Float[Tensor, "*sets d d"]
+    square: Float[Tensor, "*sets"]
+    fourth: Float[Tensor, "*sets"]
+    cubic: Float[Tensor, "*sets d"]
+
+    def shifted(self, step: Float[Tensor, "*sets d"]) -> Moments:
+        """The same vectors' sums after adding `step` to each of them; exact algebra."""
+        n, step_sq = self.n, step.square().sum(-1)
+        along = (self.total * step).sum(-1)
+        pushed = einsum(self.outer, step, "... i j, ... j -> ... i")
+        cross = einsum(self.total, step, "... i, ... j -> ... i j")
+        steps = einsum(step, step, "... i, ... j -> ... i j")
+        return Moments(
+            n=n,
+            total=self.total + n[..., None] * step,
+            outer=self.outer + cross + cross.mT + n[..., None, None] * steps,
+            square=self.square + 2 * along + n * step_sq,
+            fourth=self.fourth
+            + 4 * (step * pushed).sum(-1)
+            + n * step_sq.square()
+            + 4 * (self.cubic * step).sum(-1)
+            + 2 * step_sq * self.square
+            + 4 * step_sq * along,
+            cubic=self.cubic
+            + 2 * pushed
+            + step_sq[..., None] * self.total
+            + (self.square + 2 * along + n * step_sq)[..., None] * step,
+        )
+
+
+def moments_of(x: Float[Tensor, "n d"], origin: Float[Tensor, " d"]) -> Moments:
+    """Moments of the rows of `x` about `origin`: float32 products, float64 sums."""
+    x = x - origin.to(x.dtype)
+    squares = x.square().sum(-1).to(torch.float64)
+    return Moments(
+        n=torch.tensor(float(len(x)), dtype=torch.float64, device=x.device),
+        total=x.sum(0, dtype=torch.float64),
+        outer=(x.T @ x).to(torch.float64),
+        square=squares.sum(),
+        fourth=squares.square().sum(),
+        cubic=(squares.to(x.dtype) @ x).to(torch.float64),
+    )
+
+
+@dataclass(frozen=True)
+class TraceEstimates:
+    """Estimates of tr(Σ)² and tr(Σ²); their quotient is a participation ratio."""
+
+    trace_squared: Float[Tensor, "*sets"]
+    square_trace: Float[Tensor, "*sets"]
+
+    @property
+    def ratio(self) -> Float[Tensor, "*sets"]:
+        """The participation ratio; NaN where there is no variance."""
+        return torch.where(self.square_trace > 0, self.trace_squared / self.square_trace, torch.nan)
+
+
+def naive_traces(m: Moments) -> TraceEstimates:
+    """Plug-in estimates from the sample covariance (divisor n); biased low for few tokens."""
+    t1, t5, t6, t7, t9 = _terms(m)
+    n = m.n
+    return TraceEstimates(
+        (t6 - 2 * t7 / n + t9 / n**2) / n**2,
+        (t1 - 2 * t5 / n + t9 / n**2) / n**2,
+    )
+
+
+def corrected_traces(m: Moments) -> TraceEstimates:
+    """The row estimator of Chun et al. 2025 (arXiv 2509.26560): unbiased for independent tokens.
+
+    It averages over distinct tokens only, all columns observed. NaN below four tokens.
+    """
+    t1, t5, t6, t7, t9 = _terms(m)
+    n, t2 = m.n, m.fourth
+    t3 = (m.total * m.cubic).sum(-1)
+    pairs = (n - 1) * (n - 2)
+    a = t6 - 2 * t7 / (n - 1) + (4 * t3 - n * t2) / (n - 2) + (t9 - 4 * t5 + 2 * t1 - t6) / pairs
+    b = t1 - n * t2 / (n - 2) + 2 * (2 * t3 - t5) / (n - 2) + (t6 - 2 * t7 + t9) / pairs
+    enough = torch.where(n >= 4, n * (n - 3), torch.nan)
+    return TraceEstimates(a / enough, b / enough)
+
+
+def _terms(m: Moments) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """t1, t5, t6, t7, t9: the quartic sums both estimators share."""
+    s = m.total
+    s_sq = s.square().sum(-1)
+    t1 = m.outer.square().sum((-1, -2))
+    t5 = (s * einsum(m.outer, s, "... i j, ... j -> ... i")).sum(-1)
+    return t1, t5, m.square**2, m.square * s_sq, s_sq**2

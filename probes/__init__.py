@@ -1,0 +1,27 @@
+"""Probes: one statistic over pairs of residual streams per file."""
+
+from __future__ import annotations
+
+from .audit import ArtefactAudit
+from .base import Probe
+from .drift import ResidualDrift
+from .logit_lens import LogitLens
+from .means import MeanProbe
+from .participation_ratio import ParticipationRatio
+from .rank_reordering import RankReordering
+
+__all__ = [
+    "ArtefactAudit",
+    "LogitLens",
+    "MeanProbe",
+    "ParticipationRatio",
+    "Probe",
+    "RankReordering",
+    "ResidualDrift",
+    "default_probes",
+]
+
+
+def default_probes() -> list[Probe]:
+    """The probes `compare_models` runs when none are named."""
+    return [ResidualDrift(), ParticipationRatio(), LogitLens(), RankReordering(), ArtefactAudit()]

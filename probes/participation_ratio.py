@@ -1,0 +1,234 @@
+"""How many directions share the variance of each residual stream, before and after tuning."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, replace
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from ..errors import ProbeError
+from ..intervals import SampledTokens, influence_half_width, ratio_influence
+from ..moments import Moments, corrected_traces, moments_of, naive_traces
+from ..results import ProbeResult, Row
+from ..streams import VIEWS, StreamPair, StreamSpec, TokenSet, View
+from .base import Probe
+
+MOMENTS = tuple(f.name for f in fields(Moments) if f.name != "n")
+MODELS = ("base", "tuned")
+
+
+class ParticipationRatio(Probe):
+    """PR = tr(Σ)² / ‖Σ‖²_F of both streams and its change (paper, section 4).
+
+    Metrics:
+        base, tuned, delta: the row estimator of Chun et al. 2025 (arXiv 2509.26560), corrected
+            for the finite number of tokens.
+        base_naive, tuned_naive, delta_naive: from the sample covariance, as most code has it;
+            biased, therefore without intervals.
+
+    The intervals cover the ratio of the distribution the texts come from. They also take out
+    what the row estimator cannot know, that tokens of one sequence resemble each other; with few
+    or short sequences they can therefore lie to one side of the value.
+
+    The moments are the largest state of a comparison, d_model² numbers per layer, view and
+    model: choose fewer `views` or `layers` where they do not fit.
+    """
+
+    name = "participation_ratio"
+    float32_sums = frozenset({"sample"})
+
+    def __init__(
+        self,
+        views: Sequence[View] = VIEWS,
+        layers: Sequence[int] | None = None,
+        token_set: TokenSet = "geometry",
+    ) -> None:
+        unknown = set(views) - set(VIEWS)
+        if unknown or not views:
+            raise ProbeError(f"views must be some of {VIEWS}, got {tuple(views)}")
+        self.views = tuple(views)
+        self.layers = None if layers is None else tuple(layers)
+        self.token_set = token_set
+
+    def sum_shapes(self, spec: StreamSpec) -> dict[str, tuple[int, ...]]:
+        """Moments of every (model, layer, view) about an origin, and the sampled tokens."""
+        d, n_layers = spec.d_model, len(spec.resolve_layers(self.layers))
+        each = (2, n_layers, len(self.views))
+        sampled = (spec.n_sampled_sequences, spec.n_sampled_tokens)
+        return {
+            "n": (n_layers,),
+            "nn": (n_layers,),
+            "sequences": (n_layers,),
+            "origin": (*each, d),
+            "total": (*each, d),
+            "outer": (*each, d, d),
+            "square": each,
+            "fourth": each,
+            "cubic": (*each, d),
+            "sample": (*each, *sampled, d),
+            "sample_valid": (n_layers, *sampled),
+            "sample_length": (n_layers, sampled[0]),
+        }
+
+    def update(self, pair: StreamPair) -> None:
+        """Add one batch's moments and put its sampled tokens in their places."""
+        s = self.sums
+        for i, layer in enumerate(self.spec.resolve_layers(self.layers)):
+            mask = pair.mask(layer, self.token_set)
+            n = mask.sum(-1).to(self.spec.device, torch.float64)
+            places = _sampled_places(pair, mask)
+            if places is not None:
+                slot, valid, _ = places
+                s["sample_valid"][i, slot] += valid.to(torch.float64)
+                s["sample_length"][i, slot] += n[pair.sample.slot.to(n.device) >= 0]
+            for j, view in enumerate(self.views):
+                for k, x in enumerate(pair.vectors(layer, view, self.token_set)):
+                    self._add(x, (k, i, j), first=bool(s["n"][i] == 0), places=places)
+            s["n"][i] += n.sum()
+            s["nn"][i] += n.square().sum()
+            s["sequences"][i] += (n > 0).sum()
+
+    def _add(
+        self,
+        x: Float[Tensor, "n d_model"],
+        at: tuple[int, int, int],
+        first: bool,
+        places: tuple[Tensor, Tensor, Tensor] | None,
+    ) -> None:
+        s = self.sums
+        if first and len(x):
+            # Any point near the data will do; float32, so that subtracting it is exact.
+            s["origin"][at] = x.mean(0, dtype=torch.float64).to(torch.float32)
+        origin = s["origin"][at]
+        moments = moments_of(x, origin)
+        for name in MOMENTS:
+            s[name][at] += getattr(moments, name)
+        if places is not None and len(x):
+            slot, valid, row = places
+            s["sample"][at][slot] += (x - origin.to(x.dtype))[row] * valid[..., None]
+
+    def merge(self, other: Probe) -> None:
+        """Add another shard's sums, first moved to this shard's origin (exact algebra)."""
+        self._check_mergeable(other)
+        assert isinstance(other, ParticipationRatio)
+        if not bool(self.sums["n"].any()):
+            self.sums["origin"].copy_(other.sums["origin"])
+        moved = other._about(self.sums["origin"])
+        for name, value in moved.items():
+            if name != "origin":
+                self.sums[name] += value
+
+    def all_reduce(self) -> None:
+        """Agree on the first rank's origin that has seen tokens, then add the sums up."""
+        group = torch.distributed
+        seen = torch.where(
+            self.sums["n"].any(), group.get_rank(), group.get_world_size() - 1
+        ).reshape(1)
+        group.all_reduce(seen, op=group.ReduceOp.MIN)
+        origin = self.sums["origin"].clone()
+        group.broadcast(origin, src=int(seen))
+        self.sums = self._about(origin)
+        for name, value in self.sums.items():
+            if name != "origin":
+                group.all_reduce(value)
+
+    def _about(self, origin: Float[Tensor, "models layers views d"]) -> dict[str, Tensor]:
+        """The same sums taken about another origin."""
+        s = self.sums
+        step = s["origin"] - origin
+        moved = self._moments().shifted(step)
+        sample_step = step[..., None, None, :] * s["sample_valid"][None, :, None, :, :, None]
+        return {
+            **s,
+            **{name: getattr(moved, name) for name in MOMENTS},
+            "sample": s["sample"] + sample_step.to(torch.float32),
+            "origin": origin,
+        }
+
+    def _moments(self) -> Moments:
+        s = self.sums
+        return Moments(
+            n=s["n"][None, :, None].expand_as(s["square"]), **{name: s[name] for name in MOMENTS}
+        )
+
+    def compute(self) -> ProbeResult:
+        """Six rows per layer and view."""
+        moments = self._moments()
+        corrected, naive = corrected_traces(moments).ratio, naive_traces(moments).ratio
+        return ProbeResult(tuple(self._rows(corrected, naive)))
+
+    def _rows(self, corrected: Tensor, naive: Tensor) -> Iterator[Row]:
+        none = (float("nan"), float("nan"))
+        for i, layer in enumerate(self.spec.resolve_layers(self.layers)):
+            n = int(self.sums["n"][i])
+            for j, view in enumerate(self.views):
+                intervals = self._intervals(i, j)
+                values = {"": corrected[:, i, j], "_naive": naive[:, i, j]}
+                for suffix, (base, tuned) in ((k, v.tolist()) for k, v in values.items()):
+                    numbers = {"base": base, "tuned": tuned, "delta": tuned - base}
+                    for metric, value in numbers.items():
+                        ends = none if suffix else intervals[metric]
+                        yield Row(self.name, metric + suffix, layer, view, value, *ends, n)
+
+    def _intervals(self, i: int, j: int) -> dict[str, tuple[float, float]]:
+        """95% intervals of base, tuned and delta at one layer and view."""
+        none = (float("nan"), float("nan"))
+        s = self.sums
+        n = float(s["n"][i])
+        sampled_sequences = int((s["sample_valid"][i] > 0).any(-1).sum())
+        if n < 4 or sampled_sequences < 2:
+            return dict.fromkeys(("base", "tuned", "delta"), none)
+        found, samples = [], []
+        for k in range(2):
+            sample = SampledTokens(
+                vectors=s["sample"][k, i, j].to(torch.float64),
+                valid=s["sample_valid"][i] > 0,
+                length=s["sample_length"][i],
+                sum_nn=float(s["nn"][i]),
+            )
+            moments = Moments(n=s["n"][i], **{name: s[name][k, i, j] for name in MOMENTS})
+            found.append(ratio_influence(moments, sample))
+            samples.append(sample)
+        base, tuned = found
+        change = replace(
+            tuned, centre=tuned.centre - base.centre, influence=tuned.influence - base.influence
+        )
+        return {
+            name: _ends(one.centre, influence_half_width(one.influence, n, samples[0]), relative)
+            for name, one, relative in (
+                ("base", base, True),
+                ("tuned", tuned, True),
+                ("delta", change, False),
+            )
+        }
+
+
+def _ends(centre: float, half_width: float, relative: bool) -> tuple[float, float]:
+    if relative and centre > 0:
+        # A ratio of positive traces: its error is nearer to symmetric on the log scale.
+        factor = float(torch.exp(torch.tensor(half_width / centre)))
+        return centre / factor, centre * factor
+    return centre - half_width, centre + half_width
+
+
+def _sampled_places(
+    pair: StreamPair, mask: Bool[Tensor, "batch pos"]
+) -> (
+    tuple[
+        Int[Tensor, " chosen"], Bool[Tensor, "chosen sampled"], Int[Tensor, "chosen sampled"]
+    ]
+    | None
+):
+    """(slot, valid, row among the counted tokens) of the batch's sampled tokens, if any."""
+    chosen = pair.sample.slot >= 0
+    if not bool(chosen.any()):
+        return None
+    position = pair.sample.position[chosen]
+    valid = (position >= 0) & mask[chosen].gather(-1, position.clamp_min(0))
+    rows = (mask.flatten().cumsum(0) - 1).view_as(mask)[chosen]
+    row = rows.gather(-1, position.clamp_min(0)).clamp_min(0)
+    device = pair.device
+    return pair.sample.slot[chosen].to(device), valid.to(device), row.to(device)

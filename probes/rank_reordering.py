@@ -1,0 +1,76 @@
+"""Did tuning reorder the output distribution, or only sharpen it?"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from .. import stats
+from ..results import ProbeResult
+from ..streams import StreamPair, StreamSpec, TokenSet, View
+from .means import MeanProbe
+
+
+class RankReordering(MeanProbe):
+    """Ranks at the output, teacher-forced (paper, sections 3.3 and 3.4).
+
+    Temperature cannot change a rank: anything but agreement 1 and ρ = 1 is reordering.
+
+    Metrics (all at layer L):
+        top1_agreement: share of tokens where both models put the same token first.
+        spearman: mean rank correlation of the two rows of logits over the whole vocabulary.
+        rank_1, rank_2_10, rank_gt_10, rank_ge_200: share of tokens whose tuned winner had that
+            rank in the base model; tied logits share the best rank.
+    Extras: `rank_histogram`, the same ranks in bins of doubling width, and `tied_winners`, how
+    often the base model's first place was shared.
+    """
+
+    name = "rank_reordering"
+    metrics = ("top1_agreement", "spearman", "rank_1", "rank_2_10", "rank_gt_10", "rank_ge_200")
+    views = ("final_norm",)
+    token_set: TokenSet = "decisions"
+    bounds = {metric: (-1.0 if metric == "spearman" else 0.0, 1.0) for metric in metrics}
+
+    def __init__(self) -> None:
+        super().__init__(layers=(-1,))
+
+    def sum_shapes(self, spec: StreamSpec) -> dict[str, tuple[int, ...]]:
+        """The means' sums, a histogram of ranks and the number of ties."""
+        bins = (spec.d_vocab.bit_length(),)
+        return {**super().sum_shapes(spec), "histogram": bins, "tied": (1,)}
+
+    def measure(self, pair: StreamPair, layer: int, view: View) -> dict[str, Float[Tensor, " n"]]:
+        """Agreement, correlation and provenance of every next-token decision."""
+        parts: dict[str, list[Tensor]] = defaultdict(list)
+        for _, base, tuned in pair.logits(layer):
+            winner = tuned.argmax(-1)
+            parts["top1_agreement"].append((base.argmax(-1) == winner).double())
+            parts["spearman"].append(stats.spearman(base, tuned))
+            parts["rank"].append(stats.rank_of(base, winner))
+            best = base.max(-1, keepdim=True).values
+            self.sums["tied"] += ((base == best).to(torch.float32).sum(-1) > 1).sum()
+        measured = {name: torch.cat(values) for name, values in parts.items()}
+        rank = measured.pop("rank")
+        doubling = torch.bincount(
+            torch.log2(rank.double()).floor().long(), minlength=len(self.sums["histogram"])
+        )
+        self.sums["histogram"] += doubling
+        buckets = {
+            "rank_1": rank == 1,
+            "rank_2_10": (rank >= 2) & (rank <= 10),
+            "rank_gt_10": rank > 10,
+            "rank_ge_200": rank >= 200,
+        }
+        return measured | {name: inside.double() for name, inside in buckets.items()}
+
+    def compute(self) -> ProbeResult:
+        """The rows, and the histogram of base ranks of the tuned model's winners."""
+        histogram = [
+            {"low": 2**k, "high": min(2 ** (k + 1) - 1, self.spec.d_vocab), "count": int(count)}
+            for k, count in enumerate(self.sums["histogram"].tolist())
+        ]
+        extras = {"rank_histogram": histogram, "tied_winners": int(self.sums["tied"])}
+        return ProbeResult(tuple(self._rows()), extras)
