@@ -79,7 +79,7 @@ class ParticipationRatio(Probe):
         for i, layer in enumerate(self.spec.resolve_layers(self.layers)):
             mask = pair.mask(layer, self.token_set)
             n = mask.sum(-1).to(self.spec.device, torch.float64)
-            places = _sampled_places(pair, mask)
+            places = _sampled_places(pair, mask) if self.spec.n_sampled_sequences else None
             if places is not None:
                 slot, valid, _ = places
                 s["sample_valid"][i, slot] += valid.to(torch.float64)

@@ -1,0 +1,163 @@
+"""Find the blocks, the final norm and the unembedding of any causal LM by watching it run.
+
+Names differ from one architecture to the next, the flow of data does not: each block takes what
+the block before it returned, and the final norm takes what the last block returned.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from .errors import LoadingError
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """Where the parts of a causal LM are.
+
+    Attributes:
+        blocks: the L transformer blocks, in order.
+        final_norm: what stands between the last block and the unembedding.
+        head: the unembedding.
+        logit_scale: constant factor between the unembedding's output and the logits.
+        soft_cap: logits are cap · tanh(x / cap); 0 for none.
+    """
+
+    blocks: tuple[nn.Module, ...]
+    final_norm: nn.Module
+    head: nn.Module
+    logit_scale: float
+    soft_cap: float
+
+
+@dataclass(frozen=True)
+class _Call:
+    module: nn.Module
+    given: Tensor | None
+    returned: Tensor | None
+
+
+def first_tensor(value: Any) -> Tensor | None:
+    """The tensor that a block passes on: itself, or the first of a tuple."""
+    if isinstance(value, Tensor):
+        return value
+    if isinstance(value, tuple | list) and value and isinstance(value[0], Tensor):
+        return value[0]
+    return None
+
+
+def dissect(model: nn.Module) -> Anatomy:
+    """Run four tokens through a Hugging Face causal LM (or PeftModel) and read its anatomy.
+
+    Raises:
+        LoadingError: if no stack of blocks, or no path from it to the logits, is found.
+    """
+    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+    config = plain.config.get_text_config()  # type: ignore[union-attr,operator]
+    head = plain.get_output_embeddings()  # type: ignore[operator]
+    kind = type(plain).__name__
+    if head is None:
+        raise LoadingError(f"{kind} has no unembedding (output embeddings): not a language model")
+    stacks = [
+        m
+        for m in plain.modules()
+        if isinstance(m, nn.ModuleList) and len(m) == config.num_hidden_layers
+    ]
+    calls, logits = _trace(plain)
+    for stack in stacks:
+        outputs = _outputs_in_order(stack, calls)
+        if outputs is None:
+            continue
+        inside = {id(m) for block in stack for m in block.modules()}
+        tail = _tail(calls, outputs[-1], head, inside)
+        if tail is not None:
+            final_norm, unembedded = tail
+            scale, cap = _logit_map(unembedded, logits, config)
+            return Anatomy(tuple(stack), final_norm, head, scale, cap)
+    raise LoadingError(
+        f"cannot find the residual stream of {kind}: expected {config.num_hidden_layers} blocks, "
+        "each taking what the block before it returned, then a norm and the unembedding"
+    )
+
+
+def _trace(model: nn.Module) -> tuple[list[_Call], Float[Tensor, "batch pos d_vocab"]]:
+    calls: list[_Call] = []
+
+    def record(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        given = first_tensor(args) if args else first_tensor(kwargs.get("hidden_states"))
+        calls.append(_Call(module, given, first_tensor(output)))
+
+    handles = [m.register_forward_hook(record, with_kwargs=True) for m in model.modules()]
+    try:
+        weight = model.get_input_embeddings().weight  # type: ignore[operator]
+        tokens = torch.arange(4, device=weight.device)[None] % weight.shape[0]
+        with torch.no_grad():
+            output = model(input_ids=tokens, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls, output.logits
+
+
+def _outputs_in_order(stack: nn.ModuleList, calls: list[_Call]) -> list[Tensor] | None:
+    made: list[Tensor] = []
+    by_module = {id(call.module): call for call in calls}
+    for block in stack:
+        call = by_module.get(id(block))
+        if call is None or call.given is None or call.returned is None:
+            return None
+        if made and not _same(call.given, made[-1]):
+            return None
+        made.append(call.returned)
+    return made
+
+
+def _tail(
+    calls: list[_Call], last: Tensor, head: nn.Module, inside: set[int]
+) -> tuple[nn.Module, Tensor] | None:
+    """The modules that lead from the last block to the head, and the head's output."""
+    chain: list[nn.Module] = []
+    current = last
+    for call in calls:
+        if id(call.module) in inside or call.given is None or call.returned is None:
+            continue
+        if not _same(call.given, current):
+            continue
+        if call.module is head:
+            norm = chain[0] if len(chain) == 1 else nn.Sequential(*chain)
+            return norm, call.returned
+        chain.append(call.module)
+        current = call.returned
+    return None
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a is b or (a.shape == b.shape and torch.equal(a, b))
+
+
+def _logit_map(unembedded: Tensor, logits: Tensor, config: Any) -> tuple[float, float]:
+    """(scale, soft cap) that turn the unembedding's output into the logits."""
+    if _close(unembedded, logits):
+        return 1.0, 0.0
+    cap = float(getattr(config, "final_logit_softcapping", None) or 0.0)
+    if cap and _close(cap * torch.tanh(unembedded / cap), logits):
+        return 1.0, cap
+    flat, target = unembedded.double().flatten(), logits.double().flatten()
+    scale = float((flat @ target) / (flat @ flat))
+    if _close(unembedded * scale, logits):
+        return scale, 0.0
+    raise LoadingError(
+        "the logits are neither a multiple nor a soft cap of the unembedding's output: "
+        "this architecture is not supported"
+    )
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    tolerance = 1e-5 if a.dtype == torch.float32 else 2e-2
+    span = float(b.abs().max())
+    return bool(((a - b).abs() <= tolerance * max(span, 1e-6)).all())

@@ -1,0 +1,161 @@
+"""The one file that knows hook names and the surface every hooked model shares.
+
+A hooked model is anything with that surface: TransformerLens's `TransformerBridge` (3.9 and 4.x)
+and `HookedTransformer` (3.9), and our own `ResidualModel`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from types import ModuleType
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+Backend = Literal["residual", "bridge", "hooked_transformer"]
+
+# The attribute names that TransformerLens gives the two ends of a block.
+RESID_PRE, RESID_POST = "hook_resid_pre", "hook_resid_post"
+
+
+def resid_pre(block: int) -> str:
+    """Hook name of the residual stream entering a block (0-based)."""
+    return f"blocks.{block}.{RESID_PRE}"
+
+
+def resid_post(block: int) -> str:
+    """Hook name of the residual stream leaving a block (0-based)."""
+    return f"blocks.{block}.{RESID_POST}"
+
+
+def layer_hook(layer: int) -> str:
+    """Hook name of a residual layer: 0 is the embedding output, l the output of block l - 1."""
+    return resid_pre(0) if layer == 0 else resid_post(layer - 1)
+
+
+class HookedConfig(Protocol):
+    """The part of a hooked model's configuration that hyperlens reads."""
+
+    n_layers: int
+    d_model: int
+    d_vocab: int
+    dtype: torch.dtype
+    device: Any
+    output_logits_soft_cap: float
+
+
+@runtime_checkable
+class HookedModel(Protocol):
+    """What hyperlens asks of a hooked model."""
+
+    cfg: Any
+    blocks: Any
+    ln_final: Any
+    unembed: Any
+
+    def run_with_hooks(self, *args: Any, **kwargs: Any) -> Any:
+        """Forward pass with temporary hooks."""
+
+    def run_with_cache(self, *args: Any, **kwargs: Any) -> Any:
+        """Forward pass that also returns activations."""
+
+
+def backend_of(model: object) -> Backend | None:
+    """Which kind of hooked model this is, by class name; None if it is none."""
+    kinds: dict[str, Backend] = {
+        "ResidualModel": "residual",
+        "TransformerBridge": "bridge",
+        "HookedTransformer": "hooked_transformer",
+    }
+    return next((kinds[c.__name__] for c in type(model).__mro__ if c.__name__ in kinds), None)
+
+
+def import_transformer_lens(submodule: str = "") -> ModuleType:
+    """Import (part of) transformer_lens, whose import alone would silence transformers' logger."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    try:
+        return importlib.import_module("transformer_lens" + (f".{submodule}" if submodule else ""))
+    finally:
+        logging.set_verbosity(before)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no gradients inside; every module's own mode back afterwards."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def run_logits(
+    model: HookedModel,
+    tokens: Int[Tensor, "batch pos"],
+    attention_mask: Int[Tensor, "batch pos"],
+    fwd_hooks: list[tuple[str, Callable[..., Any]]] | None = None,
+) -> Float[Tensor, "batch pos d_vocab"]:
+    """The model's own logits (soft cap included), whatever its class."""
+    logits = model.run_with_hooks(
+        tokens, attention_mask=attention_mask, return_type="logits", fwd_hooks=fwd_hooks or []
+    )
+    return logits  # type: ignore[no-any-return]
+
+
+def run_residuals(
+    model: HookedModel,
+    tokens: Int[Tensor, "batch pos"],
+    attention_mask: Int[Tensor, "batch pos"],
+) -> list[Float[Tensor, "batch pos d_model"]]:
+    """The L + 1 residual layers of one forward pass, detached, on the model's device."""
+    layers: dict[int, Tensor] = {}
+
+    def keep(residual: Tensor, hook: Any, layer: int) -> None:
+        layers[layer] = residual.detach()
+
+    names = range(model.cfg.n_layers + 1)
+    model.run_with_hooks(
+        tokens,
+        attention_mask=attention_mask,
+        return_type=None,
+        fwd_hooks=[(layer_hook(layer), partial(keep, layer=layer)) for layer in names],
+    )
+    return [layers[layer] for layer in names]
+
+
+def final_norm(model: HookedModel, x: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_model"]:
+    """The model's own final norm, applied to residual vectors."""
+    return model.ln_final(x[:, None])[:, 0]  # type: ignore[no-any-return]
+
+
+def unembed(model: HookedModel, x: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_vocab"]:
+    """Logits of final-normed vectors; TransformerLens leaves the soft cap to the caller."""
+    logits = model.unembed(x[:, None])[:, 0]
+    cap = getattr(model.cfg, "output_logits_soft_cap", None)
+    return cap * torch.tanh(logits / cap) if cap is not None and cap > 0 else logits
+
+
+def input_device(model: HookedModel) -> torch.device:
+    """Where token ids must live."""
+    return next(model.parameters()).device  # type: ignore[attr-defined,no-any-return]
+
+
+def first_bad_layer(
+    residuals: list[Float[Tensor, "batch pos d_model"]], real: Bool[Tensor, "batch pos"]
+) -> int | None:
+    """The first layer with a NaN or infinite activation at a real token, or None."""
+    for layer, residual in enumerate(residuals):
+        if not bool(torch.isfinite(residual[real]).all()):
+            return layer
+    return None
