@@ -1,0 +1,87 @@
+# Needs only Python >= 3.11 and make. `make test` builds its own environment first.
+
+PYTHON ?= python3
+
+# What the locks are made for. Torch is always installed first and on its own: left to a
+# dependency, pip may pick a newer build of several gigabytes.
+TORCH := 2.13.0
+TL4 := 4.3.0
+TL3 := 3.9.0
+
+LOCK4 := requirements/dev-tl4.txt
+LOCK3 := requirements/dev-tl3.txt
+
+PIP := -m pip --disable-pip-version-check --no-input
+PYTEST_ARGS ?=
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help env env-tl3 test test-tl3 lint format types lock clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+env: .venv/.installed ## make .venv (TransformerLens 4)
+env-tl3: .venv-tl3/.installed ## make .venv-tl3 (TransformerLens 3.9)
+
+test: .venv/.installed ## run the tests on TransformerLens 4
+	.venv/bin/python -m pytest $(PYTEST_ARGS)
+
+test-tl3: .venv-tl3/.installed ## run the tests on TransformerLens 3.9
+	.venv-tl3/bin/python -m pytest $(PYTEST_ARGS)
+
+lint: .venv/.installed ## check style and formatting
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+format: .venv/.installed ## fix style and formatting
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+types: .venv/.installed ## check types
+	.venv/bin/mypy
+
+lock: ## resolve both locks anew
+	$(call resolve,$(TL4),$(LOCK4))
+	$(call resolve,$(TL3),$(LOCK3))
+
+clean: ## remove environments, caches and builds
+	rm -rf .venv .venv-tl3 .venv-lock build dist *.egg-info
+	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamp is written last, so an interrupted installation is taken up again.
+.venv/.installed: $(LOCK4) pyproject.toml
+	$(call install,.venv,$(LOCK4))
+
+.venv-tl3/.installed: $(LOCK3) pyproject.toml
+	$(call install,.venv-tl3,$(LOCK3))
+
+define check_python
+$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "hyperlens needs Python 3.11 or later: make PYTHON=python3.11 ...")'
+endef
+
+# $(1) environment, $(2) lock
+define install
+	@$(check_python)
+	$(1)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(1)
+	$(1)/bin/python $(PIP) install -q torch==$(TORCH)
+	$(1)/bin/python $(PIP) install -q -r $(2)
+	$(1)/bin/python $(PIP) install -q --no-deps --no-build-isolation -e .
+	touch $@
+endef
+
+# $(1) TransformerLens version, $(2) lock
+define resolve
+	@$(check_python)
+	$(PYTHON) -m venv --clear .venv-lock
+	.venv-lock/bin/python $(PIP) install -q torch==$(TORCH)
+	.venv-lock/bin/python $(PIP) install -q torch==$(TORCH) transformer-lens==$(1) '.[dev]'
+	mkdir -p requirements
+	{ echo '# Everything pinned, for TransformerLens $(1) and torch $(TORCH). Made by `make lock`;'; \
+	  echo '# the versions to lock for stand at the top of the Makefile.'; \
+	  .venv-lock/bin/python $(PIP) freeze --all --exclude pip --exclude hyperlens \
+	    | sed 's/^\(torch==[^+]*\)+.*/\1/'; } > $(2).new
+	mv $(2).new $(2)
+	rm -rf .venv-lock
+endef
