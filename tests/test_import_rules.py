@@ -30,11 +30,12 @@ ALLOWED: dict[str, set[str]] = {
     "streams": {"errors", "hooked", *MATHS},
     "results": {"errors", "files"},
     # opening models
-    "sources": {"errors"},
+    "shells": {"errors"},
+    "sources": {"errors", "hooked", "shells"},
     "discovery": {"errors", "hooked"},
     "residual": {"errors", "hooked", "discovery"},
     "parity": {"errors", "hooked"},
-    "loading": {"errors", "hooked", "residual", "discovery", "parity", "sources"},
+    "loading": {"errors", "hooked", "residual", "discovery", "parity", "shells", "sources"},
     # text, and the one pass over it
     "texts": {"errors"},
     "corpus": {"errors", "texts"},
