@@ -1,0 +1,184 @@
+"""compare_models: one call that tells what fine-tuning changed, block by block."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from .corpus import Corpus, are_token_ids, build_corpus
+from .errors import CorpusError, ProbeError
+from .fingerprint import versions, weights_sha256
+from .hooked import Backend
+from .loading import Loaded
+from .pairing import ModelPair, check_tokenizers, open_pair
+from .probes import Probe, default_probes
+from .results import Comparison
+from .runner import PassOptions, PassResult, run_pass
+from .shells import plain_model
+from .texts import read_texts
+
+# Tokenizers are held against each other on this many texts.
+COMPARED_TEXTS = 64
+
+
+def compare_models(
+    base: Any,
+    tuned: Any,
+    texts: Any,
+    *,
+    probes: Sequence[Probe] | None = None,
+    max_length: int = 256,
+    batch_size: int = 8,
+    include_bos: bool = False,
+    sink_threshold: float = 10.0,
+    backend: Backend = "residual",
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> Comparison:
+    """Compare a base causal LM with a fine-tuned one on some text, at every block.
+
+    Both models read the same tokens in one streaming pass; memory does not grow with the number
+    of texts. The statistics are those of arXiv 2605.22579 (sections 3 and 4), each in three
+    views so that what a block does can be told from what the final norm does.
+
+    Args:
+        base, tuned: hub id, local folder, `PreTrainedModel`, `PeftModel`, hooked model, or a
+            pair (model, tokenizer); `tuned` may also be an adapter folder, put on `base`.
+        texts: list of strings or of token ids, a .txt / .jsonl / .csv / .parquet file, a
+            `datasets.Dataset`, or a hub dataset name.
+        probes: what to measure; None for all built-in probes.
+        max_length: tokens per text, BOS included; longer texts are cut and counted.
+        batch_size: texts per forward pass; does not change the result.
+        include_bos: measure BOS positions too. They are left out, by id, by default.
+        sink_threshold: positions whose norm exceeds this many times their sequence's median are
+            masked as attention sinks, layer by layer; 0 masks none.
+        backend: how models are hooked, "residual", "bridge" or "hooked_transformer".
+        device: None leaves objects where they are and puts folders on the best device.
+        dtype: of the forward passes, for both models; None keeps the checkpoints' own.
+            Statistics are always float32 with float64 sums.
+        seed: of the token sample that participation-ratio intervals are computed from.
+        progress: show a progress bar.
+
+    Returns:
+        A `Comparison`: `to_frame()`, `summary()`, `plot()`, `save(folder)`.
+
+    Raises:
+        HyperlensError: LoadingError, ParityError, PairError, CorpusError, ActivationError,
+            ProbeError or ResourceError, each with one line that says what to do.
+    """
+    chosen = _checked_probes(probes)
+    options = _checked_options(batch_size, sink_threshold, seed, progress)
+    pair = open_pair(base, tuned, backend=backend, device=device, dtype=dtype)
+    corpus, notes = _corpus(pair, texts, max_length, include_bos)
+    outcome = run_pass(pair.base.hooked, pair.tuned.hooked, corpus, chosen, options)
+    meta = _meta(pair, corpus, outcome, options, chosen)
+    meta["notes"] = [*pair.notes, *corpus.notes, *notes]
+    meta["options"] |= {"max_length": max_length, "include_bos": include_bos}
+    return Comparison(
+        rows=tuple(row for result in outcome.results.values() for row in result.rows),
+        extras={name: dict(r.extras) for name, r in outcome.results.items() if r.extras},
+        meta=meta,
+    )
+
+
+def _checked_probes(probes: Sequence[Probe] | None) -> list[Probe]:
+    # Copies: a run leaves the caller's probes as they were.
+    chosen = default_probes() if probes is None else [copy.deepcopy(p) for p in probes]
+    if not chosen:
+        raise ProbeError("probes is empty: name at least one, or pass None for all")
+    for probe in chosen:
+        if not isinstance(probe, Probe):
+            raise ProbeError(
+                f"expected instances of hyperlens.probes.Probe, got {probe!r}; "
+                "write ResidualDrift() rather than ResidualDrift"
+            )
+    names = [probe.name for probe in chosen]
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise ProbeError(f"two probes are named {repeated[0]!r}: give each its own name")
+    return chosen
+
+
+def _checked_options(
+    batch_size: int, sink_threshold: float, seed: int, progress: bool
+) -> PassOptions:
+    if batch_size < 1:
+        raise CorpusError(f"batch_size must be at least 1, got {batch_size}")
+    if not (math.isfinite(sink_threshold) and (sink_threshold == 0 or sink_threshold > 1)):
+        raise CorpusError(
+            f"sink_threshold must be 0 (off) or more than 1 median norm, got {sink_threshold}"
+        )
+    if seed < 0:
+        raise CorpusError(f"seed must not be negative, got {seed}")
+    return PassOptions(batch_size, sink_threshold, seed, progress)
+
+
+def _corpus(
+    pair: ModelPair, texts: Any, max_length: int, include_bos: bool
+) -> tuple[Corpus, tuple[str, ...]]:
+    """The token sequences both models read, and notes on their tokenizers."""
+    notes: tuple[str, ...] = ()
+    if not are_token_ids(texts):
+        texts = read_texts(texts)
+        notes = check_tokenizers(pair, texts[:COMPARED_TEXTS])
+    base = pair.base.hooked.cfg
+    corpus = build_corpus(
+        texts,
+        pair.base.opened.tokenizer or pair.tuned.opened.tokenizer,
+        max_length=max_length,
+        context_length=getattr(base, "n_ctx", None) or None,
+        d_vocab=base.d_vocab,
+        include_bos=include_bos,
+        bos_id=_config_bos(pair.base.opened.model),
+    )
+    return corpus, notes
+
+
+def _config_bos(model: Any) -> int | None:
+    """BOS where there is no tokenizer to tell: what the model's own configuration says."""
+    bos = getattr(getattr(plain_model(model), "config", None), "bos_token_id", None)
+    return bos if isinstance(bos, int) else None
+
+
+def _meta(
+    pair: ModelPair,
+    corpus: Corpus,
+    outcome: PassResult,
+    options: PassOptions,
+    probes: Sequence[Probe],
+) -> dict[str, Any]:
+    cfg = pair.base.hooked.cfg
+    return {
+        "n_layers": cfg.n_layers,
+        "d_model": cfg.d_model,
+        "d_vocab": cfg.d_vocab,
+        "base": _describe(pair.base),
+        "tuned": _describe(pair.tuned),
+        "backend": pair.base.backend,
+        "device": str(cfg.device),
+        "dtype": str(cfg.dtype).removeprefix("torch."),
+        "seed": options.seed,
+        "options": {"batch_size": options.batch_size, "sink_threshold": options.sink_threshold},
+        "corpus": corpus.describe(),
+        "excluded": {
+            "bos": corpus.counts.n_bos,
+            "sinks_per_layer": list(outcome.sinks_per_layer),
+        },
+        "probes": {probe.name: json.loads(json.dumps(probe.options(), default=str)) for probe in probes},
+        "versions": versions(),
+    }
+
+
+def _describe(loaded: Loaded) -> dict[str, Any]:
+    return {
+        "name": loaded.opened.name,
+        "kind": loaded.opened.kind,
+        "sha256": weights_sha256(loaded.opened.model),
+    }

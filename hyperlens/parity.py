@@ -1,0 +1,130 @@
+"""Does a hooked model reproduce its source? Checked on every load, before any result."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from . import hooked
+from .errors import LoadingError, ParityError
+from .hooked import HookedModel
+
+# Largest allowed difference of logits, relative to the largest logit. Half precision differs
+# between attention kernels by a few percent; float32 by rounding only.
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6}
+HALF_TOLERANCE = 5e-2
+LENGTHS = (9, 5)
+
+
+def check_parity(model: HookedModel, plain: Any | None) -> None:
+    """Compare a hooked model with the plain Hugging Face model it was made from.
+
+    Two sequences of different lengths are run, padded on the right and on the left. Without a
+    plain model (the caller brought a hooked one) padded runs are held against unpadded ones.
+
+    Raises:
+        LoadingError: if the model is not causal.
+        ParityError: if logits differ, or if the logit lens at the last layer is not the logits.
+    """
+    device = hooked.input_device(model)
+    tolerance = TOLERANCE.get(model.cfg.dtype, HALF_TOLERANCE)
+    with hooked.evaluating(model):  # type: ignore[arg-type]
+        for side in ("right", "left"):
+            tokens, mask = _padded_batch(model.cfg.d_vocab, side, device)
+            logits = hooked.run_logits(model, tokens, mask)
+            expected = (
+                _unpadded(model, tokens, mask) if plain is None else _plain(plain, tokens, mask)
+            )
+            _hold("logits", logits, expected, mask, tolerance, f"{side}-padded batch")
+        residuals = hooked.run_residuals(model, tokens, mask)
+        last = residuals[-1][mask.bool()]
+        lens = hooked.unembed(model, hooked.final_norm(model, last))
+        _difference("the logit lens at the last layer", lens, logits[mask.bool()], tolerance)
+        _check_causal(model, tokens, mask, logits)
+
+
+def _padded_batch(
+    d_vocab: int, side: str, device: torch.device
+) -> tuple[Int[Tensor, "batch pos"], Int[Tensor, "batch pos"]]:
+    longest = max(LENGTHS)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(d_vocab, (len(LENGTHS), longest), generator=generator)
+    mask = torch.zeros_like(tokens)
+    for row, length in enumerate(LENGTHS):
+        real = slice(0, length) if side == "right" else slice(longest - length, longest)
+        mask[row, real] = 1
+    return (tokens * mask).to(device), mask.to(device)
+
+
+def _plain(
+    plain: Any, tokens: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch pos"]
+) -> Float[Tensor, "batch pos d_vocab"]:
+    """Logits of the plain model, each sequence alone and unpadded: nothing to get wrong."""
+    rows = [plain(input_ids=t[m.bool()][None], use_cache=False).logits[0] for t, m in zip(tokens, mask, strict=True)]
+    return _back_in_place(rows, mask)
+
+
+def _unpadded(
+    model: HookedModel, tokens: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch pos"]
+) -> Float[Tensor, "batch pos d_vocab"]:
+    rows = []
+    for t, m in zip(tokens, mask, strict=True):
+        real = t[m.bool()][None]
+        rows.append(hooked.run_logits(model, real, torch.ones_like(real))[0])
+    return _back_in_place(rows, mask)
+
+
+def _back_in_place(
+    rows: list[Float[Tensor, "real d_vocab"]], mask: Int[Tensor, "batch pos"]
+) -> Float[Tensor, "batch pos d_vocab"]:
+    placed = rows[0].new_zeros((*mask.shape, rows[0].shape[-1]))
+    placed[mask.bool()] = torch.cat(rows)
+    return placed
+
+
+def _hold(
+    what: str,
+    got: Float[Tensor, "batch pos d_vocab"],
+    expected: Float[Tensor, "batch pos d_vocab"],
+    mask: Int[Tensor, "batch pos"],
+    tolerance: float,
+    where: str,
+) -> None:
+    _difference(f"{what} on a {where}", got[mask.bool()], expected[mask.bool()], tolerance)
+
+
+def _difference(
+    what: str,
+    got: Float[Tensor, "n d_vocab"],
+    expected: Float[Tensor, "n d_vocab"],
+    tolerance: float,
+) -> None:
+    gap = float((got.float() - expected.float()).abs().max())
+    span = float(expected.float().abs().max())
+    if not gap <= tolerance * max(span, 1e-6):
+        raise ParityError(
+            f"the hooked model does not reproduce its source: {what} differ by {gap:.2g} "
+            f"(largest logit {span:.2g}, allowed {tolerance:g} of it); use backend='residual'"
+        )
+
+
+def _check_causal(
+    model: HookedModel,
+    tokens: Int[Tensor, "batch pos"],
+    mask: Int[Tensor, "batch pos"],
+    logits: Float[Tensor, "batch pos d_vocab"],
+) -> None:
+    """A later token must not reach back: an encoder's outputs would change."""
+    changed = tokens.clone()
+    changed[:, -1] = (changed[:, -1] + 1) % model.cfg.d_vocab
+    before, after = logits[:1, :-1], hooked.run_logits(model, changed, mask)[:1, :-1]
+    gap = float((after.float() - before.float()).abs().max())
+    span = float(before.float().abs().max())
+    if not gap <= TOLERANCE.get(model.cfg.dtype, HALF_TOLERANCE) * max(span, 1e-6):
+        raise LoadingError(
+            "the model looks ahead (a later token changes earlier outputs): expected a causal "
+            "language model, not an encoder"
+        )

@@ -1,0 +1,247 @@
+"""The one pass: both models over every batch, residuals to all probes, then dropped."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Protocol
+
+import psutil
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from . import hooked, stats
+from .corpus import Batch, Corpus, PaddingSide
+from .errors import ActivationError, HyperlensError, ProbeError, ResourceError
+from .hooked import HookedModel
+from .streams import LOGIT_CHUNK_BYTES, ModelStream, StreamPair, StreamSpec, TokenSample
+
+if TYPE_CHECKING:
+    from .results import ProbeResult
+
+# Tokens are kept for intervals in at most this many bytes per layer, view and model, or in as
+# many as the moments of that stream take.
+SAMPLE_BYTES = 2 * 2**20
+MAX_SAMPLED_SEQUENCES = 128
+MAX_SAMPLED_TOKENS = 8192
+
+
+class RunsInAPass(Protocol):
+    """What the pass asks of a probe."""
+
+    name: str
+
+    def open(self, spec: StreamSpec) -> None:
+        """Allocate."""
+
+    def update(self, pair: StreamPair) -> None:
+        """Add one batch."""
+
+    def compute(self) -> ProbeResult:
+        """Read the result."""
+
+    def state_bytes(self, spec: StreamSpec) -> int:
+        """Memory `open` will take."""
+
+
+@dataclass(frozen=True)
+class PassOptions:
+    """How the pass is run.
+
+    Attributes:
+        batch_size: sequences per batch.
+        sink_threshold: a position whose raw norm exceeds this many times its sequence's median
+            at a layer, in either model, is an attention sink there; 0 turns the mask off.
+        seed: of the token sample.
+        progress: show a progress bar.
+        padding_side: where pads go.
+    """
+
+    batch_size: int
+    sink_threshold: float
+    seed: int
+    progress: bool
+    padding_side: PaddingSide = "right"
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """Results by probe name, and how many tokens were masked as sinks at each layer."""
+
+    results: dict[str, ProbeResult]
+    sinks_per_layer: tuple[int, ...]
+
+
+def run_pass(
+    base: HookedModel,
+    tuned: HookedModel,
+    corpus: Corpus,
+    probes: Sequence[RunsInAPass],
+    options: PassOptions,
+) -> PassResult:
+    """Feed every batch's residual streams to all probes.
+
+    Raises:
+        ActivationError: if a model produces NaN or infinite activations.
+        ProbeError: if a probe fails.
+        ResourceError: if the probes' sums or a batch cannot fit in memory.
+    """
+    device = hooked.input_device(base)
+    spec = stream_spec(base, corpus, device)
+    _check_memory(spec, probes, corpus, options, base.cfg.dtype)
+    for probe in probes:
+        _guarded(probe, "open", spec)
+    sinks = torch.zeros(spec.n_layers + 1, dtype=torch.int64)
+    batches = corpus.batches(
+        options.batch_size,
+        n_sampled_sequences=spec.n_sampled_sequences,
+        n_sampled_tokens=spec.n_sampled_tokens,
+        seed=options.seed,
+        padding_side=options.padding_side,
+    )
+    bar = tqdm(
+        total=corpus.counts.n_tokens, unit="tok", desc="comparing", disable=not options.progress
+    )
+    with bar, hooked.evaluating(base), hooked.evaluating(tuned):  # type: ignore[arg-type]
+        for batch in batches:
+            try:
+                pair = read_pair(base, tuned, batch, options.sink_threshold, spec.device)
+                for probe in probes:
+                    _guarded(probe, "update", pair)
+            except torch.cuda.OutOfMemoryError:
+                raise ResourceError(
+                    f"the GPU ran out of memory with batch_size={options.batch_size}: lower it, "
+                    "or measure fewer views or layers"
+                ) from None
+            counted = pair.sinks & (pair.real & ~pair.bos)
+            sinks += counted.sum((-1, -2)).cpu()
+            bar.update(int(batch.real.sum()))
+    results = {probe.name: _guarded(probe, "compute") for probe in probes}
+    return PassResult(results, tuple(sinks.tolist()))
+
+
+def stream_spec(model: HookedModel, corpus: Corpus, device: torch.device) -> StreamSpec:
+    """The sizes of this run. Sums live on the CPU where the accelerator has no float64."""
+    d_model = model.cfg.d_model
+    budget = min(max(SAMPLE_BYTES // (4 * d_model), 2 * d_model), MAX_SAMPLED_TOKENS)
+    sequences = min(corpus.counts.n_sequences, MAX_SAMPLED_SEQUENCES)
+    longest = len(corpus.sequences[0])
+    return StreamSpec(
+        n_layers=model.cfg.n_layers,
+        d_model=d_model,
+        d_vocab=model.cfg.d_vocab,
+        device=torch.device("cpu") if device.type == "mps" else device,
+        n_sampled_sequences=sequences,
+        n_sampled_tokens=max(2, min(longest, budget // sequences)),
+    )
+
+
+def read_pair(
+    base: HookedModel,
+    tuned: HookedModel,
+    batch: Batch,
+    sink_threshold: float,
+    device: torch.device,
+) -> StreamPair:
+    """Run both models on one batch and gather what probes see.
+
+    Raises:
+        ActivationError: if a residual stream holds NaN or infinity at a real token.
+    """
+    here = hooked.input_device(base)
+    tokens, real, bos = (x.to(here) for x in (batch.tokens, batch.real, batch.bos))
+    streams, big = [], []
+    for role, model in (("base", base), ("tuned", tuned)):
+        residuals = hooked.run_residuals(model, tokens, real.long())
+        _check_finite(role, residuals, real)
+        big.append(_exceeds_median(residuals, real, sink_threshold))
+        streams.append(
+            ModelStream(
+                residuals=residuals,
+                final_norm=partial(hooked.final_norm, model),
+                unembed=partial(hooked.unembed, model),
+                d_vocab=model.cfg.d_vocab,
+            )
+        )
+    return StreamPair(
+        base=streams[0],
+        tuned=streams[1],
+        tokens=tokens,
+        real=real,
+        bos=bos,
+        sinks=big[0] | big[1],
+        sample=TokenSample(batch.slot.to(here), batch.position.to(here)),
+        device=device,
+    )
+
+
+def _exceeds_median(
+    residuals: list[Float[Tensor, "batch pos d_model"]],
+    real: Bool[Tensor, "batch pos"],
+    threshold: float,
+) -> Bool[Tensor, "layer batch pos"]:
+    if threshold == 0:
+        return torch.zeros((len(residuals), *real.shape), dtype=torch.bool, device=real.device)
+    norms = torch.stack([torch.linalg.vector_norm(r.float(), dim=-1) for r in residuals])
+    median = stats.masked_median(norms, real.expand_as(norms))
+    return (norms > threshold * median[..., None]) & real
+
+
+def _check_finite(
+    role: str, residuals: list[Float[Tensor, "batch pos d_model"]], real: Bool[Tensor, "batch pos"]
+) -> None:
+    layer = hooked.first_bad_layer(residuals, real)
+    if layer is not None:
+        where = "its embedding" if layer == 0 else f"block {layer - 1} (layer {layer})"
+        raise ActivationError(
+            f"the {role} model's activations become NaN or infinite in {where}: check its "
+            "weights, or run it in float32 or bfloat16 (dtype=…)"
+        )
+
+
+def _check_memory(
+    spec: StreamSpec,
+    probes: Sequence[RunsInAPass],
+    corpus: Corpus,
+    options: PassOptions,
+    dtype: torch.dtype,
+) -> None:
+    sums = sum(int(_guarded(probe, "state_bytes", spec)) for probe in probes)
+    rows = min(options.batch_size, corpus.counts.n_sequences) * len(corpus.sequences[0])
+    streams = 2 * len(spec.layers) * rows * spec.d_model * dtype.itemsize
+    needed = sums + streams + 8 * LOGIT_CHUNK_BYTES
+    free = _free_bytes(spec.device)
+    if needed > free:
+        raise ResourceError(
+            f"this comparison needs about {needed / 2**30:.1f} GiB ({sums / 2**30:.1f} for the "
+            f"probes' sums, {streams / 2**30:.1f} for a batch) and {free / 2**30:.1f} GiB is "
+            "free: give probes fewer views or layers, e.g. ParticipationRatio(views=['raw']), "
+            "or lower batch_size"
+        )
+    if options.progress and needed > 2**30:
+        tqdm.write(
+            f"memory besides the weights: {sums / 2**30:.1f} GiB of sums, "
+            f"{streams / 2**30:.1f} GiB per batch"
+        )
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
+def _guarded(probe: RunsInAPass, step: str, *args: object) -> object:
+    """Run one step of a probe; whatever it raises names the probe."""
+    try:
+        return getattr(probe, step)(*args)
+    except (HyperlensError, torch.cuda.OutOfMemoryError):
+        raise
+    except Exception as error:
+        name = getattr(probe, "name", type(probe).__name__)
+        raise ProbeError(
+            f"probe {name!r} failed in {step}: {type(error).__name__}: {error}"
+        ) from error
