@@ -7,6 +7,9 @@ and correlation 1: each pair of terms that must cancel is computed by the same o
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
@@ -15,7 +18,7 @@ from torch import Tensor
 
 def row_dot(a: Float[Tensor, "n d"], b: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
     """Inner product of each row of `a` with the same row of `b`: float32 products, float64 out."""
-    return (a * b).sum(-1).to(torch.float64)
+    return _sum(a * b)
 
 
 def cosine(a: Float[Tensor, "n d"], b: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
@@ -63,22 +66,51 @@ def masked_median(
     return torch.where(count > 0, median, torch.nan).squeeze(-1)
 
 
-def entropies_and_kl(
+class LogitComparison(NamedTuple):
+    """Two rows of logits set against each other; entropies and divergence in nats.
+
+    Attributes:
+        base_winner, tuned_winner: the token each row puts first.
+        base_entropy, tuned_entropy: of the two softmaxes.
+        kl: KL(tuned ‖ base).
+    """
+
+    base_winner: Int[Tensor, " n"]
+    tuned_winner: Int[Tensor, " n"]
+    base_entropy: Float[Tensor, " n"]
+    tuned_entropy: Float[Tensor, " n"]
+    kl: Float[Tensor, " n"]
+
+
+def compare_logits(
     base: Float[Tensor, "n d_vocab"], tuned: Float[Tensor, "n d_vocab"]
-) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"], Float[Tensor, " n"]]:
-    """(H(base), H(tuned), KL(tuned ‖ base)) of the softmax of two rows of logits, in nats.
+) -> LogitComparison:
+    """Winners, entropies and divergence of two rows of logits.
 
     Logits are shifted by their maximum first, and KL is a weighted sum of logit *differences*, so
     that close distributions do not lose their small divergence to cancellation.
     """
-    base = base - base.max(-1, keepdim=True).values
-    tuned = tuned - tuned.max(-1, keepdim=True).values
+    base_max, base_winner = base.max(-1, keepdim=True)
+    tuned_max, tuned_winner = tuned.max(-1, keepdim=True)
+    # In place from here on, on copies of our own: a vocabulary is wide and memory is slow.
+    base, tuned = base - base_max, tuned - tuned_max
     base_weights, tuned_weights = base.exp(), tuned.exp()
-    base_z, tuned_z = (w.sum(-1).to(torch.float64) for w in (base_weights, tuned_weights))
-    base_entropy = base_z.log() - row_dot(base_weights, base) / base_z
-    tuned_entropy = tuned_z.log() - row_dot(tuned_weights, tuned) / tuned_z
-    kl = row_dot(tuned_weights, tuned - base) / tuned_z - (tuned_z.log() - base_z.log())
-    return base_entropy, tuned_entropy, kl.clamp_min(0.0)
+    base_z, tuned_z = _sum(base_weights), _sum(tuned_weights)
+    base_log_z, tuned_log_z = base_z.log(), tuned_z.log()
+    base_entropy = base_log_z - _sum(base_weights.mul_(base)) / base_z
+    tuned_entropy = tuned_log_z - _sum(tuned_weights * tuned) / tuned_z
+    gap = _sum(tuned_weights.mul_(tuned.sub_(base))) / tuned_z
+    return LogitComparison(
+        base_winner.squeeze(-1),
+        tuned_winner.squeeze(-1),
+        base_entropy,
+        tuned_entropy,
+        (gap - (tuned_log_z - base_log_z)).clamp_min(0.0),
+    )
+
+
+def _sum(x: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
+    return x.sum(-1).to(torch.float64)
 
 
 def rank_of(logits: Float[Tensor, "n d_vocab"], token: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
@@ -117,12 +149,19 @@ def _share_tied_ranks(ranks: Float[Tensor, "n d"], tied: Bool[Tensor, "n gaps"])
 
 
 def _sort_rows(x: Float[Tensor, "n d"]) -> tuple[Float[Tensor, "n d"], Int[Tensor, "n d"]]:
-    if x.device.type == "cpu":
-        # numpy's vectorised argsort is two to three times faster than torch's here.
-        order = np.argsort(x.numpy(), axis=-1)
-        return torch.from_numpy(np.take_along_axis(x.numpy(), order, -1)), torch.from_numpy(order)
-    ordered, order = x.sort(-1)
-    return ordered, order
+    if x.device.type != "cpu":
+        ordered, order = x.sort(-1)
+        return ordered, order
+    # numpy's vectorised argsort is several times faster than torch's sort here, and lets other
+    # threads run meanwhile.
+    rows = np.array_split(x.numpy(), min(torch.get_num_threads(), max(len(x), 1)))
+    with ThreadPoolExecutor(len(rows)) as pool:
+        orders = np.concatenate(list(pool.map(_argsort, rows)))
+    return x.gather(-1, torch.from_numpy(orders)), torch.from_numpy(orders)
+
+
+def _argsort(rows: np.ndarray) -> np.ndarray:
+    return np.argsort(rows, axis=-1)
 
 
 def spearman(a: Float[Tensor, "n d"], b: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:

@@ -50,22 +50,28 @@ class LogitLens(MeanProbe):
 
     def update(self, pair: StreamPair) -> None:
         """Read the lens at every layer, a few rows of logits at a time."""
-        self._winners = torch.cat([t.argmax(-1) for _, _, t in pair.logits(pair.n_layers)])
+        output = pair.n_layers
+        if output not in self.spec.resolve_layers(self.layers):
+            self._winners = torch.cat([t.argmax(-1) for _, _, t in pair.logits(output)])
         super().update(pair)
-        del self._winners
 
     def measure(self, pair: StreamPair, layer: int, view: View) -> dict[str, Float[Tensor, " n"]]:
         """Agreement, divergence and entropies of the two lenses; counts ranks on the way."""
         parts: dict[str, list[Tensor]] = defaultdict(list)
         for rows, base, tuned in pair.logits(layer):
-            base_entropy, tuned_entropy, kl = stats.entropies_and_kl(base, tuned)
-            parts["top1_agreement"].append((base.argmax(-1) == tuned.argmax(-1)).double())
-            parts["kl"].append(kl)
-            parts["base_entropy"].append(base_entropy)
-            parts["tuned_entropy"].append(tuned_entropy)
-            parts["rank"].append(stats.rank_of(base, self._winners[rows]))
+            seen = stats.compare_logits(base, tuned)
+            # At the output, which is read first, the tuned lens's winner is the final one.
+            final = seen.tuned_winner if layer == pair.n_layers else self._winners[rows]
+            parts["rank"].append(stats.rank_of(base, final))
+            parts["winner"].append(seen.tuned_winner)
+            parts["top1_agreement"].append((seen.base_winner == seen.tuned_winner).double())
+            parts["kl"].append(seen.kl)
+            parts["base_entropy"].append(seen.base_entropy)
+            parts["tuned_entropy"].append(seen.tuned_entropy)
         measured = {name: torch.cat(values) for name, values in parts.items()}
-        self._count_ranks(pair, layer, measured.pop("rank"))
+        if layer == pair.n_layers:
+            self._winners = measured["winner"]
+        self._count_ranks(pair, layer, measured["rank"])
         return measured
 
     def _count_ranks(self, pair: StreamPair, layer: int, rank: Int[Tensor, " n"]) -> None:

@@ -1,0 +1,64 @@
+"""The script people write by hand to compare two models: the yardstick of compare_speed.py.
+
+Straightforward and correct, written the way notebooks have it: ask for all hidden states, keep
+them, then loop over layers with numpy. Only what `compare_models` reports is computed, and in
+one view of the three (hidden states as Hugging Face returns them), without intervals.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from scipy.stats import spearmanr
+
+
+def hidden_states(model, tokens, batch_size=8):
+    """All hidden states of all texts: [layers, n_tokens, d_model] as numpy."""
+    kept = []
+    with torch.no_grad():
+        for start in range(0, len(tokens), batch_size):
+            output = model(tokens[start : start + batch_size], output_hidden_states=True)
+            kept.append(torch.stack(output.hidden_states).flatten(1, 2).numpy())
+    return np.concatenate(kept, axis=1)
+
+
+def participation_ratio(x):
+    """From the eigenvalues of the covariance."""
+    eigenvalues = np.linalg.eigvalsh(np.cov(x.T))
+    return eigenvalues.sum() ** 2 / (eigenvalues**2).sum()
+
+
+def lens(model, x, is_last):
+    """Log-probabilities of the logit lens; hidden_states[-1] is already normed."""
+    with torch.no_grad():
+        h = torch.from_numpy(x)
+        h = h if is_last else model.model.norm(h)
+        return torch.log_softmax(model.lm_head(h), dim=-1).numpy()
+
+
+def compare(base, tuned, tokens):
+    """Every statistic per layer, as a list of dicts."""
+    hidden = [hidden_states(model, tokens) for model in (base, tuned)]
+    n_layers = hidden[0].shape[0]
+    final = lens(tuned, hidden[1][-1], True).argmax(-1)
+    rows = []
+    for layer in range(n_layers):
+        a, b = hidden[0][layer], hidden[1][layer]
+        norms = np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=1)
+        log_a = lens(base, a, layer == n_layers - 1)
+        log_b = lens(tuned, b, layer == n_layers - 1)
+        ranks = np.argsort(np.argsort(-log_a, axis=1), axis=1)
+        rows.append(
+            {
+                "cosine": ((a * b).sum(1) / (norms[0] * norms[1])).mean(),
+                "l2": np.linalg.norm(b - a, axis=1).mean(),
+                "delta": participation_ratio(b) - participation_ratio(a),
+                "kl": (np.exp(log_b) * (log_b - log_a)).sum(1).mean(),
+                "base_entropy": -(np.exp(log_a) * log_a).sum(1).mean(),
+                "tuned_entropy": -(np.exp(log_b) * log_b).sum(1).mean(),
+                "top1_agreement": (log_a.argmax(1) == log_b.argmax(1)).mean(),
+                "median_base_rank": np.median(ranks[np.arange(len(final)), final] + 1),
+            }
+        )
+    correlations = [spearmanr(x, y).statistic for x, y in zip(log_a, log_b, strict=True)]
+    return rows, float(np.mean(correlations))
