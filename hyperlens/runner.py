@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import psutil
 import torch
@@ -17,10 +17,8 @@ from . import hooked, stats
 from .corpus import Batch, Corpus, PaddingSide
 from .errors import ActivationError, HyperlensError, ProbeError, ResourceError
 from .hooked import HookedModel
+from .results import ProbeResult
 from .streams import LOGIT_CHUNK_BYTES, ModelStream, StreamPair, StreamSpec, TokenSample
-
-if TYPE_CHECKING:
-    from .results import ProbeResult
 
 # Tokens are kept for intervals in at most this many bytes per layer, view and model, or in as
 # many as the moments of that stream take.
@@ -29,6 +27,7 @@ MAX_SAMPLED_SEQUENCES = 128
 MAX_SAMPLED_TOKENS = 8192
 
 
+@runtime_checkable
 class RunsInAPass(Protocol):
     """What the pass asks of a probe."""
 
@@ -234,7 +233,7 @@ def _free_bytes(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def _guarded(probe: RunsInAPass, step: str, *args: object) -> object:
+def _guarded(probe: RunsInAPass, step: str, *args: Any) -> Any:
     """Run one step of a probe; whatever it raises names the probe."""
     try:
         return getattr(probe, step)(*args)

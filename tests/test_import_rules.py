@@ -37,9 +37,11 @@ ALLOWED: dict[str, set[str]] = {
     "parity": {"errors", "hooked"},
     "loading": {"errors", "hooked", "residual", "discovery", "parity", "shells", "sources"},
     # text, and the one pass over it
-    "texts": {"errors"},
+    "pairing": {"errors", "hooked", "loading", "shells", "sources"},
+    "fingerprint": set(),
+    "texts": {"errors", "sources"},
     "corpus": {"errors", "texts"},
-    "runner": {"errors", "hooked", "streams", "corpus"},
+    "runner": {"errors", "hooked", "streams", "corpus", "results", "stats"},
     "probes": {"errors", "streams", "results", *MATHS},
     # making fine-tuned models; never sees a probe
     "training": {"errors", "files", "texts", "corpus", "loading", "sources", "hooked"},
