@@ -171,7 +171,9 @@ def _meta(
             "bos": corpus.counts.n_bos,
             "sinks_per_layer": list(outcome.sinks_per_layer),
         },
-        "probes": {probe.name: json.loads(json.dumps(probe.options(), default=str)) for probe in probes},
+        "probes": {
+            probe.name: json.loads(json.dumps(probe.options(), default=str)) for probe in probes
+        },
         "versions": versions(),
     }
 

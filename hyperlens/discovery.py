@@ -51,15 +51,15 @@ def first_tensor(value: Any) -> Tensor | None:
     return None
 
 
-def dissect(model: nn.Module) -> Anatomy:
+def dissect(model: Any) -> Anatomy:
     """Run four tokens through a Hugging Face causal LM (or PeftModel) and read its anatomy.
 
     Raises:
         LoadingError: if no stack of blocks, or no path from it to the logits, is found.
     """
     plain = model.get_base_model() if hasattr(model, "get_base_model") else model
-    config = plain.config.get_text_config()  # type: ignore[union-attr,operator]
-    head = plain.get_output_embeddings()  # type: ignore[operator]
+    config = plain.config.get_text_config()
+    head = plain.get_output_embeddings()
     kind = type(plain).__name__
     if head is None:
         raise LoadingError(f"{kind} has no unembedding (output embeddings): not a language model")
@@ -85,7 +85,7 @@ def dissect(model: nn.Module) -> Anatomy:
     )
 
 
-def _trace(model: nn.Module) -> tuple[list[_Call], Float[Tensor, "batch pos d_vocab"]]:
+def _trace(model: Any) -> tuple[list[_Call], Float[Tensor, "batch pos d_vocab"]]:
     calls: list[_Call] = []
 
     def record(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -94,7 +94,7 @@ def _trace(model: nn.Module) -> tuple[list[_Call], Float[Tensor, "batch pos d_vo
 
     handles = [m.register_forward_hook(record, with_kwargs=True) for m in model.modules()]
     try:
-        weight = model.get_input_embeddings().weight  # type: ignore[operator]
+        weight = model.get_input_embeddings().weight
         tokens = torch.arange(4, device=weight.device)[None] % weight.shape[0]
         with torch.no_grad():
             output = model(input_ids=tokens, use_cache=False)

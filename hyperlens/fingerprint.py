@@ -23,9 +23,9 @@ def weights_sha256(model: nn.Module) -> str:
 
 
 def _tensor_digest(name: str, tensor: Tensor) -> bytes:
-    data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
     header = f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode()
-    return hashlib.sha256(header + hashlib.sha256(memoryview(data)).digest()).digest()
+    return hashlib.sha256(header + hashlib.sha256(data).digest()).digest()
 
 
 def versions() -> dict[str, str]:

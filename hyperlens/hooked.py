@@ -53,7 +53,10 @@ class HookedConfig(Protocol):
 class HookedModel(Protocol):
     """What hyperlens asks of a hooked model."""
 
-    cfg: Any
+    @property
+    def cfg(self) -> Any:
+        """Sizes, dtype, device: see `HookedConfig`."""
+
     blocks: Any
     ln_final: Any
     unembed: Any
@@ -107,10 +110,10 @@ def run_logits(
     fwd_hooks: list[tuple[str, Callable[..., Any]]] | None = None,
 ) -> Float[Tensor, "batch pos d_vocab"]:
     """The model's own logits (soft cap included), whatever its class."""
-    logits = model.run_with_hooks(
+    logits: Tensor = model.run_with_hooks(
         tokens, attention_mask=attention_mask, return_type="logits", fwd_hooks=fwd_hooks or []
     )
-    return logits  # type: ignore[no-any-return]
+    return logits
 
 
 def run_residuals(
@@ -136,19 +139,21 @@ def run_residuals(
 
 def final_norm(model: HookedModel, x: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_model"]:
     """The model's own final norm, applied to residual vectors."""
-    return model.ln_final(x[:, None])[:, 0]  # type: ignore[no-any-return]
+    normed: Tensor = model.ln_final(x[:, None])[:, 0]
+    return normed
 
 
 def unembed(model: HookedModel, x: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_vocab"]:
     """Logits of final-normed vectors; TransformerLens leaves the soft cap to the caller."""
-    logits = model.unembed(x[:, None])[:, 0]
+    logits: Tensor = model.unembed(x[:, None])[:, 0]
     cap = getattr(model.cfg, "output_logits_soft_cap", None)
     return cap * torch.tanh(logits / cap) if cap is not None and cap > 0 else logits
 
 
 def input_device(model: HookedModel) -> torch.device:
     """Where token ids must live."""
-    return next(model.parameters()).device  # type: ignore[attr-defined,no-any-return]
+    device: torch.device = next(model.parameters()).device  # type: ignore[attr-defined]
+    return device
 
 
 def first_bad_layer(

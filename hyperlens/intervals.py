@@ -1,4 +1,4 @@
-"""95% confidence intervals over whole sequences, because tokens of one sequence are not independent.
+"""95% confidence intervals over whole sequences: tokens of one sequence are not independent.
 
 Means are ratios of per-sequence sums, so their intervals need only the sums' second moments.
 The participation ratio's interval comes from a fixed sample of tokens: see `ratio_influence`.
@@ -6,6 +6,7 @@ The participation ratio's interval comes from a fixed sample of tokens: see `rat
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -147,7 +148,8 @@ def influence_half_width(
     covariance = float((products * weight).sum() / weight.sum().clamp_min(1.0))
     variance = (n * token_variance + (sample.sum_nn - n) * max(covariance, 0.0)) / n**2
     # (S / (S - 1))² as in the jackknife: a sequence weighs on the estimate it is compared with.
-    return t_factor(n_used) * max(variance, 0.0) ** 0.5 * n_used / (n_used - 1)
+    spread = math.sqrt(max(variance, 0.0))
+    return t_factor(n_used) * spread * n_used / (n_used - 1)
 
 
 def quantile_interval(
@@ -177,4 +179,3 @@ def quantile_interval(
     low = value_at((probability - half_width) * total)
     high = value_at((probability + half_width) * total)
     return value, min(low, value), max(high, value)
-

@@ -209,5 +209,3 @@ def _hooked_transformer(opened: Opened) -> HookedModel:
     model = model.to(weight.device).eval()
     model.tokenizer = opened.tokenizer
     return model  # type: ignore[no-any-return]
-
-

@@ -56,9 +56,7 @@ def open_pair(
         )
     # A hooked model given on one side decides how the other is hooked.
     chosen = next((kind for kind in kinds if kind is not None), backend)
-    pair = ModelPair(
-        hook(first, chosen), hook(second, chosen), first.notes + second.notes + notes
-    )
+    pair = ModelPair(hook(first, chosen), hook(second, chosen), first.notes + second.notes + notes)
     _check_sizes(pair)
     return pair
 
@@ -91,11 +89,13 @@ def _aligned(first: Opened, second: Opened) -> tuple[Opened, Opened, tuple[str, 
 
 
 def _dtype(opened: Opened) -> torch.dtype:
-    return next(p.dtype for p in opened.model.parameters() if p.is_floating_point())
+    dtype: torch.dtype = next(p.dtype for p in opened.model.parameters() if p.is_floating_point())
+    return dtype
 
 
 def _device(opened: Opened) -> torch.device:
-    return next(opened.model.parameters()).device  # type: ignore[no-any-return]
+    device: torch.device = next(opened.model.parameters()).device
+    return device
 
 
 def _check_sizes(pair: ModelPair) -> None:
@@ -151,6 +151,7 @@ def check_tokenizers(pair: ModelPair, texts: list[str]) -> tuple[str, ...]:
         )
     if only[1]:
         return (
-            f"the tuned tokenizer adds {len(only[1])} tokens ({only[1][0]!r}, …); the base's is used",
+            f"the tuned tokenizer adds {len(only[1])} tokens ({only[1][0]!r}, …): "
+            "the base's is used",
         )
     return ()

@@ -63,7 +63,10 @@ def _plain(
     plain: Any, tokens: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch pos"]
 ) -> Float[Tensor, "batch pos d_vocab"]:
     """Logits of the plain model, each sequence alone and unpadded: nothing to get wrong."""
-    rows = [plain(input_ids=t[m.bool()][None], use_cache=False).logits[0] for t, m in zip(tokens, mask, strict=True)]
+    rows = [
+        plain(input_ids=t[m.bool()][None], use_cache=False).logits[0]
+        for t, m in zip(tokens, mask, strict=True)
+    ]
     return _back_in_place(rows, mask)
 
 

@@ -53,11 +53,11 @@ class ScaledUnembed(nn.Module):
         self.scale = scale
 
     def forward(self, x: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_vocab"]:
-        logits = self.head(x)
-        return logits if self.scale == 1.0 else logits * self.scale  # type: ignore[no-any-return]
+        logits: Tensor = self.head(x)
+        return logits if self.scale == 1.0 else logits * self.scale
 
 
-class ResidualModel(HookedRootModule):  # type: ignore[misc]
+class ResidualModel(HookedRootModule):
     """A Hugging Face causal LM (or PeftModel) with hooks on its residual stream.
 
     Blocks run as they are, so attention is whatever the model uses (SDPA, flash, eager) and
@@ -70,34 +70,35 @@ class ResidualModel(HookedRootModule):  # type: ignore[misc]
         tokenizer: used when strings are passed instead of token ids.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Any = None) -> None:
+    def __init__(self, model: Any, tokenizer: Any = None) -> None:
         super().__init__()
         self.anatomy: Anatomy = dissect(model)
         self.blocks = nn.ModuleList(ResidualBlock() for _ in self.anatomy.blocks)
         self.setup()
         # After setup, which would otherwise write a `name` into every module of the model.
-        self.model = model
+        self.model: Any = model
         self.ln_final = self.anatomy.final_norm
         self.unembed = ScaledUnembed(self.anatomy.head, self.anatomy.logit_scale)
         self.tokenizer = tokenizer
         plain = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self._accepts = frozenset(inspect.signature(plain.forward).parameters)  # type: ignore[union-attr]
-        self._config = plain.config
+        self._accepts = frozenset(inspect.signature(plain.forward).parameters)
+        self._config: Any = plain.config
 
     @property
     def cfg(self) -> ResidualConfig:
         """Sizes, dtype and device of the model as it is now."""
-        text = self._config.get_text_config()  # type: ignore[union-attr,operator]
+        text = self._config.get_text_config()
+        head: Any = self.anatomy.head
         weight = next(p for p in self.model.parameters() if p.is_floating_point())
         return ResidualConfig(
             n_layers=len(self.blocks),
             d_model=text.hidden_size,
-            d_vocab=self.anatomy.head.weight.shape[0],  # type: ignore[arg-type]
+            d_vocab=head.weight.shape[0],
             n_ctx=getattr(text, "max_position_embeddings", 0) or 0,
             dtype=weight.dtype,
             device=weight.device,
             output_logits_soft_cap=self.anatomy.soft_cap,
-            model_name=getattr(self._config, "_name_or_path", "") or type(self.model).__name__,  # type: ignore[arg-type]
+            model_name=getattr(self._config, "_name_or_path", "") or type(self.model).__name__,
         )
 
     def forward(
@@ -144,9 +145,7 @@ class ResidualModel(HookedRootModule):  # type: ignore[misc]
         try:
             for block, points in zip(self.anatomy.blocks, self.blocks, strict=True):
                 before, after = getattr(points, RESID_PRE), getattr(points, RESID_POST)
-                handles.append(
-                    block.register_forward_pre_hook(_entering(before), with_kwargs=True)
-                )
+                handles.append(block.register_forward_pre_hook(_entering(before), with_kwargs=True))
                 handles.append(block.register_forward_hook(_leaving(after)))
             yield
         finally:

@@ -31,7 +31,9 @@ MAX_SAMPLED_TOKENS = 8192
 class RunsInAPass(Protocol):
     """What the pass asks of a probe."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What its rows are called."""
 
     def open(self, spec: StreamSpec) -> None:
         """Allocate."""

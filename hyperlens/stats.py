@@ -143,7 +143,9 @@ def _share_tied_ranks(ranks: Float[Tensor, "n d"], tied: Bool[Tensor, "n gaps"])
     starts_run[1:] = (row[1:] != row[:-1]) | (gap[1:] != gap[:-1] + 1)
     run = starts_run.cumsum(0) - 1
     first, gaps = gap[starts_run], torch.bincount(run)
-    shared = (first + 1 + gaps / 2).to(ranks.dtype)  # a run of g gaps joins ranks first+1..first+1+g
+    shared = (first + 1 + gaps / 2).to(
+        ranks.dtype
+    )  # a run of g gaps joins ranks first+1..first+1+g
     ranks[row, gap + 1] = shared[run]
     ranks[row[starts_run], first] = shared
 

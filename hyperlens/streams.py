@@ -188,9 +188,7 @@ class StreamPair:
 
     def logits(
         self, layer: int
-    ) -> Iterator[
-        tuple[slice, Float[Tensor, "chunk d_vocab"], Float[Tensor, "chunk d_vocab"]]
-    ]:
+    ) -> Iterator[tuple[slice, Float[Tensor, "chunk d_vocab"], Float[Tensor, "chunk d_vocab"]]]:
         """Logit lens of both models over the `decisions` tokens, a few rows at a time.
 
         Yields (rows, base logits, tuned logits), `rows` being the slice of the set's tokens.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import cast
 
 from ..results import ProbeResult
 from ..streams import StreamPair, StreamSpec, TokenSet
@@ -53,8 +54,8 @@ class ArtefactAudit(Probe):
     def merge(self, other: Probe) -> None:
         """Merge part by part."""
         self._check_mergeable(other)
-        assert isinstance(other, ArtefactAudit)
-        for (_, part), (_, theirs) in zip(self._parts, other._parts, strict=True):
+        parts = cast(ArtefactAudit, other)._parts
+        for (_, part), (_, theirs) in zip(self._parts, parts, strict=True):
             part.merge(theirs)
 
     def all_reduce(self) -> None:

@@ -45,7 +45,9 @@ class MeanProbe(Probe):
             self.token_set = token_set
 
     @abstractmethod
-    def measure(self, pair: StreamPair, layer: int, view: View) -> Mapping[str, Float[Tensor, " n"]]:
+    def measure(
+        self, pair: StreamPair, layer: int, view: View
+    ) -> Mapping[str, Float[Tensor, " n"]]:
         """One number per counted token for each metric, at one layer in one view."""
 
     def sum_shapes(self, spec: StreamSpec) -> dict[str, tuple[int, ...]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
+from typing import cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -113,10 +114,9 @@ class ParticipationRatio(Probe):
     def merge(self, other: Probe) -> None:
         """Add another shard's sums, first moved to this shard's origin (exact algebra)."""
         self._check_mergeable(other)
-        assert isinstance(other, ParticipationRatio)
         if not bool(self.sums["n"].any()):
             self.sums["origin"].copy_(other.sums["origin"])
-        moved = other._about(self.sums["origin"])
+        moved = cast(ParticipationRatio, other)._about(self.sums["origin"])
         for name, value in moved.items():
             if name != "origin":
                 self.sums[name] += value
@@ -217,9 +217,7 @@ def _ends(centre: float, half_width: float, relative: bool) -> tuple[float, floa
 def _sampled_places(
     pair: StreamPair, mask: Bool[Tensor, "batch pos"]
 ) -> (
-    tuple[
-        Int[Tensor, " chosen"], Bool[Tensor, "chosen sampled"], Int[Tensor, "chosen sampled"]
-    ]
+    tuple[Int[Tensor, " chosen"], Bool[Tensor, "chosen sampled"], Int[Tensor, "chosen sampled"]]
     | None
 ):
     """(slot, valid, row among the counted tokens) of the batch's sampled tokens, if any."""
