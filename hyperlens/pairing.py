@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
+from .adapters import ADAPTER_CONFIG
 from .errors import PairError
 from .hooked import Backend, backend_of
 from .loading import Loaded, check_backend, hook, parse_device, parse_dtype
 from .shells import converted, plain_model
-from .sources import ADAPTER_CONFIG, Opened, open_source
+from .sources import Opened, open_source
 
 
 @dataclass(frozen=True)

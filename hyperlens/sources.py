@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,12 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from .adapters import ADAPTER_CONFIG, check_adapter_kind, named_base, put_on, read_adapter_config
 from .errors import LoadingError, PairError
 from .hooked import backend_of
+from .hub import HUB_ID, first_line
 from .shells import converted, is_peft, plain_model, shell_of
-
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-ADAPTER_CONFIG = "adapter_config.json"
+from .tokenizers import read_tokenizer, tokenizer_of_object
 
 
 @dataclass(frozen=True)
@@ -116,7 +114,7 @@ def _open_object(
     model: nn.Module, device: torch.device | None, dtype: torch.dtype | None
 ) -> Opened:
     if backend_of(model) is not None:
-        name = getattr(model.cfg, "model_name", None) or type(model).__name__  # type: ignore[union-attr]
+        name = getattr(model.cfg, "model_name", None) or type(model).__name__
         return Opened(model, getattr(model, "tokenizer", None), str(name), "hooked")
     if not hasattr(plain_model(model), "config"):
         raise LoadingError(
@@ -126,9 +124,9 @@ def _open_object(
     config = plain_model(model).config
     _check_causal(config, type(plain_model(model)).__name__)
     if is_peft(model):
-        _check_adapter_kind(model)
+        check_adapter_kind(model)
     name = getattr(config, "_name_or_path", "") or type(plain_model(model)).__name__
-    tokenizer = getattr(model, "tokenizer", None) or _local_tokenizer(name)
+    tokenizer = getattr(model, "tokenizer", None) or tokenizer_of_object(name)
     return Opened(converted(shell_of(model), device, dtype), tokenizer, name, "object")
 
 
@@ -137,17 +135,21 @@ def _from_pretrained(
 ) -> Opened:
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    loaded: Any
     with _readable_errors(name, kind):
-        config = AutoConfig.from_pretrained(name)
+        # Without code from a checkpoint, which would be asked about on the terminal.
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         _check_causal(config, name)
         with _quiet_loading():
-            model, info = AutoModelForCausalLM.from_pretrained(
+            loaded = AutoModelForCausalLM.from_pretrained(
                 name,
                 config=config,
                 dtype="auto" if dtype is None else dtype,
+                trust_remote_code=False,
                 use_safetensors=True,
                 output_loading_info=True,
             )
+    model, info = loaded
     missing = sorted(info["missing_keys"])
     if missing:
         raise LoadingError(
@@ -155,12 +157,12 @@ def _from_pretrained(
             f"({', '.join(missing[:3])}{', …' if len(missing) > 3 else ''}); they would be "
             "random: save the whole model again"
         )
-    notes = ()
+    notes: tuple[str, ...] = ()
     if info["unexpected_keys"]:
         keys = sorted(info["unexpected_keys"])
         notes = (f"{name}: {len(keys)} weights of the checkpoint are not used ({keys[0]}, …)",)
     model = converted(model.eval(), device or best_device(), None)
-    return Opened(model, _tokenizer(name, local=kind == "folder"), name, kind, notes)
+    return Opened(model, read_tokenizer(name, local=kind == "folder"), name, kind, notes)
 
 
 def _open_adapter(
@@ -169,31 +171,14 @@ def _open_adapter(
     device: torch.device | None,
     dtype: torch.dtype | None,
 ) -> Opened:
-    from peft import PeftModel, get_peft_model_state_dict
-    from safetensors import safe_open
-
-    try:
-        config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise LoadingError(f"{folder / ADAPTER_CONFIG} is not readable JSON: {error}") from None
-    weights = folder / "adapter_model.safetensors"
-    if not weights.exists():
-        raise LoadingError(
-            f"{folder} has no adapter_model.safetensors: expected an adapter folder written by "
-            "PEFT's save_pretrained (pickled adapters are not loaded)"
-        )
+    config = read_adapter_config(folder)
     named = config.get("base_model_name_or_path")
     notes: tuple[str, ...] = ()
     if base is None:
-        if not named:
-            raise LoadingError(
-                f"{folder / ADAPTER_CONFIG} names no base model: give the base yourself"
-            )
-        beside = folder / named
-        found = beside if not Path(named).is_absolute() and beside.is_dir() else named
-        base = open_source(
-            Path(found) if Path(found).is_absolute() else found, device=device, dtype=dtype
-        )
+        try:
+            base = open_source(named_base(folder, config), device=device, dtype=dtype)
+        except LoadingError as error:
+            raise LoadingError(f"adapter {folder}, its base: {error}") from error
     elif named and named != base.name:
         notes = (f"adapter {folder.name} names {named} as its base; it was put on {base.name}",)
     if is_peft(base.model) or backend_of(base.model) is not None:
@@ -201,33 +186,9 @@ def _open_adapter(
             f"adapter {folder} needs a plain Hugging Face base, got {type(base.model).__name__}: "
             "give the base as a folder, hub id or PreTrainedModel"
         )
-    misfit = PairError(
-        f"adapter {folder} does not fit {base.name}: it was made for "
-        f"{named or 'another base'}; give that base"
-    )
-    try:
-        with safe_open(weights, framework="pt") as file:
-            stored = set(file.keys())
-        model = PeftModel.from_pretrained(shell_of(base.model), str(folder)).eval()
-        expected = set(get_peft_model_state_dict(model))
-    except (RuntimeError, ValueError, KeyError) as error:
-        misfit.add_note(str(error))
-        raise misfit from error
-    except Exception as error:
-        raise LoadingError(f"cannot read the adapter {folder}: {_first_line(error)}") from error
-    _check_adapter_kind(model)
-    if stored != expected:
-        raise misfit
-    tokenizer = _tokenizer(str(folder), local=True) or base.tokenizer
+    model = put_on(base.model, base.name, folder, named)
+    tokenizer = read_tokenizer(str(folder), local=True) or base.tokenizer
     return Opened(converted(model, device, dtype), tokenizer, str(folder), "adapter", notes)
-
-
-def _check_adapter_kind(model: Any) -> None:
-    if any(config.is_prompt_learning for config in model.peft_config.values()):
-        raise LoadingError(
-            "prompt-learning adapters (prompt, prefix or P-tuning) add positions rather than "
-            "change weights, so streams cannot be compared token by token: not supported"
-        )
 
 
 def _check_causal(config: Any, name: str) -> None:
@@ -243,34 +204,6 @@ def _check_causal(config: Any, name: str) -> None:
         )
 
 
-def _tokenizer(name: str, local: bool) -> Any:
-    from transformers import AutoTokenizer
-
-    if local and not any((Path(name) / f).exists() for f in TOKENIZER_FILES):
-        return None
-    try:
-        return AutoTokenizer.from_pretrained(name, local_files_only=local)
-    except Exception as error:
-        raise LoadingError(f"cannot read the tokenizer of {name}: {_first_line(error)}") from error
-
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
-
-
-def _local_tokenizer(name: str) -> Any:
-    """The tokenizer of an object's name, from a folder or the local cache; never the network."""
-    if not name:
-        return None
-    if Path(name).is_dir():
-        return _tokenizer(name, local=True)
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(name, local_files_only=True)
-    except Exception:
-        return None
-
-
 @contextmanager
 def _readable_errors(name: str, kind: str) -> Iterator[None]:
     """Turn the many errors of loading into one line that says what to do."""
@@ -282,14 +215,14 @@ def _readable_errors(name: str, kind: str) -> Iterator[None]:
         raise
     except SafetensorError as error:
         raise LoadingError(
-            f"the safetensors of {name} are corrupt ({_first_line(error)}): copy or download "
+            f"the safetensors of {name} are corrupt ({first_line(error)}): copy or download "
             "them again"
         ) from error
     except Exception as error:
         where = "and the model hub has none or cannot be reached" if kind == "hub" else ""
-        message = f"cannot load {name}: {_first_line(error)}"
+        message = f"cannot load {name}: {first_line(error)}"
         if where:
-            message = f"no model {name}: there is no such folder {where} ({_first_line(error)})"
+            message = f"no model {name}: there is no such folder {where} ({first_line(error)})"
         raise LoadingError(message) from error
 
 
@@ -305,8 +238,3 @@ def _quiet_loading() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:300]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import CorpusError
-from .sources import HUB_ID
+from .hub import HUB_ID
 
 READERS = (".txt", ".jsonl", ".csv", ".parquet")
 COLUMN = "text"
@@ -102,7 +102,9 @@ def _file(path: Path, column: str | None) -> Iterator[str]:
 
 
 def _paragraphs(text: str) -> list[str]:
-    blocks = [block.strip() for block in "\n".join(map(str.rstrip, text.splitlines())).split("\n\n")]
+    blocks = [
+        block.strip() for block in "\n".join(map(str.rstrip, text.splitlines())).split("\n\n")
+    ]
     texts = [block for block in blocks if block]
     return texts if len(texts) > 1 else [line for line in text.splitlines() if line.strip()]
 
@@ -123,7 +125,9 @@ def _jsonl(path: Path, column: str | None) -> list[str]:
     if not records:
         return []
     chosen = _choose_column({k for k, v in records[0].items() if isinstance(v, str)}, column, path)
-    missing = next((i for i, r in enumerate(records, 1) if not isinstance(r.get(chosen), str)), None)
+    missing = next(
+        (i for i, r in enumerate(records, 1) if not isinstance(r.get(chosen), str)), None
+    )
     if missing is not None:
         raise CorpusError(f"{path}, record {missing} has no string in {chosen!r}")
     return [record[chosen] for record in records]

@@ -1,0 +1,121 @@
+"""PEFT adapter folders: what they hold, which base they name, and whether they fit a base."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+from .errors import LoadingError, PairError
+from .hub import first_line
+from .shells import shell_of
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
+
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """The configuration of an adapter folder that can be loaded.
+
+    Raises:
+        LoadingError: if it is unreadable, or there are no safe weights beside it.
+    """
+    path = folder / ADAPTER_CONFIG
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise LoadingError(
+            f"{path} is not readable JSON ({first_line(error)}): save the adapter again"
+        ) from None
+    if not isinstance(config, dict):
+        raise LoadingError(f"{path} holds no adapter configuration: save the adapter again")
+    if not (folder / ADAPTER_WEIGHTS).exists():
+        raise LoadingError(
+            f"{folder} has no {ADAPTER_WEIGHTS}: expected an adapter folder written by PEFT's "
+            "save_pretrained (pickled adapters are not loaded)"
+        )
+    return config
+
+
+def named_base(folder: Path, config: dict[str, Any]) -> str | Path:
+    """Where the base that an adapter names is: beside the adapter, a folder, or a hub id.
+
+    Raises:
+        LoadingError: if it names none.
+    """
+    named = config.get("base_model_name_or_path")
+    if not named:
+        raise LoadingError(
+            f"{folder / ADAPTER_CONFIG} names no base model: give the base yourself, as "
+            "compare_models(base, adapter, …) does"
+        )
+    path = Path(named)
+    if path.is_absolute():
+        return path
+    return folder / named if (folder / named).is_dir() else str(named)
+
+
+def put_on(base: Any, base_name: str, folder: Path, named: str | None) -> Any:
+    """A PeftModel of an adapter folder over a shell of the base, unmerged.
+
+    Args:
+        base: plain Hugging Face model, left as it is.
+        base_name: how to call it in errors.
+        folder: adapter folder whose configuration has been read.
+        named: the base that the adapter itself names.
+
+    Raises:
+        LoadingError: if the adapter cannot be read, or is of a kind that cannot be compared.
+        PairError: if it does not fit the base.
+    """
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors import SafetensorError, safe_open
+
+    misfit = PairError(
+        f"adapter {folder} does not fit {base_name}: it was made for "
+        f"{named or 'another base'}; give that base"
+    )
+    try:
+        with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
+            stored = set(file.keys())
+        with warnings.catch_warnings():
+            # Keys that do not match are an error here, not a warning.
+            warnings.simplefilter("ignore")
+            model = PeftModel.from_pretrained(shell_of(base), str(folder)).eval()
+            check_adapter_kind(model)
+            # Told not to look for resized embeddings, peft does not ask the hub about the base.
+            expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    except (LoadingError, PairError):
+        raise
+    except SafetensorError as error:
+        raise LoadingError(
+            f"the adapter weights in {folder} are corrupt ({first_line(error)}): copy or "
+            "download them again"
+        ) from error
+    except (RuntimeError, ValueError, KeyError) as error:
+        misfit.add_note(str(error))
+        raise misfit from error
+    except Exception as error:
+        raise LoadingError(
+            f"cannot read the adapter {folder} ({first_line(error)}): save it again with PEFT's "
+            "save_pretrained"
+        ) from error
+    # Whole embeddings may be stored beside the adapter's own weights.
+    if expected - stored or stored - expected - set(model.state_dict()):
+        raise misfit
+    return model
+
+
+def check_adapter_kind(model: Any) -> None:
+    """Refuse adapters that add positions.
+
+    Raises:
+        LoadingError: if a PeftModel holds one.
+    """
+    if any(config.is_prompt_learning for config in model.peft_config.values()):
+        raise LoadingError(
+            "prompt-learning adapters (prompt, prefix or P-tuning) add positions rather than "
+            "change weights, so streams cannot be compared token by token: give an adapter that "
+            "changes weights, such as LoRA"
+        )
