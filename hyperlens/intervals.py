@@ -30,10 +30,10 @@ def t_factor(n_sequences: float) -> float:
 def mean_half_width(
     n_sequences: float,
     value: Float[Tensor, "*sets"],
-    tokens: Float[Tensor, "*sets"],
-    sum_yy: Float[Tensor, "*sets"],
-    sum_yn: Float[Tensor, "*sets"],
-    sum_nn: Float[Tensor, "*sets"],
+    tokens: Float[Tensor, "*#sets"],
+    sum_yy: Float[Tensor, "*#sets"],
+    sum_yn: Float[Tensor, "*#sets"],
+    sum_nn: Float[Tensor, "*#sets"],
 ) -> Float[Tensor, "*sets"]:
     """Half width of the interval of `value` = Σy / Σn, y and n being per-sequence sums.
 

@@ -54,6 +54,7 @@ class LogitLens(MeanProbe):
         if output not in self.spec.resolve_layers(self.layers):
             self._winners = torch.cat([t.argmax(-1) for _, _, t in pair.logits(output)])
         super().update(pair)
+        del self._winners
 
     def measure(self, pair: StreamPair, layer: int, view: View) -> dict[str, Float[Tensor, " n"]]:
         """Agreement, divergence and entropies of the two lenses; counts ranks on the way."""
@@ -69,9 +70,10 @@ class LogitLens(MeanProbe):
             parts["base_entropy"].append(seen.base_entropy)
             parts["tuned_entropy"].append(seen.tuned_entropy)
         measured = {name: torch.cat(values) for name, values in parts.items()}
+        winner = measured.pop("winner")
         if layer == pair.n_layers:
-            self._winners = measured["winner"]
-        self._count_ranks(pair, layer, measured["rank"])
+            self._winners = winner
+        self._count_ranks(pair, layer, measured.pop("rank"))
         return measured
 
     def _count_ranks(self, pair: StreamPair, layer: int, rank: Int[Tensor, " n"]) -> None:

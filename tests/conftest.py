@@ -1,0 +1,156 @@
+"""Shared fixtures: tiny random models of several architectures, and the real one where it is."""
+
+import os
+from pathlib import Path
+
+# Before transformers is imported anywhere: no test may reach a hub.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"
+STORIES = SHARED / "models" / "stories260K"
+D_VOCAB = 61
+
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": D_VOCAB,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+GPT_SIZES = {
+    "vocab_size": D_VOCAB,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+# Options that make each architecture differ from Llama where it matters here: windows shorter
+# than the texts, a soft cap that bends, biases, learned positions, parallel blocks.
+ARCHITECTURES = {
+    "llama": ("LlamaConfig", SIZES),
+    "mistral": ("MistralConfig", SIZES | {"sliding_window": 6}),
+    "qwen2": ("Qwen2Config", SIZES | {"tie_word_embeddings": True}),
+    "qwen3": ("Qwen3Config", SIZES | {"head_dim": 8}),
+    "gemma2": (
+        "Gemma2Config",
+        SIZES | {"head_dim": 8, "sliding_window": 6, "final_logit_softcapping": 3.0},
+    ),
+    "gpt2": (
+        "GPT2Config",
+        GPT_SIZES | {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64},
+    ),
+    "gpt_neox": (
+        "GPTNeoXConfig",
+        GPT_SIZES
+        | {
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 64,
+        },
+    ),
+    "phi3": ("Phi3Config", SIZES),
+}
+
+LORA_TARGETS = {
+    "gpt2": ["c_attn", "c_fc", "c_proj"],
+    "gpt_neox": ["query_key_value", "dense_h_to_4h"],
+    "phi3": ["qkv_proj", "gate_up_proj"],
+}
+
+
+def make_tiny(name: str, seed: int = 0, **changes: object):
+    """A random model whose norms, biases and embeddings are not at their tidy initial values."""
+    import torch
+    import transformers
+
+    kind, options = ARCHITECTURES[name]
+    torch.manual_seed(seed)
+    config = getattr(transformers, kind)(**(options | changes))
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+def perturbed(model, scale: float = 0.05, seed: int = 1):
+    """A slightly different copy, standing for a fine-tuned model."""
+    import copy
+
+    import torch
+
+    torch.manual_seed(seed)
+    tuned = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            parameter += scale * torch.randn_like(parameter)
+    return tuned
+
+
+def lora(model, name: str, seed: int = 2, **options: object):
+    """An unmerged adapter with non-zero weights on a tiny model."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(seed)
+    targets = LORA_TARGETS.get(name, ["q_proj", "v_proj", "down_proj"])
+    config = LoraConfig(
+        r=4,
+        target_modules=targets,
+        init_lora_weights=False,
+        fan_in_fan_out=name == "gpt2",
+        task_type="CAUSAL_LM",
+        **options,
+    )
+    return get_peft_model(model, config).eval()
+
+
+def token_texts(n: int = 12, seed: int = 0, shortest: int = 5, longest: int = 20):
+    """Token ids of several lengths, each starting with BOS."""
+    import numpy as np
+
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(shortest, longest + 1, n)
+    return [[1, *rng.integers(3, D_VOCAB, length).tolist()] for length in lengths]
+
+
+@pytest.fixture
+def tiny():
+    """A tiny Llama."""
+    return make_tiny("llama")
+
+
+@pytest.fixture(scope="session")
+def stories():
+    """Folder of the real 260K-parameter Llama."""
+    if not STORIES.is_dir():
+        pytest.skip("the real model is not here (../shared/models/stories260K)")
+    return STORIES
+
+
+@pytest.fixture(scope="session")
+def fairy_tales():
+    """Folder of public-domain books."""
+    folder = SHARED / "corpora"
+    if not folder.is_dir():
+        pytest.skip("the real texts are not here (../shared/corpora)")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _two_threads():
+    """The same number of threads everywhere, so that a loaded machine does not crawl."""
+    import torch
+
+    torch.set_num_threads(min(2, os.cpu_count() or 1))

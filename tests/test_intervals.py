@@ -1,0 +1,152 @@
+"""Do 95% intervals cover? Simulations with known truth and clustered tokens."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hyperlens.intervals import mean_half_width, quantile_interval, t_factor
+from hyperlens.probes import ParticipationRatio, ResidualDrift
+from hyperlens.streams import ModelStream, StreamPair, StreamSpec, TokenSample
+
+D_MODEL, LENGTH, REPEATS = 24, 24, 400
+SPECTRUM = 1 / np.arange(1, D_MODEL + 1) ** 0.7
+STRETCH = np.linspace(1.0, 1.6, D_MODEL)
+NOISE = 0.01
+
+
+def true_ratio(spectrum):
+    return spectrum.sum() ** 2 / (spectrum**2).sum()
+
+
+TRUTH = {
+    "base": true_ratio(SPECTRUM),
+    "tuned": true_ratio(SPECTRUM * (STRETCH + NOISE)),
+}
+TRUTH["delta"] = TRUTH["tuned"] - TRUTH["base"]
+
+
+def clustered(rng, n_sequences, resemblance, correlation):
+    """Tokens that share a sequence's topic and scale and follow one another; Σ = SPECTRUM."""
+    topic = rng.normal(size=(n_sequences, 1, D_MODEL)) * np.sqrt(resemblance)
+    steps = rng.normal(size=(n_sequences, LENGTH, D_MODEL))
+    for t in range(1, LENGTH):
+        steps[:, t] = correlation * steps[:, t - 1] + math.sqrt(1 - correlation**2) * steps[:, t]
+    scale = rng.gamma(4, 1 / 4, (n_sequences, 1, 1))
+    x = (topic + steps * np.sqrt((1 - resemblance) * scale)) * np.sqrt(SPECTRUM)
+    y = x * np.sqrt(STRETCH) + rng.normal(size=x.shape) * np.sqrt(NOISE * SPECTRUM)
+    return x, y
+
+
+def as_pair(x, y, sampled):
+    n = len(x)
+    real = torch.ones(x.shape[:2], dtype=torch.bool)
+    streams = [
+        ModelStream([torch.from_numpy(z).float()], lambda v: v, lambda v: v, D_MODEL)
+        for z in (x, y)
+    ]
+    position = torch.stack([torch.randperm(LENGTH)[:sampled] for _ in range(n)])
+    return StreamPair(
+        *streams,
+        tokens=torch.zeros(x.shape[:2], dtype=torch.int64),
+        real=real,
+        bos=~real,
+        sinks=~real[None],
+        sample=TokenSample(torch.arange(n), position),
+        device=torch.device("cpu"),
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("n_sequences", "resemblance", "correlation", "sampled"),
+    [(64, 0.2, 0.5, LENGTH), (64, 0.2, 0.5, 12), (48, 0.4, 0.8, LENGTH), (64, 0.0, 0.0, 12)],
+    ids=["topics", "topics, half the tokens", "strong topics", "independent tokens"],
+)
+def test_participation_ratio_intervals_cover(n_sequences, resemblance, correlation, sampled):
+    rng = np.random.default_rng(0)
+    torch.manual_seed(0)
+    spec = StreamSpec(0, D_MODEL, D_MODEL, torch.device("cpu"), n_sequences, sampled)
+    inside = dict.fromkeys(TRUTH, 0)
+    for _ in range(REPEATS):
+        probe = ParticipationRatio(views=["raw"])
+        probe.open(spec)
+        probe.update(as_pair(*clustered(rng, n_sequences, resemblance, correlation), sampled))
+        for row in probe.compute().rows:
+            if row.metric in TRUTH:
+                inside[row.metric] += row.low <= TRUTH[row.metric] <= row.high
+    # 93 to 97%, give or take two standard errors of a share of REPEATS trials.
+    slack = 2 * math.sqrt(0.95 * 0.05 / REPEATS)
+    for metric, count in inside.items():
+        assert 0.93 - slack <= count / REPEATS <= 0.97 + slack, (metric, count / REPEATS)
+
+
+def test_the_row_estimator_alone_would_mislead_on_clustered_tokens():
+    """Why the interval is not simply put around the value."""
+    rng = np.random.default_rng(1)
+    spec = StreamSpec(0, D_MODEL, D_MODEL, torch.device("cpu"), 48, LENGTH)
+    values, centres = [], []
+    for _ in range(60):
+        probe = ParticipationRatio(views=["raw"])
+        probe.open(spec)
+        probe.update(as_pair(*clustered(rng, 48, 0.4, 0.8), LENGTH))
+        row = next(r for r in probe.compute().rows if r.metric == "delta")
+        values.append(row.value)
+        centres.append((row.low + row.high) / 2)
+    error = np.std(centres) / math.sqrt(len(centres))
+    assert abs(np.mean(centres) - TRUTH["delta"]) < 4 * error
+    assert TRUTH["delta"] - np.mean(values) > 10 * error
+
+
+def test_mean_intervals_cover_with_clusters():
+    rng = np.random.default_rng(0)
+    inside = 0
+    for _ in range(REPEATS):
+        n = rng.integers(5, 40, 30)
+        y = np.array([(1 + 0.5 * rng.normal() + rng.normal(size=k)).sum() for k in n])
+        sums = [torch.tensor(float(v)) for v in ((y * y).sum(), (y * n).sum(), (n * n).sum())]
+        value = torch.tensor(y.sum() / n.sum())
+        half = mean_half_width(30.0, value, torch.tensor(float(n.sum())), *sums)
+        inside += abs(float(value) - 1) <= float(half)
+    assert 0.915 <= inside / REPEATS <= 0.985
+
+
+def test_a_constant_has_no_width():
+    n = torch.tensor([3.0, 9.0, 4.0], dtype=torch.float64)
+    y = 0.1 * n
+    total = n.sum()
+    sums = ((y * y).sum(), (y * n).sum(), (n * n).sum())
+    assert mean_half_width(3.0, y.sum() / total, total, *sums) == 0
+
+
+def test_no_interval_from_one_sequence():
+    assert math.isnan(t_factor(1.0))
+    one = torch.tensor(1.0)
+    assert torch.isnan(mean_half_width(1.0, one, one, one, one, one))
+
+
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=60))
+def test_the_median_is_numpys(values):
+    counts = torch.bincount(torch.tensor(values) - 1, minlength=12).double()
+    median, low, high = quantile_interval(counts, 0.1)
+    assert median == np.median(values)
+    assert low <= median <= high
+
+
+def test_intervals_narrow_with_more_sequences():
+    rng = np.random.default_rng(3)
+    widths = []
+    for n in (16, 128):
+        spec = StreamSpec(0, D_MODEL, D_MODEL, torch.device("cpu"), n, LENGTH)
+        pair = as_pair(*clustered(rng, n, 0.2, 0.5), LENGTH)
+        each = []
+        for probe in (ParticipationRatio(views=["raw"]), ResidualDrift()):
+            probe.open(spec)
+            probe.update(pair)
+            each += [r.high - r.low for r in probe.compute().rows if not math.isnan(r.low)]
+        widths.append(np.array(each))
+    ratio = widths[0] / np.maximum(widths[1], 1e-12)
+    assert 1.5 < np.median(ratio) < 6
