@@ -173,8 +173,6 @@ def build_corpus(
         raise CorpusError(f"max_length must be at least 2 tokens, got {max_length}")
     longest = min(max_length, context_length or max_length)
     notes = []
-    if longest < max_length:
-        notes.append(f"texts are cut to the model's context of {longest} tokens, not {max_length}")
     if tokenizer is not None:
         bos_id = tokenizer.bos_token_id
     raw = _token_ids(texts) if are_token_ids(texts) else _tokenize(read_texts(texts), tokenizer)
@@ -200,6 +198,13 @@ def build_corpus(
         n_tokens=sum(map(len, ordered)),
         n_bos=sum(is_bos),
     )
+    if counts.n_tokens == counts.n_bos:
+        raise CorpusError("all tokens of the texts are BOS: give texts, or pass include_bos=True")
+    if counts.n_cut and longest < max_length:
+        notes.append(
+            f"{counts.n_cut} of {counts.n_sequences} texts are longer than the model's context of "
+            f"{longest} tokens and were cut to it"
+        )
     if counts.n_duplicates:
         notes.append(
             f"{counts.n_duplicates} of {counts.n_sequences} sequences repeat another one: "
@@ -238,8 +243,10 @@ def _tokenize(texts: Sequence[str], tokenizer: Any) -> list[np.ndarray]:
 
 def are_token_ids(texts: Any) -> bool:
     """Whether texts came tokenised: a list of id sequences, or a tensor of them."""
-    if isinstance(texts, Tensor | np.ndarray):
+    if isinstance(texts, Tensor):
         return True
+    if isinstance(texts, np.ndarray):
+        return texts.dtype.kind not in "OUST" or are_token_ids(list(texts))
     if not isinstance(texts, list | tuple) or not texts:
         return False
     return not isinstance(texts[0], str) and isinstance(texts[0], Sequence | Tensor | np.ndarray)
@@ -248,9 +255,15 @@ def are_token_ids(texts: Any) -> bool:
 def _token_ids(texts: Any) -> list[np.ndarray]:
     sequences = []
     for i, given in enumerate(texts):
-        ids = np.asarray(given.cpu() if isinstance(given, Tensor) else given)
+        try:
+            ids = np.asarray(given.cpu() if isinstance(given, Tensor) else given)
+        except (TypeError, ValueError):  # ragged, or of a kind that numpy does not know
+            ids = np.zeros((1, 1))
         if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
-            raise CorpusError(f"text {i}: expected a flat list of integer token ids")
+            raise CorpusError(
+                f"text {i}: expected a flat list of integer token ids, as every text in a list of "
+                "token ids must be"
+            )
         sequences.append(ids.astype(np.int64))
     return sequences
 
@@ -265,10 +278,11 @@ def _check_ids(sequences: list[np.ndarray], d_vocab: int | None) -> None:
         bad = lowest if lowest < 0 else highest
         raise CorpusError(
             f"token id {bad} is outside the model's vocabulary of {d_vocab}: "
-            "the tokenizer belongs to another model"
+            "give the texts, or the token ids, of this model's own tokenizer"
         )
 
 
 def _hash(sequence: np.ndarray, seed: int) -> int:
-    digest = hashlib.blake2b(sequence.tobytes(), digest_size=8, salt=seed.to_bytes(16, "little"))
+    salt = (seed % 2**128).to_bytes(16, "little")
+    digest = hashlib.blake2b(sequence.tobytes(), digest_size=8, salt=salt)
     return int.from_bytes(digest.digest(), "little")

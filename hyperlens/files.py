@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,34 +18,44 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         ResultsError: if the folder cannot be written.
     """
+    temporary = _beside(path)
     try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
+            with temporary.open("x", encoding="utf-8") as file:
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
         except BaseException:
-            Path(temporary).unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
             raise
     except OSError as error:
-        raise ResultsError(f"cannot write {path}: {error.strerror or error}") from None
+        raise ResultsError(
+            f"cannot write {path} ({error.strerror or error}): choose another place"
+        ) from None
 
 
 def check_new_folder(folder: Path) -> None:
     """Refuse early a folder that `new_folder` would refuse after the work is done.
 
     Raises:
-        ResultsError: if it exists and is not empty, or could not be created.
+        ResultsError: if it exists and is not empty, or cannot be created or replaced.
     """
-    if folder.is_dir() and not any(folder.iterdir()):
-        return
-    if folder.exists():
-        raise ResultsError(f"{folder} already exists: choose a new folder or remove it first")
-    parent = next(p for p in folder.absolute().parents if p.exists())
+    try:
+        # An empty folder is replaced, which cannot be done under a running program's feet.
+        if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
+            if os.path.samefile(folder, Path.cwd()) or os.path.ismount(folder):
+                raise ResultsError(f"cannot replace {folder}: name a new folder inside it")
+        elif os.path.lexists(folder):
+            raise ResultsError(f"{folder} already exists: choose a new folder or remove it first")
+        parent = next(p for p in folder.absolute().parents if p.exists())
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ResultsError(f"cannot create {folder} ({reason}): choose another folder") from None
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise ResultsError(f"cannot create {folder}: {parent} is not a writable folder")
+        raise ResultsError(
+            f"cannot create {folder}: {parent} is not a writable folder; choose another folder"
+        )
 
 
 @contextmanager
@@ -56,18 +66,28 @@ def new_folder(folder: Path) -> Iterator[Path]:
         ResultsError: if `folder` exists and is not empty, or cannot be written.
     """
     check_new_folder(folder)
+    staging = _beside(folder)
     try:
-        folder.absolute().parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(dir=folder.absolute().parent, prefix=f".{folder.name}."))
+        staging.parent.mkdir(parents=True, exist_ok=True)
+        staging.mkdir()
     except OSError as error:
-        raise ResultsError(f"cannot create {folder}: {error.strerror or error}") from None
+        raise ResultsError(
+            f"cannot create {folder} ({error.strerror or error}): choose another folder"
+        ) from None
     try:
         yield staging
-        staging.chmod(0o755)
         if folder.is_dir():
             folder.rmdir()
         os.replace(staging, folder)
     except OSError as error:
-        raise ResultsError(f"cannot write {folder}: {error.strerror or error}") from None
+        raise ResultsError(
+            f"cannot write {folder} ({error.strerror or error}): choose another folder"
+        ) from None
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _beside(path: Path) -> Path:
+    """A hidden name in the same folder that nobody else has."""
+    path = path.absolute()
+    return path.with_name(f".{path.name[:60]}.{secrets.token_hex(4)}")

@@ -1,18 +1,23 @@
-"""Read texts from what people have: lists, files, datasets, hub dataset names."""
+"""Read texts from what people have: lists, files, tables, datasets, hub dataset names."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
-from itertools import islice
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .errors import CorpusError
-from .hub import HUB_ID
+from .hub import HUB_ID, first_line
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 READERS = (".txt", ".jsonl", ".csv", ".parquet")
 COLUMN = "text"
+# As an ordinary file, or with the byte order mark that some editors put in front.
+ENCODING = "utf-8-sig"
 
 
 def read_texts(
@@ -22,35 +27,38 @@ def read_texts(
     split: str = "train",
     limit: int | None = None,
 ) -> list[str]:
-    """Texts from a list, a file, a `datasets.Dataset` or the name of a hub dataset.
+    """Texts from a list, a file, a table, a `datasets.Dataset` or the name of a hub dataset.
 
     A `.txt` file is split at blank lines, one text per paragraph; one without blank lines has a
-    text per line. `.jsonl`, `.csv`, `.parquet` and datasets need a text column: `column`, else
-    "text", else the only column that holds strings.
+    text per line. `.jsonl`, `.csv`, `.parquet`, data frames and datasets need a text column:
+    `column`, else "text", else the only column that holds strings.
 
     Args:
-        source: list of strings, path, dataset, or hub name ("owner/name").
+        source: list of strings, path, data frame, dataset, or hub name ("owner/name").
         column: which column holds the texts.
         split: which split of a hub dataset.
-        limit: keep only the first so many texts.
+        limit: keep only the first so many texts; a hub dataset is then streamed, not downloaded.
 
     Raises:
         CorpusError: if there is no such source, or no text in it.
     """
     if limit is not None and limit < 1:
         raise CorpusError(f"limit must be at least 1 text, got {limit}")
-    texts = list(islice(_texts(source, column, split), limit))
+    streaming = limit is not None
+    texts = list(islice(_texts(source, column, split, streaming), limit))
     if not texts:
         raise CorpusError(f"no texts in {_describe(source)}: expected at least one")
     return texts
 
 
-def _texts(source: Any, column: str | None, split: str) -> Iterator[str]:
+def _texts(source: Any, column: str | None, split: str, streaming: bool) -> Iterator[str]:
     if isinstance(source, str | Path):
-        return _named(source, column, split)
+        return _named(source, column, split, streaming)
     if hasattr(source, "column_names"):
         return _dataset(source, column)
-    if isinstance(source, Iterable):
+    if hasattr(source, "columns") and hasattr(source, "iloc"):
+        return _table(source, column, "the data frame")
+    if isinstance(source, Iterable) and not isinstance(source, Mapping | bytes | set | frozenset):
         return _strings(source)
     raise CorpusError(
         f"expected a list of strings, a path, a dataset or a hub name; got {type(source).__name__}"
@@ -64,137 +72,163 @@ def _strings(source: Iterable[Any]) -> Iterator[str]:
         yield text
 
 
-def _named(source: str | Path, column: str | None, split: str) -> Iterator[str]:
-    path = Path(source).expanduser()
+def _named(source: str | Path, column: str | None, split: str, streaming: bool) -> Iterator[str]:
+    path = Path(source)
+    kind = path.suffix.lower()
     is_file = _exists(path)
-    if is_file and path.suffix in READERS:
-        return _file(path, column)
+    if is_file and kind in READERS:
+        return _file(path.expanduser(), kind, column)
     if is_file:
         raise CorpusError(
             f"cannot read texts from {path}: expected a file ending in {', '.join(READERS)}"
         )
-    if isinstance(source, Path) or path.suffix in READERS or not HUB_ID.fullmatch(source):
-        shown = f"{str(source)[:60]!r}"
+    if isinstance(source, Path) or kind in READERS or not HUB_ID.fullmatch(source):
         raise CorpusError(
-            f"no text file {shown}: give an existing file, a hub dataset name, or a list of texts"
+            f"no text file {_describe(source)}: give an existing file, a hub dataset name, or a "
+            "list of texts"
         )
-    return _hub(source, column, split)
+    return _hub(source, column, split, streaming)
 
 
 def _exists(path: Path) -> bool:
     try:
-        return path.exists()
-    except OSError:  # a long text passed by mistake is no valid file name
+        return path.expanduser().exists()
+    except (OSError, RuntimeError, ValueError):  # a text passed by mistake is no valid file name
         return False
 
 
-def _file(path: Path, column: str | None) -> Iterator[str]:
+def _file(path: Path, kind: str, column: str | None) -> Iterator[str]:
     try:
-        if path.suffix == ".txt":
-            return iter(_paragraphs(path.read_text(encoding="utf-8")))
-        if path.suffix == ".jsonl":
-            return iter(_jsonl(path, column))
-        return iter(_table(path, column))
+        if kind == ".txt":
+            yield from _paragraphs(path.read_text(encoding=ENCODING))
+        elif kind == ".jsonl":
+            yield from _jsonl(path, column)
+        else:
+            yield from _table(_read_table(path, kind), column, str(path))
     except UnicodeDecodeError as error:
         raise CorpusError(f"{path} is not UTF-8 text (byte {error.start}): convert it") from None
     except OSError as error:
-        raise CorpusError(f"cannot read {path}: {error.strerror or error}") from None
+        raise CorpusError(
+            f"cannot read {path} ({error.strerror or first_line(error)}): give a readable file"
+        ) from None
 
 
 def _paragraphs(text: str) -> list[str]:
-    blocks = [
-        block.strip() for block in "\n".join(map(str.rstrip, text.splitlines())).split("\n\n")
-    ]
+    lines = [line.rstrip() for line in text.splitlines()]
+    blocks = [block.strip() for block in "\n".join(lines).split("\n\n")]
     texts = [block for block in blocks if block]
-    return texts if len(texts) > 1 else [line for line in text.splitlines() if line.strip()]
+    return texts if len(texts) > 1 else [line for line in lines if line.strip()]
 
 
-def _jsonl(path: Path, column: str | None) -> list[str]:
-    records = []
-    with path.open(encoding="utf-8") as file:
+def _jsonl(path: Path, column: str | None) -> Iterator[str]:
+    chosen = None
+    for place, record in _json_records(path):
+        if chosen is None:
+            strings = {key for key, value in record.items() if isinstance(value, str)}
+            chosen = _choose_column(strings, column, place)
+        yield _string_in(record, chosen, place)
+
+
+def _json_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    with path.open(encoding=ENCODING) as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
+            place = f"{path}, line {number}"
             try:
                 record = json.loads(line)
-            except ValueError:
-                raise CorpusError(f"{path}, line {number} is not JSON") from None
-            records.append({COLUMN: record} if isinstance(record, str) else record)
-            if not isinstance(records[-1], dict):
-                raise CorpusError(f"{path}, line {number}: expected an object or a string")
-    if not records:
-        return []
-    chosen = _choose_column({k for k, v in records[0].items() if isinstance(v, str)}, column, path)
-    missing = next(
-        (i for i, r in enumerate(records, 1) if not isinstance(r.get(chosen), str)), None
-    )
-    if missing is not None:
-        raise CorpusError(f"{path}, record {missing} has no string in {chosen!r}")
-    return [record[chosen] for record in records]
+            except UnicodeDecodeError:
+                raise
+            except (ValueError, RecursionError):
+                raise CorpusError(f"{place} is not JSON: expected one value per line") from None
+            if not isinstance(record, str | dict):
+                raise CorpusError(f"{place}: expected an object or a string")
+            yield place, {COLUMN: record} if isinstance(record, str) else record
 
 
-def _table(path: Path, column: str | None) -> list[str]:
+def _read_table(path: Path, kind: str) -> pd.DataFrame:
     import pandas as pd
 
     try:
-        if path.suffix == ".csv":
-            table = pd.read_csv(path, dtype=str, keep_default_na=False)
-        else:
-            table = pd.read_parquet(path)
-    except (ValueError, OSError) as error:
-        raise CorpusError(f"{path} is not readable: {str(error).splitlines()[0]}") from None
-    strings = {
-        str(name)
-        for name in table.columns
-        if len(table) and table[name].map(lambda v: isinstance(v, str)).all()
-    }
+        if kind == ".csv":
+            return pd.read_csv(path, dtype=str, keep_default_na=False, encoding=ENCODING)
+        return pd.read_parquet(path)
+    except pd.errors.EmptyDataError:
+        return pd.DataFrame()
+    except (UnicodeDecodeError, FileNotFoundError, PermissionError):
+        raise
+    except (ValueError, OSError, ImportError) as error:
+        raise CorpusError(
+            f"{path} is not readable as {kind} ({first_line(error)}): write it again"
+        ) from None
+
+
+def _table(table: pd.DataFrame, column: str | None, where: str) -> Iterator[str]:
     if not len(table):
-        return []
-    return list(table[_choose_column(strings, column, path)])
+        return
+    names = [str(name) for name in table.columns]
+    filled = [table.iloc[:, i].map(lambda v: isinstance(v, str)).any() for i in range(len(names))]
+    strings = {name for name, has_text in zip(names, filled, strict=True) if has_text}
+    chosen = _choose_column(strings, column, where)
+    for number, value in enumerate(table.iloc[:, names.index(chosen)], 1):
+        yield _string_in({chosen: value}, chosen, f"{where}, row {number}")
 
 
-def _choose_column(strings: set[str], column: str | None, where: Any) -> str:
+def _choose_column(strings: set[str], column: str | None, where: str) -> str:
+    found = ", ".join(sorted(strings)) or "none"
     if column is not None:
         if column not in strings:
-            raise CorpusError(
-                f"{where} has no text column {column!r}; it has {', '.join(sorted(strings)) or 'none'}"
-            )
+            raise CorpusError(f"{where} has no text in column {column!r}: columns of text: {found}")
         return column
     if COLUMN in strings:
         return COLUMN
     if len(strings) == 1:
         return next(iter(strings))
     raise CorpusError(
-        f"{where} has no column {COLUMN!r}: name one of {', '.join(sorted(strings)) or 'none'} "
-        "(column=…, --text-column)"
+        f"{where} has no column {COLUMN!r}; columns of text: {found}: read it with "
+        "read_texts(…, column=…), or --text-column on the command line"
     )
+
+
+def _string_in(record: Mapping[str, Any], column: str, place: str) -> str:
+    value = record.get(column)
+    if not isinstance(value, str):
+        raise CorpusError(
+            f"{place} has no string in {column!r}: remove it or put a text there "
+            f"(found {type(value).__name__})"
+        )
+    return value
 
 
 def _dataset(dataset: Any, column: str | None) -> Iterator[str]:
     if isinstance(dataset.column_names, dict):
         raise CorpusError(
-            f"this dataset has splits {', '.join(dataset.column_names)}: pass one, as dataset['train']"
+            f"this dataset has splits {', '.join(dataset.column_names)}: pass one of them, as in "
+            f"dataset[{next(iter(dataset.column_names), 'train')!r}]"
         )
-    first = next(iter(dataset), None)
+    records = iter(dataset)
+    first = next(records, None)
     if first is None:
         return
     strings = {name for name, value in first.items() if isinstance(value, str)}
     chosen = _choose_column(strings, column, "the dataset")
-    for record in dataset:
-        yield record[chosen]
+    for number, record in enumerate(chain([first], records), 1):
+        yield _string_in(record, chosen, f"the dataset, row {number}")
 
 
-def _hub(name: str, column: str | None, split: str) -> Iterator[str]:
+def _hub(name: str, column: str | None, split: str, streaming: bool) -> Iterator[str]:
     import datasets
 
     try:
-        dataset = datasets.load_dataset(name, split=split)
+        dataset = datasets.load_dataset(name, split=split, streaming=streaming)
+        yield from _dataset(dataset, column)
+    except CorpusError:
+        raise
     except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CorpusError(
-            f"no text file {name!r} here, and no such hub dataset could be loaded ({reason})"
-        ) from None
-    return _dataset(dataset, column)
+            f"no text file {name!r} here, and no such hub dataset could be loaded "
+            f"({first_line(error)}): check the name, and the split {split!r}"
+        ) from error
 
 
 def _describe(source: Any) -> str:
