@@ -80,7 +80,8 @@ def _named(source: str | Path, column: str | None, split: str, streaming: bool) 
         return _file(path.expanduser(), kind, column)
     if is_file:
         raise CorpusError(
-            f"cannot read texts from {path}: expected a file ending in {', '.join(READERS)}"
+            f"cannot read texts from {_describe(source)}: expected a file ending in "
+            f"{', '.join(READERS)}"
         )
     if isinstance(source, Path) or kind in READERS or not HUB_ID.fullmatch(source):
         raise CorpusError(
