@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -77,7 +77,9 @@ def open_source(
         return _from_pretrained(str(folder), "folder", device, dtype)
     if isinstance(source, Path) or not HUB_ID.fullmatch(source):
         what = "is a file" if folder.exists() else "does not exist"
-        raise LoadingError(f"model folder {source} {what}: expected a folder with config.json")
+        raise LoadingError(
+            f"model folder {source} {what}: give a folder written by save_pretrained, or a hub id"
+        )
     return _from_pretrained(source, "hub", device, dtype)
 
 
@@ -107,7 +109,10 @@ def check_checkpoint_folder(folder: Path) -> None:
             f"{folder} has only pickled weights ({sorted(pickles)[0]}), which can run code when "
             "loaded: convert them to safetensors with save_pretrained and pass that folder"
         )
-    raise LoadingError(f"{folder} has no weights: expected *.safetensors beside config.json")
+    raise LoadingError(
+        f"{folder} has no weights: expected *.safetensors beside config.json, as save_pretrained "
+        "writes them"
+    )
 
 
 def _open_object(
@@ -116,16 +121,20 @@ def _open_object(
     if backend_of(model) is not None:
         name = getattr(model.cfg, "model_name", None) or type(model).__name__
         return Opened(model, getattr(model, "tokenizer", None), str(name), "hooked")
-    if not hasattr(plain_model(model), "config"):
+    plain = plain_model(model)
+    kind = type(plain).__name__
+    config = getattr(plain, "config", None)
+    if not hasattr(config, "get_text_config"):
         raise LoadingError(
-            f"{type(model).__name__} is not a Hugging Face model: expected a PreTrainedModel, a "
-            "PeftModel or a hooked model"
+            f"{kind} is not a Hugging Face model: expected a PreTrainedModel, a PeftModel or a "
+            "hooked model"
         )
-    config = plain_model(model).config
-    _check_causal(config, type(plain_model(model)).__name__)
+    # The class tells, not config.architectures: that is of the checkpoint it was read from.
+    headless = plain.get_output_embeddings() is None
+    _check_causal(config, kind, [kind] if headless or "Masked" in kind else [])
     if is_peft(model):
         check_adapter_kind(model)
-    name = getattr(config, "_name_or_path", "") or type(plain_model(model)).__name__
+    name = getattr(config, "_name_or_path", "") or kind
     tokenizer = getattr(model, "tokenizer", None) or tokenizer_of_object(name)
     return Opened(converted(shell_of(model), device, dtype), tokenizer, name, "object")
 
@@ -139,7 +148,7 @@ def _from_pretrained(
     with _readable_errors(name, kind):
         # Without code from a checkpoint, which would be asked about on the terminal.
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-        _check_causal(config, name)
+        _check_causal(config, name, config.architectures or [])
         with _quiet_loading():
             loaded = AutoModelForCausalLM.from_pretrained(
                 name,
@@ -147,16 +156,12 @@ def _from_pretrained(
                 dtype="auto" if dtype is None else dtype,
                 trust_remote_code=False,
                 use_safetensors=True,
+                # Both are refused below, in one line rather than a report.
+                ignore_mismatched_sizes=True,
                 output_loading_info=True,
             )
     model, info = loaded
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise LoadingError(
-            f"the checkpoint {name} lacks {len(missing)} weights that the model needs "
-            f"({', '.join(missing[:3])}{', …' if len(missing) > 3 else ''}); they would be "
-            "random: save the whole model again"
-        )
+    _check_complete(name, info)
     notes: tuple[str, ...] = ()
     if info["unexpected_keys"]:
         keys = sorted(info["unexpected_keys"])
@@ -191,17 +196,31 @@ def _open_adapter(
     return Opened(converted(model, device, dtype), tokenizer, str(folder), "adapter", notes)
 
 
-def _check_causal(config: Any, name: str) -> None:
+def _check_complete(name: str, info: dict[str, Any]) -> None:
+    """Refuse a checkpoint that would leave weights at random values."""
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise LoadingError(
+            f"the checkpoint {name} lacks {len(missing)} weights that the model needs "
+            f"({', '.join(missing[:3])}{', …' if len(missing) > 3 else ''}); they would be "
+            "random: save the whole model again"
+        )
+    for key, stored, expected in sorted(info["mismatched_keys"]):
+        raise LoadingError(
+            f"{key} in the checkpoint {name} is {tuple(stored)}, its config.json asks for "
+            f"{tuple(expected)}: save the model and its configuration again"
+        )
+
+
+def _check_causal(config: Any, name: str, declared: Sequence[str]) -> None:
+    """Refuse what its configuration, or its declared class, says is no causal language model."""
     if getattr(config, "is_encoder_decoder", False):
         raise LoadingError(
-            f"{name} is an encoder-decoder model ({config.model_type}): expected a causal "
-            "language model"
+            f"{name} is an encoder-decoder model ({config.model_type}): expected a …ForCausalLM"
         )
-    declared = getattr(config, "architectures", None) or []
     if declared and not any("LM" in a and "Masked" not in a for a in declared):
-        raise LoadingError(
-            f"{name} is a {declared[0]}: expected a causal language model (…ForCausalLM)"
-        )
+        shown = name if declared[0] == name else f"{name} ({declared[0]})"
+        raise LoadingError(f"{shown} is no causal language model: expected a …ForCausalLM")
 
 
 @contextmanager
@@ -219,22 +238,29 @@ def _readable_errors(name: str, kind: str) -> Iterator[None]:
             "them again"
         ) from error
     except Exception as error:
-        where = "and the model hub has none or cannot be reached" if kind == "hub" else ""
-        message = f"cannot load {name}: {first_line(error)}"
-        if where:
-            message = f"no model {name}: there is no such folder {where} ({first_line(error)})"
-        raise LoadingError(message) from error
+        reason = first_line(error)
+        if kind == "hub":
+            raise LoadingError(
+                f"no model {name}: there is no such folder, and the model hub has none or cannot "
+                f"be reached ({reason}); check the name"
+            ) from error
+        raise LoadingError(
+            f"cannot load {name} ({reason}): expected a causal language model as save_pretrained "
+            "writes it"
+        ) from error
 
 
 @contextmanager
 def _quiet_loading() -> Iterator[None]:
-    """No weight-loading bar for a model that loads in a moment; the setting is put back."""
+    """No weight-loading bar and no report of what is refused here; both settings are put back."""
     from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
+    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
         yield
     finally:
+        logging.set_verbosity(verbosity)
         if shown:
             logging.enable_progress_bar()
