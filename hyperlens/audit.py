@@ -55,8 +55,13 @@ class Decomposition:
 
     @property
     def parts(self) -> dict[str, float]:
-        """The four parts; they add up to `total`."""
-        return {"block": self.block, "norm": self.norm, "sinks": self.sinks, "bos": self.bos}
+        """The four parts in words; they add up to `total`."""
+        return {
+            "block's raw output": self.block,
+            "final norm": self.norm,
+            "attention sinks": self.sinks,
+            "BOS": self.bos,
+        }
 
 
 class Step(NamedTuple):

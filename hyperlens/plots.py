@@ -27,7 +27,7 @@ GREY = "#6E6E6E"
 VIEW_TITLES = {
     "raw": "Raw residual stream",
     "unit_rms": "Scaled to unit RMS",
-    "final_norm": "After each model's final norm",
+    "final_norm": "After the final norm",
 }
 LAYER_LABEL = "layer (0 = embedding, l = output of block l-1)"
 
@@ -95,7 +95,7 @@ def _draw_drift(axes: Axes, comparison: Comparison, view: str) -> None:
     l2 = _finite(comparison, "drift", "l2", view)
     _layer_axis(axes, comparison.n_layers)
     if not cosine and not l2:
-        return _say(axes, "drift was not measured in this view")
+        return _say(axes, "not measured in this view")
     _draw_line(axes, cosine, BLUE, "o-")
     lowest = _limits(cosine)[0]
     # Room above 1, where most layers of most pairs lie.
@@ -134,7 +134,7 @@ def _draw_dimension(figure: Figure, place: SubplotSpec, comparison: Comparison, 
         _draw_bars(axes, earlier, GREEN)
         _draw_cumulative(axes, earlier)
     else:
-        _say(axes, f"{'no other layer' if final else 'it'} was not measured in this view")
+        _say(axes, "other layers were not measured" if final else "not measured in this view")
     if final:
         _draw_last(figure.add_subplot(inner[1]), final[0], earlier)
 

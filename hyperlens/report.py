@@ -6,36 +6,49 @@ import base64
 import html
 import math
 import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 from .audit import Decomposition, audit, largest_change, largest_step, unchanged
 from .results import Comparison, Row
 
-WIDTH = 100
-MAX_TABLE_ROWS = 7
-MAX_NOTES = 4
+WIDTH, MAX_TABLE_ROWS, MAX_NOTES = 100, 7, 4
 MISSING = "n/a"
-
-Format = Callable[[float], str]
-
-# What the per-layer table shows: heading, probe, metric, view, whether with its interval.
-COLUMNS = (
-    ("cosine", "drift", "cosine", "raw", False),
-    ("relative L2", "drift", "relative_l2", "raw", False),
-    ("ΔPR raw [95%]", "participation_ratio", "delta", "raw", True),
-    ("ΔPR after final norm", "participation_ratio", "delta", "final_norm", False),
-    ("lens agreement", "logit_lens", "top1_agreement", "final_norm", False),
-)
 
 PROBES = {
     "drift": "drift",
     "participation_ratio": "effective dimension",
     "logit_lens": "logit lens",
     "rank_reordering": "output ranks",
-    "artefact_audit": "artefact audit",
+    "artefact_audit": "last layer with sinks and BOS",
 }
-
+HEADLINE = {
+    "same first token": ("rank_reordering", "top1_agreement"),
+    "Spearman ρ of the logits": ("rank_reordering", "spearman"),
+    "token of base rank 1": ("rank_reordering", "rank_1"),
+    "2-10": ("rank_reordering", "rank_2_10"),
+    ">10": ("rank_reordering", "rank_gt_10"),
+    ">=200": ("rank_reordering", "rank_ge_200"),
+    "KL(tuned ‖ base)": ("logit_lens", "kl"),
+    "entropy, base": ("logit_lens", "base_entropy"),
+    "entropy, tuned": ("logit_lens", "tuned_entropy"),
+}
+NATS = ("kl", "base_entropy", "tuned_entropy")
+TABLE = {
+    "cosine": ("drift", "cosine", "raw"),
+    "relative L2": ("drift", "relative_l2", "raw"),
+    "ΔPR raw [95%]": ("participation_ratio", "delta", "raw"),
+    "ΔPR final norm": ("participation_ratio", "delta", "final_norm"),
+    "lens agrees": ("logit_lens", "top1_agreement", "final_norm"),
+}
+EXCLUSIONS = {
+    "n_bos": "BOS positions",
+    "n_empty": "empty texts",
+    "n_short": "one-token texts",
+    "n_cut": "the ends of long texts",
+}
+NO_AUDIT = "left out: it needs the last layer raw, after the final norm, and with sinks and BOS"
+NO_CHANGE = "No change: everything measured reads exactly as for two identical models."
+READING = "layer {} as the paper reads it, after the final norm, all tokens:"
 CLOSING = (
     "Intervals are 95%, over whole sequences. Those of PR (participation ratio, the effective "
     "dimension) are for the ratio of the distribution the texts come from and take out that tokens "
@@ -45,297 +58,231 @@ CLOSING = (
 
 def summary(comparison: Comparison) -> str:
     """What was compared, what changed, where, and how much of it is an artefact."""
-    changed = not unchanged(comparison)
-    parts = [
-        _models(comparison),
-        [] if changed else _no_change(comparison),
-        _output(comparison),
-        _layer_table(comparison) if changed else [],
-        _where(comparison) if changed else [],
-        _artefacts(comparison) if changed else [],
-        _left_out(comparison),
-        _notes(comparison),
-        _paragraph(CLOSING),
-    ]
-    return "\n".join(line for part in parts for line in part)
+    if unchanged(comparison):
+        body = [*_lines("result", NO_CHANGE), *_output(comparison)]
+    else:
+        body = [*_output(comparison), "", *_layer_lines(comparison), ""]
+        body += [*_where(comparison), *_artefacts(comparison)]
+    lines = [*_models(comparison), "", *body, "", *_left_out(comparison), *_notes(comparison)]
+    return "\n".join([*lines, *_lines("", CLOSING)])
+
+
+def names(comparison: Comparison, width: int) -> list[str]:
+    """Both models' names; of long ones both ends, because both ends of a path tell something."""
+    whole = [plain(comparison.meta.get(s, {}).get("name", s)) for s in ("base", "tuned")]
+    half = width // 2
+    return [n if len(n) <= width else f"{n[: half - 1]}…{n[-half:]}" for n in whole]
 
 
 def _models(comparison: Comparison) -> list[str]:
-    meta = comparison.meta
-    lines = [_model_line(side, meta.get(side, {})) for side in ("base", "tuned")]
+    meta, lines = comparison.meta, []
+    for side, name in zip(("base", "tuned"), names(comparison, 48), strict=True):
+        model = meta.get(side, {})
+        facts = [plain(model[key])[:16] for key in ("kind", "dtype") if model.get(key)]
+        facts += [f"sha256 {plain(model['sha256'])[:12]}"] if model.get("sha256") else []
+        lines.append(f"{side:<7}{name}" + (f" ({', '.join(facts)})" if facts else ""))
     corpus = meta.get("corpus", {})
-    over = [f"{corpus[k]:,} {word}" for k, word in _COUNTED if k in corpus]
-    how = [f"{key} {plain(meta[key])}" for key in ("backend", "device", "dtype") if key in meta]
-    blocks = f"{comparison.n_layers} blocks"
-    return [*lines, *_paragraph("over   " + ", ".join([*over, blocks, *how]))]
-
-
-_COUNTED = (("n_tokens", "tokens"), ("n_sequences", "sequences"))
-
-
-def _model_line(side: str, model: Mapping[str, Any]) -> str:
-    name, sha = plain(model.get("name", side)), plain(model.get("sha256") or "")
-    facts = [plain(model[key]) for key in ("kind", "dtype") if model.get(key)]
-    if sha:
-        facts.append(f"sha256 {sha[:12]}")
-    tail = f"  ({', '.join(facts)})"[: WIDTH // 2] if facts else ""
-    return f"{side:<6} {shortened(name, WIDTH - 7 - len(tail))}{tail}"
-
-
-def _no_change(comparison: Comparison) -> list[str]:
-    probes = ", ".join(PROBES.get(name, plain(name)) for name in _measured(comparison))
-    return _paragraph(
-        f"No change: what was measured ({probes}) reads exactly as for two identical models, "
-        "at every layer measured."
-    )
+    over = [f"{corpus[f'n_{x}']:,} {x}" for x in ("tokens", "sequences") if f"n_{x}" in corpus]
+    how = (f"{key} {plain(meta[key])}" for key in ("backend", "device", "dtype") if key in meta)
+    return lines + _lines("over", ", ".join([*over, f"{comparison.n_layers} blocks", *how]))
 
 
 def headline(comparison: Comparison) -> list[tuple[str, str]]:
     """(what, number with interval) of everything measured at the output."""
-    wanted: tuple[tuple[str, str, str, Format, str], ...] = (
-        ("same first token", "rank_reordering", "top1_agreement", percent, ""),
-        ("Spearman ρ of the logits", "rank_reordering", "spearman", bounded, ""),
-        ("base rank 1", "rank_reordering", "rank_1", percent, ""),
-        ("2-10", "rank_reordering", "rank_2_10", percent, ""),
-        (">10", "rank_reordering", "rank_gt_10", percent, ""),
-        (">=200", "rank_reordering", "rank_ge_200", percent, ""),
-        ("KL(tuned ‖ base)", "logit_lens", "kl", number, " nats"),
-        ("entropy, base", "logit_lens", "base_entropy", number, " nats"),
-        ("entropy, tuned", "logit_lens", "tuned_entropy", number, " nats"),
-    )
-    last = comparison.n_layers
-    found = (
-        (what, _row(comparison, p, m, last, "final_norm"), f, u) for what, p, m, f, u in wanted
-    )
-    return [(what, with_interval(row, form) + unit) for what, row, form, unit in found if row]
+    return [
+        (what, with_interval(row) + (" nats" if row.metric in NATS else ""))
+        for what, (probe, metric) in HEADLINE.items()
+        for row in comparison.select(probe, metric, "final_norm")
+        if row.layer == comparison.n_layers
+    ]
 
 
 def _output(comparison: Comparison) -> list[str]:
-    lines = _flow([f"{what} {value}" for what, value in headline(comparison)])
-    if not lines:
-        return [
-            "",
-            "Output: neither output ranks nor the logit lens was measured at the last layer.",
-        ]
-    return [
-        "",
-        "Output, teacher-forced (base rank = rank in the base model of the tuned winner)",
-        *lines,
-    ]
+    items = [f"{what}: {value}" for what, value in headline(comparison)]
+    if not items:
+        return _lines("output", "neither output ranks nor the logit lens was measured here")
+    # Spaces that do not break keep every number with its name.
+    glued = ";  ".join(item.replace(" ", "\u00a0") for item in items)
+    return [line.replace("\u00a0", " ") for line in _lines("output", glued)]
 
 
 def chosen_layers(layers: Sequence[int], count: int = MAX_TABLE_ROWS) -> list[int]:
     """The first, some in between, and the last two of the layers, `count` at most."""
     if len(layers) <= count:
         return list(layers)
-    inner = layers[:-1]
+    *inner, last = layers
     spread = (round(i * (len(inner) - 1) / (count - 2)) for i in range(count - 1))
-    return [*(inner[i] for i in spread), layers[-1]]
+    return [*(inner[i] for i in spread), last]
 
 
 def layer_table(comparison: Comparison) -> list[list[str]]:
     """A few layers of the main metrics, the heading first; empty if none was measured."""
-    selected = [
-        (heading, {row.layer: row for row in comparison.select(probe, metric, view)}, ends)
-        for heading, probe, metric, view, ends in COLUMNS
+    columns: dict[str, dict[int, str]] = {}
+    for heading, which in TABLE.items():
+        if rows := comparison.select(*which):
+            show = with_interval if "[95%]" in heading else in_words
+            columns[heading] = {row.layer: show(row) for row in rows}
+    layers = chosen_layers(sorted({layer for cells in columns.values() for layer in cells}))
+    body = [
+        [str(n), str(n - 1) if n else "embed", *(c.get(n, MISSING) for c in columns.values())]
+        for n in layers
     ]
-    columns = [column for column in selected if column[1]]
-    if not columns:
-        return []
-    table = [["layer", "block", *(heading for heading, _, _ in columns)]]
-    for layer in chosen_layers(sorted(set().union(*(rows for _, rows, _ in columns)))):
-        block = "embed" if layer == 0 else str(layer - 1)
-        cells = [_cell(rows.get(layer), ends) for _, rows, ends in columns]
-        table.append([str(layer), block, *cells])
-    return table
+    return [["layer", "block", *columns], *body] if body else []
 
 
-def _cell(row: Row | None, interval: bool) -> str:
-    if row is None:
-        return MISSING
-    form = {"cosine": bounded, "top1_agreement": percent, "delta": signed}.get(row.metric, number)
-    return with_interval(row, form) if interval else form(row.value)
-
-
-def _layer_table(comparison: Comparison) -> list[str]:
+def _layer_lines(comparison: Comparison) -> list[str]:
     table = layer_table(comparison)
     if not table:
-        return ["", "Layers: neither drift, effective dimension nor the logit lens was measured."]
+        return _lines("layers", "none of drift, effective dimension and logit lens was measured")
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    lines = ["  ".join(map(str.rjust, row, widths)) for row in table]
-    return ["", "Layer by layer (layer l is the output of block l-1)", *("  " + x for x in lines)]
+    return ["  ".join(map(str.rjust, row, widths)) for row in table]
 
 
 def _where(comparison: Comparison) -> list[str]:
-    lines: list[str] = []
-    for what, probe, metric in (
-        ("relative L2", "drift", "relative_l2"),
-        ("ΔPR", "participation_ratio", "delta"),
-    ):
-        step = largest_step(comparison, probe, metric)
-        if step is None:
-            continue
-        form = signed if metric == "delta" else number
-        lines += _paragraph(
-            f"Raw {what} moves most in block {step.layer - 1} (layer {step.layer - 1} to "
-            f"{step.layer}): {signed(step.change)}, from {form(step.before)} to {form(step.after)}."
-        )
+    said = []
+    quantities = {"relative L2": ("drift", "relative_l2"), "ΔPR": ("participation_ratio", "delta")}
+    for what, (probe, metric) in quantities.items():
+        step, form = largest_step(comparison, probe, metric), FORMS.get(metric, number)
+        if step and step.change == 0:
+            said.append(f"raw {what} is the same at every layer")
+        elif step:
+            scale, block = max(abs(step.before), abs(step.after)), step.layer - 1
+            said.append(
+                f"raw {what} moves most in block {block} (layer {block} to {step.layer}): "
+                f"{signed(step.change, scale)}, from {form(step.before, scale)} to "
+                f"{form(step.after, scale)}"
+            )
     most = largest_change(comparison)
-    if most is not None:
-        place = "the embedding" if most.layer == 0 else f"the output of block {most.layer - 1}"
-        lines += _paragraph(
-            f"Largest raw ΔPR: {signed(most.value)} at layer {most.layer}, {place}."
-        )
-    if not lines:
-        return ["", "Where: not to be said, no two neighbouring layers were measured raw."]
-    return ["", "Where", *lines]
+    if most and most.value:
+        said.append(f"raw ΔPR is farthest from zero at layer {most.layer}: {signed(most.value)}")
+    said = said or ["not to be said: no two neighbouring layers were measured raw"]
+    return _lines("where", *said)
 
 
 def _artefacts(comparison: Comparison) -> list[str]:
-    last, found = comparison.n_layers, audit(comparison)
-    if not found:
-        return [
-            "",
-            "Artefact audit: left out, it needs the last layer raw and after the final norm.",
-        ]
-    lines = [line for one in found for line in _artefact_lines(one, last)]
-    return [
-        "",
-        f"Artefacts at layer {last}, read as in the paper: after the final norm, all tokens",
-        *lines,
-    ]
+    found = [_artefact(one, comparison.n_layers) for one in audit(comparison)]
+    texts = [READING.format(comparison.n_layers), *found] if found else [NO_AUDIT]
+    return _lines("audit", *texts)
 
 
-def _artefact_lines(one: Decomposition, last: int) -> list[str]:
-    is_dimension = one.quantity == "participation_ratio"
-    name, form = ("ΔPR", signed) if is_dimension else ("L2", number)
-    total, block = form(one.total), form(one.block)
-    lines = _paragraph(
-        f"{name} {total} = {block} block's raw output, {signed(one.norm)} final norm, "
-        f"{signed(one.sinks)} attention sinks, {signed(one.bos)} BOS."
+def _artefact(one: Decomposition, last: int) -> str:
+    name, form = ("ΔPR", signed) if one.quantity == "participation_ratio" else ("L2", number)
+    if not any(one.parts.values()):
+        return f"{name} 0 in every part."
+    # One decimal at least, lest a small part reads as none.
+    scale = min(99.0, max(map(abs, (one.total, *one.parts.values()))))
+    parts = ", ".join(f"{signed(x, scale)} {part}" for part, x in one.parts.items())
+    total, block = form(one.total, scale), form(one.block, scale)
+    jump = f" ({signed(one.terminal_jump, scale)} since layer {last - 1})"
+    largest = max(one.parts, key=lambda part: abs(one.parts[part]))
+    remark = f"the largest part is the {largest}" if form is signed else "the norm rescales L2"
+    return (
+        f"{name} {total} = {parts}. Of {total} after the final norm, {block} is in the block's "
+        f"raw output{jump if math.isfinite(one.terminal_jump) else ''}; {remark}."
     )
-    since = f" ({signed(one.terminal_jump)} since layer {last - 1})"
-    since = since if math.isfinite(one.terminal_jump) else ""
-    sentence = f"Of {total} after the final norm, {block} is in the block's raw output{since}"
-    if is_dimension:
-        largest = max(one.parts, key=lambda part: abs(one.parts[part]))
-        return lines + _paragraph(f"{sentence}; the largest part is {PARTS[largest]}.")
-    return lines + _paragraph(f"{sentence}; the norm also changes the unit of L2.")
-
-
-PARTS = {
-    "block": "the block's own",
-    "norm": "the final norm's",
-    "sinks": "that of attention sinks",
-    "bos": "that of BOS",
-}
 
 
 def _left_out(comparison: Comparison) -> list[str]:
-    corpus, excluded = comparison.meta.get("corpus", {}), comparison.meta.get("excluded", {})
-    words = {
-        "n_bos": "BOS positions",
-        "n_empty": "empty texts",
-        "n_short": "texts of one token",
-        "n_cut": "texts cut to length",
-        "n_duplicates": "repeated sequences (kept)",
-    }
-    items = [f"{corpus[key]:,} {word}" for key, word in words.items() if corpus.get(key)]
-    sinks: list[int] = list(excluded.get("sinks_per_layer", []))
-    masked = [layer for layer, count in enumerate(sinks) if count]
+    corpus = comparison.meta.get("corpus", {})
+    items = [f"{word} ({corpus[key]:,})" for key, word in EXCLUSIONS.items() if corpus.get(key)]
+    sinks: list[int] = comparison.meta.get("excluded", {}).get("sinks_per_layer", [])
+    masked = [str(layer) for layer, count in enumerate(sinks) if count]
     if masked:
-        where = f"layer {masked[0]}" if len(masked) == 1 else f"layers {masked[0]} to {masked[-1]}"
-        items.append(f"attention sinks at {where} (at most {max(sinks):,} in one)")
+        layers = " to ".join(dict.fromkeys((masked[0], masked[-1])))
+        items.append(f"attention sinks (at most {max(sinks):,} per layer, in layers {layers})")
     elif sinks:
-        items.append("no attention sinks")
-    lines = _paragraph("Left out or cut: " + ", ".join(items) + ".") if items else []
-    absent = [words for name, words in PROBES.items() if name not in _measured(comparison)]
-    if absent:
-        lines += _paragraph(f"Not measured: {', '.join(absent)}.")
-    custom = [plain(name) for name in _measured(comparison) if name not in PROBES]
-    if custom:
-        lines += _paragraph(f"Also in the table: {', '.join(custom)}.")
-    return ["", *lines]
+        items.append("attention sinks (0)")
+    measured = dict.fromkeys(row.probe for row in comparison.rows)
+    absent = [words for name, words in PROBES.items() if name not in measured]
+    partly = {name: which for name, which in TABLE.items() if which[0] in measured}
+    absent += [name for name, which in partly.items() if not comparison.select(*which)]
+    custom = [plain(name) for name in measured if name not in PROBES]
+    facts = {"Left out": items, "Not measured": absent, "Also in the table": custom}
+    return _lines("", *(f"{what}: {', '.join(some)}" for what, some in facts.items() if some))
 
 
 def _notes(comparison: Comparison) -> list[str]:
     notes = [plain(note) for note in comparison.meta.get("notes", [])]
-    lines = [line for note in notes[:MAX_NOTES] for line in _paragraph(f"Note: {note}")]
-    if len(notes) > MAX_NOTES:
-        lines += _paragraph(f"... and {len(notes) - MAX_NOTES} more notes in meta['notes'].")
-    return lines
+    more = [f"and {len(notes) - MAX_NOTES} more in meta['notes']"] if notes[MAX_NOTES:] else []
+    return _lines("notes", *notes[:MAX_NOTES], *more)
 
 
 def notebook_html(comparison: Comparison) -> str:
-    """The same as self-contained HTML: headline, a few layers, the figure, the whole summary.
+    """The same as self-contained HTML: the output, a few layers, the figure, the whole summary.
 
-    Readable on light and dark pages; pure ASCII, so that it is right in any encoding.
+    It takes the page's colours, light or dark, and is pure ASCII, so right in any encoding.
     """
     from .plots import plot_layers, png
 
-    picture = base64.b64encode(png(plot_layers(comparison))).decode("ascii")
-    names = [
-        shortened(plain(comparison.meta.get(s, {}).get("name", s)), 60) for s in ("base", "tuned")
-    ]
-    title = " → ".join(names)
+    picture = base64.b64encode(png(plot_layers(comparison), dpi=110)).decode("ascii")
     text = (
-        f'<div style="max-width:1000px"><h3>{html.escape(title)}</h3>'
-        f"{'' if not unchanged(comparison) else '<p><b>No change.</b></p>'}"
-        f"{_html_table([('at the output', 'value [95%]'), *headline(comparison)])}"
+        f"<h3>{html.escape(' → '.join(names(comparison, 60)))}</h3>"
+        f"{'<p><b>No change.</b></p>' if unchanged(comparison) else ''}"
+        f"{_html_table([('output', 'value [95%]'), *headline(comparison)])}"
         f"{_html_table(layer_table(comparison))}"
         f'<img alt="change along the layers" src="data:image/png;base64,{picture}" '
-        'style="width:100%;background:#fff;border-radius:6px">'
-        f"<details><summary>Summary</summary><pre>{html.escape(summary(comparison))}</pre></details></div>"
+        'style="max-width:100%;background:#fff;border-radius:6px">'
+        f"<details><summary>In words</summary>"
+        f"<pre>{html.escape(summary(comparison))}</pre></details>"
     )
-    return text.encode("ascii", "xmlcharrefreplace").decode("ascii")
+    return f"<div>{text}</div>".encode("ascii", "xmlcharrefreplace").decode("ascii")
 
 
 def _html_table(rows: Sequence[Sequence[str]]) -> str:
-    if len(rows) < 2:
-        return ""
-    cells = [[html.escape(cell) for cell in row] for row in rows]
-    # No colours of our own: the table takes the page's, light or dark.
-    style = 'style="padding:2px 10px;text-align:right"'
-    head = "".join(f"<th {style}>{cell}</th>" for cell in cells[0])
-    body = "".join(
-        "<tr>" + "".join(f"<td {style}>{cell}</td>" for cell in row) + "</tr>" for row in cells[1:]
-    )
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    cells = ("".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows)
+    return f"<table><tr>{'</tr><tr>'.join(cells)}</tr></table>" if rows[1:] else ""
 
 
-def number(x: float) -> str:
-    """Three significant digits."""
+def number(x: float, scale: float = 0.0) -> str:
+    """Three significant digits, or as many decimals as a number of size `scale` would have."""
     if not math.isfinite(x):
         return MISSING
-    x = float(f"{x:.3g}")
-    size = math.floor(math.log10(abs(x))) if x else 2
-    return f"{x:,.{max(0, 2 - size)}f}" if -4 <= size < 6 else f"{x:.1e}"
+    scale = float(f"{abs(scale or x):.3g}")
+    size = math.floor(math.log10(scale)) if scale else 2
+    if not -5 < size < 6:
+        return f"{x:.1e}"
+    decimals = max(0, 2 - size)
+    return f"{round(x, decimals) + 0.0:,.{decimals}f}"
 
 
-def signed(x: float) -> str:
-    """Three significant digits and always a sign, but for zero."""
-    return f"+{number(x)}" if x > 0 else number(x)
+def signed(x: float, scale: float = 0.0) -> str:
+    """The same, always with a sign but for zero."""
+    return f"+{number(x, scale)}" if x > 0 else number(x, scale)
 
 
-def bounded(x: float) -> str:
+def bounded(x: float, scale: float = 0.0) -> str:
     """Three decimals of a number up to 1; what is not quite 1 never reads as 1."""
     text = f"{round(x, 3) + 0.0:.3f}" if math.isfinite(x) else MISSING
     return ">0.999" if text == "1.000" and x < 1 else text
 
 
-def percent(x: float) -> str:
+def percent(x: float, scale: float = 0.0) -> str:
     """A share as a percentage; what is not quite all or none never reads as such."""
     text = f"{100 * x:.1f}%" if math.isfinite(x) else MISSING
-    if text == "100.0%" and x < 1:
-        return ">99.9%"
-    return "<0.1%" if text == "0.0%" and x > 0 else text
+    return {"100.0%": ">99.9%", "0.0%": "<0.1%"}.get(text, text) if 0 < x < 1 else text
 
 
-def with_interval(row: Row, form: Format) -> str:
-    """A number and, where there is one, its interval."""
-    if not (math.isfinite(row.low) and math.isfinite(row.high)):
-        return form(row.value)
-    return f"{form(row.value)} [{form(row.low)}, {form(row.high)}]"
+FORMS: dict[str, Callable[[float, float], str]] = {
+    "delta": signed,
+    **dict.fromkeys(("cosine", "spearman"), bounded),
+    **dict.fromkeys(
+        ("top1_agreement", "rank_1", "rank_2_10", "rank_gt_10", "rank_ge_200"), percent
+    ),
+}
+
+
+def in_words(row: Row, scale: float = 0.0) -> str:
+    """A number of the table in the form that suits its metric."""
+    return FORMS.get(row.metric, number)(row.value, scale)
+
+
+def with_interval(row: Row) -> str:
+    """A number and, where there is one, its interval, with the same decimals."""
+    if not all(map(math.isfinite, (row.value, row.low, row.high))):
+        return in_words(row)
+    scale = max(map(abs, (row.value, row.low, row.high)))
+    value, low, high = (in_words(row._replace(value=x), scale) for x in row[4:7])
+    return f"{value} [{low}, {high}]"
 
 
 def plain(text: object) -> str:
@@ -343,27 +290,10 @@ def plain(text: object) -> str:
     return "".join(c if c.isprintable() else "?" for c in " ".join(str(text).split()))
 
 
-def shortened(text: str, width: int) -> str:
-    """Text with its middle left out where it is too long; both ends of a path tell something."""
-    half = (width - 1) // 2
-    return text if len(text) <= width else f"{text[:half]}…{text[-half:]}"
-
-
-def _paragraph(text: str) -> list[str]:
-    return textwrap.wrap(text, WIDTH, subsequent_indent="  ")
-
-
-def _flow(items: Iterable[str]) -> list[str]:
-    """Items side by side, as many to a line as fit; none is broken."""
-    glued = "    ".join(item.replace(" ", "\u00a0") for item in items)
-    lines = textwrap.wrap(glued, WIDTH - 2, break_on_hyphens=False)
-    return ["  " + line.replace("\u00a0", " ") for line in lines]
-
-
-def _measured(comparison: Comparison) -> list[str]:
-    return list(dict.fromkeys(row.probe for row in comparison.rows))
-
-
-def _row(comparison: Comparison, probe: str, metric: str, layer: int, view: str) -> Row | None:
-    rows = comparison.select(probe, metric, view)
-    return next((row for row in rows if row.layer == layer), None)
+def _lines(label: str, *texts: str) -> list[str]:
+    """Paragraphs wrapped to the width, a label in front of the first."""
+    lines = []
+    for text in texts:
+        lines += textwrap.wrap(text, WIDTH, initial_indent=f"{label:<7}", subsequent_indent=" " * 7)
+        label = ""
+    return lines

@@ -1,0 +1,283 @@
+"""The table, its folder, and made-up comparisons for the tests of everything that reads one."""
+
+import json
+import math
+import random
+import struct
+from collections.abc import Callable, Collection
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hyperlens.errors import ResultsError
+from hyperlens.results import COLUMNS, Comparison, Row
+
+VIEWS = ("raw", "unit_rms", "final_norm")
+NAN = math.nan
+
+
+def make_comparison(n_layers: int = 4, *, names: tuple[str, str] = ("base", "tuned")) -> Comparison:
+    """Every row a full run gives, with made-up numbers."""
+    rng = random.Random(n_layers)
+    last = n_layers
+    rows: list[Row] = []
+
+    def add(probe: str, metric: str, layer: int, view: str, value: float, width: float) -> None:
+        rows.append(Row(probe, metric, layer, view, value, value - width, value + width, 1000))
+
+    for layer in range(n_layers + 1):
+        t = layer / n_layers
+        for view in VIEWS:
+            add("drift", "cosine", layer, view, 1 - 0.2 * t, 0.01)
+            add("drift", "l2", layer, view, 20 * t**2, 0.1)
+            add("drift", "relative_l2", layer, view, 0.5 * t**2, 0.01)
+            delta = rng.uniform(-2, 2) + (75 if layer == last and view != "raw" else 0)
+            for metric, value in (("base", 30.0), ("tuned", 30.0 + delta)):
+                add("participation_ratio", metric, layer, view, value, 1.0)
+            # Wholly above the value: what an interval of the participation ratio may look like.
+            ends = {"delta": (delta + 0.1, delta + 1)}
+            ends |= dict.fromkeys(("base_naive", "tuned_naive", "delta_naive"), (NAN, NAN))
+            rows += [
+                Row("participation_ratio", metric, layer, view, delta, low, high, 1000)
+                for metric, (low, high) in ends.items()
+            ]
+        for metric, value in (
+            ("top1_agreement", 1 - 0.4 * t),
+            ("kl", 1.25 * t),
+            ("base_entropy", 4 - t),
+            ("tuned_entropy", 4 - 3 * t),
+            ("median_base_rank", 9.0),
+        ):
+            add("logit_lens", metric, layer, "final_norm", value, 0.02)
+    for metric, value in (
+        ("top1_agreement", 0.6),
+        ("spearman", 0.43),
+        ("rank_1", 0.6),
+        ("rank_2_10", 0.3),
+        ("rank_gt_10", 0.1),
+        ("rank_ge_200", 0.02),
+    ):
+        add("rank_reordering", metric, last, "final_norm", value, 0.01)
+    for view in VIEWS:
+        for metric, value in (
+            ("l2_with_sinks", 50.0),
+            ("l2_with_sinks_and_bos", 55.5),
+            ("delta_with_sinks", 80.0),
+            ("delta_with_sinks_and_bos", 78.0),
+        ):
+            rows.append(Row("artefact_audit", metric, last, view, value, NAN, NAN, 1010))
+    models = [
+        {"name": name, "source": name, "kind": "folder", "sha256": digit * 64, "dtype": "float32"}
+        for name, digit in zip(names, "ab", strict=True)
+    ]
+    counts = (600, 150, 100, 80, 50, 20)
+    meta: dict[str, Any] = {
+        "n_layers": n_layers,
+        "base": models[0],
+        "tuned": models[1],
+        "options": {"batch_size": 8, "sink_threshold": 10.0},
+        "versions": {"hyperlens": "0.1.0"},
+        "seed": 0,
+        "backend": "residual",
+        "device": "cpu",
+        "dtype": "float32",
+        "corpus": {
+            "n_texts": 12,
+            "n_sequences": 10,
+            "n_tokens": 1020,
+            "n_bos": 10,
+            "n_cut": 3,
+            "n_short": 1,
+            "n_empty": 1,
+            "n_duplicates": 0,
+            "sha256": "c" * 64,
+        },
+        "excluded": {"bos": 10, "sinks_per_layer": [0, *[10] * n_layers]},
+        "notes": [],
+        "probes": {"participation_ratio": {"token_set": "geometry"}},
+    }
+    histogram = [
+        {"low": 2**k, "high": 2 ** (k + 1) - 1, "count": count} for k, count in enumerate(counts)
+    ]
+    extras = {"rank_reordering": {"rank_histogram": histogram, "tied_winners": 0}}
+    return Comparison(tuple(rows), extras, meta)
+
+
+def make_identical(n_layers: int = 4) -> Comparison:
+    """What a model compared with itself reads."""
+    at_one = ("cosine", "spearman", "top1_agreement", "rank_1")
+
+    def at_rest(row: Row) -> Row:
+        value = 1.0 if row.metric in at_one else 0.0
+        return row._replace(value=value, low=value, high=value)
+
+    return change_rows(make_comparison(n_layers), at_rest)
+
+
+def change_rows(comparison: Comparison, change: Callable[[Row], Row]) -> Comparison:
+    return replace(comparison, rows=tuple(map(change, comparison.rows)))
+
+
+def keep_rows(comparison: Comparison, keep: Callable[[Row], bool]) -> Comparison:
+    return replace(comparison, rows=tuple(filter(keep, comparison.rows)))
+
+
+def partial_comparisons() -> dict[str, Comparison]:
+    """Comparisons with parts missing, as after a run with fewer probes, layers or views."""
+    whole = make_comparison(12)
+    probes = {row.probe for row in whole.rows}
+
+    def only(**fields: Collection[Any]) -> Comparison:
+        return keep_rows(whole, lambda row: all(getattr(row, k) in v for k, v in fields.items()))
+
+    custom = Row("my_probe", "norm <b>", 3, "sideways", 1.0, NAN, NAN, 5)
+    return {
+        "nothing": only(probe=()),
+        "custom probe": replace(whole, rows=(custom,)),
+        "whole and custom probe": replace(whole, rows=(*whole.rows, custom)),
+        **{f"only {probe}": only(probe=[probe]) for probe in sorted(probes)},
+        **{f"without {probe}": only(probe=probes - {probe}) for probe in sorted(probes)},
+        **{f"only {view}": only(view=[view]) for view in VIEWS},
+        "last layer": only(layer=[12]),
+        "first layer": only(layer=[0]),
+        "layers apart": only(layer=[0, 5, 12]),
+        "without the last": only(layer=range(12)),
+        "all NaN": change_rows(whole, lambda row: row._replace(value=NAN, low=NAN, high=NAN)),
+        "no intervals": change_rows(whole, lambda row: row._replace(low=NAN, high=NAN)),
+        "infinite": change_rows(whole, lambda row: row._replace(value=math.inf)),
+        "bare meta": replace(whole, meta={"n_layers": 12}, extras={}),
+        "one block": make_comparison(1),
+        "two blocks": make_comparison(2),
+        "identical": make_identical(),
+    }
+
+
+def bits(row: Row) -> tuple[Any, ...]:
+    """A row in a form that tells -0.0 from 0.0 and holds NaN equal to NaN."""
+    # NaN has many bit patterns; one stands for all.
+    return tuple(
+        ("nan" if math.isnan(v) else struct.pack("<d", v)) if isinstance(v, float) else v
+        for v in row
+    )
+
+
+def test_frame_has_the_promised_columns() -> None:
+    comparison = make_comparison()
+    frame = comparison.to_frame()
+    assert list(frame.columns) == list(COLUMNS)
+    assert " ".join(COLUMNS) == "probe metric layer view value low high n"
+    assert len(frame) == len(comparison.rows)
+    assert list(replace(comparison, rows=()).to_frame().columns) == list(COLUMNS)
+
+
+def test_select_is_in_order_of_layer_and_value_is_nan_where_there_is_none() -> None:
+    comparison = make_comparison(6)
+    shuffled = list(comparison.rows)
+    random.Random(0).shuffle(shuffled)
+    mixed = replace(comparison, rows=tuple(shuffled))
+    assert mixed.select("drift", "l2", "raw") == comparison.select("drift", "l2", "raw")
+    assert [row.layer for row in mixed.select("drift", "l2", "raw")] == list(range(7))
+    assert mixed.value("rank_reordering", "spearman", 6, "final_norm") == 0.43
+    assert math.isnan(mixed.value("rank_reordering", "spearman", 5, "final_norm"))
+
+
+def test_a_saved_comparison_comes_back_bit_for_bit(tmp_path: Path) -> None:
+    comparison = make_comparison(names=("modèle ∆", "a/b"))
+    folder = comparison.save(tmp_path / "deep" / "result")
+    loaded = Comparison.load(folder)
+    assert list(map(bits, loaded.rows)) == list(map(bits, comparison.rows))
+    assert loaded.extras == comparison.extras
+    assert loaded.meta == comparison.meta
+    assert loaded.summary() == comparison.summary()
+    assert {"comparison.json", "layers.csv", "summary.txt", "layers.png", "layers.svg"} <= {
+        path.name for path in folder.iterdir()
+    }
+
+
+@given(st.lists(st.floats(width=64), min_size=3, max_size=3))
+def test_any_number_survives_json(numbers: list[float]) -> None:
+    # Through the text itself: a folder and its figures for every example would take minutes.
+    row = Row("probe", "metric", 1, "raw", *numbers, n=7)
+    text = Comparison((row,), {}, {"n_layers": 1})._to_json()
+    rebuilt = [NAN if v is None else v for v in json.loads(text)["rows"][0]]
+    assert bits(Row(*rebuilt)) == bits(row)
+
+
+def test_csv_holds_the_table(tmp_path: Path) -> None:
+    import pandas as pd
+
+    comparison = make_comparison()
+    frame = pd.read_csv(comparison.save(tmp_path / "result") / "layers.csv")
+    pd.testing.assert_frame_equal(frame, comparison.to_frame(), check_exact=True)
+
+
+def test_an_existing_folder_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("keep me")
+    with pytest.raises(ResultsError, match="already exists"):
+        make_comparison().save(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_an_empty_folder_is_filled(tmp_path: Path) -> None:
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    assert Comparison.load(make_comparison().save(folder)).n_layers == 4
+
+
+def test_a_failed_save_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: Comparison) -> str:
+        raise RuntimeError("stop")
+
+    monkeypatch.setattr(Comparison, "summary", fail)
+    with pytest.raises(RuntimeError, match="stop"):
+        make_comparison().save(tmp_path / "result")
+    assert not list(tmp_path.iterdir())
+
+
+def test_loading_nothing_says_what_was_expected(tmp_path: Path) -> None:
+    with pytest.raises(ResultsError, match=r"expected comparison\.json"):
+        Comparison.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b"\xff\xfe",
+        b'{"format": 1}',
+        b'{"format": 1, "meta": {}, "extras": {}, "rows": 3}',
+        b'{"format": 1, "meta": {}, "extras": {}, "rows": [[1, 2]]}',
+    ],
+)
+def test_an_unreadable_file_is_one_error(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "comparison.json").write_bytes(content)
+    with pytest.raises(ResultsError, match="not a readable comparison"):
+        Comparison.load(tmp_path)
+
+
+def test_another_format_says_which_one_is_read(tmp_path: Path) -> None:
+    (tmp_path / "comparison.json").write_text('{"format": 99}')
+    with pytest.raises(ResultsError, match="format 99, this version reads format 1"):
+        Comparison.load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["nothing", "custom probe", "all NaN", "infinite", "bare meta"])
+def test_partial_comparisons_can_be_saved(tmp_path: Path, name: str) -> None:
+    comparison = partial_comparisons()[name]
+    loaded = Comparison.load(comparison.save(tmp_path / "result"))
+    assert list(map(bits, loaded.rows)) == list(map(bits, comparison.rows))
+
+
+def test_a_comparison_prints_as_its_summary() -> None:
+    comparison = make_comparison(names=("gpt2", "gpt2-tuned"))
+    assert str(comparison) == comparison.summary()
+    assert repr(comparison) == "Comparison(gpt2 -> gpt2-tuned)"
