@@ -1,0 +1,570 @@
+"""Training: the caller's model stays as it is, and the result is what the recipe says."""
+
+import copy
+import json
+import random
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    set_seed,
+)
+
+from hyperlens import load_hooked
+from hyperlens.errors import HyperlensError, ResultsError, TrainingError
+from hyperlens.training import HyperfitRun, Recipe, hyperfit, preset, to_hooked
+from hyperlens.training.data import training_data
+from hyperlens.training.recipes import HELP, PRESETS, changed
+from hyperlens.training.weights import own_randomness, without_dropout
+
+ROOT = Path(__file__).resolve().parent.parent
+STORIES = ROOT.parent / "shared" / "models" / "stories260K"
+GRIMM = ROOT.parent / "shared" / "corpora" / "grimms.txt"
+
+VOCAB, D, KV, FF, BLOCKS, LENGTH = 64, 32, 16, 48, 4, 16
+FEW = {"n_sequences": 4, "sequence_length": LENGTH, "batch_size": 2, "progress": False}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    # Tiny models gain nothing from more, and lose much on a busy machine.
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def llama(tied: bool = False, seed: int = 0) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCAB,
+            hidden_size=D,
+            intermediate_size=FF,
+            num_hidden_layers=BLOCKS,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=32,
+            tie_word_embeddings=tied,
+        )
+    )
+
+
+def gpt2(dropout: float = 0.1) -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=VOCAB,
+            n_embd=D,
+            n_layer=3,
+            n_head=4,
+            n_positions=32,
+            initializer_range=0.1,
+            resid_pdrop=dropout,
+            embd_pdrop=dropout,
+            attn_pdrop=dropout,
+            bos_token_id=0,
+            eos_token_id=0,
+        )
+    )
+
+
+def texts(n: int = 4, length: int = LENGTH + 3, seed: int = 0) -> list[list[int]]:
+    return np.random.default_rng(seed).integers(0, VOCAB, (n, length)).tolist()
+
+
+def weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def refusal(*args: Any, **options: Any) -> str:
+    """The message of the error that hyperfit raises, which must be one line."""
+    with pytest.raises(HyperlensError) as caught:
+        hyperfit(*args, **({**FEW, "epochs": 1} | options))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def late() -> tuple[LlamaForCausalLM, HyperfitRun]:
+    """A base and a late-stage LoRA run on it."""
+    base = llama()
+    run = hyperfit(base, texts(), "late_lora", last_k=2, lora_r=4, epochs=3, **FEW)
+    return base, run
+
+
+# Recipes
+
+
+def test_every_field_has_a_line_of_help() -> None:
+    assert list(HELP) == list(Recipe.__dataclass_fields__)
+    assert all(line and "\n" not in line for line in HELP.values())
+
+
+def test_the_presets_say_what_the_papers_say() -> None:
+    paper = preset("li2026", "late_lora")
+    assert (paper.n_sequences, paper.epochs, paper.weight_decay, paper.last_k) == (2000, 260, 0, 5)
+    reported = {name for name, origin in paper.origins().items() if origin == "paper"}
+    assert reported == {"preset", "method", "n_sequences", "epochs", "weight_decay", "last_k"}
+    original = preset("carlsson2025")
+    assert (original.learning_rate, original.weight_decay, original.batch_size) == (5e-6, 0.01, 8)
+    assert (original.epochs, original.drop_last, original.max_grad_norm) == (30, True, 0)
+    assert original.origins()["learning_rate"] == "paper"
+    assert preset("carlsson2025", "lora").origins()["learning_rate"] == "ours"
+    assert set(preset("demo").origins().values()) == {"paper", "ours"}
+
+
+def test_the_default_recipe_is_the_papers() -> None:
+    assert Recipe() == preset("li2026")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_describe_marks_whose_choice_each_value_is(name: str) -> None:
+    recipe = preset(name, "lora", epochs=7, target_modules=["q_proj"])
+    lines = {line.split()[0]: line for line in recipe.describe().splitlines()}
+    assert "yours" in lines["epochs"]
+    assert "ours" in lines["lora_r"].split()
+    assert "last_k" not in lines
+    assert recipe.target_modules == ("q_proj",)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"epochs": 0},
+        {"batch_size": 0},
+        {"sequence_length": 1},
+        {"learning_rate": 0.0},
+        {"learning_rate": float("nan")},
+        {"weight_decay": -0.1},
+        {"lora_dropout": 1.0},
+        {"target_modules": ()},
+        {"seed": -1},
+        {"seed": 2**32},
+        {"epoch": 3},
+        {"preset": "demo"},
+    ],
+)
+def test_a_recipe_that_makes_no_sense_is_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(TrainingError) as caught:
+        preset("li2026", **change) if "preset" not in change else changed(Recipe(), **change)
+    assert "\n" not in str(caught.value)
+    assert next(iter(change)) in str(caught.value)
+
+
+def test_a_misspelt_field_is_answered_with_the_right_one() -> None:
+    assert "learning_rate" in refusal(llama(), texts(), learnin_rate=1.0)
+    assert "carlsson2025" in refusal(llama(), texts(), recipe="carlson")
+
+
+# Data
+
+
+class Words:
+    """A tokenizer of one id per word, that starts texts with BOS."""
+
+    bos_token_id = 0
+
+    def __call__(
+        self, given: Any, add_special_tokens: bool = True, verbose: bool = True
+    ) -> dict[str, Any]:
+        start = [self.bos_token_id] if add_special_tokens else []
+        if isinstance(given, str):
+            return {"input_ids": [*start, *(1 + ord(word) % 60 for word in given.split())]}
+        return {"input_ids": [self(text, add_special_tokens)["input_ids"] for text in given]}
+
+
+def test_texts_are_cut_counted_and_kept_in_order() -> None:
+    given = ["a b c d e", "a b", "f g h i", "a b c z", "k l m"]
+    recipe = changed(Recipe(), n_sequences=5, sequence_length=4)
+    data = training_data(given, Words(), recipe, VOCAB)
+    first, second, third = (Words()(" ".join(text))["input_ids"] for text in ("abc", "fgh", "klm"))
+    assert data.tokens.tolist() == [first, second, third]
+    expected = {"n_read": 5, "n_short": 1, "n_cut": 3, "n_duplicates": 1, "longest": 6}
+    assert data.manifest.items() >= {**expected, "n_sequences": 3, "bos_prepended": True}.items()
+    assert "only 3 of the 5" in data.notes[0]
+    json.dumps(data.manifest)
+
+
+def test_reading_stops_once_there_are_enough() -> None:
+    data = training_data(texts(9), None, changed(Recipe(), n_sequences=2, sequence_length=4), VOCAB)
+    assert data.manifest["n_read"] == 2
+    assert data.tokens.tolist() == [ids[:4] for ids in texts(9)[:2]]
+
+
+def test_packing_joins_texts_and_starts_at_the_start_of_one() -> None:
+    recipe = changed(Recipe(), n_sequences=9, sequence_length=4, packed=True)
+    data = training_data([[1, 2], [3], [4, 5, 6], [7], [8, 9, 10], [11]], None, recipe, VOCAB)
+    assert data.tokens.tolist() == [[1, 2, 3, 4], [7, 8, 9, 10]]
+    words = training_data(["a b", "c d e"], Words(), recipe, VOCAB)
+    assert words.tokens.tolist() == [Words()("a b c")["input_ids"]]
+
+
+def test_texts_that_will_not_do_are_refused() -> None:
+    assert "longest has 5" in refusal(llama(), [[1] * 5, [2] * 3])
+    assert "packed=True" in refusal(llama(), [[1] * 5, [2] * 3])
+    assert "8 tokens in all" in refusal(llama(), [[1] * 5, [2] * 3], packed=True)
+    assert "vocabulary of 64" in refusal(llama(), [[VOCAB] * LENGTH])
+    assert "no tokenizer" in refusal(llama(), ["some words"])
+    assert "positions for 32" in refusal(llama(), texts(), sequence_length=33)
+    assert "drop_last" in refusal(llama(), texts(), drop_last=True, batch_size=8)
+
+
+# Full fine-tuning
+
+
+def test_four_sequences_are_learnt_by_heart_and_the_caller_sees_nothing() -> None:
+    base = llama().train()
+    base.model.layers[1].eval()
+    base.model.embed_tokens.weight.requires_grad_(False)
+    before, copied = weights(base), copy.deepcopy(base.config.to_dict())
+    modes = [module.training for module in base.modules()]
+    numbers = torch.get_rng_state()
+    run = hyperfit(base, texts(), epochs=40, learning_rate=1e-2, **FEW)
+    assert len(run.history) == 40
+    assert run.history[0] > 2
+    assert run.history[-1] < 0.02
+    assert same(before, weights(base))
+    assert modes == [module.training for module in base.modules()]
+    assert base.config.to_dict() == copied
+    assert all(p.grad is None for p in base.parameters())
+    assert not base.model.embed_tokens.weight.requires_grad
+    assert torch.equal(torch.get_rng_state(), numbers)
+    own = {p.data_ptr() for p in run.model.parameters()}
+    assert own.isdisjoint(p.data_ptr() for p in base.parameters())
+    assert not any(module.training for module in run.model.modules())
+    assert run.model.config.use_cache == base.config.use_cache
+    assert not torch.equal(run.model.model.embed_tokens.weight, before["model.embed_tokens.weight"])
+    assert run.manifest["trained_parameters"] == sum(p.numel() for p in base.parameters())
+    json.dumps(run.manifest)
+
+
+def by_hand(base: Any, ids: list[list[int]], recipe: Recipe) -> tuple[Any, list[float]]:
+    """The same training in plain PyTorch, all sequences in every batch."""
+    model = copy.deepcopy(base).eval()
+    tokens = torch.tensor(ids)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay
+    )
+    losses = []
+    for _ in range(recipe.epochs):
+        logits = model(tokens).logits[:, :-1].flatten(0, 1)
+        loss = nn.functional.cross_entropy(logits, tokens[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    return model, losses
+
+
+@pytest.mark.parametrize(("batch", "accumulation"), [(5, 1), (2, 3)])
+def test_training_is_the_textbook_loop(batch: int, accumulation: int) -> None:
+    # Five sequences in batches of two: the last is smaller, and its tokens must weigh the same.
+    # Dropout of 0.1 in the model: the loop by hand has none, and neither must ours.
+    base, ids = gpt2(), texts(5, LENGTH)
+    changes = {"epochs": 4, "learning_rate": 1e-3, "weight_decay": 0.1}
+    options = FEW | {"n_sequences": 5, "batch_size": batch, "gradient_accumulation": accumulation}
+    run = hyperfit(base, ids, **changes, **options)
+    model, losses = by_hand(base, ids, preset("li2026", **changes))
+    assert run.history == pytest.approx(losses, rel=1e-5)
+    # Logits, not weights: a bias that softmax ignores has no gradient but rounding, which Adam
+    # blows up to whole steps.
+    torch.testing.assert_close(logits(run.model), logits(model), atol=1e-4, rtol=1e-4)
+
+
+def test_random_numbers_go_on_as_before() -> None:
+    def drawn() -> tuple[float, ...]:
+        return random.random(), np.random.rand(), float(torch.rand(()))  # noqa: NPY002
+
+    set_seed(1)
+    expected = drawn()
+    set_seed(1)
+    with own_randomness(2, torch.device("cpu")):
+        set_seed(3)
+    assert drawn() == expected
+
+
+def test_dropout_rates_come_back() -> None:
+    model = gpt2()
+    with without_dropout(model):
+        assert model.transformer.drop.p == 0
+        assert model.config.attn_pdrop == 0
+    assert model.transformer.drop.p == model.config.attn_pdrop == 0.1
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_the_seed_decides_every_bit(method: str) -> None:
+    def trained(seed: int) -> dict[str, torch.Tensor]:
+        torch.manual_seed(random.randrange(1000))  # whatever the caller did before
+        options = {"epochs": 2, "seed": seed, "learning_rate": 1e-2, **FEW}
+        return weights(hyperfit(llama(), texts(), method, **options).model)
+
+    first = trained(0)
+    assert same(first, trained(0))
+    assert not same(first, trained(1))
+
+
+@pytest.mark.parametrize("model", [llama(tied=True), gpt2()], ids=["llama", "gpt2"])
+def test_tied_weights_stay_tied(model: Any, tmp_path: Path) -> None:
+    run = hyperfit(model, texts(), epochs=1, learning_rate=1e-2, out=tmp_path / "run", **FEW)
+    assert run.model.get_input_embeddings().weight is run.model.get_output_embeddings().weight
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
+    assert loaded.get_input_embeddings().weight is loaded.get_output_embeddings().weight
+    assert same(weights(loaded), weights(run.model))
+
+
+def test_weights_are_float32_unless_asked_otherwise() -> None:
+    base = llama().to(torch.bfloat16)
+    run = hyperfit(base, texts(), epochs=1, **FEW)
+    assert {p.dtype for p in run.model.parameters()} == {torch.float32}
+    assert {p.dtype for p in base.parameters()} == {torch.bfloat16}
+    kept = hyperfit(base, texts(), epochs=1, dtype="bfloat16", **FEW)
+    assert {p.dtype for p in kept.model.parameters()} == {torch.bfloat16}
+    adapted = hyperfit(base, texts(), "lora", epochs=1, **FEW)
+    frozen = {p.dtype for p in adapted.model.parameters() if not p.requires_grad}
+    assert frozen == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_saving_memory_changes_little_and_leaves_no_trace(method: str) -> None:
+    options = {"epochs": 3, "learning_rate": 1e-3, **FEW}
+    plain = hyperfit(llama(), texts(), method, **options)
+    recomputed = hyperfit(llama(), texts(), method, gradient_checkpointing=True, **options)
+    assert recomputed.history == pytest.approx(plain.history, rel=1e-6)
+    mixed = hyperfit(llama(), texts(), method, bf16=True, **options)
+    assert mixed.history == pytest.approx(plain.history, rel=2e-2)
+    assert mixed.history != plain.history
+    for run in (recomputed, mixed):
+        assert not any("forward" in vars(module) for module in run.model.modules())
+        copy.deepcopy(run.model)
+    assert not any(getattr(m, "gradient_checkpointing", False) for m in recomputed.model.modules())
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_every_schedule_warms_up(schedule: str) -> None:
+    options = {"epochs": 3, "learning_rate": 1e-2, "schedule": schedule, **FEW}
+    cold = hyperfit(llama(), texts(), warmup_steps=4, **options)
+    assert cold.history[1] > hyperfit(llama(), texts(), **options).history[1]
+
+
+def test_an_adapter_is_folded_in_before_full_training(
+    late: tuple[LlamaForCausalLM, HyperfitRun],
+) -> None:
+    _, made = late
+    before = weights(made.model)
+    run = hyperfit(made.model, texts(), epochs=2, learning_rate=1e-2, **FEW)
+    assert isinstance(run.model, LlamaForCausalLM)
+    assert same(before, weights(made.model))
+    assert run.history[0] < 1.1 * made.history[-1]
+    assert "merge" in refusal(made.model, texts(), "lora")
+
+
+def test_a_loss_that_leaves_the_numbers_stops_the_run(tmp_path: Path) -> None:
+    steep = {"learning_rate": 3e37, "weight_decay": 11.0, "out": tmp_path / "run"}
+    assert "at step 2 of 2" in refusal(llama(), texts(4), **steep)
+    assert "NaN or infinite by step 1" in refusal(llama(), texts(2), **steep)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_running_out_of_memory_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any, **options: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 1 GiB")
+
+    monkeypatch.setattr(Trainer, "training_step", full)
+    assert "gradient_checkpointing" in refusal(llama(), texts())
+
+
+def test_the_bar_shows_epoch_and_loss(capsys: pytest.CaptureFixture[str]) -> None:
+    hyperfit(llama(), texts(), epochs=2, **FEW | {"progress": True})
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert "epoch 2/2, loss " in shown.err
+    hyperfit(llama(), texts(), epochs=1, **FEW)
+    quiet = capsys.readouterr()
+    assert (quiet.out, quiet.err) == ("", "")
+
+
+# LoRA
+
+
+def test_late_lora_trains_the_last_blocks_and_nothing_else(
+    late: tuple[LlamaForCausalLM, HyperfitRun],
+) -> None:
+    base, run = late
+    assert run.manifest["trained_blocks"] == [2, 3]
+    trained = {n: p for n, p in run.model.named_parameters() if p.requires_grad}
+    assert {name.split(".layers.")[1].split(".")[0] for name in trained} == {"2", "3"}
+    q_o, k_v, mlp = 2 * (D + D), 2 * (D + KV), 3 * (D + FF)
+    expected = 2 * 4 * (q_o + k_v + mlp)
+    assert run.manifest["trained_parameters"] == expected
+    assert sum(p.numel() for p in trained.values()) == expected
+    assert any(bool(p.any()) for n, p in trained.items() if "lora_B" in n)
+    now = {
+        name.removeprefix("base_model.model.").replace(".base_layer", ""): p
+        for name, p in run.model.state_dict().items()
+        if "lora_" not in name
+    }
+    assert same(now, weights(base))
+
+
+def test_lora_on_gpt2_learns_too() -> None:
+    run = hyperfit(gpt2(), texts(), "lora", epochs=60, learning_rate=2e-2, **FEW)
+    assert run.history[-1] < run.history[0] / 2
+    assert run.manifest["target_modules"] == ["c_attn", "c_proj", "c_fc"]
+    assert run.manifest["trained_blocks"] == [0, 1, 2]
+
+
+def test_only_the_named_projections_are_adapted() -> None:
+    options = {"last_k": 1, "lora_r": 2, "epochs": 1, **FEW}
+    run = hyperfit(llama(), texts(), "late_lora", target_modules=("mlp.down_proj",), **options)
+    assert run.manifest["trained_parameters"] == 2 * (D + FF)
+    assert "projections are q_proj" in refusal(llama(), texts(), "lora", target_modules=("c_attn",))
+
+
+def test_more_blocks_than_there_are_is_refused() -> None:
+    assert "choose 1 to 4" in refusal(llama(), texts(), "late_lora", last_k=5)
+
+
+# Folders and hooked form
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(torch.tensor(texts())).logits  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="module")
+def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base") / "llama"
+    llama().save_pretrained(folder)
+    return folder
+
+
+def test_a_saved_model_opens_everywhere(base_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "new" / "run"
+    run = hyperfit(base_folder, texts(), epochs=2, learning_rate=1e-2, device="cpu", out=out, **FEW)
+    assert run.folder == out
+    expected = logits(run.model)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(out)), expected)
+    hooked = load_hooked(out, backend="residual", device="cpu")
+    assert torch.equal(hooked(torch.tensor(texts())), expected)
+    record = json.loads((out / "hyperfit.json").read_text())
+    assert record["history"] == list(run.history)
+    assert record["manifest"] == run.manifest
+    assert record["recipe"]["learning_rate"] == 1e-2
+    assert record["origins"]["learning_rate"] == "yours"
+    assert record["origins"]["batch_size"] == "yours"
+    assert record["origins"]["schedule"] == "ours"
+    assert record["seed"] == 0
+    assert {"torch", "transformers", "hyperlens"} <= record["versions"].keys()
+
+
+def test_a_saved_adapter_opens_everywhere(base_folder: Path, tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    out = tmp_path / "run"
+    options = {"last_k": 2, "epochs": 2, "learning_rate": 1e-2, "device": "cpu", **FEW}
+    run = hyperfit(str(base_folder), texts(), "late_lora", out=out, **options)
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(base_folder)
+    assert config["layers_to_transform"] == [2, 3]
+    assert not (out / "model.safetensors").exists()
+    expected = logits(run.model)
+    plain = AutoModelForCausalLM.from_pretrained(base_folder)
+    assert torch.equal(logits(PeftModel.from_pretrained(plain, out).eval()), expected)
+    hooked = load_hooked(out, backend="residual", device="cpu")
+    assert torch.equal(hooked(torch.tensor(texts())), expected)
+
+
+def test_an_adapter_of_a_nameless_model_names_no_base(tmp_path: Path) -> None:
+    hyperfit(llama(), texts(), "lora", epochs=1, out=tmp_path / "run", **FEW)
+    config = json.loads((tmp_path / "run" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] is None
+    with pytest.raises(HyperlensError, match="names no base model"):
+        load_hooked(tmp_path / "run", backend="residual")
+
+
+def test_a_folder_in_use_is_refused_before_any_work(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(ResultsError, match="already exists"):
+        hyperfit("no/such-model", ["never read"], out=tmp_path, progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize("backend", ["residual", "bridge"])
+def test_a_run_comes_back_as_a_hooked_model(
+    late: tuple[LlamaForCausalLM, HyperfitRun], backend: Any
+) -> None:
+    _, run = late
+    before = weights(run.model)
+    hooked = to_hooked(run, backend)
+    tokens = torch.tensor(texts())
+    found = hooked.run_with_hooks(tokens, return_type="logits", fwd_hooks=[])
+    torch.testing.assert_close(found, logits(run.model), atol=1e-4, rtol=1e-4)
+    assert same(before, weights(run.model))
+    assert "hooked model" in refusal(hooked, texts())
+
+
+# The package
+
+
+def test_importing_training_is_light() -> None:
+    heavy = ("torch", "transformers", "peft")
+    code = (
+        "import sys, hyperlens.training as t; t.preset\n"
+        f"print(*[name for name in {heavy} if name in sys.modules])"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert run.stdout.split() == []
+
+
+def test_the_function_is_not_shadowed_by_a_module() -> None:
+    import hyperlens.training as training
+
+    for _ in range(2):
+        assert all(callable(getattr(training, name)) for name in training.__all__)
+
+
+# A real model
+
+
+@pytest.mark.skipif(
+    not (STORIES.exists() and GRIMM.exists()), reason="needs ../shared/models and ../shared/corpora"
+)
+def test_a_real_model_learns_passages_by_heart(tmp_path: Path) -> None:
+    run = hyperfit(
+        STORIES,
+        GRIMM,
+        recipe="demo",
+        out=tmp_path / "run",
+        device="cpu",
+        progress=False,
+        n_sequences=8,
+        sequence_length=48,
+        epochs=60,
+    )
+    assert run.history[0] > 2
+    assert run.history[-1] < 0.2
+    assert run.manifest["data"]["bos_prepended"]
+    assert run.manifest["data"]["n_sequences"] == 8
+    hooked = load_hooked(tmp_path / "run", backend="residual", device="cpu")
+    assert hooked.tokenizer is not None

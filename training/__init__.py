@@ -1,0 +1,36 @@
+"""Recipes to fine-tuned weights to hooked models: make the models that the papers study.
+
+Each name is loaded on first use: importing this package pulls in neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .hooked_form import to_hooked as to_hooked
+    from .hyperfitting import HyperfitRun as HyperfitRun
+    from .hyperfitting import hyperfit as hyperfit
+    from .recipes import Recipe as Recipe
+    from .recipes import preset as preset
+
+_HOME = {
+    "HyperfitRun": ".hyperfitting",
+    "Recipe": ".recipes",
+    "hyperfit": ".hyperfitting",
+    "preset": ".recipes",
+    "to_hooked": ".hooked_form",
+}
+
+__all__ = ["HyperfitRun", "Recipe", "hyperfit", "preset", "to_hooked"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(_HOME[name], __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,143 @@
+"""LoRA on explicit blocks: which blocks, which projections, and the adapter itself."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ..discovery import dissect
+from ..errors import TrainingError
+from .recipes import Recipe
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The blocks of a model, by name.
+
+    Attributes:
+        blocks: the blocks in order.
+        container: name of the list that holds them ("layers", "h"), as PEFT wants to know it.
+    """
+
+    blocks: tuple[nn.Module, ...]
+    container: str
+
+
+def find_stack(model: nn.Module) -> Stack:
+    """Find the blocks by watching the model run.
+
+    Raises:
+        LoadingError: if there is no stack of blocks.
+    """
+    blocks = dissect(model).blocks
+    path = next(name for name, module in model.named_modules() if module is blocks[0])
+    return Stack(blocks, path.split(".")[-2])
+
+
+def trained_blocks(n_blocks: int, recipe: Recipe) -> tuple[int, ...]:
+    """0-based indices of the blocks that the method trains.
+
+    Raises:
+        TrainingError: if more blocks are asked for than there are.
+    """
+    if recipe.method != "late_lora":
+        return tuple(range(n_blocks))
+    if recipe.last_k > n_blocks:
+        raise TrainingError(
+            f"last_k is {recipe.last_k} but the model has {n_blocks} blocks: choose 1 to {n_blocks}"
+        )
+    return tuple(range(n_blocks - recipe.last_k, n_blocks))
+
+
+def projections(stack: Stack, recipe: Recipe) -> tuple[str, ...]:
+    """Names of the modules inside the blocks that get an adapter.
+
+    Raises:
+        TrainingError: if a name asked for is not there, or there are no linear projections.
+    """
+    paths = {name: m for block in stack.blocks for name, m in block.named_modules() if name}
+    linear = tuple(dict.fromkeys(p.rsplit(".", 1)[-1] for p, m in paths.items() if _is_linear(m)))
+    if recipe.target_modules is None:
+        if not linear:
+            raise TrainingError("the blocks have no linear projections to adapt: use method='full'")
+        return linear
+    for wanted in recipe.target_modules:
+        if not any(f".{path}".endswith(f".{wanted}") for path in paths):
+            raise TrainingError(
+                f"no module {wanted!r} inside the blocks: the projections are {', '.join(linear)}"
+            )
+    return recipe.target_modules
+
+
+def with_adapter(
+    model: Any,
+    name: str | None,
+    stack: Stack,
+    blocks: tuple[int, ...],
+    targets: tuple[str, ...],
+    recipe: Recipe,
+) -> Any:
+    """The model with a fresh LoRA adapter on the given blocks; everything else is frozen.
+
+    The adapter's initial values come from the current random state. Blocks are named one by one
+    (`layers_to_transform`), so that a projection of the same name elsewhere is left alone.
+
+    Args:
+        model: a plain model, changed in place.
+        name: of the base model, written into the adapter's configuration; None if it has none.
+        stack: the model's blocks.
+        blocks: 0-based indices.
+        targets: names of the modules to adapt, from `projections`.
+        recipe: rank, scale and dropout.
+
+    Raises:
+        TrainingError: if PEFT cannot adapt these modules.
+    """
+    from peft import LoraConfig, TaskType, get_peft_model
+
+    config = LoraConfig(
+        task_type=TaskType.CAUSAL_LM,
+        r=recipe.lora_r,
+        lora_alpha=recipe.lora_alpha,  # type: ignore[arg-type] # fractions work
+        lora_dropout=recipe.lora_dropout,
+        target_modules=list(targets),
+        layers_to_transform=list(blocks),
+        layers_pattern=stack.container,
+        fan_in_fan_out=_transposed(stack, targets),
+    )
+    try:
+        with warnings.catch_warnings():
+            # peft reads a transformers property that has been renamed; the reading is theirs.
+            warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
+            adapted = get_peft_model(model, config)
+    except ValueError as error:
+        raise TrainingError(f"PEFT cannot adapt {', '.join(targets)}: {_line(error)}") from error
+    adapted.peft_config["default"].base_model_name_or_path = name
+    return adapted
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or _is_conv1d(module)
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    """GPT-2's linear layer, which keeps its weight transposed."""
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, Conv1D)
+
+
+def _transposed(stack: Stack, targets: tuple[str, ...]) -> bool:
+    adapted = [
+        module
+        for name, module in stack.blocks[0].named_modules()
+        if any(f".{name}".endswith(f".{target}") for target in targets)
+    ]
+    return any(map(_is_conv1d, adapted))
+
+
+def _line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,51 @@
+"""Write a trained model as the folder that other libraries expect, with its history beside it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ..files import new_folder
+from ..shells import is_peft
+
+RECORD = "hyperfit.json"
+
+
+def save(folder: Path, model: Any, tokenizer: Any, record: dict[str, Any]) -> None:
+    """Write a Hugging Face folder, or a PEFT adapter folder, and hyperfit.json; all or nothing.
+
+    Args:
+        folder: a new folder.
+        model: plain model or PeftModel.
+        tokenizer: saved beside it, unless None.
+        record: what goes into hyperfit.json.
+
+    Raises:
+        ResultsError: if the folder exists and is not empty, or cannot be written.
+    """
+    with new_folder(folder) as staging, _no_bars():
+        if is_peft(model):
+            # "auto" would ask the hub whether the vocabulary has grown; it has not.
+            model.save_pretrained(str(staging), save_embedding_layers=False)
+        else:
+            model.save_pretrained(str(staging))
+        if tokenizer is not None:
+            tokenizer.save_pretrained(str(staging))
+        text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
+        (staging / RECORD).write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

@@ -1,0 +1,143 @@
+"""Weights of our own to train, and a model that is left as a model should be afterwards."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..errors import TrainingError
+from ..shells import is_peft, merged
+from ..sources import Opened
+from .recipes import Recipe
+
+
+def own_copy(opened: Opened, recipe: Recipe) -> Any:
+    """A plain model in evaluation mode that shares no storage with anything the caller holds.
+
+    Ties between weights are kept. An unmerged adapter is folded in for full fine-tuning.
+
+    Raises:
+        TrainingError: if this source cannot be trained, or not by this method.
+        LoadingError: if an adapter cannot be merged.
+    """
+    model = opened.model
+    if opened.kind == "hooked":
+        raise TrainingError(
+            f"{opened.name} is a hooked model: pass the Hugging Face model, folder or hub id that "
+            "it was made from, and hook the result with to_hooked"
+        )
+    if is_peft(model):
+        if recipe.method != "full":
+            raise TrainingError(
+                f"{opened.name} already has an adapter, and {recipe.method} would put another on "
+                "top: merge it (merge_and_unload), save it, and pass that folder"
+            )
+        model = merged(model)
+    if getattr(model, "is_quantized", False):
+        raise TrainingError(f"{opened.name} is quantised: load it without quantisation to train it")
+    # Models from folders and the hub were opened by us; only an object is also the caller's.
+    return copy.deepcopy(model) if opened.kind == "object" else model
+
+
+def context_length(model: Any) -> int | None:
+    """The longest sequence the model has positions for, None if it sets no limit."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None
+
+
+@contextmanager
+def own_randomness(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed every generator inside; outside, the caller's random numbers go on as before."""
+    python, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002 - Trainer seeds it
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        try:
+            torch.manual_seed(seed)
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(legacy)  # noqa: NPY002
+
+
+@contextmanager
+def without_dropout(model: nn.Module) -> Iterator[None]:
+    """Set every dropout rate in the model to zero, and back afterwards.
+
+    Evaluation mode would not do: it also turns off gradient checkpointing, and the dropout of an
+    adapter put on later. Some models keep the rate in a module, some in an attribute, some read
+    it from the configuration as they run.
+    """
+    holders: list[Any] = [*model.modules()]
+    holders += {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values()
+    rates = [
+        (holder, name, value)
+        for holder in holders
+        for name, value in vars(holder).items()
+        if isinstance(value, float) and value > 0 and _is_dropout_rate(holder, name)
+    ]
+    for holder, name, _ in rates:
+        setattr(holder, name, 0.0)
+    try:
+        yield
+    finally:
+        for holder, name, value in rates:
+            setattr(holder, name, value)
+
+
+def _is_dropout_rate(holder: Any, name: str) -> bool:
+    return "drop" in name or (name == "p" and "Dropout" in type(holder).__name__)
+
+
+@contextmanager
+def kept_use_cache(model: Any) -> Iterator[None]:
+    """Keep `config.use_cache`, which transformers' Trainer turns off for good."""
+    config = model.config
+    before = vars(config).get("use_cache")
+    try:
+        yield
+    finally:
+        if before is not None:
+            config.use_cache = before
+        else:
+            vars(config).pop("use_cache", None)
+
+
+@contextmanager
+def kept_forward(model: nn.Module) -> Iterator[None]:
+    """Keep the model's `forward`, which mixed precision wraps for good."""
+    before = vars(model).get("forward")
+    try:
+        yield
+    finally:
+        vars(model).pop("forward", None)
+        vars(model).pop("_original_forward", None)
+        if before is not None:
+            vars(model)["forward"] = before
+
+
+@contextmanager
+def recomputing(model: Any, wanted: bool) -> Iterator[None]:
+    """Gradient checkpointing inside, if wanted."""
+    if not wanted:
+        yield
+        return
+    # transformers renamed the pair; both names are supported.
+    renamed = hasattr(model, "activation_checkpointing_enable")
+    name = "activation_checkpointing" if renamed else "gradient_checkpointing"
+    try:
+        getattr(model, f"{name}_enable")(**{f"{name}_kwargs": {"use_reentrant": False}})
+    except ValueError as error:
+        raise TrainingError(
+            f"{type(model).__name__} does not support gradient_checkpointing: turn it off"
+        ) from error
+    try:
+        yield
+    finally:
+        getattr(model, f"{name}_disable")()
