@@ -21,6 +21,8 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     Raises:
         LoadingError: if it is unreadable, or there are no safe weights beside it.
     """
+    from peft import PeftType
+
     path = folder / ADAPTER_CONFIG
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -28,8 +30,11 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         raise LoadingError(
             f"{path} is not readable JSON ({first_line(error)}): save the adapter again"
         ) from None
-    if not isinstance(config, dict):
-        raise LoadingError(f"{path} holds no adapter configuration: save the adapter again")
+    if not isinstance(config, dict) or config.get("peft_type") not in set(PeftType):
+        raise LoadingError(
+            f"{path} holds no adapter configuration that the installed peft knows: save the "
+            "adapter again, or install the peft that wrote it"
+        )
     if not (folder / ADAPTER_WEIGHTS).exists():
         raise LoadingError(
             f"{folder} has no {ADAPTER_WEIGHTS}: expected an adapter folder written by PEFT's "
