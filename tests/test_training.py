@@ -465,6 +465,7 @@ def test_a_saved_model_opens_everywhere(base_folder: Path, tmp_path: Path) -> No
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(out)), expected)
     hooked = load_hooked(out, backend="residual", device="cpu")
     assert torch.equal(hooked(torch.tensor(texts())), expected)
+    assert len({path.stat().st_mode for path in out.iterdir()}) == 1
     record = json.loads((out / "hyperfit.json").read_text())
     assert record["history"] == list(run.history)
     assert record["manifest"] == run.manifest

@@ -35,7 +35,11 @@ def save(folder: Path, model: Any, tokenizer: Any, record: dict[str, Any]) -> No
         if tokenizer is not None:
             tokenizer.save_pretrained(str(staging))
         text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
-        (staging / RECORD).write_text(text, encoding="utf-8")
+        record_file = staging / RECORD
+        record_file.write_text(text, encoding="utf-8")
+        # safetensors writes files that only their owner may read.
+        for weights in staging.glob("*.safetensors"):
+            weights.chmod(record_file.stat().st_mode)
 
 
 @contextmanager
