@@ -20,11 +20,9 @@ from .moments import Moments, TraceEstimates, corrected_traces
 CONFIDENCE = 0.95
 
 
-def t_factor(n_sequences: float) -> float:
-    """Student's t quantile for a 95% interval from `n_sequences` independent sequences."""
-    if n_sequences < 2:
-        return float("nan")
-    return float(student_t.ppf(0.5 + CONFIDENCE / 2, n_sequences - 1))
+def t_factor(degrees: float) -> float:
+    """Student's t quantile for a 95% interval; NaN below one degree of freedom."""
+    return float(student_t.ppf(0.5 + CONFIDENCE / 2, degrees)) if degrees >= 1 else math.nan
 
 
 def mean_half_width(
@@ -51,7 +49,7 @@ def mean_half_width(
     # an interval as wide as the square root of the float64 epsilon.
     residual = torch.where(residual > 1e-13 * sum_yy, residual, 0.0)
     spread = torch.sqrt(residual * n_sequences / (n_sequences - 1)) / tokens
-    return t_factor(n_sequences) * spread
+    return t_factor(n_sequences - 1) * spread
 
 
 @dataclass(frozen=True)
@@ -136,20 +134,23 @@ def influence_half_width(
     mean covariance of two tokens of a sequence; both are estimated from the sample and scaled
     to the corpus's own sequence lengths.
     """
-    used = sample.valid.any(-1)
-    n_used = float(used.sum())
-    if n_used < 2:
-        return float("nan")
     kept = sample.valid.sum(-1)
+    n_used = float((kept > 0).sum())
+    if n_used < 2:
+        return math.nan
+    squares = influence.square().sum(-1)
+    products = (influence.sum(-1) ** 2 - squares) / (kept * (kept - 1)).clamp_min(1)
+    squares = squares / kept.clamp_min(1)
+    pairs = sample.length * (sample.length - 1) * (kept > 1)
+    covariance = float((products * pairs).sum() / pairs.sum().clamp_min(1.0))
     token_variance = float(_mean(influence.square(), sample))
-    pairs = (kept * (kept - 1)).clamp_min(1)
-    products = (influence.sum(-1) ** 2 - influence.square().sum(-1)) / pairs
-    weight = sample.length * (sample.length - 1) * (kept > 1)
-    covariance = float((products * weight).sum() / weight.sum().clamp_min(1.0))
     variance = (n * token_variance + (sample.sum_nn - n) * max(covariance, 0.0)) / n**2
-    # (S / (S - 1))² as in the jackknife: a sequence weighs on the estimate it is compared with.
-    spread = math.sqrt(max(variance, 0.0))
-    return t_factor(n_used) * spread * n_used / (n_used - 1)
+    # A variance that rests on a few heavy sequences is itself uncertain (Satterthwaite 1946).
+    parts = (sample.length * squares + pairs * products)[kept > 0]
+    degrees = 2 * parts.sum() ** 2 / (n_used * parts.var()).clamp_min(1e-300)
+    factor = t_factor(min(max(float(degrees), 2.0), n_used - 1))
+    # S / (S - 1) as in the jackknife: a sequence weighs on the estimate it is compared with.
+    return factor * math.sqrt(max(variance, 0.0)) * n_used / (n_used - 1)
 
 
 def quantile_interval(

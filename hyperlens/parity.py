@@ -81,7 +81,7 @@ def _unpadded(
 
 
 def _back_in_place(
-    rows: list[Float[Tensor, "real d_vocab"]], mask: Int[Tensor, "batch pos"]
+    rows: list[Float[Tensor, "_ d_vocab"]], mask: Int[Tensor, "batch pos"]
 ) -> Float[Tensor, "batch pos d_vocab"]:
     placed = rows[0].new_zeros((*mask.shape, rows[0].shape[-1]))
     placed[mask.bool()] = torch.cat(rows)

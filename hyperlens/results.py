@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import html
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -98,11 +99,18 @@ class Comparison:
 
         return plot_layers(self)
 
+    def plot_ranks(self) -> matplotlib.figure.Figure | None:
+        """Figure 4 of the same paper: base ranks of the tuned model's winners, if measured."""
+        from .plots import plot_ranks
+
+        return plot_ranks(self) if "rank_reordering" in self.extras else None
+
     def __str__(self) -> str:
         return self.summary()
 
     def __repr__(self) -> str:
-        return f"Comparison({self.meta['base']['name']} -> {self.meta['tuned']['name']})"
+        names = [self.meta.get(role, {}).get("name", "?") for role in ("base", "tuned")]
+        return f"Comparison({names[0]} -> {names[1]})"
 
     def _repr_html_(self) -> str:
         from .report import notebook_html
@@ -110,7 +118,7 @@ class Comparison:
         return notebook_html(self)
 
     def save(self, folder: str | Path) -> Path:
-        """Write comparison.json, layers.csv, summary.txt and the figure into a new folder.
+        """Write comparison.json, layers.csv, summary.txt, the figures and report.html.
 
         The folder appears whole or not at all.
 
@@ -121,9 +129,12 @@ class Comparison:
             write_text(staging / "comparison.json", self._to_json())
             self.to_frame().to_csv(staging / "layers.csv", index=False)
             write_text(staging / "summary.txt", self.summary() + "\n")
-            figure = self.plot()
-            figure.savefig(staging / "layers.png", dpi=150)
-            figure.savefig(staging / "layers.svg")
+            write_text(staging / "report.html", self._page())
+            figures = {"layers": self.plot(), "ranks": self.plot_ranks()}
+            for stem, figure in figures.items():
+                if figure is not None:
+                    figure.savefig(staging / f"{stem}.png", dpi=150)
+                    figure.savefig(staging / f"{stem}.svg")
         return Path(folder)
 
     @classmethod
@@ -141,7 +152,9 @@ class Comparison:
                     f"{path} has format {data['format']}, this version reads format {FORMAT}; "
                     "run the comparison again or install the version that wrote it"
                 )
-            rows = tuple(Row(*_floats_back(row)) for row in data["rows"])
+            rows = tuple(_row_from_json(row) for row in data["rows"])
+            if not isinstance(data["meta"], dict) or not isinstance(data["extras"], dict):
+                raise TypeError("meta and extras must be objects")
             return cls(rows=rows, extras=data["extras"], meta=data["meta"])
         except FileNotFoundError:
             raise ResultsError(
@@ -151,19 +164,33 @@ class Comparison:
             raise ResultsError(f"{path} is not a readable comparison: {error}") from None
 
     def _to_json(self) -> str:
-        rows = [[None if _is_nan(v) else v for v in row] for row in self.rows]
+        rows = [[_to_plain(value) for value in row] for row in self.rows]
         data = {"format": FORMAT, "meta": self.meta, "extras": self.extras, "rows": rows}
-        return json.dumps(data, indent=1, ensure_ascii=False)
+        try:
+            text = json.dumps(data, indent=1, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ResultsError(
+                f"a result holds something that is not JSON ({error}): probes must return plain "
+                "numbers, strings, lists and dicts as extras"
+            ) from None
+        return text
+
+    def _page(self) -> str:
+        title = html.escape(f"hyperlens: {self!r}")
+        return f'<!doctype html><meta charset="utf-8"><title>{title}</title>{self._repr_html_()}'
 
 
-def _is_nan(value: Any) -> bool:
-    return isinstance(value, float) and math.isnan(value)
+def _to_plain(value: Any) -> Any:
+    """JSON has no NaN and no infinity: null and the words stand for them."""
+    if not isinstance(value, float) or math.isfinite(value):
+        return value
+    return None if math.isnan(value) else str(value)
 
 
-def _floats_back(row: Sequence[Any]) -> list[Any]:
-    return [math.nan if v is None else v for v in row]
-
-
-def describe_options(options: Any) -> dict[str, Any]:
-    """A dataclass of options as JSON values."""
-    return json.loads(json.dumps(asdict(options), default=str))  # type: ignore[no-any-return]
+def _row_from_json(row: Any) -> Row:
+    """A row as it was, checked field by field."""
+    if not isinstance(row, list) or len(row) != len(COLUMNS):
+        raise TypeError(f"a row must have {len(COLUMNS)} fields")
+    probe, metric, layer, view, *numbers, n = row
+    value, low, high = (math.nan if number is None else float(number) for number in numbers)
+    return Row(str(probe), str(metric), int(layer), str(view), value, low, high, int(n))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import torch
@@ -63,7 +64,9 @@ def merged(model: Any) -> Any:
     if not is_peft(shell):
         return shell
     try:
-        return shell.merge_and_unload(safe_merge=True).eval()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "All adapters are already merged")
+            return shell.merge_and_unload(safe_merge=True).eval()
     except Exception as error:
         raise LoadingError(
             f"this adapter cannot be merged into its base ({error}); use backend='residual', "

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hyperlens.errors import ResultsError
-from hyperlens.results import COLUMNS, Comparison, Row
+from hyperlens.results import COLUMNS, Comparison, Row, _row_from_json
 
 VIEWS = ("raw", "unit_rms", "final_norm")
 NAN = math.nan
@@ -203,8 +203,33 @@ def test_any_number_survives_json(numbers: list[float]) -> None:
     # Through the text itself: a folder and its figures for every example would take minutes.
     row = Row("probe", "metric", 1, "raw", *numbers, n=7)
     text = Comparison((row,), {}, {"n_layers": 1})._to_json()
-    rebuilt = [NAN if v is None else v for v in json.loads(text)["rows"][0]]
-    assert bits(Row(*rebuilt)) == bits(row)
+    assert bits(_row_from_json(json.loads(text)["rows"][0])) == bits(row)
+
+
+def test_what_is_not_json_is_one_error(tmp_path: Path) -> None:
+    broken = Comparison((), {"mine": {"count": object()}}, make_comparison().meta)
+    with pytest.raises(ResultsError, match="not JSON"):
+        broken.save(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("change", [{"rows": ["abcdefgh"]}, {"meta": []}, {"rows": [[1, 2]]}])
+def test_a_result_of_another_shape_is_one_error(tmp_path: Path, change: dict[str, object]) -> None:
+    good = json.loads(make_comparison()._to_json())
+    (tmp_path / "comparison.json").write_text(json.dumps(good | change))
+    with pytest.raises(ResultsError, match="not a readable comparison"):
+        Comparison.load(tmp_path)
+
+
+def test_saving_twice_writes_the_same_files(tmp_path: Path) -> None:
+    comparison = make_comparison()
+    for name in ("a", "b"):
+        comparison.save(tmp_path / name)
+    names = sorted(path.name for path in (tmp_path / "a").iterdir())
+    assert "report.html" in names
+    # matplotlib puts the date and object ids into SVG files.
+    for name in (n for n in names if not n.endswith(".svg")):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
 def test_csv_holds_the_table(tmp_path: Path) -> None:
