@@ -36,7 +36,18 @@ def lens(model, x, is_last):
         return torch.log_softmax(model.lm_head(h), dim=-1).numpy()
 
 
-def compare(base, tuned, tokens):
+def ranks_by_numpy(log_probabilities):
+    """Rank of every token of every row, 0 for the most probable."""
+    return np.argsort(np.argsort(-log_probabilities, axis=1), axis=1)
+
+
+def ranks_by_torch(log_probabilities):
+    """The same on the tensors the model returned, as most scripts do."""
+    ordered = torch.from_numpy(log_probabilities).argsort(dim=1, descending=True)
+    return ordered.argsort(dim=1).numpy()
+
+
+def compare(base, tuned, tokens, ranks_of=ranks_by_torch):
     """Every statistic per layer, as a list of dicts."""
     hidden = [hidden_states(model, tokens) for model in (base, tuned)]
     n_layers = hidden[0].shape[0]
@@ -47,7 +58,7 @@ def compare(base, tuned, tokens):
         norms = np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=1)
         log_a = lens(base, a, layer == n_layers - 1)
         log_b = lens(tuned, b, layer == n_layers - 1)
-        ranks = np.argsort(np.argsort(-log_a, axis=1), axis=1)
+        ranks = ranks_of(log_a)
         rows.append(
             {
                 "cosine": ((a * b).sum(1) / (norms[0] * norms[1])).mean(),

@@ -1,6 +1,6 @@
 """compare_models against the script people write by hand: seconds and peak memory, one run.
 
-    python benchmarks/compare_speed.py [--layers 12 --d-model 256 --vocab 8192 --texts 64 --length 128]
+    python benchmarks/compare_speed.py [--layers 12 --d-model 256 --vocab 8192 --texts 64 …]
 
 Each side runs in its own process on the same two random Llamas and the same token ids; memory
 is the peak resident size above what the process held once both models were loaded.
@@ -20,6 +20,13 @@ from pathlib import Path
 import psutil
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+
+
+SIDES = {
+    "by_torch": "by hand, torch argsort, 1 view",
+    "by_numpy": "by hand, numpy argsort, 1 view",
+    "hyperlens": "compare_models, 3 views, intervals",
+}
 
 
 def models(args):
@@ -53,10 +60,11 @@ def one_side(args):
         compare_models(base, tuned, tokens[:2, :8], progress=False)
         run = lambda: compare_models(base, tuned, tokens, progress=False)  # noqa: E731
     else:
-        from by_hand import compare
+        import by_hand
 
-        compare(base, tuned, tokens[:2, :8])
-        run = lambda: compare(base, tuned, tokens)  # noqa: E731
+        ranks_of = getattr(by_hand, f"ranks_{args.side}")
+        by_hand.compare(base, tuned, tokens[:2, :8], ranks_of)
+        run = lambda: by_hand.compare(base, tuned, tokens, ranks_of)  # noqa: E731
     before = psutil.Process().memory_info().rss
     start = time.perf_counter()
     run()
@@ -73,15 +81,15 @@ def main():
         ("repeats", 3), ("threads", 2),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--side", choices=["hyperlens", "by_hand"])
+    parser.add_argument("--side", choices=list(SIDES))
     args = parser.parse_args()
     if args.side:
         one_side(args)
         return
     measured = {}
-    for side in ("by_hand", "hyperlens"):
+    for side in SIDES:
         runs = []
-        for _ in range(args.repeats if side == "hyperlens" else 1):
+        for _ in range(args.repeats):
             command = [sys.executable, __file__, *sys.argv[1:], "--side", side]
             done = subprocess.run(
                 command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent
@@ -89,19 +97,27 @@ def main():
             runs.append(json.loads(done.stdout.splitlines()[-1]))
         runs.sort(key=lambda r: r["seconds"])
         measured[side] = runs[len(runs) // 2]
-    hand, ours = measured["by_hand"], measured["hyperlens"]
+    ours = measured["hyperlens"]
     print(
         f"two Llamas, {args.layers} blocks, d_model {args.d_model}, vocabulary {args.vocab}, "
         f"{args.texts} x {args.length} tokens, float32, {args.threads} threads, "
-        f"{platform.processor() or platform.machine()}, torch {torch.__version__}"
+        f"median of {args.repeats}, {processor()}, torch {torch.__version__}"
     )
-    print(f"{'':28}{'seconds':>10}{'peak MB':>10}")
-    print(f"{'by hand (1 view)':28}{hand['seconds']:10.1f}{hand['megabytes']:10.0f}")
-    print(f"{'compare_models (3 views)':28}{ours['seconds']:10.1f}{ours['megabytes']:10.0f}")
-    print(
-        f"{'ratio':28}{hand['seconds'] / ours['seconds']:9.1f}x"
-        f"{hand['megabytes'] / ours['megabytes']:9.1f}x"
-    )
+    print(f"{'':36}{'seconds':>10}{'peak MB':>10}{'times':>8}{'memory':>8}")
+    for side, label in SIDES.items():
+        one = measured[side]
+        slower, larger = one["seconds"] / ours["seconds"], one["megabytes"] / ours["megabytes"]
+        print(
+            f"{label:36}{one['seconds']:10.1f}{one['megabytes']:10.0f}{slower:7.1f}x{larger:7.1f}x"
+        )
+
+
+def processor():
+    """The processor's name, where the system tells."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
 
 
 if __name__ == "__main__":

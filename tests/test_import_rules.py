@@ -47,7 +47,18 @@ ALLOWED: dict[str, set[str]] = {
     "runner": {"errors", "hooked", "streams", "corpus", "results", "stats"},
     "probes": {"errors", "streams", "results", *MATHS},
     # making fine-tuned models; never sees a probe
-    "training": {"errors", "files", "texts", "corpus", "loading", "sources", "hooked"},
+    "training": {
+        "errors",
+        "files",
+        "texts",
+        "corpus",
+        "loading",
+        "sources",
+        "hooked",
+        "shells",
+        "discovery",
+        "fingerprint",
+    },
     # reading results
     "audit": {"errors", "results"},
     "plots": {"errors", "results", "audit"},
