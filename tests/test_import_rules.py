@@ -63,6 +63,8 @@ ALLOWED: dict[str, set[str]] = {
     "audit": {"errors", "results"},
     "plots": {"errors", "results", "audit"},
     "report": {"errors", "results", "audit", "plots"},
+    # the command line
+    "options": {"training"},
     "__main__": {"cli"},
 }
 

@@ -1,0 +1,177 @@
+"""The command line: `hyperlens compare` and `hyperlens hyperfit`.
+
+Parsing imports nothing heavy, so that --help and a mistyped option answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import logging
+import os
+import shlex
+import sys
+import traceback
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import fields
+
+from .errors import HyperlensError
+from .files import check_new_folder
+from .options import DEBUG, build_parser
+from .training.recipes import Recipe, preset
+
+OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: the arguments; None takes the program's own.
+
+    Returns:
+        The exit code: 0 done, 1 an error, 2 wrong usage, 130 interrupted.
+    """
+    try:
+        args = build_parser().parse_args(argv)
+    except SystemExit as stop:  # argparse has said why
+        return stop.code if isinstance(stop.code, int) else USAGE
+    debug = args.debug or os.environ.get(DEBUG, "") not in ("", "0")
+    try:
+        with _only_our_voice(debug):
+            text = (_compare if args.command == "compare" else _hyperfit)(args)
+        _say(text)
+        return OK
+    except BrokenPipeError:  # whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except KeyboardInterrupt:
+        _complain("interrupted")
+        return INTERRUPTED
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        if isinstance(error, HyperlensError):
+            _complain(f"error: {error}")
+        else:
+            hint = "" if debug else "; see the traceback with --debug, and please report it"
+            _complain(f"unexpected error: {type(error).__name__}: {error}{hint}")
+        return FAILED
+
+
+def _compare(args: argparse.Namespace) -> str:
+    """Compare, save and return what to print."""
+    if args.out is not None:
+        check_new_folder(args.out)
+    texts = _read(args)
+    from .compare import compare_models
+    from .probes import default_probes
+
+    probes = None
+    if args.probes is not None:
+        built_in = {probe.name: probe for probe in default_probes()}
+        probes = [built_in[name] for name in args.probes]
+    comparison = compare_models(
+        args.base,
+        args.tuned,
+        texts,
+        probes=probes,
+        max_length=args.max_length,
+        batch_size=args.batch_size,
+        include_bos=args.include_bos,
+        sink_threshold=args.sink_threshold,
+        backend=args.backend,
+        device=args.device,
+        dtype=args.dtype,
+        seed=args.seed,
+        progress=_shows_progress(args),
+    )
+    if args.out is None:
+        return comparison.summary()
+    folder = comparison.save(args.out)
+    files = ", ".join(sorted(file.name for file in folder.iterdir()))
+    return f"{comparison.summary()}\n\nsaved in {folder}: {files}"
+
+
+def _hyperfit(args: argparse.Namespace) -> str:
+    """Train, save and return what to print."""
+    check_new_folder(args.out)
+    chosen = {f.name: getattr(args, f.name, None) for f in fields(Recipe) if f.name != "preset"}
+    overrides = {name: value for name, value in chosen.items() if value is not None}
+    method = overrides.pop("method", "full")
+    recipe = preset(args.recipe, method, **overrides)
+    texts = _read(args)
+    from .training import hyperfit
+
+    run = hyperfit(
+        args.model,
+        texts,
+        recipe=recipe,
+        out=args.out,
+        device=args.device,
+        dtype=args.dtype,
+        progress=_shows_progress(args),
+    )
+    lines = [
+        *(f"note: {note}" for note in run.manifest["notes"]),
+        f"{recipe.method}, {recipe.epochs} epochs, {run.manifest['seconds']:.0f} s: mean loss "
+        f"{run.history[0]:.3f} in the first epoch, {run.history[-1]:.3f} in the last",
+        f"weights in {run.folder}",
+        "compare with the base; texts that were not trained on tell more:",
+        f"  {_compare_command(args)}",
+    ]
+    return "\n".join(lines)
+
+
+def _compare_command(args: argparse.Namespace) -> str:
+    """The command that compares what was trained with its base."""
+    command = ["hyperlens", "compare", args.model, str(args.out), "--texts", args.texts]
+    for option, value, default in (
+        ("--text-column", args.text_column, None),
+        ("--split", args.split, "train"),
+        ("--limit", args.limit, None),
+        ("--device", args.device, None),
+    ):
+        if value != default:
+            command += [option, str(value)]
+    return shlex.join([*command, "--out", f"{args.out}-comparison"])
+
+
+def _read(args: argparse.Namespace) -> list[str]:
+    from .texts import read_texts
+
+    return read_texts(args.texts, column=args.text_column, split=args.split, limit=args.limit)
+
+
+def _shows_progress(args: argparse.Namespace) -> bool:
+    return args.progress and sys.stderr.isatty()
+
+
+@contextmanager
+def _only_our_voice(debug: bool) -> Iterator[None]:
+    """Keep what other libraries print, log and warn off the terminal, unless debugging."""
+    if debug:
+        yield
+        return
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def _say(text: str) -> None:
+    """Print, whatever the terminal's alphabet."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, "replace").decode(encoding), flush=True)
+
+
+def _complain(text: str) -> None:
+    encoding = sys.stderr.encoding or "utf-8"
+    line = " ".join(f"hyperlens: {text}".split())
+    print(line.encode(encoding, "backslashreplace").decode(encoding), file=sys.stderr)
