@@ -21,7 +21,6 @@ import psutil
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-
 SIDES = {
     "by_torch": "by hand, torch argsort, 1 view",
     "by_numpy": "by hand, numpy argsort, 1 view",

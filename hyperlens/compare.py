@@ -6,6 +6,7 @@ import copy
 import json
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -179,8 +180,12 @@ def _meta(
 
 
 def _describe(loaded: Loaded) -> dict[str, Any]:
+    source = loaded.opened.name
+    # A folder is called by its own name: where it lay is a fact for the record, not for titles.
+    is_path = loaded.opened.kind in ("folder", "adapter") or Path(source).is_absolute()
     return {
-        "name": loaded.opened.name,
+        "name": Path(source).resolve().name if is_path else source,
+        "source": source,
         "kind": loaded.opened.kind,
         "sha256": weights_sha256(loaded.opened.model),
     }

@@ -185,10 +185,9 @@ def _draw_last(axes: Axes, final: Row, earlier: Sequence[Row]) -> None:
 
 
 def plot_ranks(comparison: Comparison) -> Figure:
-    """Figure 4 of arXiv 2605.22579: the base model's rank of every word the tuned model picks.
+    """Figure 4 of arXiv 2605.22579: the base model's rank of every token the tuned model picks.
 
-    Bins double in width. One that straddles a bucket's edge (8-15) has the colour of its lower
-    end; the exact shares of the buckets stand in the legend.
+    Bins widen with rank; the shares of the paper's buckets stand in the legend.
     """
     bins = comparison.extras.get("rank_reordering", {}).get("rank_histogram", [])
     total = sum(one["count"] for one in bins)
@@ -205,17 +204,11 @@ def plot_ranks(comparison: Comparison) -> Figure:
             label = f"{share:.1f}" if share >= 0.05 else "<0.1"
             axes.text(i, share, label, ha="center", va="bottom", fontsize=8)
     axes.set_xticks(range(len(bins)), [_bin_label(one) for one in bins], rotation=45, ha="right")
-    axes.set_xlabel(
-        "base model's rank of the token the tuned model puts first (bins of doubling width)"
-    )
+    axes.set_xlabel("base model's rank of the token the tuned model puts first")
     axes.set_ylabel("share of next-token decisions (%)")
     axes.set_ylim(0, 1.1 * max(shares))
     axes.spines[["top", "right"]].set_visible(False)
-    axes.set_title(
-        f"{total:,.0f} decisions, teacher-forced. A bin across the edge of a group (8-15) "
-        "has the colour of its lower end.",
-        loc="left", fontsize=9, color=GREY,
-    )  # fmt: skip
+    axes.set_title(f"{total:,.0f} decisions, teacher-forced", loc="left", fontsize=9, color=GREY)
     handles = [
         Patch(fc=color, hatch=hatch, ec="white", label=name + _share(comparison, metric))
         for _, color, hatch, name, metric in BUCKETS

@@ -24,8 +24,9 @@ class RankReordering(MeanProbe):
         spearman: mean rank correlation of the two rows of logits over the whole vocabulary.
         rank_1, rank_2_10, rank_gt_10, rank_ge_200: share of tokens whose tuned winner had that
             rank in the base model; tied logits share the best rank.
-    Extras: `rank_histogram`, the same ranks in bins of doubling width, and `tied_winners`, how
-    often the base model's first place was shared.
+    Extras: `rank_histogram`, the same ranks in bins that widen with rank and have their edges
+    where the shares above have theirs, and `tied_winners`, how often the base model's first
+    place was shared.
     """
 
     name = "rank_reordering"
@@ -39,7 +40,7 @@ class RankReordering(MeanProbe):
 
     def sum_shapes(self, spec: StreamSpec) -> dict[str, tuple[int, ...]]:
         """The means' sums, a histogram of ranks and the number of ties."""
-        bins = (spec.d_vocab.bit_length(),)
+        bins = (len(rank_bins(spec.d_vocab)),)
         return {**super().sum_shapes(spec), "histogram": bins, "tied": (1,)}
 
     def measure(self, pair: StreamPair, layer: int, view: View) -> dict[str, Float[Tensor, " n"]]:
@@ -54,10 +55,9 @@ class RankReordering(MeanProbe):
             self.sums["tied"] += ((base == best).to(torch.float32).sum(-1) > 1).sum()
         measured = {name: torch.cat(values) for name, values in parts.items()}
         rank = measured.pop("rank")
-        doubling = torch.bincount(
-            torch.log2(rank.double()).floor().long(), minlength=len(self.sums["histogram"])
-        )
-        self.sums["histogram"] += doubling
+        lows = torch.tensor(rank_bins(self.spec.d_vocab), device=rank.device)
+        bins = torch.bucketize(rank, lows, right=True) - 1
+        self.sums["histogram"] += torch.bincount(bins, minlength=len(lows))
         buckets = {
             "rank_1": rank == 1,
             "rank_2_10": (rank >= 2) & (rank <= 10),
@@ -68,9 +68,19 @@ class RankReordering(MeanProbe):
 
     def compute(self) -> ProbeResult:
         """The rows, and the histogram of base ranks of the tuned model's winners."""
+        lows = rank_bins(self.spec.d_vocab)
+        highs = [*(low - 1 for low in lows[1:]), self.spec.d_vocab]
         histogram = [
-            {"low": 2**k, "high": min(2 ** (k + 1) - 1, self.spec.d_vocab), "count": int(count)}
-            for k, count in enumerate(self.sums["histogram"].tolist())
+            {"low": low, "high": high, "count": int(count)}
+            for low, high, count in zip(lows, highs, self.sums["histogram"].tolist(), strict=True)
         ]
         extras = {"rank_histogram": histogram, "tied_winners": int(self.sums["tied"])}
         return ProbeResult(tuple(self._rows()), extras)
+
+
+def rank_bins(d_vocab: int) -> list[int]:
+    """Lowest rank of each bin: 1, 2, 3, 6, 11, 21, 51, 101, 200, 501, 1001, 2001, 5001, ..."""
+    decades = (step * 10**k + 1 for k in range(len(str(d_vocab))) for step in (1, 2, 5))
+    # 200 and not 201: the paper's deep tail is "rank 200 or more".
+    lows = [1, *(200 if low == 201 else low for low in decades)]
+    return [low for low in lows if low <= d_vocab]

@@ -226,7 +226,7 @@ def test_the_histogram_of_ranks() -> None:
     (axes,) = figure.axes
     assert [bar.get_height() for bar in axes.patches] == pytest.approx([60, 15, 10, 8, 5, 2])
     assert [label.get_text() for label in axes.get_xticklabels()] == [
-        *("1", "2-3", "4-7", "8-15", "16-31", "32-63"),
+        *("1", "2", "3-5", "6-10", "11-20", "21-50"),
     ]
     assert [to_hex(bar.get_facecolor()).upper() for bar in axes.patches] == [
         *(plots.BLUE, plots.GREEN, plots.GREEN, plots.GREEN, plots.ORANGE, plots.ORANGE),
@@ -239,7 +239,7 @@ def test_the_histogram_of_ranks() -> None:
         "rank > 10: 10.0% [9.0, 11.0]",
         "of which rank ≥ 200: 2.0% [1.0, 3.0]",
     ]
-    assert "(8-15) has the colour of its lower end" in axes.get_title(loc="left")
+    assert axes.get_title(loc="left") == "100 decisions, teacher-forced"
 
 
 def test_without_a_histogram_that_is_said() -> None:

@@ -18,6 +18,7 @@ from hyperlens.probes import (
     ResidualDrift,
     default_probes,
 )
+from hyperlens.probes.rank_reordering import rank_bins
 
 
 class NormRatio(MeanProbe):
@@ -195,6 +196,11 @@ def test_intervals_hold_their_means(make, streams):
         means = row.probe != "participation_ratio" and row.metric != "median_base_rank"
         if means and not math.isnan(row.low):
             assert row.low <= row.value <= row.high
+
+
+def test_rank_bins_have_their_edges_where_the_shares_have_theirs():
+    assert rank_bins(3000) == [1, 2, 3, 6, 11, 21, 51, 101, 200, 501, 1001, 2001]
+    assert rank_bins(1) == [1]
 
 
 def test_probes_with_other_settings_do_not_merge(streams):

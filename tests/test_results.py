@@ -100,8 +100,10 @@ def make_comparison(n_layers: int = 4, *, names: tuple[str, str] = ("base", "tun
         "notes": [],
         "probes": {"participation_ratio": {"token_set": "geometry"}},
     }
+    bins = [(1, 1), (2, 2), (3, 5), (6, 10), (11, 20), (21, 50)]
     histogram = [
-        {"low": 2**k, "high": 2 ** (k + 1) - 1, "count": count} for k, count in enumerate(counts)
+        {"low": low, "high": high, "count": count}
+        for (low, high), count in zip(bins, counts, strict=True)
     ]
     extras = {"rank_reordering": {"rank_histogram": histogram, "tied_winners": 0}}
     return Comparison(tuple(rows), extras, meta)
