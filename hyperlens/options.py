@@ -247,7 +247,7 @@ def _probe_names(text: str) -> tuple[str, ...]:
     unknown = [name for name in names if name not in PROBES]
     if unknown or not names:
         raise argparse.ArgumentTypeError(
-            f"no probe {', '.join(unknown) or text!r}: choose among {', '.join(PROBES)}"
+            f"no probe {(unknown or [text])[0]!r}: choose among {', '.join(PROBES)}"
         )
     return names
 
