@@ -7,7 +7,14 @@ from __future__ import annotations
 
 
 class HyperlensError(Exception):
-    """Base of every error raised on purpose by hyperlens."""
+    """Base of every error raised on purpose by hyperlens.
+
+    A message is shown on one line whatever other library's words it quotes.
+    """
+
+    def __str__(self) -> str:
+        lines = (line.strip() for line in super().__str__().splitlines())
+        return " ".join(line for line in lines if line)
 
 
 class LoadingError(HyperlensError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -44,6 +45,21 @@ def check_parity(model: HookedModel, plain: Any | None) -> None:
         lens = hooked.unembed(model, hooked.final_norm(model, last))
         _difference("the logit lens at the last layer", lens, logits[mask.bool()], tolerance)
         _check_causal(model, tokens, mask, logits)
+        _check_output(residuals, logits, mask)
+
+
+def _check_output(
+    residuals: list[Float[Tensor, "batch pos d_model"]],
+    logits: Float[Tensor, "batch pos d_vocab"],
+    mask: Int[Tensor, "batch pos"],
+) -> None:
+    """Broken blocks are named by the pass over the texts; a broken output is said here."""
+    real = mask.bool()
+    if hooked.first_bad_layer(residuals, real) is None and not torch.isfinite(logits[real]).all():
+        raise LoadingError(
+            "the model's logits become NaN or infinite after its last block: check the weights "
+            "of its final norm and unembedding, or load it in float32"
+        )
 
 
 def _padded_batch(
@@ -105,13 +121,28 @@ def _difference(
     expected: Float[Tensor, "n d_vocab"],
     tolerance: float,
 ) -> None:
-    gap = float((got.float() - expected.float()).abs().max())
-    span = float(expected.float().abs().max())
+    gap, span = _gap_and_span(got, expected)
     if not gap <= tolerance * max(span, 1e-6):
         raise ParityError(
             f"the hooked model does not reproduce its source: {what} differ by {gap:.2g} "
             f"(largest logit {span:.2g}, allowed {tolerance:g} of it); use backend='residual'"
         )
+
+
+def _gap_and_span(
+    got: Float[Tensor, "*rows d_vocab"], expected: Float[Tensor, "*rows d_vocab"]
+) -> tuple[float, float]:
+    """Largest difference and largest value; a broken model's NaNs are the same as themselves."""
+    got, expected = got.float(), expected.float()
+    finite = torch.isfinite(expected)
+    if not torch.equal(finite, torch.isfinite(got)):
+        return math.nan, float(expected[finite].abs().max()) if bool(finite.any()) else math.nan
+    if not bool(finite.any()):
+        return 0.0, 0.0
+    return (
+        float((got - expected)[finite].abs().max()),
+        float(expected[finite].abs().max()),
+    )
 
 
 def _check_causal(
@@ -124,8 +155,7 @@ def _check_causal(
     changed = tokens.clone()
     changed[:, -1] = (changed[:, -1] + 1) % model.cfg.d_vocab
     before, after = logits[:1, :-1], hooked.run_logits(model, changed, mask)[:1, :-1]
-    gap = float((after.float() - before.float()).abs().max())
-    span = float(before.float().abs().max())
+    gap, span = _gap_and_span(after, before)
     if not gap <= TOLERANCE.get(model.cfg.dtype, HALF_TOLERANCE) * max(span, 1e-6):
         raise LoadingError(
             "the model looks ahead (a later token changes earlier outputs): expected a causal "
