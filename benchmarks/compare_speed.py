@@ -22,9 +22,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 SIDES = {
-    "by_torch": "by hand, torch argsort, 1 view",
-    "by_numpy": "by hand, numpy argsort, 1 view",
-    "hyperlens": "compare_models, 3 views, intervals",
+    "by_torch": "by hand, torch argsort",
+    "by_numpy": "by hand, numpy argsort",
+    "hyperlens": "compare_models (with intervals)",
 }
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .corpus import Corpus, are_token_ids, build_corpus
+from .corpus import Corpus, are_token_ids, build_corpus, check_max_length
 from .errors import CorpusError, ProbeError
 from .fingerprint import versions, weights_sha256
 from .hooked import Backend
@@ -76,6 +76,9 @@ def compare_models(
     """
     chosen = _checked_probes(probes)
     options = _checked_options(batch_size, sink_threshold, seed, progress)
+    check_max_length(max_length)
+    # Before any model is loaded: a mistyped file name should not cost a minute.
+    texts = texts if are_token_ids(texts) else read_texts(texts)
     pair = open_pair(base, tuned, backend=backend, device=device, dtype=dtype)
     corpus, notes = _corpus(pair, texts, max_length, include_bos)
     outcome = run_pass(pair.base.hooked, pair.tuned.hooked, corpus, chosen, options)
@@ -90,16 +93,20 @@ def compare_models(
 
 
 def _checked_probes(probes: Sequence[Probe] | None) -> list[Probe]:
-    # Copies: a run leaves the caller's probes as they were.
-    chosen = default_probes() if probes is None else [copy.deepcopy(p) for p in probes]
-    if not chosen:
-        raise ProbeError("probes is empty: name at least one, or pass None for all")
-    for probe in chosen:
+    if probes is None:
+        return default_probes()
+    if not isinstance(probes, list | tuple) or not probes:
+        raise ProbeError(f"probes must be a list: name at least one, or pass None; got {probes!r}")
+    for probe in probes:
         if not isinstance(probe, Probe):
             raise ProbeError(
                 f"expected instances of hyperlens.probes.Probe, got {probe!r}; "
                 "write ResidualDrift() rather than ResidualDrift"
             )
+        if not isinstance(getattr(probe, "name", None), str):
+            raise ProbeError(f"{type(probe).__name__} has no name: give its class name = '...'")
+    # Copies: a run leaves the caller's probes as they were.
+    chosen = [copy.deepcopy(probe) for probe in probes]
     names = [probe.name for probe in chosen]
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
@@ -108,10 +115,10 @@ def _checked_probes(probes: Sequence[Probe] | None) -> list[Probe]:
 
 
 def _checked_options(
-    batch_size: int, sink_threshold: float, seed: int, progress: bool
+    batch_size: Any, sink_threshold: float, seed: int, progress: bool
 ) -> PassOptions:
-    if batch_size < 1:
-        raise CorpusError(f"batch_size must be at least 1, got {batch_size}")
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise CorpusError(f"batch_size must be at least 1 (a whole number), got {batch_size}")
     if not (math.isfinite(sink_threshold) and (sink_threshold == 0 or sink_threshold > 1)):
         raise CorpusError(
             f"sink_threshold must be 0 (off) or more than 1 median norm, got {sink_threshold}"
@@ -127,7 +134,6 @@ def _corpus(
     """The token sequences both models read, and notes on their tokenizers."""
     notes: tuple[str, ...] = ()
     if not are_token_ids(texts):
-        texts = read_texts(texts)
         notes = check_tokenizers(pair, texts[:COMPARED_TEXTS])
     base = pair.base.hooked.cfg
     corpus = build_corpus(

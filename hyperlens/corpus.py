@@ -169,8 +169,7 @@ def build_corpus(
     Raises:
         CorpusError: if nothing is left to measure, or the ids do not fit the model.
     """
-    if max_length < 2:
-        raise CorpusError(f"max_length must be at least 2 tokens, got {max_length}")
+    check_max_length(max_length)
     longest = min(max_length, context_length or max_length)
     notes = []
     if tokenizer is not None:
@@ -221,6 +220,18 @@ def build_corpus(
         notes=tuple(notes),
         sha256=digest.hexdigest(),
     )
+
+
+def check_max_length(max_length: Any) -> None:
+    """Refuse a length that leaves nothing to measure.
+
+    Raises:
+        CorpusError: below two tokens.
+    """
+    if not isinstance(max_length, int) or max_length < 2:
+        raise CorpusError(
+            f"max_length must be at least 2 tokens (a whole number), got {max_length}"
+        )
 
 
 def adds_bos(tokenizer: Any) -> bool:

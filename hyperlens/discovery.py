@@ -98,7 +98,8 @@ def _trace(model: Any) -> tuple[list[_Call], Float[Tensor, "batch pos d_vocab"]]
         weight = model.get_input_embeddings().weight
         tokens = torch.arange(4, device=weight.device)[None] % weight.shape[0]
         with torch.no_grad():
-            output = model(input_ids=tokens, use_cache=False)
+            mask = torch.ones_like(tokens)
+            output = model(input_ids=tokens, attention_mask=mask, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()

@@ -12,6 +12,7 @@ import torch
 
 from .errors import LoadingError
 from .hooked import Backend, HookedModel, backend_of, import_transformer_lens
+from .hub import first_line
 from .parity import check_parity
 from .shells import merged
 from .sources import Opened, open_source
@@ -109,9 +110,9 @@ def parse_device(device: str | torch.device | None) -> torch.device | None:
         return None
     try:
         parsed = torch.device(device)
-        torch.empty(0, device=parsed)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+        torch.zeros(1, device=parsed).item()
+    except (RuntimeError, AssertionError, TypeError) as error:
+        reason = first_line(error)
         raise LoadingError(f"device {device!r} cannot be used here: {reason}") from None
     return parsed
 
@@ -149,7 +150,7 @@ def _bridge(opened: Opened) -> HookedModel:
             plain, architecture, hf_config=config, model_name=opened.name
         )
     except Exception as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise LoadingError(
             f"TransformerLens cannot bridge {architecture} ({reason}); use backend='residual'"
         ) from error
@@ -193,7 +194,7 @@ def _hooked_transformer(opened: Opened) -> HookedModel:
                 str(Path(folder)), cfg, hf_model=plain, dtype=weight.dtype
             )
         except Exception as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             raise LoadingError(
                 f"TransformerLens has no HookedTransformer for {type(plain).__name__} "
                 f"({reason}); use backend='residual' or 'bridge'"

@@ -63,6 +63,8 @@ def open_pair(
 
 
 def _is_adapter_folder(source: Any) -> bool:
+    if isinstance(source, tuple) and source:
+        source = source[0]  # (folder, tokenizer)
     return isinstance(source, str | Path) and (Path(source).expanduser() / ADAPTER_CONFIG).exists()
 
 

@@ -79,10 +79,11 @@ def _plain(
     plain: Any, tokens: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch pos"]
 ) -> Float[Tensor, "batch pos d_vocab"]:
     """Logits of the plain model, each sequence alone and unpadded: nothing to get wrong."""
-    rows = [
-        plain(input_ids=t[m.bool()][None], use_cache=False).logits[0]
-        for t, m in zip(tokens, mask, strict=True)
-    ]
+    rows = []
+    for t, m in zip(tokens, mask, strict=True):
+        real = t[m.bool()][None]
+        given = {"input_ids": real, "attention_mask": torch.ones_like(real), "use_cache": False}
+        rows.append(plain(**given).logits[0])
     return _back_in_place(rows, mask)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -225,7 +226,8 @@ def _check_memory(
     if options.progress and needed > 2**30:
         tqdm.write(
             f"memory besides the weights: {sums / 2**30:.1f} GiB of sums, "
-            f"{streams / 2**30:.1f} GiB per batch"
+            f"{streams / 2**30:.1f} GiB per batch",
+            file=sys.stderr,
         )
 
 

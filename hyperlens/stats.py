@@ -82,30 +82,33 @@ class LogitComparison(NamedTuple):
     kl: Float[Tensor, " n"]
 
 
-def compare_logits(
+def compare_logits_(
     base: Float[Tensor, "n d_vocab"], tuned: Float[Tensor, "n d_vocab"]
 ) -> LogitComparison:
-    """Winners, entropies and divergence of two rows of logits.
+    """Winners, entropies and divergence of two rows of logits, which are **overwritten**.
 
-    Logits are shifted by their maximum first, and KL is a weighted sum of logit *differences*, so
-    that close distributions do not lose their small divergence to cancellation.
+    In place, as the trailing underscore says: a vocabulary is wide, and fresh memory for every
+    step would cost more than the arithmetic. Logits are shifted by their maximum first, and KL is
+    a weighted sum of logit *differences*, so that close distributions do not lose their small
+    divergence to cancellation.
     """
     base_max, base_winner = base.max(-1, keepdim=True)
     tuned_max, tuned_winner = tuned.max(-1, keepdim=True)
-    # In place from here on, on copies of our own: a vocabulary is wide and memory is slow.
-    base, tuned = base - base_max, tuned - tuned_max
-    base_weights, tuned_weights = base.exp(), tuned.exp()
-    base_z, tuned_z = _sum(base_weights), _sum(tuned_weights)
-    base_log_z, tuned_log_z = base_z.log(), tuned_z.log()
-    base_entropy = base_log_z - _sum(base_weights.mul_(base)) / base_z
-    tuned_entropy = tuned_log_z - _sum(tuned_weights * tuned) / tuned_z
-    gap = _sum(tuned_weights.mul_(tuned.sub_(base))) / tuned_z
+    base.sub_(base_max)
+    tuned.sub_(tuned_max)
+    weights = base.exp()
+    base_z = _sum(weights)
+    base_entropy = base_z.log() - _sum(weights.mul_(base)) / base_z
+    torch.exp(tuned, out=weights)
+    tuned_z = _sum(weights)
+    gap = _sum(torch.sub(tuned, base, out=base).mul_(weights)) / tuned_z
+    tuned_entropy = tuned_z.log() - _sum(weights.mul_(tuned)) / tuned_z
     return LogitComparison(
         base_winner.squeeze(-1),
         tuned_winner.squeeze(-1),
         base_entropy,
         tuned_entropy,
-        (gap - (tuned_log_z - base_log_z)).clamp_min(0.0),
+        (gap - (tuned_z.log() - base_z.log())).clamp_min(0.0),
     )
 
 
@@ -119,8 +122,9 @@ def rank_of(logits: Float[Tensor, "n d_vocab"], token: Int[Tensor, " n"]) -> Int
     A count, not a sort. Tied tokens share the best rank, so a tie never reads as a demotion.
     """
     own = logits.gather(-1, token[:, None])
-    # Summed as float32 (exact to 2^24): several times faster than any integer reduction of bools.
-    return (logits > own).to(torch.float32).sum(-1).to(torch.int64) + 1
+    # Counted as float32 (exact to 2^24): several times faster than any reduction of bools.
+    larger = torch.gt(logits, own, out=torch.empty_like(logits))
+    return larger.sum(-1).to(torch.int64) + 1
 
 
 def average_ranks(x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:

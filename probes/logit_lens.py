@@ -60,10 +60,10 @@ class LogitLens(MeanProbe):
         """Agreement, divergence and entropies of the two lenses; counts ranks on the way."""
         parts: dict[str, list[Tensor]] = defaultdict(list)
         for rows, base, tuned in pair.logits(layer):
-            seen = stats.compare_logits(base, tuned)
             # At the output, which is read first, the tuned lens's winner is the final one.
-            final = seen.tuned_winner if layer == pair.n_layers else self._winners[rows]
+            final = tuned.argmax(-1) if layer == pair.n_layers else self._winners[rows]
             parts["rank"].append(stats.rank_of(base, final))
+            seen = stats.compare_logits_(base, tuned)
             parts["winner"].append(seen.tuned_winner)
             parts["top1_agreement"].append((seen.base_winner == seen.tuned_winner).double())
             parts["kl"].append(seen.kl)

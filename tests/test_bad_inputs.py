@@ -500,8 +500,12 @@ def test_logits_that_overflow_are_not_hidden(base, tuned) -> None:
 @pytest.mark.parametrize(
     ("options", "error", "expected"),
     [
-        ({"batch_size": 0}, CorpusError, "batch_size must be at least 1, got 0"),
-        ({"max_length": 1}, CorpusError, "max_length must be at least 2 tokens, got 1"),
+        ({"batch_size": 0}, CorpusError, "batch_size must be at least 1 (a whole number), got 0"),
+        (
+            {"max_length": 1},
+            CorpusError,
+            "max_length must be at least 2 tokens (a whole number), got 1",
+        ),
         ({"sink_threshold": 0.5}, CorpusError, "sink_threshold must be 0 (off) or more than 1"),
         ({"sink_threshold": float("nan")}, CorpusError, "sink_threshold"),
         ({"seed": -1}, CorpusError, "seed must not be negative"),

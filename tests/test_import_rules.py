@@ -38,7 +38,7 @@ ALLOWED: dict[str, set[str]] = {
     "discovery": {"errors", "hooked"},
     "residual": {"errors", "hooked", "discovery"},
     "parity": {"errors", "hooked"},
-    "loading": {"errors", "hooked", "residual", "discovery", "parity", "shells", "sources"},
+    "loading": {"errors", "hooked", "residual", "discovery", "parity", "shells", "sources", "hub"},
     # text, and the one pass over it
     "pairing": {"errors", "hooked", "loading", "adapters", "shells", "sources"},
     "fingerprint": set(),

@@ -29,7 +29,7 @@ def test_equal_rows_are_exactly_equal(x):
     assert (stats.l2_distance(t, t) == 0).all()
     assert (stats.relative_l2(t, t) == 0).all()
     assert (stats.spearman(t, t) == 1).all()
-    seen = stats.compare_logits(t, t)
+    seen = stats.compare_logits_(t.clone(), t.clone())
     assert (seen.kl == 0).all()
     assert (seen.base_winner == seen.tuned_winner).all()
     assert (seen.base_entropy == seen.tuned_entropy).all()
@@ -82,7 +82,7 @@ def test_masked_median_is_numpys(x, seed):
 def test_entropies_and_kl_against_scipy(seed, scale):
     rng = np.random.default_rng(seed)
     z = rng.normal(size=(2, 5, 40)).astype(np.float32) * np.float32(scale)
-    seen = stats.compare_logits(*map(torch.from_numpy, z))
+    seen = stats.compare_logits_(*map(torch.from_numpy, z.copy()))
     p, q = (scipy.special.softmax(x.astype(np.float64), axis=1) for x in z)
     np.testing.assert_allclose(
         seen.base_entropy, scipy.stats.entropy(p, axis=1), rtol=2e-5, atol=1e-6
@@ -97,18 +97,11 @@ def test_small_divergences_keep_their_digits():
     rng = np.random.default_rng(0)
     z = rng.normal(size=(64, 4000)).astype(np.float32) * 3
     moved = (z + 1e-3 * rng.normal(size=z.shape)).astype(np.float32)
-    seen = stats.compare_logits(torch.from_numpy(z), torch.from_numpy(moved))
+    seen = stats.compare_logits_(torch.tensor(z), torch.tensor(moved))
     p, q = (scipy.special.softmax(x.astype(np.float64), axis=1) for x in (z, moved))
     expected = scipy.stats.entropy(q, p, axis=1)
     assert expected.max() < 1e-5
     np.testing.assert_allclose(seen.kl.mean(), expected.mean(), rtol=0.02)
-
-
-def test_inputs_are_not_changed():
-    z = torch.randn(2, 3, 50)
-    before = z.clone()
-    stats.compare_logits(z[0], z[1])
-    assert torch.equal(z, before)
 
 
 @given(rows(COARSE), st.integers(0, 2**31))
@@ -142,7 +135,7 @@ def test_spearman_is_scipys(seed, tied):
 
 def test_temperature_keeps_ranks_and_sharpens():
     z = torch.randn(20, 100)
-    seen = stats.compare_logits(z, z * 2)
+    seen = stats.compare_logits_(z.clone(), z * 2)
     assert (stats.spearman(z, z * 2) == 1).all()
     assert (seen.base_winner == seen.tuned_winner).all()
     assert (seen.tuned_entropy < seen.base_entropy).all()
