@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Float32, Int
 from torch import Tensor
 
 
@@ -127,7 +127,7 @@ def rank_of(logits: Float[Tensor, "n d_vocab"], token: Int[Tensor, " n"]) -> Int
     return larger.sum(-1).to(torch.int64) + 1
 
 
-def average_ranks(x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+def average_ranks(x: Float32[Tensor, "n d"]) -> Float[Tensor, "n d"]:
     """Ascending ranks 1..d of each row as float32, ties sharing the mean of their ranks.
 
     The same ranks as scipy's `rankdata`; exact for rows of up to 2^23 entries.
@@ -158,8 +158,8 @@ def _sort_rows(x: Float[Tensor, "n d"]) -> tuple[Float[Tensor, "n d"], Int[Tenso
     if x.device.type != "cpu":
         ordered, order = x.sort(-1)
         return ordered, order
-    # numpy's vectorised argsort is several times faster than torch's sort here, and lets other
-    # threads run meanwhile.
+    # numpy's vectorised sort is several times faster than torch's here, and lets other threads
+    # run meanwhile.
     rows = np.array_split(x.numpy(), min(torch.get_num_threads(), max(len(x), 1)))
     with ThreadPoolExecutor(len(rows)) as pool:
         orders = np.concatenate(list(pool.map(_argsort, rows)))
@@ -167,10 +167,16 @@ def _sort_rows(x: Float[Tensor, "n d"]) -> tuple[Float[Tensor, "n d"], Int[Tenso
 
 
 def _argsort(rows: np.ndarray) -> np.ndarray:
-    return np.argsort(rows, axis=-1)
+    """Argsort by integers that carry their own column: a third faster than an indirect sort."""
+    bits = (rows + np.float32(0)).view(np.int32)  # adding zero makes one zero of the two
+    keys = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).astype(np.int64)  # in the order of the floats
+    keys <<= 32
+    keys |= np.arange(rows.shape[-1])
+    keys.sort(axis=-1)
+    return keys & 0xFFFFFFFF
 
 
-def spearman(a: Float[Tensor, "n d"], b: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
+def spearman(a: Float32[Tensor, "n d"], b: Float32[Tensor, "n d"]) -> Float[Tensor, " n"]:
     """Spearman's ρ between two rows, tie-aware: Pearson's correlation of the average ranks.
 
     A row without any spread has no ranking: ρ is 1 if the other row has none either, else 0.

@@ -30,7 +30,7 @@ next-token decision counts once however large its vector. `all`: every real toke
 
 # Logits exist for this many bytes' worth of rows at a time, per model; a chunk that stays in
 # the processor's cache is also the fastest.
-LOGIT_CHUNK_BYTES = 8 * 2**20
+LOGIT_CHUNK_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ class StreamPair:
         an accelerator.
         """
         spread = torch.zeros(self.tokens.numel(), dtype=torch.float64, device=self.device)
-        spread[self.index(layer, token_set).to(self.device)] = values
+        spread[self.index(layer, token_set).to(self.device)] = values.to(self.device, torch.float64)
         return spread.view(self.tokens.shape).sum(-1)
 
     def vectors(
