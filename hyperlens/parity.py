@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,14 +34,14 @@ def check_parity(model: HookedModel, plain: Any | None) -> None:
     """
     device = hooked.input_device(model)
     tolerance = TOLERANCE.get(model.cfg.dtype, HALF_TOLERANCE)
+    reference = partial(hooked.run_logits, model) if plain is None else partial(_plain, plain)
     with hooked.evaluating(model):  # type: ignore[arg-type]
         for side in ("right", "left"):
             tokens, mask = _padded_batch(model.cfg.d_vocab, side, device)
             logits = hooked.run_logits(model, tokens, mask)
-            expected = (
-                _unpadded(model, tokens, mask) if plain is None else _plain(plain, tokens, mask)
-            )
-            _hold("logits", logits, expected, mask, tolerance, f"{side}-padded batch")
+            expected = _alone(reference, tokens, mask)
+            what = f"logits on a {side}-padded batch"
+            _difference(what, logits[mask.bool()], expected, tolerance)
         residuals = hooked.run_residuals(model, tokens, mask)
         last = residuals[-1][mask.bool()]
         lens = hooked.unembed(model, hooked.final_norm(model, last))
@@ -78,42 +80,18 @@ def _padded_batch(
 def _plain(
     plain: Any, tokens: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch pos"]
 ) -> Float[Tensor, "batch pos d_vocab"]:
-    """Logits of the plain model, each sequence alone and unpadded: nothing to get wrong."""
-    rows = []
-    for t, m in zip(tokens, mask, strict=True):
-        real = t[m.bool()][None]
-        given = {"input_ids": real, "attention_mask": torch.ones_like(real), "use_cache": False}
-        rows.append(plain(**given).logits[0])
-    return _back_in_place(rows, mask)
+    logits: Tensor = plain(input_ids=tokens, attention_mask=mask, use_cache=False).logits
+    return logits
 
 
-def _unpadded(
-    model: HookedModel, tokens: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch pos"]
-) -> Float[Tensor, "batch pos d_vocab"]:
-    rows = []
-    for t, m in zip(tokens, mask, strict=True):
-        real = t[m.bool()][None]
-        rows.append(hooked.run_logits(model, real, torch.ones_like(real))[0])
-    return _back_in_place(rows, mask)
-
-
-def _back_in_place(
-    rows: list[Float[Tensor, "_ d_vocab"]], mask: Int[Tensor, "batch pos"]
-) -> Float[Tensor, "batch pos d_vocab"]:
-    placed = rows[0].new_zeros((*mask.shape, rows[0].shape[-1]))
-    placed[mask.bool()] = torch.cat(rows)
-    return placed
-
-
-def _hold(
-    what: str,
-    got: Float[Tensor, "batch pos d_vocab"],
-    expected: Float[Tensor, "batch pos d_vocab"],
+def _alone(
+    run: Callable[[Tensor, Tensor], Tensor],
+    tokens: Int[Tensor, "batch pos"],
     mask: Int[Tensor, "batch pos"],
-    tolerance: float,
-    where: str,
-) -> None:
-    _difference(f"{what} on a {where}", got[mask.bool()], expected[mask.bool()], tolerance)
+) -> Float[Tensor, "n d_vocab"]:
+    """Logits of the real tokens, each sequence alone and unpadded: nothing to get wrong."""
+    alone = (t[m.bool()][None] for t, m in zip(tokens, mask, strict=True))
+    return torch.cat([run(real, torch.ones_like(real))[0] for real in alone])
 
 
 def _difference(
