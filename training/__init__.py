@@ -8,6 +8,10 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+# Light, and relative on purpose: imported from the wrong place, under the name `training`, this
+# package fails here at once instead of loading everything a second time.
+from ..errors import TrainingError
+
 if TYPE_CHECKING:
     from .hooked_form import to_hooked as to_hooked
     from .hyperfitting import HyperfitRun as HyperfitRun
@@ -23,7 +27,7 @@ _HOME = {
     "to_hooked": ".hooked_form",
 }
 
-__all__ = ["HyperfitRun", "Recipe", "hyperfit", "preset", "to_hooked"]
+__all__ = ["HyperfitRun", "Recipe", "TrainingError", "hyperfit", "preset", "to_hooked"]
 
 
 def __getattr__(name: str) -> Any:
