@@ -555,10 +555,15 @@ def test_a_signal_interrupts_the_program(tmp_path: Path) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # A shell starts background jobs with SIGINT ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     # Opening our end returns once the program has opened its own.
-    with pipe.open("w"):
+    with process, pipe.open("w"):
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
+        try:
+            out, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert (process.returncode, out, err) == (cli.INTERRUPTED, "", "hyperlens: interrupted\n")
     assert os.listdir(tmp_path) == ["texts.txt"]
