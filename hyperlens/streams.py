@@ -30,7 +30,7 @@ next-token decision counts once however large its vector. `all`: every real toke
 
 # Logits exist for this many bytes' worth of rows at a time, per model; a chunk that stays in
 # the processor's cache is also the fastest.
-LOGIT_CHUNK_BYTES = 16 * 2**20
+LOGIT_CHUNK_BYTES = 8 * 2**20
 
 
 @dataclass(frozen=True)
