@@ -38,24 +38,13 @@ def layer_hook(layer: int) -> str:
     return resid_pre(0) if layer == 0 else resid_post(layer - 1)
 
 
-class HookedConfig(Protocol):
-    """The part of a hooked model's configuration that hyperlens reads."""
-
-    n_layers: int
-    d_model: int
-    d_vocab: int
-    dtype: torch.dtype
-    device: Any
-    output_logits_soft_cap: float
-
-
 @runtime_checkable
 class HookedModel(Protocol):
     """What hyperlens asks of a hooked model."""
 
     @property
     def cfg(self) -> Any:
-        """Sizes, dtype, device: see `HookedConfig`."""
+        """n_layers, d_model, d_vocab, dtype, device and output_logits_soft_cap."""
 
     blocks: Any
     ln_final: Any
