@@ -52,18 +52,20 @@ class LogitLens(MeanProbe):
         """Read the lens at every layer, a few rows of logits at a time."""
         output = pair.n_layers
         if output not in self.spec.resolve_layers(self.layers):
-            self._winners = torch.cat([t.argmax(-1) for _, _, t in pair.logits(output)])
+            self._winners = torch.cat([stats.winner(t) for _, _, t in pair.logits(output)])
         super().update(pair)
         del self._winners
 
     def measure(self, pair: StreamPair, layer: int, view: View) -> dict[str, Float[Tensor, " n"]]:
         """Agreement, divergence and entropies of the two lenses; counts ranks on the way."""
         parts: dict[str, list[Tensor]] = defaultdict(list)
+        work: Tensor | None = None
         for rows, base, tuned in pair.logits(layer):
+            work = torch.empty_like(base) if work is None else work[: len(base)]
             # At the output, which is read first, the tuned lens's winner is the final one.
-            final = tuned.argmax(-1) if layer == pair.n_layers else self._winners[rows]
-            parts["rank"].append(stats.rank_of(base, final))
-            seen = stats.compare_logits_(base, tuned)
+            final = stats.winner(tuned) if layer == pair.n_layers else self._winners[rows]
+            parts["rank"].append(stats.rank_of(base, final, work))
+            seen = stats.compare_logits_(base, tuned, work)
             parts["winner"].append(seen.tuned_winner)
             parts["top1_agreement"].append((seen.base_winner == seen.tuned_winner).double())
             parts["kl"].append(seen.kl)

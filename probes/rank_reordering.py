@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .. import stats
+from ..rank_correlation import spearman
 from ..results import ProbeResult
 from ..streams import StreamPair, StreamSpec, TokenSet, View
 from .means import MeanProbe
@@ -47,11 +48,11 @@ class RankReordering(MeanProbe):
         """Agreement, correlation and provenance of every next-token decision."""
         parts: dict[str, list[Tensor]] = defaultdict(list)
         for _, base, tuned in pair.logits(layer):
-            winner = tuned.argmax(-1)
-            parts["top1_agreement"].append((base.argmax(-1) == winner).double())
-            parts["spearman"].append(stats.spearman(base, tuned))
+            winner = stats.winner(tuned)
+            parts["top1_agreement"].append((stats.winner(base) == winner).double())
+            parts["spearman"].append(spearman(base, tuned))
             parts["rank"].append(stats.rank_of(base, winner))
-            best = base.max(-1, keepdim=True).values
+            best = base.amax(-1, keepdim=True)
             self.sums["tied"] += ((base == best).to(torch.float32).sum(-1) > 1).sum()
         measured = {name: torch.cat(values) for name, values in parts.items()}
         rank = measured.pop("rank")
