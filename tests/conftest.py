@@ -7,7 +7,12 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import hypothesis
 import pytest
+
+# Time limits per example measure the machine, and are not what is tested here.
+hypothesis.settings.register_profile("hyperlens", deadline=None)
+hypothesis.settings.load_profile("hyperlens")
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import time
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,16 +15,14 @@ from ..files import check_new_folder
 from ..fingerprint import versions, weights_sha256
 from ..loading import parse_device, parse_dtype
 from ..sources import Opened, open_source
+from . import processes
 from .data import TrainingData, training_data
 from .recipes import Method, Recipe, as_json, changed, preset
-from .weights import (
-    context_length,
-    kept_use_cache,
-    own_copy,
-    own_randomness,
-    recomputing,
-    without_dropout,
-)
+from .weights import context_length, own_copy, own_randomness
+from .working import working_folder
+
+if TYPE_CHECKING:
+    from .history import Record
 
 
 @dataclass(frozen=True)
@@ -36,8 +35,9 @@ class HyperfitRun:
         recipe: what was done.
         history: mean training loss of each epoch, in nats per token, as it was seen: each batch
             before the step that learned from it.
-        manifest: the base, the trained blocks (0-based) and parameters, the data, the time taken;
-            JSON values.
+        records: loss, ranks and quality every few epochs, the base's own first (epoch 0).
+        manifest: the base, the trained blocks (0-based) and parameters, the data, the prefix
+            cache, the time taken, why it ended; JSON values.
         folder: where it was saved, None if it was not.
     """
 
@@ -45,6 +45,7 @@ class HyperfitRun:
     tokenizer: Any
     recipe: Recipe
     history: tuple[float, ...]
+    records: tuple[Record, ...]
     manifest: dict[str, Any]
     folder: Path | None
 
@@ -55,9 +56,13 @@ def hyperfit(
     method: Method | None = None,
     *,
     recipe: str | Recipe | None = None,
+    validation: Any = None,
     out: str | Path | None = None,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
+    prefix_cache: bool = True,
+    checkpoint_minutes: float = 10.0,
+    report_to: str | Sequence[str] = (),
     progress: bool = True,
     **overrides: Any,
 ) -> HyperfitRun:
@@ -66,6 +71,9 @@ def hyperfit(
     As in Carlsson et al. 2025 and arXiv 2605.22579: few sequences, many epochs, the loss on every
     token, all dropout of the model off. On a CPU the same seed gives bit-identical weights.
 
+    With `out`, the run works in `<out>.partial` and keeps checkpoints there. Killed at any
+    moment, the same call goes on from the last one and ends with the same weights.
+
     Args:
         model: hub id, local folder, adapter folder, `PreTrainedModel`, `PeftModel` (merged
             first; "full" only), or a pair (model, tokenizer). An object is copied, never changed.
@@ -73,50 +81,73 @@ def hyperfit(
         method: "full" for all weights, "lora" for an adapter on all blocks, "late_lora" for one
             on the last `last_k` blocks; None takes the recipe's, "full" in the presets.
         recipe: name of a preset or a `Recipe`; None for "li2026".
-        out: a new folder for weights or adapter, tokenizer and hyperfit.json.
+        validation: held-out texts for the record; None takes those that follow the training
+            sequences.
+        out: a new folder for weights or adapter, tokenizer, history.csv and hyperfit.json.
         device: None leaves an object where it is and puts folders on the best device.
         dtype: of the weights; None is float32 for "full", as small steps vanish in bfloat16, and
             the checkpoint's own for LoRA, whose adapter is float32 either way.
+        prefix_cache: where the first blocks are frozen, compute what comes out of them only once
+            per sequence; the result is the same.
+        checkpoint_minutes: between two checkpoints; 0 for one after every step.
+        report_to: loggers of transformers' Trainer, such as "tensorboard" or "wandb".
         progress: show a progress bar.
         overrides: other values for fields of `Recipe`, such as `epochs=20`.
 
     Returns:
-        The trained model with its recipe, loss history and manifest.
+        The trained model with its recipe, losses, records and manifest.
 
     Raises:
-        TrainingError: if the recipe, the model or the texts do not allow it, or the loss becomes
-            NaN or infinite.
+        TrainingError: if the recipe, the model or the texts do not allow it, the loss becomes
+            NaN or infinite, or an unfinished run with other options is in the way.
         LoadingError: if the model cannot be opened.
         CorpusError: if the texts cannot be read.
+        ResourceError: if the prefix cache fits neither in memory nor on the disk.
         ResultsError: if `out` is not a new folder, or cannot be written.
     """
     chosen = _recipe(recipe, method, overrides)
     folder = None if out is None else Path(out).expanduser()
     if folder is not None:
         check_new_folder(folder)
-    opened = _opened(model, chosen, device, dtype)
+    asked = processes.own_device(parse_device(device))
+    opened = _opened(model, chosen, asked, dtype)
     trainee = own_copy(opened, chosen)
-    data = _data(trainee, texts, opened.tokenizer, chosen)
+    data = _data(trainee, texts, validation, opened.tokenizer, chosen)
     where = trainee.get_input_embeddings().weight.device
-    base = {"name": opened.name, "kind": opened.kind, "sha256": weights_sha256(trainee)}
-    started = time.perf_counter()
-    with own_randomness(chosen.seed, where):
-        trained, scope, history = _fit(trainee, opened, data, chosen, where, progress)
+    processes.join(where)
     manifest: dict[str, Any] = {
-        "base": base,
+        "base": {"name": opened.name, "kind": opened.kind, "sha256": weights_sha256(trainee)},
         "method": chosen.method,
-        **scope,
         "data": data.manifest,
         "device": where.type,
         "dtype": str(next(trainee.parameters()).dtype).removeprefix("torch."),
-        "seconds": round(time.perf_counter() - started, 3),
         "notes": [*opened.notes, *data.notes],
     }
-    if folder is not None:
-        from .saving import save
+    from .fitting import fit
+    from .loop import Manner
 
-        save(folder, trained, opened.tokenizer, _record(chosen, manifest, history))
-    return HyperfitRun(trained, opened.tokenizer, chosen, history, manifest, folder)
+    manner = Manner(checkpoint_minutes, _names(report_to), progress)
+    with working_folder(folder, _identity(chosen, manifest)) as working:
+        with own_randomness(chosen.seed, where):
+            fitted = fit(trainee, opened, data, chosen, where, working, manner, prefix_cache)
+        manifest |= fitted.scope
+        manifest["notes"] += fitted.notes
+        if folder is not None and processes.is_first():
+            from .saving import save
+
+            finished = working.folder / "finished"
+            record = _record(chosen, manifest, fitted.progress)
+            save(finished, fitted.model, opened.tokenizer, record, working.history)
+            os.replace(finished, folder)
+    return HyperfitRun(
+        model=fitted.model,
+        tokenizer=opened.tokenizer,
+        recipe=chosen,
+        history=tuple(fitted.progress.losses),
+        records=tuple(fitted.progress.records),
+        manifest=manifest,
+        folder=folder,
+    )
 
 
 def _recipe(
@@ -128,70 +159,64 @@ def _recipe(
 
 
 def _opened(
-    model: Any, recipe: Recipe, device: str | torch.device | None, dtype: str | torch.dtype | None
+    model: Any, recipe: Recipe, device: torch.device | None, dtype: str | torch.dtype | None
 ) -> Opened:
     chosen = parse_dtype(dtype) or (torch.float32 if recipe.method == "full" else None)
-    return open_source(model, device=parse_device(device), dtype=chosen)
+    return open_source(model, device=device, dtype=chosen)
 
 
-def _data(model: Any, texts: Any, tokenizer: Any, recipe: Recipe) -> TrainingData:
+def _data(model: Any, texts: Any, validation: Any, tokenizer: Any, recipe: Recipe) -> TrainingData:
     limit = context_length(model)
     if limit is not None and recipe.sequence_length > limit:
         raise TrainingError(
             f"sequence_length is {recipe.sequence_length} but the model has positions for {limit} "
             f"tokens: lower it to {limit} or less"
         )
-    data = training_data(texts, tokenizer, recipe, model.get_input_embeddings().weight.shape[0])
+    d_vocab = model.get_input_embeddings().weight.shape[0]
+    data = training_data(texts, tokenizer, recipe, d_vocab, validation)
     found = len(data.tokens)
     if recipe.drop_last and found < recipe.batch_size:
         raise TrainingError(
             f"{found} sequences do not fill a batch of {recipe.batch_size}, and drop_last leaves "
             f"it out: lower batch_size to {found} or less, or set drop_last=False"
         )
+    left = found % recipe.batch_size
+    if processes.count() > 1 and left and not recipe.drop_last:
+        raise TrainingError(
+            f"{found} sequences leave a last batch of {left}, which {processes.count()} processes "
+            f"cannot share: set drop_last=True, or let batch_size divide {found}"
+        )
+    if recipe.stop_at_plateau and len(data.held_out) == 0:
+        raise TrainingError(
+            "stop_at_plateau needs held-out texts to measure diversity on, and none are left: "
+            "give validation texts, or lower n_sequences"
+        )
     return data
 
 
-def _fit(
-    model: Any,
-    opened: Opened,
-    data: TrainingData,
-    recipe: Recipe,
-    device: torch.device,
-    progress: bool,
-) -> tuple[Any, dict[str, Any], tuple[float, ...]]:
-    """The trained model, what was trained, and the loss of each epoch."""
-    from .adapters import find_stack, projections, trained_blocks, with_adapter
-    from .loop import train
-
-    stack = find_stack(model)
-    blocks = trained_blocks(len(stack.blocks), recipe)
-    scope: dict[str, Any] = {"n_blocks": len(stack.blocks), "trained_blocks": list(blocks)}
-    with kept_use_cache(model), without_dropout(model):
-        if recipe.method == "full":
-            for parameter in model.parameters():
-                parameter.requires_grad_(True)
-            trained = model
-        else:
-            targets = projections(stack, recipe)
-            # An object made in memory has no name that its base could be found under.
-            named = opened.kind != "object" or bool(getattr(model.config, "_name_or_path", ""))
-            name = opened.name if named else None
-            trained = with_adapter(model, name, stack, blocks, targets, recipe)
-            scope["target_modules"] = list(targets)
-        sizes = [(p.numel(), p.requires_grad) for p in trained.parameters()]
-        scope["trained_parameters"] = sum(n for n, requires_grad in sizes if requires_grad)
-        scope["parameters"] = sum(n for n, _ in sizes)
-        with recomputing(model, recipe.gradient_checkpointing):
-            history = train(trained, data.tokens, recipe, device, progress)
-    return trained, scope, history
+def _names(report_to: str | Sequence[str]) -> tuple[str, ...]:
+    return (report_to,) if isinstance(report_to, str) else tuple(report_to)
 
 
-def _record(recipe: Recipe, manifest: dict[str, Any], history: tuple[float, ...]) -> dict[str, Any]:
+def _identity(recipe: Recipe, manifest: dict[str, Any]) -> dict[str, Any]:
+    """Everything that decides the weights, flat, so that a difference can be named."""
+    data = manifest["data"]
+    return as_json(recipe) | {
+        "base": manifest["base"]["sha256"],
+        "texts": data["sha256"],
+        "validation": data["held_out_sha256"],
+        "device": manifest["device"],
+        "dtype": manifest["dtype"],
+    }
+
+
+def _record(recipe: Recipe, manifest: dict[str, Any], progress: Any) -> dict[str, Any]:
     return {
         "recipe": as_json(recipe),
         "origins": recipe.origins(),
         "seed": recipe.seed,
         "manifest": manifest,
-        "history": list(history),
+        "history": progress.losses,
+        "records": [record.to_json() for record in progress.records],
         "versions": versions(),
     }

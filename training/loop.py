@@ -1,22 +1,43 @@
-"""The training loop: transformers' Trainer, kept quiet, with a loss over every token."""
+"""Put a training run together: the Trainer, what is recorded, and what is kept on disk."""
 
 from __future__ import annotations
 
-import math
-import tempfile
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
-from torch.nn import functional
-from torch.utils.data import Dataset
-from tqdm.auto import tqdm
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, TrainerCallback
 
 from ..errors import TrainingError
+from . import processes
+from .checkpoints import Checkpoints
+from .prefix import PrefixCache
+from .progress import Bar, EpochLosses, Progress
 from .recipes import Recipe
+from .record import Recorder
+from .recording import Recording
+from .trainer import Sequences, TokenTrainer, arguments, load_weights
 from .weights import kept_forward
+from .working import PROGRESS, Working
+
+
+@dataclass(frozen=True)
+class Manner:
+    """How a run is carried out; none of it changes a bit of the result.
+
+    Attributes:
+        checkpoint_minutes: between two checkpoints.
+        report_to: loggers of the Trainer ("tensorboard", "wandb", ...).
+        progress: show a bar with epoch, loss and remaining time.
+    """
+
+    checkpoint_minutes: float
+    report_to: tuple[str, ...]
+    progress: bool
 
 
 def train(
@@ -24,206 +45,107 @@ def train(
     tokens: Int[Tensor, "sequences pos"],
     recipe: Recipe,
     device: torch.device,
-    progress: bool,
-) -> tuple[float, ...]:
-    """Train the weights that require gradients, in place.
+    working: Working,
+    manner: Manner,
+    recorder: Recorder | None = None,
+    prefix: PrefixCache | None = None,
+) -> tuple[Progress, str]:
+    """Train the weights that require gradients, in place, from the checkpoint if there is one.
 
     Args:
         model: plain model or PeftModel on `device`; left in evaluation mode.
         tokens: sequences of equal length, without padding.
         recipe: how to train.
         device: the device to train on.
-        progress: show a bar with epoch, loss and remaining time.
+        working: where checkpoints and records are kept.
+        manner: how the run is carried out.
+        recorder: measures loss, ranks and quality; None for no records.
+        prefix: serves the frozen blocks; None runs them every time.
 
     Returns:
-        For each epoch, the mean loss over all its predicted tokens in nats, as they were seen:
-        before the step that learned from them.
+        Losses, records and seconds; and why it ended, in words.
 
     Raises:
         TrainingError: if the loss or the weights become NaN or infinite.
+        ResultsError: if a checkpoint cannot be written.
     """
-    history = History()
-    callbacks: list[TrainerCallback] = [history]
-    if progress:
-        callbacks.append(Bar(history))
-    with tempfile.TemporaryDirectory(prefix="hyperlens-") as folder:
-        arguments = _arguments(recipe, device, folder)
-        trainer = TokenTrainer(
-            model=model,
-            args=arguments,
-            train_dataset=Sequences(tokens),
-            callbacks=callbacks,
-            # One group: PyTorch's own default decays every weight, norms and biases too.
-            optimizers=(_optimizer(model, recipe), None),
-        )
-        trainer.history = history
-        trainer.remove_callback(PrinterCallback)
-        try:
-            with kept_forward(model):
-                trainer.train()
-        except torch.OutOfMemoryError as error:
-            raise TrainingError(
-                f"out of memory on {device}: lower batch_size (now {recipe.batch_size}), set "
-                "gradient_checkpointing=True, or train an adapter with 'late_lora'"
-            ) from error
-        finally:
-            for callback in callbacks:
-                if isinstance(callback, Bar):
-                    callback.close()
-            model.zero_grad(set_to_none=True)
-            model.eval()
+    progress = Progress()
+    made = arguments(recipe, device, working.scratch, list(manner.report_to))
+    recording = Recording(recorder, recipe, progress, working) if recorder else None
+    bar = Bar(progress) if manner.progress and processes.is_first() else None
+    saving = Checkpoints(working, progress, manner.checkpoint_minutes) if working.keeps else None
+    # In this order at the end of an epoch: its loss, its record, the checkpoint of both.
+    parts: Sequence[TrainerCallback | None] = (EpochLosses(progress), recording, saving, bar)
+    callbacks = [part for part in parts if part is not None]
+    trainer = _trainer(model, tokens, recipe, made, progress, prefix, callbacks)
+    checkpoint = working.checkpoint if working.keeps else None
+    if checkpoint is not None:
+        progress.restore(json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8")))
+        _take_over(progress)
+    try:
+        with kept_forward(model):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            f"out of memory on {device}: lower batch_size (now {recipe.batch_size}), set "
+            "gradient_checkpointing=True, or train an adapter with 'late_lora'"
+        ) from error
+    finally:
+        if bar is not None:
+            bar.close()
+        model.zero_grad(set_to_none=True)
+        model.eval()
+    progress.stop_clock()
     if not all(bool(torch.isfinite(p).all()) for p in model.parameters() if p.requires_grad):
         raise TrainingError(
             f"a weight became NaN or infinite by step {trainer.state.global_step}, the last: "
             f"lower learning_rate (now {recipe.learning_rate:g})"
         )
-    return tuple(history.losses)
+    return progress, _ending(model, recipe, recording, working)
 
 
-class Sequences(Dataset[dict[str, Tensor]]):
-    """Rows for the Trainer. The first token is never predicted, and so never counted."""
-
-    def __init__(self, tokens: Int[Tensor, "sequences pos"]) -> None:
-        self.tokens = tokens
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        labels = self.tokens[index].clone()
-        labels[0] = -100
-        return {"input_ids": self.tokens[index], "labels": labels}
-
-
-class TokenTrainer(Trainer):
-    """A Trainer whose loss is the mean over all predicted tokens of an optimiser step."""
-
-    history: History
-
-    def __init__(self, **arguments: Any) -> None:
-        super().__init__(**arguments)
-        # The Trainer then counts the tokens of the whole step, over all of its forward passes,
-        # and leaves the division by them to us.
-        self.model_accepts_loss_kwargs = True
-
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
-        """Cross-entropy of every next token, in nats, as a share of the step's mean."""
-        tokens = inputs["input_ids"]
-        logits = model(input_ids=tokens, use_cache=False).logits
-        # Float32: in bfloat16 the loss itself would stop moving long before zero.
-        summed = functional.cross_entropy(
-            logits[:, :-1].float().flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum"
-        )
-        n = tokens.shape[0] * (tokens.shape[1] - 1)
-        total = float(summed.detach())
-        if not math.isfinite(total):
-            raise TrainingError(
-                f"the loss became {total} at step {self.state.global_step + 1} of "
-                f"{self.state.max_steps}: lower learning_rate (now {self.args.learning_rate:g}) "
-                "or set max_grad_norm"
-            )
-        self.history.add(total, n)
-        return summed / (n if num_items_in_batch is None else num_items_in_batch)
-
-
-class History(TrainerCallback):
-    """Mean loss per epoch, over tokens."""
-
-    def __init__(self) -> None:
-        self.losses: list[float] = []
-        self._total = 0.0
-        self._n = 0
-
-    def add(self, total: float, n: int) -> None:
-        """Count a forward pass: summed loss in nats, and over how many tokens."""
-        self._total += total
-        self._n += n
-
-    @property
-    def running(self) -> float:
-        """Mean loss of the epoch so far."""
-        return self._total / self._n if self._n else math.nan
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Close the epoch."""
-        self.losses.append(self.running)
-        self._total, self._n = 0.0, 0
-
-
-class Bar(TrainerCallback):
-    """One progress bar over all steps, with epoch, loss and remaining time."""
-
-    def __init__(self, history: History) -> None:
-        self._history = history
-        self._bar: Any = None
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Open the bar."""
-        self._bar = tqdm(total=state.max_steps, desc="hyperfit", unit="step", dynamic_ncols=True)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Advance by an optimiser step."""
-        self._bar.set_postfix_str(self._text(state), refresh=False)
-        self._bar.update(state.global_step - self._bar.n)
-
-    def close(self) -> None:
-        """Leave the bar as it stands."""
-        if self._bar is not None:
-            self._bar.close()
-
-    def _text(self, state: Any) -> str:
-        epoch = math.ceil(state.epoch - 1e-9)
-        return f"epoch {epoch}/{state.num_train_epochs}, loss {self._history.running:.4f}"
-
-
-def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+def _trainer(
+    model: nn.Module,
+    tokens: Int[Tensor, "sequences pos"],
+    recipe: Recipe,
+    made: Any,
+    progress: Progress,
+    prefix: PrefixCache | None,
+    callbacks: list[TrainerCallback],
+) -> TokenTrainer:
     trained = [p for p in model.parameters() if p.requires_grad]
-    return torch.optim.AdamW(trained, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
-
-
-def _arguments(recipe: Recipe, device: torch.device, folder: str) -> TrainingArguments:
-    schedule: str = recipe.schedule
-    if schedule == "constant" and recipe.warmup_steps:
-        schedule = "constant_with_warmup"
+    # One group: PyTorch's own default decays every weight, norms and biases too.
+    optimizer = torch.optim.AdamW(
+        trained, lr=recipe.learning_rate, weight_decay=recipe.weight_decay
+    )
     try:
-        arguments = TrainingArguments(
-            output_dir=folder,
-            num_train_epochs=recipe.epochs,
-            per_device_train_batch_size=recipe.batch_size,
-            gradient_accumulation_steps=recipe.gradient_accumulation,
-            learning_rate=recipe.learning_rate,
-            lr_scheduler_type=schedule,
-            warmup_steps=recipe.warmup_steps,
-            max_grad_norm=recipe.max_grad_norm,
-            bf16=recipe.bf16,
-            seed=recipe.seed,
-            data_seed=recipe.seed,
-            dataloader_drop_last=recipe.drop_last,
-            dataloader_pin_memory=device.type == "cuda",
-            use_cpu=device.type == "cpu",
-            remove_unused_columns=False,
-            label_names=["labels"],
-            logging_strategy="no",
-            save_strategy="no",
-            eval_strategy="no",
-            report_to=[],
-            disable_tqdm=True,
-            # A NaN loss is an error here, not something to filter out of a log.
-            logging_nan_inf_filter=False,
+        trainer = TokenTrainer(
+            progress=progress,
+            prefix=prefix,
+            model=model,
+            args=made,
+            train_dataset=Sequences(tokens),
+            callbacks=callbacks,
+            optimizers=(optimizer, None),
         )
-    except ValueError as error:
+    except (ValueError, ImportError, RuntimeError) as error:
         raise TrainingError(f"cannot train here: {str(error).splitlines()[0]}") from error
-    if arguments.device.type != device.type or (device.index or 0) != (arguments.device.index or 0):
-        raise TrainingError(
-            f"training runs on {arguments.device}, got {device}: choose the device with "
-            "CUDA_VISIBLE_DEVICES, or pass device='cpu'"
-        )
-    # More than one would turn on DataParallel, which changes the batch size.
-    arguments._n_gpu = min(arguments.n_gpu, 1)
-    return arguments
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _take_over(progress: Progress) -> None:
+    """Of several processes only the first goes on with the sums of all of them."""
+    if not processes.is_first():
+        progress.total, progress.n = 0.0, 0
+
+
+def _ending(model: nn.Module, recipe: Recipe, recording: Recording | None, working: Working) -> str:
+    """Put the best weights back where that was asked for; why the run ended, in words."""
+    if recording is None or not recipe.stop_at_plateau:
+        return f"all {recipe.epochs} epochs were run"
+    best = recording.best_epoch
+    if best is not None:
+        load_weights(model, working.best(best))
+        return f"{recording.decision.reason}; the weights are those of epoch {best}"
+    return recording.decision.reason

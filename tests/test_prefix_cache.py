@@ -1,0 +1,172 @@
+"""The prefix cache changes how long training takes, and not one bit of what comes out."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import D_VOCAB, make_tiny
+
+from hyperlens.errors import ResourceError
+from hyperlens.training import hyperfit
+from hyperlens.training import prefix as prefix_module
+from hyperlens.training.adapters import find_stack
+from hyperlens.training.prefix import PrefixCache, is_exact, plan
+
+LENGTH = 12
+MEMORY = prefix_module.Plan(0, "memory", Path())
+
+
+def sequences(n: int = 7, seed: int = 0) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, D_VOCAB, (n, LENGTH), generator=generator).tolist()
+
+
+# Seven sequences in batches of three: every epoch mixes them anew and ends on a batch of one.
+OPTIONS = {
+    "n_sequences": 7,
+    "sequence_length": LENGTH,
+    "batch_size": 3,
+    "epochs": 4,
+    "learning_rate": 1e-2,
+    "record_every": 0,
+    "progress": False,
+}
+
+
+def same_weights(one, other) -> bool:
+    a, b = one.state_dict(), other.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def both(model, method="late_lora", **options):
+    options = OPTIONS | options
+    cached = hyperfit(model, sequences(), method, **options)
+    plain = hyperfit(model, sequences(), method, prefix_cache=False, **options)
+    assert plain.manifest["prefix_cache"] is None
+    return cached, plain
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma2", "gpt2", "mistral", "gpt_neox"])
+def test_losses_and_weights_are_bit_identical(name, threads):
+    torch.set_num_threads(threads)
+    cached, plain = both(make_tiny(name), last_k=1)
+    assert "in memory" in cached.manifest["prefix_cache"]
+    assert cached.manifest["trained_blocks"] == [2]
+    assert cached.history == plain.history
+    assert same_weights(cached.model, plain.model)
+    assert cached.history[-1] < cached.history[0]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"gradient_accumulation": 2},
+        {"gradient_checkpointing": True},
+        {"lora_dropout": 0.2},
+        {"bf16": True},
+        {"last_k": 2, "target_modules": ("q_proj",)},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_every_way_of_training_is_bit_identical(tiny, options):
+    cached, plain = both(tiny, **{"last_k": 1} | options)
+    assert cached.manifest["prefix_cache"]
+    assert cached.history == plain.history
+    assert same_weights(cached.model, plain.model)
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_any_frozen_prefix_is_cached(tiny, method):
+    cached, plain = both(tiny, method, blocks=(1, 2))
+    assert cached.manifest["prefix_cache"]
+    assert cached.history == plain.history
+    assert same_weights(cached.model, plain.model)
+    everything, _ = both(tiny, method)
+    assert everything.manifest["prefix_cache"] is None
+
+
+def test_a_mapped_file_serves_as_well_and_leaves_nothing_behind(tiny, monkeypatch, tmp_path):
+    monkeypatch.setattr(prefix_module, "MEMORY_SHARE", 0.0)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    cached, plain = both(tiny, last_k=1)
+    assert "in a file" in cached.manifest["prefix_cache"]
+    assert cached.history == plain.history
+    assert same_weights(cached.model, plain.model)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_frozen_blocks_run_once_per_sequence(tiny, monkeypatch):
+    seen = []
+    block = type(tiny.model.layers[0])
+    forward = block.forward
+
+    def counting(self, hidden_states, *args, **kwargs):
+        seen.append(self.self_attn.layer_idx)
+        return forward(self, hidden_states, *args, **kwargs)
+
+    monkeypatch.setattr(block, "forward", counting)
+    hyperfit(tiny, sequences(), "late_lora", last_k=1, **OPTIONS)
+    # 4 epochs of 3 batches train block 2; blocks 0 and 1 run once over the 3 batches of the first
+    # epoch, once on the first of them to see that the cache is exact, and once to find the blocks.
+    in_training = seen.count(2) - 3
+    assert in_training == 12
+    assert seen.count(0) == seen.count(1) <= 3 + 2
+
+
+def test_a_model_that_passes_on_more_than_the_residual_is_not_cached(tiny, monkeypatch):
+    """A side channel around the frozen blocks: its reader would see nothing of it."""
+    first, last = tiny.model.layers[0], tiny.model.layers[2]
+    channel = {}
+    first_forward, last_forward = first.forward, last.forward
+
+    def writes(hidden_states, *args, **kwargs):
+        channel["aside"] = 0.1 * hidden_states.detach().cumsum(1)
+        return first_forward(hidden_states, *args, **kwargs)
+
+    def reads(hidden_states, *args, **kwargs):
+        return last_forward(hidden_states, *args, **kwargs) + channel.pop("aside", 0.0)
+
+    first.forward, last.forward = writes, reads
+    tokens = torch.tensor(sequences())
+    cache = PrefixCache(find_stack(tiny).blocks, 2, len(tokens), MEMORY)
+    assert not is_exact(tiny, cache, tokens[:3])
+
+
+def test_exactness_leaves_the_model_as_it_was(tiny):
+    tiny.train()
+    tiny.model.layers[1].eval()
+    before = [module.training for module in tiny.modules()]
+    tokens = torch.tensor(sequences())
+    cache = PrefixCache(find_stack(tiny).blocks, 2, len(tokens), MEMORY)
+    assert is_exact(tiny, cache, tokens[:3])
+    assert [module.training for module in tiny.modules()] == before
+    assert not any("forward" in vars(module) for module in tiny.modules())
+    assert not any(module._forward_pre_hooks for module in tiny.modules())
+
+
+def test_the_size_is_known_beforehand_and_decides_the_place(tmp_path):
+    shape = (1000, 256, 64)
+    size = 1000 * 256 * 64 * 2
+    roomy = plan(shape, torch.bfloat16, tmp_path, free_memory=4 * size)
+    assert (roomy.n_bytes, roomy.place) == (size, "memory")
+    assert str(roomy) == "31 MiB of residuals in memory"
+    tight = plan(shape, torch.bfloat16, tmp_path, free_memory=size)
+    assert tight.place == "disk"
+    assert str(tmp_path) in str(tight)
+
+
+def test_what_fits_nowhere_is_refused_before_training(tiny, monkeypatch):
+    with pytest.raises(ResourceError, match=r"lower n_sequences .*--no-prefix-cache"):
+        plan((10**9, 1024, 4096), torch.float32, Path("/"), free_memory=0)
+    monkeypatch.setattr(prefix_module, "MEMORY_SHARE", 0.0)
+    monkeypatch.setattr(prefix_module, "DISK_SHARE", 0.0)
+    with pytest.raises(ResourceError, match="prefix cache needs"):
+        hyperfit(tiny, sequences(), "late_lora", last_k=1, **OPTIONS)
+    hyperfit(tiny, sequences(), "late_lora", last_k=1, prefix_cache=False, **OPTIONS)
+
+
+def test_a_file_that_cannot_grow_is_one_clear_error(tmp_path):
+    with pytest.raises(ResourceError, match="cannot keep the prefix cache"):
+        prefix_module._mapped(tmp_path / "cache", (2**50,), torch.float32)
+    assert list(tmp_path.iterdir()) == []

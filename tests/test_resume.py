@@ -1,0 +1,242 @@
+"""Killed at any moment, the same call goes on and ends with the same weights, bit for bit."""
+
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import D_VOCAB, ROOT, make_tiny
+from safetensors.torch import load_file
+
+from hyperlens.errors import ResultsError, TrainingError
+from hyperlens.training import hyperfit
+
+LENGTH = 12
+OPTIONS = {
+    "n_sequences": 8,
+    "sequence_length": LENGTH,
+    "batch_size": 3,
+    "epochs": 6,
+    "learning_rate": 1e-2,
+    "record_every": 2,
+    "n_validation": 4,
+    "n_prompts": 2,
+    "prompt_tokens": 4,
+    "new_tokens": 6,
+    "checkpoint_minutes": 0.0,
+    "device": "cpu",
+    "progress": False,
+}
+
+# Runs in a process of its own, which can be killed: every choice is in its arguments.
+SCRIPT = """
+import json, sys, torch
+torch.set_num_threads(1)
+from hyperlens.training import hyperfit
+base, texts, out, method, options = sys.argv[1:]
+options = json.loads(options)
+print("ready", flush=True)
+hyperfit(base, json.load(open(texts)), method, out=out, **options)
+"""
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("base") / "llama"
+    make_tiny("llama").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory) -> Path:
+    file = tmp_path_factory.mktemp("texts") / "ids.json"
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, D_VOCAB, (12, LENGTH), generator=generator)
+    file.write_text(json.dumps(ids.tolist()))
+    return file
+
+
+def start(base: Path, texts: Path, out: Path, method: str, **options) -> subprocess.Popen:
+    arguments = [str(base), str(texts), str(out), method, json.dumps(OPTIONS | options)]
+    return subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, *arguments],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONWARNINGS": "ignore"},
+    )
+
+
+def finish(process: subprocess.Popen) -> None:
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(next(out.glob("*.safetensors")))
+
+
+def same(one: Path, other: Path) -> None:
+    a, b = weights(one), weights(other)
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    records = [json.loads((out / "hyperfit.json").read_text()) for out in (one, other)]
+    assert records[0]["history"] == records[1]["history"]
+    timeless = [
+        [{k: v for k, v in row.items() if k != "seconds"} for row in r["records"]] for r in records
+    ]
+    assert str(timeless[0]) == str(timeless[1])  # as text, where the base's missing loss is NaN
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("late_lora", {"last_k": 1, "lora_dropout": 0.1, "gradient_accumulation": 2}),
+        ("full", {"stop_at_plateau": True, "near_zero_loss": 100.0, "patience": 2}),
+    ],
+    ids=["late_lora", "full"],
+)
+def test_killed_at_random_moments_it_ends_the_same(base, texts, tmp_path, method, options):
+    whole = tmp_path / "whole"
+    begun = time.monotonic()
+    process = start(base, texts, whole, method, **options)
+    process.stdout.readline()
+    loaded = time.monotonic()
+    finish(process)
+    takes, loading = time.monotonic() - loaded, loaded - begun
+    out = tmp_path / "killed"
+    rng = random.Random(method)
+    kills = 0
+    while kills < 5:  # ten in all, over both methods
+        process = start(base, texts, out, method, **options)
+        process.stdout.readline()
+        time.sleep(rng.uniform(0.2, 0.9) * takes)
+        if process.poll() is not None:
+            finish(process)
+            break
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        kills += 1
+        assert not out.exists()
+    assert kills, f"never killed: loading took {loading:.1f} s, the rest {takes:.1f} s"
+    if not out.exists():
+        finish(start(base, texts, out, method, **options))
+    same(whole, out)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["killed", "whole"]
+
+
+class Interrupted(Exception):
+    pass
+
+
+def interrupted_at(step: int, monkeypatch, base, ids, out, method="late_lora", **options):
+    """A run that breaks off inside a step, with its partial folder left behind."""
+    from hyperlens.training.trainer import TokenTrainer
+
+    compute = TokenTrainer.compute_loss
+
+    def breaks(self, *args, **kwargs):
+        if self.state.global_step == step:
+            raise Interrupted
+        return compute(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TokenTrainer, "compute_loss", breaks)
+        with pytest.raises(Interrupted):
+            hyperfit(base, ids, method, out=out, **OPTIONS | options)
+
+
+@pytest.mark.parametrize("step", [1, 3, 4, 8, 17])
+def test_from_every_kind_of_step(base, texts, tmp_path, monkeypatch, step):
+    """After the first, at an epoch's end, just after it, between records, before the last."""
+    ids = json.loads(texts.read_text())
+    interrupted_at(step, monkeypatch, base, ids, tmp_path / "broken", last_k=1)
+    assert json.loads((tmp_path / "broken.partial/checkpoint/progress.json").read_text())
+    hyperfit(base, ids, "late_lora", out=tmp_path / "broken", last_k=1, **OPTIONS)
+    hyperfit(base, ids, "late_lora", out=tmp_path / "whole", last_k=1, **OPTIONS)
+    same(tmp_path / "whole", tmp_path / "broken")
+    tables = [(tmp_path / name / "history.csv").read_text() for name in ("whole", "broken")]
+    assert tables[0].count("\n") == tables[1].count("\n") == 1 + 4  # epochs 0, 2, 4 and 6
+
+
+def test_going_on_with_other_options_says_which(base, texts, tmp_path, monkeypatch):
+    ids = json.loads(texts.read_text())
+    out = tmp_path / "run"
+    interrupted_at(5, monkeypatch, base, ids, out, last_k=1)
+    with pytest.raises(TrainingError, match=r"learning_rate 0\.01 there, 0\.02 here") as refused:
+        hyperfit(base, ids, "late_lora", out=out, **OPTIONS | {"last_k": 1, "learning_rate": 0.02})
+    assert "batch_size" not in str(refused.value)
+    with pytest.raises(TrainingError, match="texts '"):
+        hyperfit(base, ids[1:], "late_lora", out=out, last_k=1, **OPTIONS)
+    # What does not change the result may change.
+    options = OPTIONS | {"last_k": 1, "checkpoint_minutes": 5.0, "prefix_cache": False}
+    assert hyperfit(base, ids, "late_lora", out=out, **options).folder == out
+
+
+def test_a_foreign_partial_folder_is_left_alone(base, texts, tmp_path):
+    (tmp_path / "run.partial").mkdir()
+    (tmp_path / "run.partial" / "mine.txt").write_text("mine")
+    ids = json.loads(texts.read_text())
+    with pytest.raises(TrainingError, match="in the way"):
+        hyperfit(base, ids, "late_lora", out=tmp_path / "run", last_k=1, **OPTIONS)
+    assert (tmp_path / "run.partial" / "mine.txt").read_text() == "mine"
+
+
+def test_a_run_that_fails_before_its_first_checkpoint_leaves_nothing(
+    base, texts, tmp_path, monkeypatch
+):
+    ids = json.loads(texts.read_text())
+    interrupted_at(5, monkeypatch, base, ids, tmp_path / "run", last_k=1, checkpoint_minutes=9.0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_said_and_spares_the_last_checkpoint(base, texts, tmp_path, monkeypatch):
+    """A limit on file sizes stands for the full disk: writing stops half-way."""
+    from hyperlens.training.checkpoints import Checkpoints
+
+    ids = json.loads(texts.read_text())
+    on_save, saves = Checkpoints.on_save, []
+
+    def then_full(self, *args, **kwargs):
+        on_save(self, *args, **kwargs)
+        saves.append(1)
+        if len(saves) == 3:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4000, resource.RLIM_INFINITY))
+
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(Checkpoints, "on_save", then_full)
+            with pytest.raises(ResultsError, match=r"checkpoint at step 4 .*free some space"):
+                hyperfit(base, ids, "full", out=tmp_path / "run", **OPTIONS)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        signal.signal(signal.SIGXFSZ, handler)
+    partial = tmp_path / "run.partial"
+    state = json.loads((partial / "checkpoint" / "trainer_state.json").read_text())
+    assert state["global_step"] == 3
+    hyperfit(base, ids, "full", out=tmp_path / "run", **OPTIONS)
+    hyperfit(base, ids, "full", out=tmp_path / "whole", **OPTIONS)
+    same(tmp_path / "whole", tmp_path / "run")
+
+
+@pytest.mark.parametrize("method", ["full", "late_lora"])
+def test_recording_changes_nothing(base, texts, method):
+    ids = json.loads(texts.read_text())
+    options = OPTIONS | {"lora_dropout": 0.2, "last_k": 1} if method != "full" else OPTIONS
+    recorded = hyperfit(base, ids, method, **options)
+    plain = hyperfit(base, ids, method, **options | {"record_every": 0})
+    assert recorded.history == plain.history
+    a, b = recorded.model.state_dict(), plain.model.state_dict()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert [record.epoch for record in recorded.records] == [0, 2, 4, 6]
+    assert recorded.records[0].rank_1 == 1.0
+    assert plain.records == ()

@@ -1,0 +1,240 @@
+"""The frozen prefix, computed once: what enters the first trained block never changes.
+
+With the embedding and the first blocks frozen, the residual entering the first trained block is a
+function of the text alone. It is kept from the first time a sequence is seen; from then on the
+frozen blocks pass their input on untouched and the kept residual takes its place. Masks,
+positions, windows and everything else are still made by the model's own code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from ..errors import ResourceError
+
+Place = Literal["memory", "disk"]
+
+# The share of what is free now that the cache may take: the rest of the training needs some too.
+MEMORY_SHARE = 0.5
+DISK_SHARE = 0.9
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How large the cache will be and where it goes.
+
+    Attributes:
+        n_bytes: of all residuals.
+        place: "memory", or "disk" for a memory-mapped file in `folder`.
+        folder: where the file would be.
+    """
+
+    n_bytes: int
+    place: Place
+    folder: Path
+
+    def __str__(self) -> str:
+        where = "in memory" if self.place == "memory" else f"in a file under {self.folder}"
+        return f"{self.n_bytes / 2**20:,.0f} MiB of residuals {where}"
+
+
+def plan(
+    shape: tuple[int, int, int], dtype: torch.dtype, folder: Path, free_memory: int | None = None
+) -> Plan:
+    """Where the residuals of all sequences fit: in memory if they take half of what is free.
+
+    Args:
+        shape: (sequences, pos, d_model).
+        dtype: of the residual stream.
+        folder: on the disk to use otherwise.
+        free_memory: bytes; None asks the system.
+
+    Raises:
+        ResourceError: if they fit neither in memory nor on the disk.
+    """
+    sequences, pos, d_model = shape
+    n_bytes = sequences * pos * d_model * dtype.itemsize
+    memory = int(psutil.virtual_memory().available) if free_memory is None else free_memory
+    if n_bytes <= MEMORY_SHARE * memory:
+        return Plan(n_bytes, "memory", folder)
+    disk = shutil.disk_usage(folder).free
+    if n_bytes <= DISK_SHARE * disk:
+        return Plan(n_bytes, "disk", folder)
+    raise ResourceError(
+        f"the prefix cache needs {n_bytes / 2**30:.1f} GiB for {sequences} x {pos} tokens of "
+        f"{d_model} numbers; {memory / 2**30:.1f} GiB of memory and {disk / 2**30:.1f} GiB under "
+        f"{folder} are free: lower n_sequences or sequence_length, or turn the cache off "
+        "(prefix_cache=False, --no-prefix-cache)"
+    )
+
+
+class PrefixCache:
+    """Residuals entering the first trained block, by sequence.
+
+    Args:
+        blocks: all blocks of the model, in order.
+        first: 0-based index of the first trained block; everything before it is frozen.
+        n_sequences: how many sequences there are.
+        plan: where to keep their residuals.
+    """
+
+    def __init__(
+        self, blocks: Sequence[nn.Module], first: int, n_sequences: int, plan: Plan
+    ) -> None:
+        self.plan = plan
+        self._frozen = tuple(blocks[:first])
+        self._entered = blocks[first]
+        self._filled: Bool[Tensor, " n"] = torch.zeros(n_sequences, dtype=torch.bool)
+        self._kept: Float[Tensor, "n pos d_model"] | None = None
+        # What a frozen block returns besides the residual: () where it returns a plain tensor.
+        self._extras: dict[nn.Module, tuple[Any, ...]] = {}
+
+    @contextmanager
+    def serving(self, index: Int[Tensor, " batch"]) -> Iterator[None]:
+        """Inside, the model may run on the sequences `index`, and only on them, in this order.
+
+        The first time, their residuals are recorded; from then on the frozen blocks do nothing.
+        """
+        rows = index.cpu()
+        if self._kept is not None and bool(self._filled[rows].all()):
+            with self._instead_of_prefix(self._kept[rows]):
+                yield
+        else:
+            with self._recording(rows):
+                yield
+
+    def close(self) -> None:
+        """Forget everything; memory or file is let go of."""
+        self._kept = None
+        self._filled.zero_()
+
+    @contextmanager
+    def _recording(self, rows: Int[Tensor, " batch"]) -> Iterator[None]:
+        def keep(module: nn.Module, args: Any, kwargs: Any) -> None:
+            residual = _entering(args, kwargs).detach()
+            if self._kept is None:
+                self._kept = self._allocate(residual)
+            self._kept[rows] = residual.to(self._kept.device)
+            self._filled[rows] = True
+
+        def note(module: nn.Module, args: Any, output: Any) -> None:
+            # Nothing of this batch may reach another: where it matters, `is_exact` sees it.
+            self._extras[module] = () if isinstance(output, Tensor) else (None,) * len(output[1:])
+
+        with contextlib.ExitStack() as hooks:
+            hooks.enter_context(self._entered.register_forward_pre_hook(keep, with_kwargs=True))
+            if not self._extras:
+                for block in self._frozen:
+                    hooks.enter_context(block.register_forward_hook(note))
+            yield
+
+    @contextmanager
+    def _instead_of_prefix(self, residual: Float[Tensor, "batch pos d_model"]) -> Iterator[None]:
+        def enter(module: nn.Module, args: Any, kwargs: Any) -> Any:
+            device = _entering(args, kwargs).device
+            kept = residual.to(device, non_blocking=True)
+            return ((kept, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": kept})
+
+        with contextlib.ExitStack() as changes:
+            changes.enter_context(self._entered.register_forward_pre_hook(enter, with_kwargs=True))
+            for block in self._frozen:
+                changes.enter_context(_passing_on(block, self._extras[block]))
+            yield
+
+    def _allocate(self, like: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "n pos d_model"]:
+        shape = (len(self._filled), *like.shape[1:])
+        if self.plan.place == "memory":
+            return torch.empty(shape, dtype=like.dtype)
+        return _mapped(self.plan.folder / "prefix-cache.bin", shape, like.dtype)
+
+
+def is_exact(model: nn.Module, cache: PrefixCache, tokens: Int[Tensor, "batch pos"]) -> bool:
+    """Whether the model says the same, bit for bit, when its prefix is served from the cache.
+
+    Some architectures hand more than the residual stream from block to block; a cache would
+    change what they compute. The cache is left empty: what training computes may differ from what
+    is computed here, in mixed precision for one.
+    """
+    was_training = [module for module in model.modules() if module.training]
+    model.eval()
+    index = torch.arange(len(tokens))
+    try:
+        with torch.no_grad():
+            recorded, served = (_logits(model, cache, index, tokens) for _ in range(2))
+    finally:
+        cache.close()
+        for module in was_training:
+            module.training = True
+    return torch.equal(recorded, served)
+
+
+def _logits(
+    model: nn.Module,
+    cache: PrefixCache,
+    index: Int[Tensor, " batch"],
+    tokens: Int[Tensor, "batch pos"],
+) -> Float[Tensor, "batch pos d_vocab"]:
+    with cache.serving(index):
+        logits: Tensor = model(input_ids=tokens, use_cache=False).logits
+    return logits
+
+
+def _entering(args: Any, kwargs: Any) -> Tensor:
+    residual: Tensor = args[0] if args else kwargs["hidden_states"]
+    return residual
+
+
+@contextmanager
+def _passing_on(block: nn.Module, extras: tuple[Any, ...]) -> Iterator[None]:
+    """Inside, the block returns the residual it is given, in the form it always returns it."""
+    before = vars(block).get("forward")
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        residual = _entering(args, kwargs)
+        return (residual, *extras) if extras else residual
+
+    vars(block)["forward"] = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del vars(block)["forward"]
+        else:
+            vars(block)["forward"] = before
+
+
+def _mapped(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A tensor in a memory-mapped file that vanishes with it, also when the process is killed.
+
+    The space is taken at once: a disk that fills up later would kill the process on a write.
+
+    Raises:
+        ResourceError: if the file cannot be made that large.
+    """
+    size = torch.Size(shape).numel()
+    try:
+        with path.open("wb") as file:
+            file.truncate(max(1, size * dtype.itemsize))
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, size * dtype.itemsize)
+        kept = torch.from_file(str(path), shared=True, size=size, dtype=dtype).view(shape)
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        raise ResourceError(
+            f"cannot keep the prefix cache in {path} ({error.strerror or error}): free some space, "
+            "or turn the cache off (prefix_cache=False, --no-prefix-cache)"
+        ) from None
+    path.unlink()
+    return kept

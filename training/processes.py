@@ -1,0 +1,63 @@
+"""One process or several: who is first, and what all of them have to agree on.
+
+`torchrun` and `accelerate launch` start the same command several times and number the processes
+in the environment. Files are written by the first one only.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+
+
+def count() -> int:
+    """How many processes train together."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes files and shows progress."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def own_device(device: torch.device | None) -> torch.device | None:
+    """The accelerator of this process, unless one was asked for."""
+    if device is None and count() > 1 and torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return device
+
+
+def join(device: torch.device) -> None:
+    """Meet the other processes, before anything is shared."""
+    if count() > 1:
+        from accelerate import PartialState
+
+        PartialState(cpu=device.type == "cpu")
+
+
+def wait() -> None:
+    """Go on when every process has come here."""
+    if count() > 1:
+        torch.distributed.barrier()
+
+
+def summed(*numbers: float) -> tuple[float, ...]:
+    """Each number summed over all processes, float64."""
+    if count() == 1:
+        return numbers
+    backend = torch.distributed.get_backend()
+    device = torch.device("cuda" if backend == "nccl" else "cpu")
+    total = torch.tensor(numbers, dtype=torch.float64, device=device)
+    torch.distributed.all_reduce(total)
+    return tuple(total.tolist())
+
+
+def from_first(value: Any) -> Any:
+    """What the first process has; the others' own value is dropped."""
+    if count() == 1:
+        return value
+    box = [value]
+    torch.distributed.broadcast_object_list(box, src=0)
+    return box[0]

@@ -1,0 +1,176 @@
+"""transformers' Trainer with a loss over every token and checkpoints of the trained weights."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainingArguments
+
+from ..errors import ResultsError, TrainingError
+from . import processes
+from .prefix import PrefixCache
+from .progress import Progress
+from .recipes import Recipe
+
+WEIGHTS = "trained.safetensors"
+
+
+class Sequences(Dataset[dict[str, Tensor]]):
+    """Rows for the Trainer. The first token is never predicted, and so never counted."""
+
+    def __init__(self, tokens: Int[Tensor, "sequences pos"]) -> None:
+        self.tokens = tokens
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        labels = self.tokens[index].clone()
+        labels[0] = -100
+        return {"input_ids": self.tokens[index], "labels": labels, "index": torch.tensor(index)}
+
+
+class TokenTrainer(Trainer):
+    """A Trainer whose loss is the mean over all predicted tokens of an optimiser step.
+
+    Its checkpoints hold the trained weights only, whatever the kind of model: what is frozen can
+    be had from the base.
+    """
+
+    model: Any
+    progress: Progress
+    prefix: PrefixCache | None
+
+    def __init__(self, *, progress: Progress, prefix: PrefixCache | None, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.progress, self.prefix = progress, prefix
+        # The Trainer then counts the tokens of the whole step, over all of its forward passes,
+        # and leaves the division by them to us.
+        self.model_accepts_loss_kwargs = True
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Cross-entropy of every next token, in nats, as a share of the step's mean."""
+        tokens = inputs["input_ids"]
+        served = self.prefix.serving(inputs["index"]) if self.prefix else contextlib.nullcontext()
+        with served:
+            logits = model(input_ids=tokens, use_cache=False).logits
+        # Float32: in bfloat16 the loss itself would stop moving long before zero.
+        summed = functional.cross_entropy(
+            logits[:, :-1].float().flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum"
+        )
+        n = tokens.shape[0] * (tokens.shape[1] - 1)
+        total = float(summed.detach())
+        if not math.isfinite(total):
+            raise TrainingError(
+                f"the loss became {total} at step {self.state.global_step + 1} of "
+                f"{self.state.max_steps}: lower learning_rate (now {self.args.learning_rate:g}) "
+                "or set max_grad_norm"
+            )
+        self.progress.add(total, n)
+        # Gradients are averaged over processes, while the tokens are counted over all of them.
+        scale = processes.count() / (n if num_items_in_batch is None else num_items_in_batch)
+        return summed * scale
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the trained weights into a checkpoint."""
+        if self.args.should_save:
+            assert output_dir is not None  # noqa: S101 - only ever called for a checkpoint
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
+            save_weights(self.model, Path(output_dir) / WEIGHTS)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ResultsError(
+                f"cannot write a checkpoint at step {self.state.global_step} ({reason}): free "
+                "some space, then run the same command to go on from the last checkpoint"
+            ) from error
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        load_weights(self.model, Path(resume_from_checkpoint) / WEIGHTS)
+
+
+def save_weights(model: nn.Module, file: Path) -> None:
+    """Write the weights that are trained, each once."""
+    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    save_file({name: p.contiguous().cpu() for name, p in trained.items()}, file)
+
+
+def load_weights(model: nn.Module, file: Path) -> None:
+    """Put back what `save_weights` wrote."""
+    saved = load_file(file)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.copy_(saved[name])
+
+
+def arguments(recipe: Recipe, device: torch.device, folder: Path, report_to: list[str]) -> Any:
+    """The recipe in the Trainer's words; whatever is written goes under `folder`.
+
+    Raises:
+        TrainingError: if this device, or this number of processes, cannot do it.
+    """
+    schedule: str = recipe.schedule
+    if schedule == "constant" and recipe.warmup_steps:
+        schedule = "constant_with_warmup"
+    if recipe.batch_size % processes.count():
+        raise TrainingError(
+            f"batch_size is {recipe.batch_size} for {processes.count()} processes, which share a "
+            "batch: choose a multiple of their number"
+        )
+    try:
+        made = TrainingArguments(
+            output_dir=str(folder),
+            num_train_epochs=recipe.epochs,
+            per_device_train_batch_size=recipe.batch_size // processes.count(),
+            gradient_accumulation_steps=recipe.gradient_accumulation,
+            learning_rate=recipe.learning_rate,
+            lr_scheduler_type=schedule,
+            warmup_steps=recipe.warmup_steps,
+            max_grad_norm=recipe.max_grad_norm,
+            bf16=recipe.bf16,
+            seed=recipe.seed,
+            data_seed=recipe.seed,
+            dataloader_drop_last=recipe.drop_last,
+            dataloader_pin_memory=device.type == "cuda",
+            use_cpu=device.type == "cpu",
+            ddp_find_unused_parameters=False,
+            remove_unused_columns=False,
+            label_names=["labels"],
+            logging_strategy="epoch" if report_to else "no",
+            save_strategy="no",
+            eval_strategy="no",
+            report_to=report_to,
+            disable_tqdm=True,
+            # A NaN loss is an error here, not something to filter out of a log.
+            logging_nan_inf_filter=False,
+        )
+    except (ValueError, ImportError) as error:
+        raise TrainingError(f"cannot train here: {str(error).splitlines()[0]}") from error
+    if made.device.type != device.type or (device.index or 0) != (made.device.index or 0):
+        raise TrainingError(
+            f"training runs on {made.device}, got {device}: choose the device with "
+            "CUDA_VISIBLE_DEVICES, or pass device='cpu'"
+        )
+    # More than one would turn on DataParallel, which changes the batch size.
+    made._n_gpu = min(made.n_gpu, 1)
+    return made
