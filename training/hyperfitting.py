@@ -180,18 +180,28 @@ def _data(model: Any, texts: Any, validation: Any, tokenizer: Any, recipe: Recip
             f"{found} sequences do not fill a batch of {recipe.batch_size}, and drop_last leaves "
             f"it out: lower batch_size to {found} or less, or set drop_last=False"
         )
-    left = found % recipe.batch_size
-    if processes.count() > 1 and left and not recipe.drop_last:
-        raise TrainingError(
-            f"{found} sequences leave a last batch of {left}, which {processes.count()} processes "
-            f"cannot share: set drop_last=True, or let batch_size divide {found}"
-        )
+    _check_shares(found, recipe)
     if recipe.stop_at_plateau and len(data.held_out) == 0:
         raise TrainingError(
             "stop_at_plateau needs held-out texts to measure diversity on, and none are left: "
             "give validation texts, or lower n_sequences"
         )
     return data
+
+
+def _check_shares(found: int, recipe: Recipe) -> None:
+    """Several processes share each batch evenly, so that they train as one would."""
+    n, left = processes.count(), found % recipe.batch_size
+    if recipe.batch_size % n:
+        raise TrainingError(
+            f"batch_size is {recipe.batch_size} for {n} processes, which share a batch: choose a "
+            f"multiple of {n}"
+        )
+    if n > 1 and left and not recipe.drop_last:
+        raise TrainingError(
+            f"{found} sequences leave a last batch of {left}, which {n} processes cannot share: "
+            f"set drop_last=True, or let batch_size divide {found}"
+        )
 
 
 def _names(report_to: str | Sequence[str]) -> tuple[str, ...]:

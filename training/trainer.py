@@ -127,16 +127,11 @@ def arguments(recipe: Recipe, device: torch.device, folder: Path, report_to: lis
     """The recipe in the Trainer's words; whatever is written goes under `folder`.
 
     Raises:
-        TrainingError: if this device, or this number of processes, cannot do it.
+        TrainingError: if this device cannot do it.
     """
     schedule: str = recipe.schedule
     if schedule == "constant" and recipe.warmup_steps:
         schedule = "constant_with_warmup"
-    if recipe.batch_size % processes.count():
-        raise TrainingError(
-            f"batch_size is {recipe.batch_size} for {processes.count()} processes, which share a "
-            "batch: choose a multiple of their number"
-        )
     try:
         made = TrainingArguments(
             output_dir=str(folder),

@@ -1,0 +1,117 @@
+"""Two processes train as one does: same losses, same weights, one folder."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import D_VOCAB, ROOT, make_tiny
+from safetensors.torch import load_file
+
+from hyperlens.errors import TrainingError
+from hyperlens.training import hyperfit
+
+LENGTH = 12
+OPTIONS = {
+    "n_sequences": 8,
+    "sequence_length": LENGTH,
+    "batch_size": 4,
+    "epochs": 4,
+    "learning_rate": 1e-3,
+    "record_every": 2,
+    "n_validation": 4,
+    "n_prompts": 2,
+    "prompt_tokens": 4,
+    "new_tokens": 6,
+    "device": "cpu",
+    "progress": False,
+}
+SCRIPT = """
+import json, os, sys, torch
+torch.set_num_threads(1)
+from hyperlens.training import hyperfit
+base, texts, out, method, options = sys.argv[1:]
+run = hyperfit(base, json.load(open(texts)), method, out=out, **json.loads(options))
+print(f"rank {os.environ.get('RANK', '0')}", json.dumps(run.history), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("base") / "llama"
+    make_tiny("llama").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory) -> Path:
+    file = tmp_path_factory.mktemp("texts") / "ids.json"
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, D_VOCAB, (12, LENGTH), generator=generator)
+    file.write_text(json.dumps(ids.tolist()))
+    return file
+
+
+def run(processes: int, base: Path, texts: Path, out: Path, method: str, **options):
+    script = out.parent / "script.py"
+    script.write_text(SCRIPT)
+    launcher = (
+        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        if processes > 1
+        else []
+    )
+    arguments = [str(base), str(texts), str(out), method, json.dumps(OPTIONS | options)]
+    return subprocess.run(
+        [sys.executable, *launcher, str(script), *arguments],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def record(out: Path) -> dict:
+    return json.loads((out / "hyperfit.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("full", {"stop_at_plateau": True, "near_zero_loss": 100.0, "checkpoint_minutes": 0.0}),
+        ("late_lora", {"last_k": 1, "gradient_accumulation": 2}),
+    ],
+    ids=["full", "late_lora"],
+)
+def test_two_processes_give_the_losses_of_one(base, texts, tmp_path, method, options):
+    for n in (1, 2):
+        done = run(n, base, texts, tmp_path / str(n), method, **options)
+        assert done.returncode == 0, done.stderr
+    # Both processes return the same run.
+    assert len({line.split(" ", 2)[2] for line in done.stdout.splitlines() if "rank" in line}) == 1
+    one, two = record(tmp_path / "1"), record(tmp_path / "2")
+    assert two["history"] == pytest.approx(one["history"], abs=1e-5)
+    assert len(two["records"]) == len(one["records"])
+    for mine, other in zip(one["records"], two["records"], strict=True):
+        assert other["validation_loss"] == pytest.approx(mine["validation_loss"], abs=1e-5)
+    a, b = (load_file(next((tmp_path / n).glob("*.safetensors"))) for n in "12")
+    for name in a:
+        torch.testing.assert_close(b[name], a[name], atol=1e-4, rtol=1e-3)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "2", "script.py"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 3}, "choose a multiple of 2"),
+        ({"n_sequences": 6}, "last batch of 2, which 2 processes cannot share"),
+    ],
+)
+def test_what_cannot_be_shared_is_refused(base, texts, tmp_path, monkeypatch, changes, message):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(TrainingError, match=message):
+        hyperfit(base, json.loads(texts.read_text()), out=tmp_path / "run", **OPTIONS | changes)
+    assert list(tmp_path.iterdir()) == []
