@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain, islice
@@ -20,13 +21,26 @@ COLUMN = "text"
 ENCODING = "utf-8-sig"
 
 
+class Texts(list[str]):
+    """Texts that know where they came from.
+
+    Args:
+        texts: the texts.
+        source: kind, name and hash or fingerprint of where they were read, as JSON values.
+    """
+
+    def __init__(self, texts: Iterable[str], source: Mapping[str, Any]) -> None:
+        super().__init__(texts)
+        self.source = source
+
+
 def read_texts(
     source: Any,
     *,
     column: str | None = None,
     split: str = "train",
     limit: int | None = None,
-) -> list[str]:
+) -> Texts:
     """Texts from a list, a file, a table, a `datasets.Dataset` or the name of a hub dataset.
 
     A `.txt` file is split at blank lines, one text per paragraph; one without blank lines has a
@@ -39,13 +53,17 @@ def read_texts(
         split: which split of a hub dataset.
         limit: keep only the first so many texts; a hub dataset is then streamed, not downloaded.
 
+    Returns:
+        A list of strings that also says where it came from (`source`).
+
     Raises:
         CorpusError: if there is no such source, or no text in it.
     """
     if limit is not None and limit < 1:
         raise CorpusError(f"limit must be at least 1 text, got {limit}")
     streaming = limit is not None
-    texts = list(islice(_texts(source, column, split, streaming), limit))
+    texts = Texts(islice(_texts(source, column, split, streaming), limit), {})
+    texts.source = _origin(source, column, split, limit)
     if not texts:
         raise CorpusError(f"no texts in {_describe(source)}: expected at least one")
     return texts
@@ -63,6 +81,33 @@ def _texts(source: Any, column: str | None, split: str, streaming: bool) -> Iter
     raise CorpusError(
         f"expected a list of strings, a path, a dataset or a hub name; got {type(source).__name__}"
     )
+
+
+def _origin(source: Any, column: str | None, split: str, limit: int | None) -> dict[str, Any]:
+    """Where texts came from, in words that mean the same on another machine."""
+    options = {"column": column, "limit": limit}
+    chosen = {name: value for name, value in options.items() if value is not None}
+    if isinstance(source, Texts):
+        return dict(source.source) | chosen
+    if hasattr(source, "column_names"):
+        name = getattr(getattr(source, "info", None), "dataset_name", None)
+        known = {
+            "name": name,
+            "split": str(getattr(source, "split", None) or ""),
+            "fingerprint": getattr(source, "_fingerprint", None),
+        }
+        return {"kind": "dataset"} | {key: v for key, v in known.items() if v} | chosen
+    if not isinstance(source, str | Path):
+        return {"kind": "data frame" if hasattr(source, "iloc") else "list"} | chosen
+    path = Path(source)
+    if not _exists(path):
+        return {"kind": "hub dataset", "name": str(source), "split": split} | chosen
+    path = path.expanduser()
+    found = {"kind": "file", "name": path.name}
+    if path.is_file():  # what came through a pipe cannot be read twice
+        with path.open("rb") as file:
+            found["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found | chosen
 
 
 def _strings(source: Iterable[Any]) -> Iterator[str]:

@@ -1,7 +1,8 @@
-"""LoRA on explicit blocks: which blocks, which projections, and the adapter itself."""
+"""Which weights are trained: whole blocks, or LoRA on explicit blocks and projections."""
 
 from __future__ import annotations
 
+import difflib
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ from torch import nn
 
 from ..discovery import dissect
 from ..errors import TrainingError
+from . import pissa
 from .recipes import Recipe
 
 
@@ -41,8 +43,15 @@ def trained_blocks(n_blocks: int, recipe: Recipe) -> tuple[int, ...]:
     """0-based indices of the blocks that the method trains.
 
     Raises:
-        TrainingError: if more blocks are asked for than there are.
+        TrainingError: if blocks are asked for that the model does not have.
     """
+    if recipe.blocks is not None:
+        if max(recipe.blocks) >= n_blocks:
+            raise TrainingError(
+                f"blocks has {max(recipe.blocks)} but the model has {n_blocks} blocks: indices go "
+                f"from 0 to {n_blocks - 1}"
+            )
+        return tuple(sorted(recipe.blocks))
     if recipe.method != "late_lora":
         return tuple(range(n_blocks))
     if recipe.last_k > n_blocks:
@@ -50,6 +59,34 @@ def trained_blocks(n_blocks: int, recipe: Recipe) -> tuple[int, ...]:
             f"last_k is {recipe.last_k} but the model has {n_blocks} blocks: choose 1 to {n_blocks}"
         )
     return tuple(range(n_blocks - recipe.last_k, n_blocks))
+
+
+def train_only(model: nn.Module, stack: Stack, blocks: tuple[int, ...]) -> None:
+    """Let gradients reach the weights inside some blocks, and no others.
+
+    Embeddings, final norm and unembedding are frozen with the other blocks.
+
+    Args:
+        model: a plain model, changed in place.
+        stack: the model's blocks.
+        blocks: 0-based indices of those to train.
+
+    Raises:
+        TrainingError: if a weight inside them is also used elsewhere, which could then not stay
+            as it is.
+    """
+    chosen = [stack.blocks[i] for i in blocks]
+    trained = {id(p) for block in chosen for p in block.parameters()}
+    inside = {id(module) for block in chosen for module in block.modules()}
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in trained and id(module) not in inside:
+                raise TrainingError(
+                    f"{path}.{name} shares its weights with a block to train: train both, leave "
+                    "out blocks to train everything, or use method='lora'"
+                )
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in trained)
 
 
 def projections(stack: Stack, recipe: Recipe) -> tuple[str, ...]:
@@ -66,8 +103,11 @@ def projections(stack: Stack, recipe: Recipe) -> tuple[str, ...]:
         return linear
     for wanted in recipe.target_modules:
         if not any(f".{path}".endswith(f".{wanted}") for path in paths):
+            near = difflib.get_close_matches(wanted, [*linear, *paths], 3, 0.5)
+            hint = f"did you mean {' or '.join(dict.fromkeys(near))}? " if near else ""
             raise TrainingError(
-                f"no module {wanted!r} inside the blocks: the projections are {', '.join(linear)}"
+                f"no module {wanted!r} inside the blocks: {hint}the projections are "
+                f"{', '.join(linear)}"
             )
     return recipe.target_modules
 
@@ -83,7 +123,9 @@ def with_adapter(
     """The model with a fresh LoRA adapter on the given blocks; everything else is frozen.
 
     The adapter's initial values come from the current random state. Blocks are named one by one
-    (`layers_to_transform`), so that a projection of the same name elsewhere is left alone.
+    (`layers_to_transform`), so that a projection of the same name elsewhere is left alone. DoRA
+    (Liu et al. 2024, arXiv 2402.09353) and rsLoRA (Kalajdzievski 2023, arXiv 2312.03732) are
+    peft's own; for PiSSA see `pissa`.
 
     Args:
         model: a plain model, changed in place.
@@ -91,7 +133,7 @@ def with_adapter(
         stack: the model's blocks.
         blocks: 0-based indices.
         targets: names of the modules to adapt, from `projections`.
-        recipe: rank, scale and dropout.
+        recipe: rank, scale, dropout, initial values and kind of LoRA.
 
     Raises:
         TrainingError: if PEFT cannot adapt these modules.
@@ -107,6 +149,9 @@ def with_adapter(
         layers_to_transform=list(blocks),
         layers_pattern=stack.container,
         fan_in_fan_out=_transposed(stack, targets),
+        init_lora_weights="gaussian" if recipe.lora_init == "gaussian" else True,
+        use_dora=recipe.lora_dora,
+        use_rslora=recipe.lora_rslora,
     )
     try:
         with warnings.catch_warnings():
@@ -116,6 +161,8 @@ def with_adapter(
     except ValueError as error:
         raise TrainingError(f"PEFT cannot adapt {', '.join(targets)}: {_line(error)}") from error
     adapted.peft_config["default"].base_model_name_or_path = name
+    if recipe.lora_init == "pissa":
+        pissa.start(adapted)
     return adapted
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..corpus import adds_bos, are_token_ids
 from ..errors import TrainingError
-from ..texts import read_texts
+from ..texts import Texts, read_texts
 from .recipes import Recipe
 
 # Texts are tokenised so many at a time: reading stops once there are enough sequences.
@@ -25,36 +25,100 @@ SEPARATOR = "\n\n"
 
 @dataclass(frozen=True)
 class TrainingData:
-    """Sequences to train on.
+    """Sequences to train on, and others to watch the training with.
 
     Attributes:
-        tokens: ids, in the order the texts came in.
-        manifest: counts, options and a SHA-256 of the ids, as JSON values.
+        tokens: ids, in the order the texts came in, or as drawn.
+        held_out: ids of sequences that are not trained on; none if there is no record.
+        manifest: counts, options, where the texts came from and SHA-256s, as JSON values.
         notes: what a reader of the result should know.
     """
 
     tokens: Int[Tensor, "sequences pos"]
+    held_out: Int[Tensor, "held_out pos"]
     manifest: dict[str, Any]
     notes: tuple[str, ...]
 
 
-def training_data(texts: Any, tokenizer: Any, recipe: Recipe, d_vocab: int) -> TrainingData:
-    """The first `n_sequences` distinct sequences of exactly `sequence_length` tokens.
+def training_data(
+    texts: Any, tokenizer: Any, recipe: Recipe, d_vocab: int, validation: Any = None
+) -> TrainingData:
+    """`n_sequences` distinct sequences of exactly `sequence_length` tokens, and held-out ones.
 
     A text is cut to the length, or left out if it is shorter; with `packed`, consecutive texts
     are joined until there are enough tokens, and each sequence starts at the start of a text.
     BOS is prepended exactly where the tokenizer itself would. Files are read in their own order,
-    as in Carlsson et al. 2025.
+    as in Carlsson et al. 2025. Held-out sequences are the next `n_validation`, as there, or come
+    from texts of their own by the same rules. No held-out sequence is also trained on.
 
     Args:
         texts: anything `hyperlens.read_texts` takes, or a list of token id sequences.
         tokenizer: a Hugging Face tokenizer; may be None if token ids are given.
-        recipe: says how many sequences, how long, and whether to join texts.
+        recipe: says how many sequences, how long, which, and whether to join texts.
         d_vocab: rows of the model's embedding, to find ids that it does not have.
+        validation: texts to hold out; None takes what is left of `texts`.
 
     Raises:
         TrainingError: if no text is long enough, or the ids do not fit the model.
         CorpusError: if the texts cannot be read.
+    """
+    n_train, n_out = recipe.n_sequences, recipe.n_validation if recipe.record_every else 0
+    if validation is not None and not n_out:
+        raise TrainingError(
+            "validation texts are for the record, and record_every is 0: set it to 1 or more, or "
+            "leave them out"
+        )
+    shared = validation is None
+    found = _distinct(texts, tokenizer, recipe, n_train + (n_out if shared else 0))
+    if not found.sequences:
+        raise TrainingError(_none_long_enough(recipe, found.counts))
+    train = found.sequences[:n_train]
+    if shared:
+        out, about_out = found.sequences[n_train:], None
+    else:
+        given = _distinct(validation, tokenizer, recipe, n_out, {s.tobytes() for s in train})
+        if not given.sequences:
+            raise TrainingError(f"validation: {_none_left(recipe, given.counts)}")
+        out, about_out = given.sequences, given.counts | {"source": given.source}
+    tokens, held_out = (_stacked(s, recipe.sequence_length, d_vocab) for s in (train, out))
+    manifest = found.counts | {
+        "n_sequences": len(tokens),
+        "n_tokens": tokens.size,
+        "sequence_length": recipe.sequence_length,
+        "packed": recipe.packed,
+        "selection": recipe.selection,
+        "bos_prepended": found.bos,
+        "sha256": _sha256(tokens),
+        "source": found.source,
+        "n_held_out": len(held_out),
+        "held_out_sha256": _sha256(held_out),
+        "validation": about_out,
+    }
+    return TrainingData(
+        tokens=torch.from_numpy(tokens),
+        held_out=torch.from_numpy(held_out),
+        manifest=manifest,
+        notes=_notes(manifest, recipe, n_out),
+    )
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Distinct sequences of the wanted length, in the order they are to be used."""
+
+    sequences: list[np.ndarray]
+    counts: dict[str, int]
+    bos: bool
+    source: dict[str, Any]
+
+
+def _distinct(
+    texts: Any, tokenizer: Any, recipe: Recipe, limit: int, trained: Collection[bytes] = ()
+) -> _Found:
+    """The first so many sequences that differ from each other and from those trained on.
+
+    A random selection reads all texts and draws from what it found; the first are the first
+    drawn.
     """
     given = are_token_ids(texts)
     if not given and tokenizer is None:
@@ -62,37 +126,51 @@ def training_data(texts: Any, tokenizer: Any, recipe: Recipe, d_vocab: int) -> T
             "no tokenizer was found for this model: pass (model, tokenizer) instead of the model, "
             "or token ids instead of texts"
         )
+    read = Texts([], {"kind": "token ids"}) if given else read_texts(texts)
     start = [] if given or not adds_bos(tokenizer) else [tokenizer.bos_token_id]
-    pieces = (
-        _token_ids(texts)
-        if given
-        else _tokenized(read_texts(texts), tokenizer, SEPARATOR if recipe.packed else "")
-    )
+    end = SEPARATOR if recipe.packed else ""
+    pieces = _token_ids(texts) if given else _tokenized(read, tokenizer, end)
     counts = {"n_read": 0, "n_short": 0, "n_cut": 0, "n_duplicates": 0, "longest": 0}
-    pieces = _counted(pieces, counts)
-    room = recipe.sequence_length - len(start)
-    whole = _joined(pieces, room) if recipe.packed else pieces
+    if trained:
+        counts["n_trained_on"] = 0
     found: dict[bytes, np.ndarray] = {}
-    for ids in whole:
+    for sequence in _of_one_length(_counted(pieces, counts), start, recipe, counts):
+        key = sequence.tobytes()
+        if key in trained:
+            counts["n_trained_on"] += 1
+        elif key in found:
+            counts["n_duplicates"] += 1
+        else:
+            found[key] = sequence
+        if recipe.selection == "first" and len(found) == limit:
+            break
+    sequences = list(found.values())
+    if recipe.selection == "random":
+        sequences = [sequences[i] for i in drawn(len(sequences), recipe.seed)]
+    return _Found(sequences[:limit], counts, bool(start), dict(read.source))
+
+
+def drawn(n: int, seed: int) -> Int[np.ndarray, " n"]:
+    """The numbers from 0 to n - 1 in an order that is the same on every machine.
+
+    From the generator's raw stream, the one thing that numpy promises never to change.
+    """
+    return np.argsort(np.random.PCG64(seed).random_raw(n), kind="stable")
+
+
+def _of_one_length(
+    pieces: Iterable[np.ndarray], start: list[int], recipe: Recipe, counts: dict[str, int]
+) -> Iterator[np.ndarray]:
+    room = recipe.sequence_length - len(start)
+    first = np.array(start, dtype=np.int64)
+    for ids in _joined(pieces, room) if recipe.packed else pieces:
         counts["longest"] = max(counts["longest"], len(start) + len(ids))
         if len(ids) < room:
-            counts["n_short"] += 1
+            # What is left at the end of joined texts is no text that was too short.
+            counts["n_short"] += not recipe.packed
             continue
-        sequence = np.concatenate([np.array(start, dtype=np.int64), ids[:room]])
         counts["n_cut"] += len(ids) > room
-        counts["n_duplicates"] += sequence.tobytes() in found
-        found.setdefault(sequence.tobytes(), sequence)
-        if len(found) == recipe.n_sequences:
-            break
-    if not found:
-        raise TrainingError(_none_long_enough(recipe, counts))
-    tokens = np.stack(list(found.values()))
-    _check_ids(tokens, d_vocab)
-    return TrainingData(
-        tokens=torch.from_numpy(tokens),
-        manifest=_manifest(tokens, recipe, counts, bool(start)),
-        notes=_notes(len(tokens), recipe, counts),
-    )
+        yield np.concatenate([first, ids[:room]])
 
 
 def _tokenized(texts: Sequence[str], tokenizer: Any, end: str) -> Iterator[np.ndarray]:
@@ -131,6 +209,31 @@ def _joined(pieces: Iterable[np.ndarray], length: int) -> Iterator[np.ndarray]:
         yield np.concatenate(waiting)
 
 
+def _stacked(sequences: list[np.ndarray], length: int, d_vocab: int) -> Int[np.ndarray, "n pos"]:
+    if not sequences:
+        return np.empty((0, length), dtype=np.int64)
+    tokens = np.stack(sequences)
+    lowest, highest = int(tokens.min()), int(tokens.max())
+    if lowest < 0 or highest >= d_vocab:
+        raise TrainingError(
+            f"token id {lowest if lowest < 0 else highest} is outside the model's vocabulary of "
+            f"{d_vocab}: the tokenizer belongs to another model"
+        )
+    return tokens
+
+
+def _sha256(tokens: Int[np.ndarray, "n pos"]) -> str:
+    return hashlib.sha256(tokens.astype("<i8").tobytes()).hexdigest()
+
+
+def _none_left(recipe: Recipe, counts: dict[str, int]) -> str:
+    if counts["n_trained_on"]:
+        return (
+            f"all {counts['n_trained_on']} sequences are also trained on: give texts that are not"
+        )
+    return _none_long_enough(recipe, counts)
+
+
 def _none_long_enough(recipe: Recipe, counts: dict[str, int]) -> str:
     wanted, n, longest = recipe.sequence_length, counts["n_read"], counts["longest"]
     if recipe.packed:
@@ -144,35 +247,30 @@ def _none_long_enough(recipe: Recipe, counts: dict[str, int]) -> str:
     )
 
 
-def _check_ids(tokens: np.ndarray, d_vocab: int) -> None:
-    lowest, highest = int(tokens.min()), int(tokens.max())
-    if lowest < 0 or highest >= d_vocab:
-        raise TrainingError(
-            f"token id {lowest if lowest < 0 else highest} is outside the model's vocabulary of "
-            f"{d_vocab}: the tokenizer belongs to another model"
-        )
-
-
-def _manifest(
-    tokens: np.ndarray, recipe: Recipe, counts: dict[str, int], bos: bool
-) -> dict[str, Any]:
-    return counts | {
-        "n_sequences": len(tokens),
-        "n_tokens": tokens.size,
-        "sequence_length": recipe.sequence_length,
-        "packed": recipe.packed,
-        "bos_prepended": bos,
-        "sha256": hashlib.sha256(tokens.astype("<i8").tobytes()).hexdigest(),
-    }
-
-
-def _notes(n: int, recipe: Recipe, counts: dict[str, int]) -> tuple[str, ...]:
+def _notes(manifest: dict[str, Any], recipe: Recipe, n_out: int) -> tuple[str, ...]:
+    """Whatever was left out or is missing, in words."""
     notes = []
+    n, held_out = manifest["n_sequences"], manifest["n_held_out"]
     if n < recipe.n_sequences:
+        notes.append(f"only {n} of the {recipe.n_sequences} sequences asked for were found")
+    validation = manifest["validation"]
+    for whose, counts in (("", manifest), ("validation: ", validation or {})):
+        if counts.get("n_short"):
+            notes.append(
+                f"{whose}{counts['n_short']:,} of {counts['n_read']:,} texts have fewer than "
+                f"{recipe.sequence_length} tokens and were left out"
+            )
+        if counts.get("n_duplicates"):
+            notes.append(f"{whose}{counts['n_duplicates']:,} duplicate sequences were left out")
+        if counts.get("n_trained_on"):
+            notes.append(
+                f"{whose}{counts['n_trained_on']:,} sequences are also trained on and were left out"
+            )
+    if n_out and not held_out:
         notes.append(
-            f"only {n} of the {recipe.n_sequences} sequences asked for were found "
-            f"({counts['n_short']} texts too short, {counts['n_duplicates']} duplicates)"
+            "no sequences are left to hold out, so there is no record of loss, ranks and quality: "
+            "give validation texts or more text, or lower n_sequences"
         )
-    if counts["n_duplicates"] and n == recipe.n_sequences:
-        notes.append(f"{counts['n_duplicates']} duplicate sequences were left out")
+    elif held_out < n_out:
+        notes.append(f"only {held_out} of {n_out} held-out sequences were found")
     return tuple(notes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,24 +11,34 @@ from typing import Any
 
 from ..files import new_folder
 from ..shells import is_peft
+from . import pissa
 
 RECORD = "hyperfit.json"
+HISTORY = "history.csv"
 
 
-def save(folder: Path, model: Any, tokenizer: Any, record: dict[str, Any]) -> None:
-    """Write a Hugging Face folder, or a PEFT adapter folder, and hyperfit.json; all or nothing.
+def save(
+    folder: Path,
+    model: Any,
+    tokenizer: Any,
+    record: dict[str, Any],
+    history: Path | None = None,
+) -> None:
+    """Write a Hugging Face folder, or a PEFT adapter folder, and its history; all or nothing.
 
     Args:
         folder: a new folder.
-        model: plain model or PeftModel.
+        model: plain model or PeftModel; PiSSA's two adapters are joined in it.
         tokenizer: saved beside it, unless None.
         record: what goes into hyperfit.json.
+        history: the table of records, copied as history.csv; None, or no file, if there is none.
 
     Raises:
         ResultsError: if the folder exists and is not empty, or cannot be written.
     """
     with new_folder(folder) as staging, _no_bars():
         if is_peft(model):
+            pissa.join(model)
             # "auto" would ask the hub whether the vocabulary has grown; it has not.
             model.save_pretrained(str(staging), save_embedding_layers=False)
         else:
@@ -37,6 +48,8 @@ def save(folder: Path, model: Any, tokenizer: Any, record: dict[str, Any]) -> No
         text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
         record_file = staging / RECORD
         record_file.write_text(text, encoding="utf-8")
+        if history is not None and history.exists():
+            shutil.copyfile(history, staging / HISTORY)
         # safetensors writes files that only their owner may read.
         for weights in staging.glob("*.safetensors"):
             weights.chmod(record_file.stat().st_mode)

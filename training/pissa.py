@@ -1,0 +1,102 @@
+"""PiSSA: an adapter that starts from the principal directions of the weights it adapts.
+
+PiSSA (Meng et al. 2024, arXiv 2404.02948) moves the r largest singular directions of a weight W
+into the adapter, W = (W - s B0 A0) + s B0 A0, and trains A and B from there. Done as it stands, it
+leaves a changed base behind, and an adapter that is wrong on the original one. Here W is never
+changed: a second adapter, frozen, takes s B0 A0 away. So the model is an ordinary LoRA on the
+original base at every moment, and in the end the two are joined into one of twice the rank.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from ..errors import TrainingError
+
+# PEFT's name for the adapter that is trained, and ours for the frozen one.
+TRAINED, TAKEN_AWAY = "default", "taken_away"
+
+
+def start(model: Any) -> None:
+    """Set a fresh LoRA adapter to the principal directions, and add the one that takes them away.
+
+    Decompositions are exact (no random sketch), so the same weights give the same start.
+
+    Args:
+        model: a PeftModel, changed in place.
+
+    Raises:
+        TrainingError: if a weight has fewer directions than the rank, or a dtype that PEFT cannot
+            decompose.
+    """
+    config = copy.deepcopy(model.peft_config[TRAINED])
+    config.lora_dropout = 0.0
+    for path, layer in _layers(model):
+        _check(path, layer)
+    model.add_adapter(TAKEN_AWAY, config)
+    model.base_model.set_adapter([TRAINED, TAKEN_AWAY])
+    for _, layer in _layers(model):
+        weight = layer.get_base_layer().weight
+        original = weight.data
+        layer.pissa_init(TRAINED, "pissa")
+        weight.data = original
+        for trained, taken, sign in (
+            (layer.lora_A[TRAINED], layer.lora_A[TAKEN_AWAY], 1.0),
+            (layer.lora_B[TRAINED], layer.lora_B[TAKEN_AWAY], -1.0),
+        ):
+            taken.weight.requires_grad_(False)
+            taken.weight.data = sign * trained.weight.data
+
+
+def join(model: Any) -> None:
+    """Join the trained adapter and the frozen one into a plain LoRA adapter of twice the rank.
+
+    s B A - s B0 A0 = s [B, -B0] [A; A0], with alpha such that the scale s stays. Does nothing to
+    any other adapter.
+
+    Args:
+        model: a PeftModel, changed in place; its function stays the same up to rounding.
+    """
+    if TAKEN_AWAY not in model.peft_config:
+        return
+    config = model.peft_config[TRAINED]
+    # The scale is alpha / r, or alpha / sqrt(r) for rsLoRA.
+    alpha = config.lora_alpha * (2**0.5 if config.use_rslora else 2)
+    for _, layer in _layers(model):
+        for halves, dim in ((layer.lora_A, 0), (layer.lora_B, 1)):
+            joined = halves[TRAINED]
+            both = [joined.weight.data, halves[TAKEN_AWAY].weight.data]
+            joined.weight = torch.nn.Parameter(torch.cat(both, dim))
+            joined.out_features, joined.in_features = joined.weight.shape
+        layer.r[TRAINED] *= 2
+        layer.lora_alpha[TRAINED] = alpha
+    config.r *= 2
+    config.lora_alpha = alpha
+    model.base_model.set_adapter(TRAINED)
+    model.delete_adapter(TAKEN_AWAY)
+
+
+def _layers(model: Any) -> Iterator[tuple[str, Any]]:
+    from peft.tuners.lora import LoraLayer
+
+    for path, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            yield path.removeprefix("base_model.model."), module
+
+
+def _check(path: str, layer: Any) -> None:
+    weight, r = layer.get_base_layer().weight, layer.r[TRAINED]
+    if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise TrainingError(
+            f"lora_init pissa needs weights in float32, bfloat16 or float16, and {path} is "
+            f"{str(weight.dtype).removeprefix('torch.')}: choose another dtype or lora_init"
+        )
+    if min(weight.shape) < r:
+        raise TrainingError(
+            f"lora_r is {r}, but {path} has only {min(weight.shape)} principal directions for "
+            "lora_init pissa: lower lora_r, or leave that module out of target_modules"
+        )
