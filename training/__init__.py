@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .hooked_form import to_hooked as to_hooked
     from .hyperfitting import HyperfitRun as HyperfitRun
     from .hyperfitting import hyperfit as hyperfit
+    from .merging import merge as merge
     from .recipes import Recipe as Recipe
     from .recipes import preset as preset
 
@@ -23,11 +24,12 @@ _HOME = {
     "HyperfitRun": ".hyperfitting",
     "Recipe": ".recipes",
     "hyperfit": ".hyperfitting",
+    "merge": ".merging",
     "preset": ".recipes",
     "to_hooked": ".hooked_form",
 }
 
-__all__ = ["HyperfitRun", "Recipe", "TrainingError", "hyperfit", "preset", "to_hooked"]
+__all__ = ["HyperfitRun", "Recipe", "TrainingError", "hyperfit", "merge", "preset", "to_hooked"]
 
 
 def __getattr__(name: str) -> Any:
