@@ -59,6 +59,9 @@ ALLOWED: dict[str, set[str]] = {
         "shells",
         "discovery",
         "fingerprint",
+        # ranks of the record, and the colours of its figures
+        "stats",
+        "plots",
     },
     # reading results
     "audit": {"errors", "results"},

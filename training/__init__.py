@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING, Any
 from ..errors import TrainingError
 
 if TYPE_CHECKING:
+    from .history import Record as Record
+    from .history import read_history as read_history
+    from .history_plot import plot_history as plot_history
     from .hooked_form import to_hooked as to_hooked
     from .hyperfitting import HyperfitRun as HyperfitRun
     from .hyperfitting import hyperfit as hyperfit
@@ -23,13 +26,27 @@ if TYPE_CHECKING:
 _HOME = {
     "HyperfitRun": ".hyperfitting",
     "Recipe": ".recipes",
+    "Record": ".history",
     "hyperfit": ".hyperfitting",
     "merge": ".merging",
+    "plot_history": ".history_plot",
     "preset": ".recipes",
+    "read_history": ".history",
     "to_hooked": ".hooked_form",
 }
 
-__all__ = ["HyperfitRun", "Recipe", "TrainingError", "hyperfit", "merge", "preset", "to_hooked"]
+__all__ = [
+    "HyperfitRun",
+    "Recipe",
+    "Record",
+    "TrainingError",
+    "hyperfit",
+    "merge",
+    "plot_history",
+    "preset",
+    "read_history",
+    "to_hooked",
+]
 
 
 def __getattr__(name: str) -> Any:
