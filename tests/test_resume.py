@@ -133,6 +133,45 @@ def test_killed_at_random_moments_it_ends_the_same(base, texts, tmp_path, method
     assert sorted(path.name for path in tmp_path.iterdir()) == ["killed", "whole"]
 
 
+@pytest.mark.parametrize("at", [4, 6], ids=["within an epoch", "at its end"])
+def test_control_c_ends_with_a_checkpoint_of_the_step(base, texts, tmp_path, monkeypatch, at):
+    from hyperlens.training.trainer import TokenTrainer
+
+    compute = TokenTrainer.compute_loss
+
+    def pressed(self, *args, **kwargs):
+        if self.state.global_step == at - 1:
+            signal.raise_signal(signal.SIGINT)
+        return compute(self, *args, **kwargs)
+
+    ids = json.loads(texts.read_text())
+    options = OPTIONS | {"checkpoint_minutes": 60.0}
+    with monkeypatch.context() as patch:
+        patch.setattr(TokenTrainer, "compute_loss", pressed)
+        with pytest.raises(KeyboardInterrupt):
+            hyperfit(base, ids, out=tmp_path / "run", **options)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    state = tmp_path / "run.partial" / "checkpoint" / "trainer_state.json"
+    assert json.loads(state.read_text())["global_step"] == at
+    hyperfit(base, ids, out=tmp_path / "run", **options)
+    hyperfit(base, ids, out=tmp_path / "whole", **options)
+    same(tmp_path / "whole", tmp_path / "run")
+
+
+def test_a_second_control_c_ends_at_once(base, texts, tmp_path, monkeypatch):
+    from hyperlens.training.trainer import TokenTrainer
+
+    def pressed_twice(self, *args, **kwargs):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        pytest.fail("still running")
+
+    monkeypatch.setattr(TokenTrainer, "compute_loss", pressed_twice)
+    with pytest.raises(KeyboardInterrupt):
+        hyperfit(base, json.loads(texts.read_text()), out=tmp_path / "run", **OPTIONS)
+    assert list(tmp_path.iterdir()) == []
+
+
 class Interrupted(Exception):
     pass
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from transformers import PrinterCallback, TrainerCallback
 from ..errors import TrainingError
 from . import processes
 from .checkpoints import Checkpoints
+from .interrupts import Interrupts
 from .prefix import PrefixCache
 from .progress import Bar, EpochLosses, Progress
 from .recipes import Recipe
@@ -74,8 +76,15 @@ def train(
     recording = Recording(recorder, recipe, progress, working) if recorder else None
     bar = Bar(progress) if manner.progress and processes.is_first() else None
     saving = Checkpoints(working, progress, manner.checkpoint_minutes) if working.keeps else None
+    interrupts = Interrupts() if working.keeps else None
     # In this order at the end of an epoch: its loss, its record, the checkpoint of both.
-    parts: Sequence[TrainerCallback | None] = (EpochLosses(progress), recording, saving, bar)
+    parts: Sequence[TrainerCallback | None] = (
+        EpochLosses(progress),
+        recording,
+        saving,
+        interrupts,
+        bar,
+    )
     callbacks = [part for part in parts if part is not None]
     trainer = _trainer(model, tokens, recipe, made, progress, prefix, callbacks)
     checkpoint = working.checkpoint if working.keeps else None
@@ -83,7 +92,7 @@ def train(
         progress.restore(json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8")))
         _take_over(progress)
     try:
-        with kept_forward(model):
+        with kept_forward(model), interrupts or contextlib.nullcontext():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except torch.OutOfMemoryError as error:
         raise TrainingError(
