@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
 from ..errors import TrainingError
 from ..plots import BLUE, BUCKETS, GREEN, GREY, ORANGE, VERMILION, NotebookFigure
@@ -99,6 +99,12 @@ def _draw_losses(axes: Axes, course: Course) -> None:
         other = axes.twinx()
         _draw(other, perplexity, VERMILION, "--", "s")
         other.set_yscale("log")
+        # Plain numbers, as perplexities are read: 20, 50, 100.
+        wide = perplexity.max() > 5 * perplexity.min()
+        ticks = LogLocator(subs=(1.0, 2.0, 5.0)) if wide else MaxNLocator(5)
+        other.yaxis.set_major_locator(ticks)
+        other.yaxis.set_minor_locator(NullLocator())
+        other.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         _label(other, "validation perplexity, log scale (squares, dashed)", VERMILION)
 
 
@@ -119,7 +125,7 @@ def _draw_ranks(axes: Axes, records: pd.DataFrame) -> None:
     below = np.zeros_like(shares[0])
     for (_, colour, hatch, name, _), share in zip(BUCKETS, shares, strict=True):
         axes.fill_between(
-            epochs, below, below + share, color=colour, hatch=hatch, ec="white", lw=0.3, label=name
+            epochs, below, below + share, fc=colour, hatch=hatch, ec="white", lw=0.3, label=name
         )
         below = below + share
     axes.set_ylim(0.0, 100.0)
@@ -137,7 +143,8 @@ def _several(courses: Sequence[Course]) -> Figure:
         _draw(axes, _positive(course.losses), colour, style, "", course.label)
     axes.set_yscale("log")
     axes.set_ylabel("training loss, nats per token (log scale)")
-    axes.legend(frameon=False)
+    for text in axes.legend(frameon=False).get_texts():
+        text.set_parse_math(False)
     return figure
 
 
@@ -213,7 +220,7 @@ def _draw(
 
 
 def _epoch_axis(axes: Axes) -> None:
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.set_xlabel("epoch")
     axes.spines["top"].set_visible(False)
     axes.grid(axis="y", lw=0.4, alpha=0.5)
