@@ -1,4 +1,4 @@
-"""The command line: `hyperlens compare` and `hyperlens hyperfit`.
+"""The command line: `hyperlens compare`, `hyperlens hyperfit` and `hyperlens merge`.
 
 Parsing imports nothing heavy, so that --help and a mistyped option answer at once.
 """
@@ -15,12 +15,13 @@ import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import fields
+from pathlib import Path
+from typing import Any
 
 from .errors import HyperlensError
 from .files import check_new_folder
 from .options import DEBUG, build_parser
-from .training.recipes import Recipe, preset
+from .recipe_options import chosen
 
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
@@ -41,14 +42,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = args.debug or os.environ.get(DEBUG, "") not in ("", "0")
     try:
         with _only_our_voice(debug):
-            text = (_compare if args.command == "compare" else _hyperfit)(args)
-        _say(text)
+            command = {"compare": _compare, "hyperfit": _hyperfit, "merge": _merge}[args.command]
+            text = command(args)
+        # Started several times by torchrun, a command answers once.
+        if os.environ.get("RANK", "0") == "0":
+            _say(text)
         return OK
     except BrokenPipeError:  # whoever read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except KeyboardInterrupt:
-        _complain("interrupted")
+        _complain(_interrupted(args))
         return INTERRUPTED
     except Exception as error:
         if debug:
@@ -65,7 +69,7 @@ def _compare(args: argparse.Namespace) -> str:
     """Compare, save and return what to print."""
     if args.out is not None:
         check_new_folder(args.out)
-    texts = _read(args)
+    texts = _read(args, args.texts, args.split)
     from .compare import compare_models
     from .probes import default_probes
 
@@ -98,31 +102,66 @@ def _compare(args: argparse.Namespace) -> str:
 def _hyperfit(args: argparse.Namespace) -> str:
     """Train, save and return what to print."""
     check_new_folder(args.out)
-    chosen = {f.name: getattr(args, f.name, None) for f in fields(Recipe) if f.name != "preset"}
-    overrides = {name: value for name, value in chosen.items() if value is not None}
-    method = overrides.pop("method", "full")
-    recipe = preset(args.recipe, method, **overrides)
-    texts = _read(args)
+    recipe = chosen(args)
+    texts = _read(args, args.texts, args.split)
+    validation = None
+    if args.validation is not None:
+        validation = _read(args, args.validation, args.validation_split or args.split)
     from .training import hyperfit
 
     run = hyperfit(
         args.model,
         texts,
         recipe=recipe,
+        validation=validation,
         out=args.out,
         device=args.device,
         dtype=args.dtype,
+        prefix_cache=args.prefix_cache,
+        checkpoint_minutes=args.checkpoint_minutes,
+        report_to=args.report_to,
         progress=_shows_progress(args),
     )
+    about = run.manifest
+    blocks = ", ".join(map(str, about["trained_blocks"]))
     lines = [
-        *(f"note: {note}" for note in run.manifest["notes"]),
-        f"{recipe.method}, {recipe.epochs} epochs, {run.manifest['seconds']:.0f} s: mean loss "
-        f"{run.history[0]:.3f} in the first epoch, {run.history[-1]:.3f} in the last",
+        *(f"note: {note}" for note in about["notes"]),
+        f"{recipe.method} on blocks {blocks} (0-based) of {about['n_blocks']}, "
+        f"{about['trained_parameters']:,} weights, {about['seconds']:.0f} s: {about['ending']}",
+        f"mean loss {run.history[0]:.3f} in the first epoch, {run.history[-1]:.3f} in the last",
+        *_quality(run.records),
         f"weights in {run.folder}",
         "compare with the base; texts that were not trained on tell more:",
         f"  {_compare_command(args)}",
     ]
     return "\n".join(lines)
+
+
+def _quality(records: Sequence[Any]) -> list[str]:
+    """What the last record says beside the base's own, which is the first."""
+    if len(records) < 2:
+        return []
+    base, last = records[0], records[-1]
+    return [
+        f"held-out text after epoch {last.epoch} (the base): "
+        f"TTR {last.ttr:.3f} ({base.ttr:.3f}), "
+        f"bigram repetition {last.bigram_repetition:.3f} ({base.bigram_repetition:.3f}), "
+        f"perplexity {last.perplexity:,.1f} ({base.perplexity:,.1f})"
+    ]
+
+
+def _merge(args: argparse.Namespace) -> str:
+    """Merge, save and return what to print."""
+    from .training import merge
+
+    return f"merged weights in {merge(args.adapter, args.out, base=args.base, dtype=args.dtype)}"
+
+
+def _interrupted(args: argparse.Namespace) -> str:
+    """What to say after Ctrl-C; hyperfit keeps what it has done beside the folder to be."""
+    if args.command == "hyperfit" and Path(f"{args.out}.partial").is_dir():
+        return "interrupted: the same command goes on from the last checkpoint"
+    return "interrupted"
 
 
 def _compare_command(args: argparse.Namespace) -> str:
@@ -139,10 +178,10 @@ def _compare_command(args: argparse.Namespace) -> str:
     return shlex.join([*command, "--out", f"{args.out}-comparison"])
 
 
-def _read(args: argparse.Namespace) -> list[str]:
+def _read(args: argparse.Namespace, source: str, split: str) -> list[str]:
     from .texts import read_texts
 
-    return read_texts(args.texts, column=args.text_column, split=args.split, limit=args.limit)
+    return read_texts(source, column=args.text_column, split=split, limit=args.limit)
 
 
 def _shows_progress(args: argparse.Namespace) -> bool:

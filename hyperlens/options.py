@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import types
-from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any
 
 from . import __version__
-from .training.recipes import HELP, PRESETS, Method, Recipe, preset
+from .recipe_options import add_recipe, names
 
 DEBUG = "HYPERLENS_DEBUG"
 
@@ -24,6 +22,7 @@ What did fine-tuning change inside a language model, in which block, and is it r
 Examples:
   hyperlens compare ./base ./tuned --texts held_out.txt --out comparison
   hyperlens hyperfit ./base --texts stories.txt --recipe demo --out hyperfitted
+  hyperlens merge ./adapter --out merged
 
 `hyperlens COMMAND --help` tells more. Exit codes: 0 done, 1 an error (one line on stderr),
 2 a wrong command line, 130 interrupted."""
@@ -43,12 +42,24 @@ Examples:
 HYPERFIT = """\
 Fine-tune a model until it knows a small set of texts by heart ("hyperfitting").
 
-The defaults are those of the recipe (--recipe); any of them can be changed by its own option."""
+The defaults are those of the recipe (--recipe); any of them can be changed by its own option.
+Interrupted or killed, the same command goes on from the last checkpoint."""
 
 HYPERFIT_EXAMPLES = """\
 Examples:
   hyperlens hyperfit ./base --texts stories.txt --recipe demo --out hyperfitted
-  hyperlens hyperfit ./base --texts stories.txt --method late_lora --last-k 5 --out adapter"""
+  hyperlens hyperfit ./base --texts stories.txt --method late_lora --last-k 5 --out adapter
+  hyperlens hyperfit ./base --texts fancyzhx/ag_news --packed --out hyperfitted"""
+
+MERGE = """\
+Fold a LoRA adapter into its base and write a standard model folder, with its tokenizer.
+
+Adapter and base stay as they are."""
+
+MERGE_EXAMPLES = """\
+Examples:
+  hyperlens merge ./adapter --out merged
+  hyperlens merge ./adapter --base ./base --dtype float32 --out merged"""
 
 
 STYLE: dict[str, Any] = {
@@ -65,6 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True, title="commands")
     _add_compare(commands)
     _add_hyperfit(commands)
+    _add_merge(commands)
     return parser
 
 
@@ -81,12 +93,7 @@ def _add_compare(commands: Any) -> None:
     add("base", metavar="BASE", help="the model before: a folder or hub id")
     add("tuned", metavar="TUNED", help="the model after: a folder, hub id or adapter folder")
     _add_reading(parser)
-    add(
-        "--out",
-        type=_folder,
-        metavar="FOLDER",
-        help="a new folder for the results (default: print only)",
-    )
+    _add_out(parser, "the results (default: print only)")
     how = parser.add_argument_group("what is measured")
     how.add_argument(
         "--probes",
@@ -132,68 +139,73 @@ def _add_hyperfit(commands: Any) -> None:
     )
     parser.set_defaults(command="hyperfit")
     parser.add_argument("model", metavar="BASE", help="the model to train: a folder or hub id")
-    _add_reading(parser)
+    texts = _add_reading(parser)
+    texts.add_argument(
+        "--validation",
+        metavar="SOURCE",
+        help="held-out texts for the record, read as --texts are (default: those after them)",
+    )
+    texts.add_argument(
+        "--validation-split",
+        metavar="NAME",
+        help="of a hub dataset given as --validation (default: the one of --split)",
+    )
+    _add_out(parser, "the weights or adapter", required=True)
+    add_recipe(parser)
+    running = _add_running(parser, "float32; for LoRA the checkpoint's own")
+    running.add_argument(
+        "--no-prefix-cache",
+        dest="prefix_cache",
+        action="store_false",
+        help="compute frozen first blocks anew in every epoch (default: once; the same result)",
+    )
+    running.add_argument(
+        "--checkpoint-minutes",
+        type=float,
+        default=10.0,
+        metavar="N",
+        help="minutes between two checkpoints; 0 after every step (default: 10)",
+    )
+    running.add_argument(
+        "--report-to",
+        type=names,
+        default=(),
+        metavar="NAME[,NAME]",
+        help='loggers of transformers\' Trainer, such as "tensorboard" or "wandb" (default: none)',
+    )
+
+
+def _add_merge(commands: Any) -> None:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "merge",
+        help="fold an adapter into its base: a standard model folder",
+        description=MERGE,
+        epilog=MERGE_EXAMPLES,
+        **STYLE,
+    )
+    parser.set_defaults(command="merge")
+    parser.add_argument("adapter", metavar="ADAPTER", help="an adapter folder")
+    _add_out(parser, "the merged model", required=True)
+    parser.add_argument(
+        "--base",
+        metavar="BASE",
+        help="the model to merge it into: a folder or hub id (default: the one the adapter names)",
+    )
+    _add_dtype(parser, "the base's own")
+    _add_debug(parser)
+
+
+def _add_out(parser: argparse.ArgumentParser, what: str, required: bool = False) -> None:
     parser.add_argument(
         "--out",
         type=_folder,
-        required=True,
+        required=required,
         metavar="FOLDER",
-        help="a new folder for the weights or adapter",
+        help=f"a new folder for {what}",
     )
-    recipe = parser.add_argument_group("recipe")
-    default = next(iter(PRESETS))
-    recipe.add_argument(
-        "--recipe",
-        choices=tuple(PRESETS),
-        default=default,
-        metavar="NAME",
-        help=f"where to start from: %(choices)s (default: {default})",
-    )
-    types_ = get_type_hints(Recipe)
-    for field in fields(Recipe):
-        if field.name != "preset":  # --recipe chooses it
-            _add_recipe_field(recipe, field.name, types_[field.name])
-    _add_running(parser, "float32; for LoRA the checkpoint's own")
 
 
-def _add_recipe_field(group: Any, name: str, kind: Any) -> None:
-    """One field of the recipe as an option; left out, the recipe's own value stays."""
-    options: dict[str, Any] = {
-        "default": None,
-        "help": f"{HELP[name]} ({_recipe_default(name)})".replace("%", "%%"),
-    }
-    if kind is bool:
-        options["action"] = argparse.BooleanOptionalAction
-    elif get_origin(kind) is Literal:
-        options |= {"choices": get_args(kind), "metavar": "NAME"}
-    elif isinstance(kind, types.UnionType):
-        options |= {"type": _names, "metavar": "NAME[,NAME]"}
-    else:
-        options |= {"type": kind, "metavar": "N"}
-    group.add_argument(f"--{name.replace('_', '-')}", **options)
-
-
-def _recipe_default(name: str) -> str:
-    """What a field is in every recipe: the default recipe's value first, then what differs."""
-    text = f"default: {_differing(name, 'full')}"
-    lora = _differing(name, "lora")
-    return text if name == "method" or text.endswith(f" {lora}") else f"{text}; LoRA: {lora}"
-
-
-def _differing(name: str, method: Method) -> str:
-    values = {recipe: _shown(getattr(preset(recipe, method), name)) for recipe in PRESETS}
-    first, *others = values.items()
-    named = [f", {recipe} {value}" for recipe, value in others if value != first[1]]
-    return "".join([first[1], *named])
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return "all" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _add_reading(parser: argparse.ArgumentParser) -> None:
+def _add_reading(parser: argparse.ArgumentParser) -> Any:
     group = parser.add_argument_group("texts")
     group.add_argument(
         "--texts",
@@ -212,19 +224,15 @@ def _add_reading(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--limit", type=int, metavar="N", help="read only the first N texts (default: all)"
     )
+    return group
 
 
-def _add_running(parser: argparse.ArgumentParser, dtype: str) -> None:
+def _add_running(parser: argparse.ArgumentParser, dtype: str) -> Any:
     group = parser.add_argument_group("running")
     group.add_argument(
         "--device", metavar="NAME", help='"cpu", "cuda", "cuda:1", "mps" (default: the best here)'
     )
-    group.add_argument(
-        "--dtype",
-        choices=DTYPES,
-        metavar="NAME",
-        help=f"of the weights: %(choices)s (default: {dtype})",
-    )
+    _add_dtype(group, dtype)
     group.add_argument(
         "-q",
         "--no-progress",
@@ -233,6 +241,20 @@ def _add_running(parser: argparse.ArgumentParser, dtype: str) -> None:
         action="store_false",
         help="no progress bar (default: one, where stderr is a terminal)",
     )
+    _add_debug(group)
+    return group
+
+
+def _add_dtype(group: Any, default: str) -> None:
+    group.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        metavar="NAME",
+        help=f"of the weights: %(choices)s (default: {default})",
+    )
+
+
+def _add_debug(group: Any) -> None:
     group.add_argument(
         "--debug", action="store_true", help=f"show tracebacks and warnings (also {DEBUG}=1)"
     )
@@ -243,14 +265,10 @@ def _folder(text: str) -> Path:
 
 
 def _probe_names(text: str) -> tuple[str, ...]:
-    names = _names(text)
-    unknown = [name for name in names if name not in PROBES]
-    if unknown or not names:
+    given = names(text)
+    unknown = [name for name in given if name not in PROBES]
+    if unknown or not given:
         raise argparse.ArgumentTypeError(
             f"no probe {(unknown or [text])[0]!r}: choose among {', '.join(PROBES)}"
         )
-    return names
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(",") if name.strip())
+    return given

@@ -22,6 +22,7 @@ from hyperlens import Comparison, __version__, cli, compare, compare_models, opt
 from hyperlens.errors import LoadingError
 from hyperlens.probes import default_probes
 from hyperlens.training import Recipe, hyperfit, preset
+from hyperlens.training.recipes import HELP
 
 ROOT = Path(__file__).resolve().parent.parent
 SAVED = {"comparison.json", "layers.csv", "layers.png", "summary.txt"}
@@ -61,7 +62,10 @@ def _here(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 COMPARE = ("compare", "base", "tuned", "--texts", "texts.txt")
 HYPERFIT = ("hyperfit", "base", "--texts", "texts.txt", "--recipe", "demo")
-SHORT = ("--n-sequences", "4", "--sequence-length", "6", "--epochs", "2", "--batch-size", "2")
+SHORT = (
+    *("--n-sequences", "4", "--sequence-length", "6", "--epochs", "2", "--batch-size", "2"),
+    *("--prompt-tokens", "3", "--new-tokens", "4"),
+)
 
 
 def failed(capsys: pytest.CaptureFixture[str], code: int, argv: tuple, *expected: str) -> str:
@@ -199,6 +203,11 @@ def test_hyperfit_trains_saves_and_names_the_next_command(
     assert record["recipe"]["epochs"] == 2
     assert len(record["history"]) == 2
     assert f"{record['history'][-1]:.3f} in the last" in printed
+    assert "full on blocks 0, 1, 2 (0-based) of 3" in printed
+    first, last = record["records"][0], record["records"][-1]
+    assert (first["epoch"], last["epoch"]) == (0, 2)
+    assert f"held-out text after epoch 2 (the base): TTR {last['ttr']:.3f}" in printed
+    assert f"perplexity {last['perplexity']:,.1f} ({first['perplexity']:,.1f})" in printed
     # The command that is printed works as it stands.
     command = shlex.split(printed.splitlines()[-1])
     assert command[:4] == ["hyperlens", "compare", "base", str(out)]
@@ -212,11 +221,100 @@ def test_hyperfit_can_make_an_adapter(tmp_path: Path, capsys: pytest.CaptureFixt
     argv = ("hyperfit", "base", "--texts", "tales.csv", "--limit", "9", "--recipe", "demo")
     assert cli.main([*argv, *SHORT, *flags, "--out", str(out)]) == cli.OK
     assert (out / "adapter_config.json").exists()
-    command = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    printed = capsys.readouterr().out
+    assert "late_lora on blocks 2 (0-based) of 3" in printed
+    command = shlex.split(printed.splitlines()[-1])
     assert command[4:] == [
         *("--texts", "tales.csv", "--text-column", "story", "--limit", "9"),
         *("--out", f"{out}-comparison"),
     ]
+
+
+def test_without_a_record_nothing_is_said_of_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert cli.main([*HYPERFIT, *SHORT, "--record-every", "0", "--out", str(out)]) == cli.OK
+    assert "held-out" not in capsys.readouterr().out
+
+
+def test_held_out_texts_of_their_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    held_out = ["w3 w4 w5 w6 w7 w8 w9", "w9 w8 w7 w6 w5 w4 w3"]
+    (tmp_path / "held_out.csv").write_text("id,story\n" + "".join(f"0,{t}\n" for t in held_out))
+    flags = ("--validation", str(tmp_path / "held_out.csv"), "--text-column", "story")
+    argv = ("hyperfit", "base", "--texts", "tales.csv", "--recipe", "demo", "--no-packed")
+    out = tmp_path / "out"
+    assert cli.main([*argv, *SHORT, *flags, "--out", str(out)]) == cli.OK
+    data = json.loads((out / "hyperfit.json").read_text())["manifest"]["data"]
+    assert (data["n_sequences"], data["n_held_out"]) == (4, 2)
+    assert data["source"]["name"] == "tales.csv"
+    assert data["validation"]["source"]["name"] == "held_out.csv"
+    assert "note: only 2 of 32 held-out sequences were found" in capsys.readouterr().out
+
+
+def test_held_out_texts_from_another_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    calls = []
+
+    def load(name: str, split: str, **_: object) -> datasets.Dataset:
+        calls.append((name, split))
+        return datasets.Dataset.from_dict({"text": [f"w3 w4 {split}"]})
+
+    def spy(_: object, texts: list, *, validation: list, **__: object) -> None:
+        calls.append((list(texts), list(validation)))
+        raise LoadingError("enough")
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr("hyperlens.training.hyperfit", spy, raising=False)
+    argv = ["hyperfit", "base", "--texts", "a/tales", "--validation", "b/tales", "--out", "out"]
+    cli.main([*argv, "--split", "train", "--validation-split", "test"])
+    cli.main([*argv, "--split", "dev"])
+    assert calls == [
+        ("a/tales", "train"),
+        ("b/tales", "test"),
+        (["w3 w4 train"], ["w3 w4 test"]),
+        ("a/tales", "dev"),
+        ("b/tales", "dev"),
+        (["w3 w4 dev"], ["w3 w4 dev"]),
+    ]
+
+
+CHANGES = {
+    "n_sequences": 3,
+    "sequence_length": 9,
+    "packed": False,
+    "selection": "random",
+    "epochs": 4,
+    "batch_size": 5,
+    "drop_last": True,
+    "gradient_accumulation": 2,
+    "learning_rate": 0.125,
+    "schedule": "cosine",
+    "warmup_steps": 6,
+    "weight_decay": 0.5,
+    "max_grad_norm": 1.5,
+    "last_k": 2,
+    "blocks": (0, 2),
+    "lora_r": 7,
+    "lora_alpha": 8.5,
+    "lora_dropout": 0.25,
+    "lora_init": "gaussian",
+    "lora_dora": True,
+    "lora_rslora": True,
+    "target_modules": ("q_proj", "v_proj"),
+    "gradient_checkpointing": True,
+    "bf16": True,
+    "record_every": 3,
+    "n_validation": 12,
+    "n_prompts": 13,
+    "prompt_tokens": 14,
+    "new_tokens": 15,
+    "stop_at_plateau": True,
+    "near_zero_loss": 0.75,
+    "patience": 16,
+    "seed": 11,
+}
 
 
 def test_every_field_of_the_recipe_is_an_option(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,44 +325,52 @@ def test_every_field_of_the_recipe_is_an_option(monkeypatch: pytest.MonkeyPatch)
         raise LoadingError("enough")
 
     monkeypatch.setattr("hyperlens.training.hyperfit", spy, raising=False)
-    changes = {
-        "n_sequences": 3,
-        "sequence_length": 9,
-        "packed": False,
-        "epochs": 4,
-        "batch_size": 5,
-        "drop_last": True,
-        "gradient_accumulation": 2,
-        "learning_rate": 0.125,
-        "schedule": "cosine",
-        "warmup_steps": 6,
-        "weight_decay": 0.5,
-        "max_grad_norm": 1.5,
-        "last_k": 2,
-        "lora_r": 7,
-        "lora_alpha": 8.5,
-        "lora_dropout": 0.25,
-        "target_modules": ("q_proj", "v_proj"),
-        "gradient_checkpointing": True,
-        "bf16": True,
-        "seed": 11,
-    }
-    assert {"preset", "method", *changes} == {field.name for field in fields(Recipe)}
-    argv = [*HYPERFIT, "--out", "out", "--method", "late_lora", "--device", "cpu", "-q"]
-    argv += ["--dtype", "float64"]
-    for name, value in changes.items():
+    assert {"preset", "method", *CHANGES} == {field.name for field in fields(Recipe)}
+    default = preset("demo", "lora")
+    assert all(getattr(default, name) != value for name, value in CHANGES.items())
+    argv = [*HYPERFIT, "--out", "out", "--method", "lora", "--device", "cpu", "-q"]
+    argv += ["--dtype", "float64", "--validation", "tales.csv", "--text-column", "story"]
+    argv += ["--no-prefix-cache", "--checkpoint-minutes", "2.5", "--report-to", "wandb,tensorboard"]
+    for name, value in CHANGES.items():
         flag = name.replace("_", "-")
         if isinstance(value, bool):
             argv.append(f"--{flag}" if value else f"--no-{flag}")
         else:
-            argv += [f"--{flag}", ",".join(value) if isinstance(value, tuple) else str(value)]
+            several = isinstance(value, tuple)
+            argv += [f"--{flag}", ",".join(map(str, value)) if several else str(value)]
     assert cli.main(argv) == cli.FAILED
     ((args, kwargs),) = calls
     assert args[0] == "base"
     assert len(args[1]) == 12
-    assert kwargs.pop("recipe") == preset("demo", "late_lora", **changes)
-    assert kwargs == {"out": Path("out"), "device": "cpu", "dtype": "float64", "progress": False}
-    assert {*kwargs, "recipe"} <= inspect.signature(hyperfit).parameters.keys()
+    assert kwargs.pop("recipe") == preset("demo", "lora", **CHANGES)
+    assert len(kwargs.pop("validation")) == 12
+    assert kwargs == {
+        "out": Path("out"),
+        "device": "cpu",
+        "dtype": "float64",
+        "prefix_cache": False,
+        "checkpoint_minutes": 2.5,
+        "report_to": ("wandb", "tensorboard"),
+        "progress": False,
+    }
+
+
+def test_defaults_and_names_are_those_of_hyperfit(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def spy(*_: object, **kwargs: object) -> None:
+        calls.append(kwargs)
+        raise LoadingError("enough")
+
+    monkeypatch.setattr("hyperlens.training.hyperfit", spy, raising=False)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    cli.main([*HYPERFIT, "--out", "out"])
+    (kwargs,) = calls
+    parameters = inspect.signature(hyperfit).parameters
+    passed = {"model", "texts", "method", "overrides", *kwargs}
+    assert passed == parameters.keys()
+    for name in kwargs.keys() - {"recipe", "out"}:
+        assert kwargs[name] == parameters[name].default, name
 
 
 def test_without_options_the_recipe_is_the_preset(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -331,13 +437,22 @@ def test_errors_of_compare(
         (("--learning-rate", "0"), "learning_rate must be a number above 0"),
         (("--sequence-length", "200"), "positions for 64 tokens"),
         (("--sequence-length", "60", "--no-packed"), "hyperlens: error: "),
+        (("--method", "late_lora", "--last-k", "4"), "choose 1 to 3"),
+        (("--method", "late_lora", "--blocks", "1"), "set last_k"),
+        (("--method", "lora", "--blocks", "1,3"), "indices go from 0 to 2"),
+        (("--method", "lora", "--target-modules", "q_porj"), "did you mean q_proj"),
+        (("--stop-at-plateau", "--record-every", "0"), "set record_every"),
+        (("--validation", "none.txt"), "no text file 'none.txt'"),
+        (("--validation", "texts.txt", "--record-every", "0"), "record_every is 0"),
+        (("--validation", "texts.txt", "--no-packed", "--limit", "4"), "also trained on"),
     ],
     ids=str,
 )
 def test_errors_of_hyperfit(
     flags: tuple, expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    line = failed(capsys, cli.FAILED, (*HYPERFIT, *flags, "--out", tmp_path / "out"), expected)
+    argv = (*HYPERFIT, *SHORT, *flags, "--out", tmp_path / "out")
+    line = failed(capsys, cli.FAILED, argv, expected)
     assert line.startswith("hyperlens: error: ")
     assert os.listdir(tmp_path) == []
 
@@ -358,6 +473,8 @@ def test_errors_of_hyperfit(
         (HYPERFIT, "required: --out"),
         ((*HYPERFIT, "--out", "out", "--recipe", "nature"), "choose from"),
         ((*HYPERFIT, "--out", "out", "--method", "half"), "choose from"),
+        ((*HYPERFIT, "--out", "out", "--blocks", "last"), "expected indices such as 0,5"),
+        (("merge", "adapter"), "required: --out"),
     ],
     ids=str,
 )
@@ -415,7 +532,92 @@ def test_an_interruption_writes_nothing(
     assert os.listdir(tmp_path) == []
 
 
+def test_an_interrupted_training_says_whether_it_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hyperlens.training.hyperfit", interrupted, raising=False)
+    argv = (*HYPERFIT, "--out", tmp_path / "out")
+    assert failed(capsys, cli.INTERRUPTED, argv) == "hyperlens: interrupted"
+    (tmp_path / "out.partial").mkdir()
+    line = failed(capsys, cli.INTERRUPTED, argv, "the same command goes on")
+    assert line.startswith("hyperlens: interrupted: ")
+
+
+def test_the_same_command_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from hyperlens.training.checkpoints import Checkpoints
+
+    argv = [*HYPERFIT, *SHORT, "--checkpoint-minutes", "0", "--out"]
+    assert cli.main([*argv, str(tmp_path / "whole")]) == cli.OK
+    saved = Checkpoints.on_save
+
+    def interrupting(self: Checkpoints, *args: object, **kwargs: object) -> None:
+        saved(self, *args, **kwargs)
+        raise KeyboardInterrupt
+
+    capsys.readouterr()
+    out = str(tmp_path / "out")
+    with monkeypatch.context() as patched:
+        patched.setattr(Checkpoints, "on_save", interrupting)
+        failed(capsys, cli.INTERRUPTED, (*argv, out), "goes on from the last checkpoint")
+    assert not Path(out).exists()
+    failed(capsys, cli.FAILED, (*argv, out, "--seed", "3"), "seed 0 there, 3 here")
+    assert cli.main([*argv, out]) == cli.OK
+    whole, resumed = (tmp_path / name / "model.safetensors" for name in ("whole", "out"))
+    assert whole.read_bytes() == resumed.read_bytes()
+    assert sorted(os.listdir(tmp_path)) == ["out", "whole"]
+
+
+# merge
+
+
+def test_merge_writes_a_folder_that_can_be_compared(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter, merged = str(tmp_path / "adapter"), str(tmp_path / "merged")
+    lora = ("--method", "lora", "--lora-r", "2", "--quiet")
+    assert cli.main([*HYPERFIT, *SHORT, *lora, "--out", adapter]) == cli.OK
+    # The adapter names its base as it was given, from here.
+    assert cli.main(["merge", adapter, "--out", merged]) == cli.OK
+    printed, err = capsys.readouterr()
+    assert err == ""
+    assert printed.splitlines()[-1] == f"merged weights in {merged}"
+    assert cli.main(["compare", "base", merged, "--texts", "texts.txt"]) == cli.OK
+    argv = ["merge", adapter, "--base", "base", "--dtype", "bfloat16", "--out"]
+    assert cli.main([*argv, str(tmp_path / "small")]) == cli.OK
+    config = json.loads((tmp_path / "small" / "config.json").read_text())
+    assert config["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (("merge", "none"), "adapter folder none does not exist"),
+        (("merge", "tuned"), "is not an adapter folder"),
+    ],
+    ids=str,
+)
+def test_errors_of_merge(
+    argv: tuple, expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = failed(capsys, cli.FAILED, (*argv, "--out", tmp_path / "out"), expected)
+    assert line.startswith("hyperlens: error: ")
+    assert os.listdir(tmp_path) == []
+
+
 # output
+
+
+def test_several_processes_answer_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert cli.main([*COMPARE, "--probes", "drift"]) == cli.OK
+    assert capsys.readouterr().out == ""
 
 
 def test_noise_of_other_libraries_is_kept_away(
@@ -464,7 +666,7 @@ def test_a_bar_is_shown_on_a_terminal_only(
     capsys.readouterr()
 
 
-@pytest.mark.parametrize("command", [(), ("compare",), ("hyperfit",)], ids=str)
+@pytest.mark.parametrize("command", [(), ("compare",), ("hyperfit",), ("merge",)], ids=str)
 def test_help_can_be_read(command: tuple, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([*command, "--help"]) == cli.OK
     out, err = capsys.readouterr()
@@ -483,13 +685,25 @@ def test_every_option_says_what_it_does_and_its_default() -> None:
         for action in options.build_parser()._actions
         if isinstance(action.choices, dict)
     )
-    assert set(commands) == {"compare", "hyperfit"}
+    assert set(commands) == {"compare", "hyperfit", "merge"}
     for parser in commands.values():
         for action in parser._actions:
             assert action.help, action
             optional = action.option_strings and not action.required
             if optional and action.dest not in ("help", "debug"):
                 assert "default" in action.help, action.option_strings
+
+
+def test_help_says_whose_choice_each_default_is() -> None:
+    text = options.build_parser()
+    (commands,) = (a.choices for a in text._actions if isinstance(a.choices, dict))
+    helps = {action.dest: action.help for action in commands["hyperfit"]._actions}
+    theirs = {name for name in HELP if "the paper's" in (helps.get(name) or "")}
+    assert theirs == {"method", "n_sequences", "epochs", "weight_decay", "last_k"}
+    for name in HELP.keys() - theirs - {"preset"}:
+        assert re.search(r"\(default: .*, ours", helps[name]), name
+    assert helps["lora_r"].endswith("(default: 16, ours)")
+    assert helps["epochs"].endswith("(default: 260, the paper's; carlsson2025: 30; demo: 60)")
 
 
 # as a program

@@ -68,7 +68,8 @@ ALLOWED: dict[str, set[str]] = {
     "plots": {"errors", "results", "audit"},
     "report": {"errors", "results", "audit", "plots"},
     # the command line
-    "options": {"training"},
+    "recipe_options": {"training"},
+    "options": {"recipe_options"},
     "__main__": {"cli"},
 }
 

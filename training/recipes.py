@@ -130,8 +130,8 @@ HELP: Mapping[str, str] = MappingProxyType(
         "new_tokens": "record: tokens of each continuation",
         "stop_at_plateau": "stop when diversity at near-zero loss has stopped growing, and keep "
         "the weights that had the most",
-        "near_zero_loss": "stop_at_plateau: training loss, nats, from which on diversity counts",
-        "patience": "stop_at_plateau: records in a row without growth before stopping",
+        "near_zero_loss": "stop_at_plateau: training loss, nats, up to which a record counts",
+        "patience": "stop_at_plateau: over how many records in a row diversity must rise",
         "seed": "of the order of sequences, of a random selection and of LoRA's initial values",
     }
 )
