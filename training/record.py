@@ -114,10 +114,14 @@ class Recorder:
 
     def _continuations(self) -> Int[Tensor, "n_prompts new"]:
         recipe = self._recipe
-        prompts = torch.cat(self._batches)[: recipe.n_prompts, : recipe.prompt_tokens]
+        held_out = torch.cat(self._batches)
+        # As many at once as hold the tokens of a batch: decoding reads all weights at every step.
+        room = recipe.batch_size * held_out.shape[1]
+        at_once = max(1, room // (recipe.prompt_tokens + recipe.new_tokens))
+        prompts = held_out[: recipe.n_prompts, : recipe.prompt_tokens]
         made = [
             greedy(self._plain, some.to(self._device), recipe.new_tokens)
-            for some in torch.split(prompts, recipe.batch_size)
+            for some in torch.split(prompts, at_once)
         ]
         return torch.cat(made)
 
