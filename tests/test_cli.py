@@ -546,12 +546,16 @@ def test_an_interrupted_training_says_whether_it_goes_on(
     assert line.startswith("hyperlens: interrupted: ")
 
 
+@pytest.mark.parametrize("method", [(), ("--method", "lora", "--lora-init", "pissa")], ids=str)
 def test_the_same_command_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    method: tuple,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     from hyperlens.training.checkpoints import Checkpoints
 
-    argv = [*HYPERFIT, *SHORT, "--checkpoint-minutes", "0", "--out"]
+    argv = [*HYPERFIT, *SHORT, *method, "--checkpoint-minutes", "0", "--out"]
     assert cli.main([*argv, str(tmp_path / "whole")]) == cli.OK
     saved = Checkpoints.on_save
 
@@ -567,7 +571,8 @@ def test_the_same_command_goes_on(
     assert not Path(out).exists()
     failed(capsys, cli.FAILED, (*argv, out, "--seed", "3"), "seed 0 there, 3 here")
     assert cli.main([*argv, out]) == cli.OK
-    whole, resumed = (tmp_path / name / "model.safetensors" for name in ("whole", "out"))
+    name = "adapter_model.safetensors" if method else "model.safetensors"
+    whole, resumed = (tmp_path / folder / name for folder in ("whole", "out"))
     assert whole.read_bytes() == resumed.read_bytes()
     assert sorted(os.listdir(tmp_path)) == ["out", "whole"]
 
@@ -677,6 +682,14 @@ def test_help_can_be_read(command: tuple, capsys: pytest.CaptureFixture[str]) ->
     for line in out[out.index("Examples:") :].splitlines():
         if line.startswith("  hyperlens "):
             options.build_parser().parse_args(shlex.split(line)[1:])
+
+
+def test_the_commands_of_the_readme_parse() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    commands = re.findall(r"(?:^|`)(hyperlens \w+ (?!--help)[^`\n]+)", readme, re.M)
+    assert len(commands) >= 6
+    for command in commands:
+        options.build_parser().parse_args(shlex.split(command)[1:])
 
 
 def test_every_option_says_what_it_does_and_its_default() -> None:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from hyperlens import compare_models, load_hooked
 from hyperlens.errors import HyperlensError, TrainingError
-from hyperlens.training import hyperfit, pissa, preset
+from hyperlens.training import hyperfit, pissa, preset, to_hooked
 from hyperlens.training.adapters import (
     Stack,
     find_stack,
@@ -335,6 +335,14 @@ def test_joining_changes_nothing_but_the_form(rslora: bool) -> None:
     once = weights(adapted)
     pissa.join(adapted)
     assert all(torch.equal(once[key], value) for key, value in weights(adapted).items())
+
+
+@pytest.mark.parametrize("backend", ["residual", "bridge"])
+def test_a_run_that_is_not_saved_comes_back_hooked(backend: Any) -> None:
+    run = late(make_tiny("phi3"), lora_init="pissa")
+    tokens = torch.tensor(ids())
+    found = to_hooked(run, backend).run_with_hooks(tokens, return_type="logits", fwd_hooks=[])
+    torch.testing.assert_close(found, logits(run.model), **CLOSE)
 
 
 def test_saving_joins_what_is_not_joined_yet(tmp_path: Path) -> None:

@@ -189,6 +189,12 @@ def test_texts_that_will_not_do_are_refused() -> None:
     assert "flat list" in refusal([[[1, 2, 3, 4]]])
 
 
+def test_a_file_without_texts_is_refused(tmp_path: Path) -> None:
+    for name, text in (("a.txt", ""), ("b.txt", " \n\n \n"), ("c.jsonl", ""), ("d.csv", "text\n")):
+        (tmp_path / name).write_text(text)
+        assert "no texts in" in refusal(str(tmp_path / name), Words())
+
+
 def test_held_out_texts_that_will_not_do_are_refused() -> None:
     options = {"record_every": 1, "n_validation": 2}
     assert "all 3 sequences are also trained on" in refusal(ids(3), validation=ids(3), **options)
@@ -238,6 +244,27 @@ def test_a_hub_dataset_is_known_by_its_name(monkeypatch: pytest.MonkeyPatch) -> 
     source = found(read_texts(made, column="story"), Words()).manifest["source"]
     assert source["kind"] == "dataset"
     assert source["fingerprint"] == made._fingerprint
+
+
+@pytest.mark.parametrize(
+    ("name", "column", "rows"),
+    [
+        ("fancyzhx/ag_news", None, {"text": ["a b c d e f g"] * 3 + ["h i j k"], "label": [0] * 4}),
+        ("euclaise/writingprompts", "story", {"prompt": ["?"] * 2, "story": ["a b c", "d e f"]}),
+    ],
+)
+def test_the_papers_domains_have_the_columns_that_the_readme_names(
+    name: str, column: str | None, rows: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    made = datasets.Dataset.from_dict(rows)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: made)
+    data = found(read_texts(name, column=column), Words(), packed=column is None)
+    assert len(data.tokens) == 2
+    assert data.manifest["source"]["name"] == name
+    if column is not None:
+        assert "columns of text: prompt, story" in refusal(name, Words())
 
 
 def test_other_texts_are_known_by_their_kind() -> None:
