@@ -12,6 +12,7 @@ import argparse
 import json
 import platform
 import resource
+import statistics
 import subprocess
 import sys
 import time
@@ -85,17 +86,19 @@ def main():
     if args.side:
         one_side(args)
         return
-    measured = {}
-    for side in SIDES:
-        runs = []
-        for _ in range(args.repeats):
+    runs = {side: [] for side in SIDES}
+    for _ in range(args.repeats):
+        # They take turns, so that a change of the machine's mood meets all of them.
+        for side in SIDES:
             command = [sys.executable, __file__, *sys.argv[1:], "--side", side]
             done = subprocess.run(
                 command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent
             )
-            runs.append(json.loads(done.stdout.splitlines()[-1]))
-        runs.sort(key=lambda r: r["seconds"])
-        measured[side] = runs[len(runs) // 2]
+            runs[side].append(json.loads(done.stdout.splitlines()[-1]))
+    measured = {
+        side: {name: statistics.median(run[name] for run in taken) for name in taken[0]}
+        for side, taken in runs.items()
+    }
     ours = measured["hyperlens"]
     print(
         f"two Llamas, {args.layers} blocks, d_model {args.d_model}, vocabulary {args.vocab}, "

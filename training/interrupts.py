@@ -50,7 +50,7 @@ class Interrupts(TrainerCallback):
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Ask for a checkpoint, now that the epoch's loss and record are in."""
-        if self.asked:
+        if self.asked and not control.should_training_stop:  # else the run is done anyway
             control.should_save = True
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

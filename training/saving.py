@@ -12,9 +12,9 @@ from typing import Any
 from ..files import new_folder
 from ..shells import is_peft
 from . import pissa
+from .history import FILE
 
 RECORD = "hyperfit.json"
-HISTORY = "history.csv"
 
 
 def save(
@@ -49,7 +49,7 @@ def save(
         record_file = staging / RECORD
         record_file.write_text(text, encoding="utf-8")
         if history is not None and history.exists():
-            shutil.copyfile(history, staging / HISTORY)
+            shutil.copyfile(history, staging / FILE)
         # safetensors writes files that only their owner may read.
         for weights in staging.glob("*.safetensors"):
             weights.chmod(record_file.stat().st_mode)

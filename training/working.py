@@ -20,6 +20,7 @@ from typing import Any
 from ..errors import TrainingError
 from ..files import write_text
 from . import processes
+from .history import FILE
 
 IDENTITY = "run.json"
 CHECKPOINT = "checkpoint"
@@ -46,7 +47,7 @@ class Working:
     @property
     def history(self) -> Path:
         """The record so far, as a table."""
-        return self.folder / "history.csv"
+        return self.folder / FILE
 
     @property
     def checkpoint(self) -> Path | None:
