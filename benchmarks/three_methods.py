@@ -68,6 +68,7 @@ def main():
             last_k=args.last_k,
             n_validation=64,
             n_prompts=64,
+            progress=False,
             device="cpu",
         )
     print("| | train loss | TTR | bigram rep. | top-1 agreement | perplexity | trained | s |")
@@ -88,6 +89,7 @@ def main():
             last_k=args.last_k,
             n_validation=64,
             n_prompts=64,
+            progress=False,
             stop_at_plateau=True,
             device="cpu",
         )
