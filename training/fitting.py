@@ -11,7 +11,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..sources import Opened
-from . import processes
+from . import pissa, processes
 from .adapters import Stack, find_stack, projections, train_only, trained_blocks, with_adapter
 from .data import TrainingData
 from .loop import Manner, train
@@ -82,6 +82,8 @@ def fit(
             finally:
                 if prefix is not None:
                     prefix.close()
+        if recipe.method != "full":
+            pissa.join(trained)
     scope |= {"seconds": round(progress.seconds, 3), "ending": ending}
     return Fitted(trained, progress, scope, tuple(notes))
 

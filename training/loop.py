@@ -22,6 +22,7 @@ from .progress import Bar, EpochLosses, Progress
 from .recipes import Recipe
 from .record import Recorder
 from .recording import Recording
+from .token_loss import TokenLoss
 from .trainer import Sequences, TokenTrainer, arguments, load_weights
 from .weights import kept_forward
 from .working import PROGRESS, Working
@@ -131,6 +132,7 @@ def _trainer(
         trainer = TokenTrainer(
             progress=progress,
             prefix=prefix,
+            token_loss=TokenLoss(model),
             model=model,
             args=made,
             train_dataset=Sequences(tokens),

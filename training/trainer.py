@@ -12,7 +12,6 @@ from jaxtyping import Int
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
@@ -21,6 +20,7 @@ from . import processes
 from .prefix import PrefixCache
 from .progress import Progress
 from .recipes import Recipe
+from .token_loss import TokenLoss
 
 WEIGHTS = "trained.safetensors"
 
@@ -50,10 +50,18 @@ class TokenTrainer(Trainer):
     model: Any
     progress: Progress
     prefix: PrefixCache | None
+    token_loss: TokenLoss
 
-    def __init__(self, *, progress: Progress, prefix: PrefixCache | None, **arguments: Any) -> None:
+    def __init__(
+        self,
+        *,
+        progress: Progress,
+        prefix: PrefixCache | None,
+        token_loss: TokenLoss,
+        **arguments: Any,
+    ) -> None:
         super().__init__(**arguments)
-        self.progress, self.prefix = progress, prefix
+        self.progress, self.prefix, self.token_loss = progress, prefix, token_loss
         # The Trainer then counts the tokens of the whole step, over all of its forward passes,
         # and leaves the division by them to us.
         self.model_accepts_loss_kwargs = True
@@ -68,12 +76,8 @@ class TokenTrainer(Trainer):
         """Cross-entropy of every next token, in nats, as a share of the step's mean."""
         tokens = inputs["input_ids"]
         served = self.prefix.serving(inputs["index"]) if self.prefix else contextlib.nullcontext()
-        with served:
-            logits = model(input_ids=tokens, use_cache=False).logits
-        # Float32: in bfloat16 the loss itself would stop moving long before zero.
-        summed = functional.cross_entropy(
-            logits[:, :-1].float().flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum"
-        )
+        with served, self.accelerator.autocast():
+            summed = self.token_loss(model, tokens)
         n = tokens.shape[0] * (tokens.shape[1] - 1)
         total = float(summed.detach())
         if not math.isfinite(total):
