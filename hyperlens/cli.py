@@ -129,7 +129,7 @@ def _hyperfit(args: argparse.Namespace) -> str:
         f"{recipe.method} on blocks {blocks} (0-based) of {about['n_blocks']}, "
         f"{about['trained_parameters']:,} weights, {about['seconds']:.0f} s: {about['ending']}",
         f"mean loss {run.history[0]:.3f} in the first epoch, {run.history[-1]:.3f} in the last",
-        *_quality(run.records),
+        *_quality(run.records, about["kept_epoch"]),
         f"weights in {run.folder}",
         "compare with the base; texts that were not trained on tell more:",
         f"  {_compare_command(args)}",
@@ -137,11 +137,11 @@ def _hyperfit(args: argparse.Namespace) -> str:
     return "\n".join(lines)
 
 
-def _quality(records: Sequence[Any]) -> list[str]:
-    """What the last record says beside the base's own, which is the first."""
+def _quality(records: Sequence[Any], kept_epoch: int) -> list[str]:
+    """What the record of the weights that were kept says beside the base's own, the first."""
     if len(records) < 2:
         return []
-    base, last = records[0], records[-1]
+    base, last = records[0], next(r for r in records if r.epoch == kept_epoch)
     return [
         f"held-out text after epoch {last.epoch} (the base): "
         f"TTR {last.ttr:.3f} ({base.ttr:.3f}), "

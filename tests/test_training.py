@@ -289,6 +289,22 @@ def test_the_bar_shows_epoch_and_loss(capsys: pytest.CaptureFixture[str]) -> Non
     assert (quiet.out, quiet.err) == ("", "")
 
 
+def test_losses_reach_the_loggers_of_the_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import TrainerCallback
+    from transformers.integrations import integration_utils
+
+    seen: list[float] = []
+
+    class Logger(TrainerCallback):
+        def on_log(self, *args: Any, logs: dict[str, float], **kwargs: Any) -> None:
+            seen.extend(logs[name] for name in logs if name == "loss")
+
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "mine", Logger)
+    run = hyperfit(llama(), texts(), epochs=3, report_to="mine", **FEW)
+    assert seen == pytest.approx(run.history, rel=1e-4)
+    assert "nobody is not supported" in refusal(llama(), texts(), report_to=["nobody"])
+
+
 # LoRA
 
 

@@ -84,7 +84,8 @@ def fit(
                     prefix.close()
         if recipe.method != "full":
             pissa.join(trained)
-    scope |= {"seconds": round(progress.seconds, 3), "ending": ending}
+    scope |= {"seconds": round(progress.seconds, 3)}
+    scope |= {"ending": ending.reason, "kept_epoch": ending.kept_epoch}
     return Fitted(trained, progress, scope, tuple(notes))
 
 

@@ -6,7 +6,7 @@ import contextlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Int
@@ -43,6 +43,18 @@ class Manner:
     progress: bool
 
 
+class Ending(NamedTuple):
+    """How a run ended.
+
+    Attributes:
+        reason: in words.
+        kept_epoch: the epoch whose weights the model has now.
+    """
+
+    reason: str
+    kept_epoch: int
+
+
 def train(
     model: nn.Module,
     tokens: Int[Tensor, "sequences pos"],
@@ -52,7 +64,7 @@ def train(
     manner: Manner,
     recorder: Recorder | None = None,
     prefix: PrefixCache | None = None,
-) -> tuple[Progress, str]:
+) -> tuple[Progress, Ending]:
     """Train the weights that require gradients, in place, from the checkpoint if there is one.
 
     Args:
@@ -66,7 +78,7 @@ def train(
         prefix: serves the frozen blocks; None runs them every time.
 
     Returns:
-        Losses, records and seconds; and why it ended, in words.
+        Losses, records and seconds; and how it ended.
 
     Raises:
         TrainingError: if the loss or the weights become NaN or infinite.
@@ -111,7 +123,7 @@ def train(
             f"a weight became NaN or infinite by step {trainer.state.global_step}, the last: "
             f"lower learning_rate (now {recipe.learning_rate:g})"
         )
-    return progress, _ending(model, recipe, recording, working)
+    return progress, _ending(model, recipe, recording, working, len(progress.losses))
 
 
 def _trainer(
@@ -151,12 +163,14 @@ def _take_over(progress: Progress) -> None:
         progress.total, progress.n = 0.0, 0
 
 
-def _ending(model: nn.Module, recipe: Recipe, recording: Recording | None, working: Working) -> str:
-    """Put the best weights back where that was asked for; why the run ended, in words."""
+def _ending(
+    model: nn.Module, recipe: Recipe, recording: Recording | None, working: Working, last: int
+) -> Ending:
+    """Put the best weights back where that was asked for."""
     if recording is None or not recipe.stop_at_plateau:
-        return f"all {recipe.epochs} epochs were run"
-    best = recording.best_epoch
-    if best is not None:
-        load_weights(model, working.best(best))
-        return f"{recording.decision.reason}; the weights are those of epoch {best}"
-    return recording.decision.reason
+        return Ending(f"all {recipe.epochs} epochs were run", last)
+    best, reason = recording.best_epoch, recording.decision.reason
+    if best is None:
+        return Ending(reason, last)
+    load_weights(model, working.best(best))
+    return Ending(f"{reason}; the weights are those of epoch {best}", best)
