@@ -1,6 +1,6 @@
 """Late-stage LoRA with the frozen-prefix cache against what people run today, one run.
 
-    python benchmarks/train_speed.py [--layers 24 --d-model 192 --last-k 5 ...]
+    python benchmarks/train_speed.py [--layers 24 --d-model 512 --last-k 5 ...]
 
 All sides train the same random Llama on the same sequences with AdamW, batches of 8, float32:
 
@@ -174,8 +174,8 @@ def suffix_alone(args, tokens):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name, default in (
-        ("layers", 24), ("d-model", 192), ("vocab", 4096), ("sequences", 32), ("length", 128),
-        ("last-k", 5), ("epochs", 5), ("rounds", 3), ("threads", 2),
+        ("layers", 24), ("d-model", 512), ("vocab", 4096), ("sequences", 32), ("length", 128),
+        ("last-k", 5), ("epochs", 4), ("rounds", 3), ("threads", 2),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=default)
     args = parser.parse_args()
