@@ -1,4 +1,4 @@
-"""PEFT adapter folders: what they hold, which base they name, and whether they fit a base."""
+"""PEFT adapters: where they are, what they hold, which base they name, whether they fit a base."""
 
 from __future__ import annotations
 
@@ -8,11 +8,57 @@ from pathlib import Path
 from typing import Any
 
 from .errors import LoadingError, PairError
-from .hub import first_line
+from .hub import HUB_ID, first_line
 from .shells import shell_of
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+# Fetched with an adapter from the hub, where they exist: it may come with a tokenizer of its own.
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+
+
+def adapter_folder(source: Any) -> Path | None:
+    """The folder of an adapter: its own, or its copy in the cache for a hub id; None if it is none.
+
+    Args:
+        source: whatever a model can be opened from; of a pair (model, tokenizer), the model counts.
+    """
+    if isinstance(source, tuple) and source:
+        source = source[0]
+    if not isinstance(source, str | Path):
+        return None
+    folder = Path(source).expanduser()
+    if folder.exists() or isinstance(source, Path) or not HUB_ID.fullmatch(source):
+        return folder if (folder / ADAPTER_CONFIG).exists() else None
+    # A model that was opened before is no adapter; asking again would cost a request, and half a
+    # minute where there is no network.
+    config = None if _is_cached_model(source) else _fetched(source, ADAPTER_CONFIG)
+    if config is None:
+        return None
+    for file in (ADAPTER_WEIGHTS, *TOKENIZER_FILES):
+        _fetched(source, file)
+    return config.parent
+
+
+def _is_cached_model(name: str) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    model, adapter = (
+        isinstance(try_to_load_from_cache(name, file), str)
+        for file in ("config.json", ADAPTER_CONFIG)
+    )
+    return model and not adapter
+
+
+def _fetched(name: str, file: str) -> Path | None:
+    """A file of a hub repository, downloaded into the cache unless it is there; None if missing."""
+    from transformers.utils.hub import cached_file
+
+    try:
+        found = cached_file(name, file)
+    except OSError:  # no such repository or file, or no hub: whoever loads the model says so
+        return None
+    return None if found is None else Path(found)
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:

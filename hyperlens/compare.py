@@ -51,7 +51,8 @@ def compare_models(
 
     Args:
         base, tuned: hub id, local folder, `PreTrainedModel`, `PeftModel`, hooked model, or a
-            pair (model, tokenizer); `tuned` may also be an adapter folder, put on `base`.
+            pair (model, tokenizer); `tuned` may also be an adapter, by folder or hub id, which is
+            put on `base`.
         texts: list of strings or of token ids, a .txt / .jsonl / .csv / .parquet file, a
             `datasets.Dataset`, or a hub dataset name.
         probes: what to measure; None for all built-in probes.
@@ -188,7 +189,8 @@ def _meta(
 def _describe(loaded: Loaded) -> dict[str, Any]:
     source = loaded.opened.name
     # A folder is called by its own name: where it lay is a fact for the record, not for titles.
-    is_path = loaded.opened.kind in ("folder", "adapter") or Path(source).is_absolute()
+    is_path = loaded.opened.kind in ("folder", "adapter") and Path(source).is_dir()
+    is_path = is_path or Path(source).is_absolute()
     return {
         "name": Path(source).resolve().name if is_path else source,
         "source": source,

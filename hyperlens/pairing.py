@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from .adapters import ADAPTER_CONFIG
 from .errors import PairError
 from .hooked import Backend, backend_of
 from .loading import Loaded, check_backend, hook, parse_device, parse_dtype
@@ -35,7 +33,7 @@ def open_pair(
 ) -> ModelPair:
     """Open, align, hook and check two models.
 
-    An adapter folder as `tuned` is put on the base's own weights, which are held only once.
+    An adapter as `tuned` is put on the base's own weights, which are then held only once.
 
     Raises:
         LoadingError: if a source cannot be opened.
@@ -45,9 +43,7 @@ def open_pair(
     check_backend(backend)
     where, cast = parse_device(device), parse_dtype(dtype)
     first = open_source(base, device=where, dtype=cast)
-    second = open_source(
-        tuned, device=where, dtype=cast, base=first if _is_adapter_folder(tuned) else None
-    )
+    second = open_source(tuned, device=where, dtype=cast, base=first)
     first, second, notes = _aligned(first, second)
     kinds = {backend_of(o.model) for o in (first, second)} - {None}
     if len(kinds) > 1:
@@ -60,12 +56,6 @@ def open_pair(
     pair = ModelPair(hook(first, chosen), hook(second, chosen), first.notes + second.notes + notes)
     _check_sizes(pair)
     return pair
-
-
-def _is_adapter_folder(source: Any) -> bool:
-    if isinstance(source, tuple) and source:
-        source = source[0]  # (folder, tokenizer)
-    return isinstance(source, str | Path) and (Path(source).expanduser() / ADAPTER_CONFIG).exists()
 
 
 def _aligned(first: Opened, second: Opened) -> tuple[Opened, Opened, tuple[str, ...]]:

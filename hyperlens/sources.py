@@ -11,7 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from .adapters import ADAPTER_CONFIG, check_adapter_kind, named_base, put_on, read_adapter_config
+from .adapters import (
+    ADAPTER_CONFIG,
+    adapter_folder,
+    check_adapter_kind,
+    named_base,
+    put_on,
+    read_adapter_config,
+)
 from .errors import LoadingError, PairError
 from .hooked import backend_of
 from .hub import HUB_ID, first_line
@@ -48,12 +55,13 @@ def open_source(
     """Open one model source without changing anything the caller holds.
 
     Args:
-        source: hub id, folder, adapter folder, `PreTrainedModel`, `PeftModel`, hooked model, or
-            a pair (model, tokenizer).
+        source: hub id or folder of a model or an adapter, `PreTrainedModel`, `PeftModel`, hooked
+            model, or a pair (model, tokenizer).
         device: where to put it; None leaves objects where they are and lets folders go to the
             best device there is.
         dtype: None keeps the checkpoint's own.
-        base: the model that an adapter folder is put on; None takes the one its config names.
+        base: the model to put an adapter on (any other source ignores it); None takes
+            the one that the adapter names.
 
     Raises:
         LoadingError: if the source is missing, incomplete, unsafe or no causal language model.
@@ -69,10 +77,11 @@ def open_source(
             "expected a hub id, a folder, a Hugging Face or PEFT model, or a hooked model; "
             f"got {type(source).__name__}"
         )
+    adapter = adapter_folder(source)
+    if adapter is not None:
+        return _open_adapter(adapter, str(source), base, device, dtype)
     folder = Path(source).expanduser()
     if folder.is_dir():
-        if (folder / ADAPTER_CONFIG).exists():
-            return _open_adapter(folder, base, device, dtype)
         check_checkpoint_folder(folder)
         return _from_pretrained(str(folder), "folder", device, dtype)
     if isinstance(source, Path) or not HUB_ID.fullmatch(source):
@@ -172,6 +181,7 @@ def _from_pretrained(
 
 def _open_adapter(
     folder: Path,
+    name: str,
     base: Opened | None,
     device: torch.device | None,
     dtype: torch.dtype | None,
@@ -183,9 +193,9 @@ def _open_adapter(
         try:
             base = open_source(named_base(folder, config), device=device, dtype=dtype)
         except LoadingError as error:
-            raise LoadingError(f"adapter {folder}, its base: {error}") from error
+            raise LoadingError(f"adapter {name}, its base: {error}") from error
     elif named and named != base.name:
-        notes = (f"adapter {folder.name} names {named} as its base; it was put on {base.name}",)
+        notes = (f"adapter {Path(name).name} names {named} as its base; it was put on {base.name}",)
     if is_peft(base.model) or backend_of(base.model) is not None:
         raise PairError(
             f"adapter {folder} needs a plain Hugging Face base, got {type(base.model).__name__}: "
@@ -193,7 +203,7 @@ def _open_adapter(
         )
     model = put_on(base.model, base.name, folder, named)
     tokenizer = read_tokenizer(str(folder), local=True) or base.tokenizer
-    return Opened(converted(model, device, dtype), tokenizer, str(folder), "adapter", notes)
+    return Opened(converted(model, device, dtype), tokenizer, name, "adapter", notes)
 
 
 def _check_complete(name: str, info: dict[str, Any]) -> None:

@@ -22,6 +22,10 @@ comparison = compare_models("someone/base", sys.argv[2], texts, progress=False, 
 print(comparison.meta["base"]["kind"], comparison.meta["base"]["name"])
 print(comparison.value("drift", "l2", 3, "raw") > 0)
 print(type(load_hooked("someone/base", device="cpu")).__name__)
+from_hub = compare_models("someone/base", "someone/adapter", texts, progress=False, device="cpu")
+print(from_hub.meta["tuned"]["kind"], from_hub.meta["tuned"]["name"])
+print(from_hub.to_frame().equals(comparison.to_frame()))
+print(load_hooked("someone/adapter", device="cpu").cfg.n_layers)
 try:
     load_hooked("someone/absent")
 except HyperlensError as error:
@@ -47,6 +51,7 @@ def test_a_hub_id_and_an_adapter_that_names_it(tmp_path):
     config = tmp_path / "adapter" / "adapter_config.json"
     named = json.loads(config.read_text()) | {"base_model_name_or_path": "someone/base"}
     config.write_text(json.dumps(named))
+    in_hub_cache(tmp_path / "adapter", tmp_path / "home", "someone/adapter")
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, str(Path(__file__).parent), str(tmp_path / "adapter")],
         capture_output=True,
@@ -54,9 +59,12 @@ def test_a_hub_id_and_an_adapter_that_names_it(tmp_path):
         env=os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"},
     )
     assert done.returncode == 0, done.stderr
-    kind, drifted, bridge, absent = done.stdout.strip().splitlines()
+    kind, drifted, bridge, adapter, same, layers, absent = done.stdout.strip().splitlines()
     assert kind == "hub someone/base"
     assert drifted == "True"
     assert bridge == "TransformerBridge"
+    assert adapter == "adapter someone/adapter"
+    assert same == "True"
+    assert layers == "3"
     assert "someone/absent" in absent
     assert "hub" in absent

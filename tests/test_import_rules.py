@@ -57,6 +57,7 @@ ALLOWED: dict[str, set[str]] = {
         "sources",
         "hooked",
         "shells",
+        "adapters",
         "discovery",
         "fingerprint",
         # ranks of the record, and the colours of its figures

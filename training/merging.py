@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..adapters import ADAPTER_CONFIG
 from ..errors import LoadingError, TrainingError
 from ..files import check_new_folder
 from ..fingerprint import versions
@@ -16,8 +17,6 @@ from ..shells import converted, is_peft, merged
 from ..sources import Opened, open_source
 from .hyperfitting import HyperfitRun
 from .saving import RECORD, save
-
-ADAPTER_CONFIG = "adapter_config.json"
 
 
 def merge(
