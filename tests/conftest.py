@@ -1,5 +1,6 @@
 """Shared fixtures: tiny random models of several architectures, and the real one where it is."""
 
+import json
 import os
 from pathlib import Path
 
@@ -134,6 +135,26 @@ def token_texts(n: int = 12, seed: int = 0, shortest: int = 5, longest: int = 20
 def tiny():
     """A tiny Llama."""
     return make_tiny("llama")
+
+
+@pytest.fixture(scope="session")
+def llama_folder(tmp_path_factory) -> Path:
+    """A tiny Llama's folder, for other processes to open."""
+    folder = tmp_path_factory.mktemp("base") / "llama"
+    make_tiny("llama").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def ids_file(tmp_path_factory) -> Path:
+    """Twelve random sequences of twelve token ids as JSON."""
+    import torch
+
+    file = tmp_path_factory.mktemp("texts") / "ids.json"
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, D_VOCAB, (12, 12), generator=generator)
+    file.write_text(json.dumps(ids.tolist()))
+    return file
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import D_VOCAB, ROOT, make_tiny
+from conftest import ROOT
 from safetensors.torch import load_file
 
 from hyperlens.errors import ResultsError, TrainingError
@@ -41,31 +41,17 @@ SCRIPT = """
 import json, sys, torch
 torch.set_num_threads(1)
 from hyperlens.training import hyperfit
-base, texts, out, method, options = sys.argv[1:]
+llama_folder, ids_file, out, method, options = sys.argv[1:]
 options = json.loads(options)
 print("ready", flush=True)
-hyperfit(base, json.load(open(texts)), method, out=out, **options)
+hyperfit(llama_folder, json.load(open(ids_file)), method, out=out, **options)
 """
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("base") / "llama"
-    make_tiny("llama").save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory) -> Path:
-    file = tmp_path_factory.mktemp("texts") / "ids.json"
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(3, D_VOCAB, (12, LENGTH), generator=generator)
-    file.write_text(json.dumps(ids.tolist()))
-    return file
-
-
-def start(base: Path, texts: Path, out: Path, method: str, **options) -> subprocess.Popen:
-    arguments = [str(base), str(texts), str(out), method, json.dumps(OPTIONS | options)]
+def start(
+    llama_folder: Path, ids_file: Path, out: Path, method: str, **options
+) -> subprocess.Popen:
+    arguments = [str(llama_folder), str(ids_file), str(out), method, json.dumps(OPTIONS | options)]
     return subprocess.Popen(
         [sys.executable, "-c", SCRIPT, *arguments],
         cwd=ROOT,
@@ -105,16 +91,18 @@ def same(one: Path, other: Path) -> None:
     ],
     ids=["late_lora", "full"],
 )
-def test_killed_at_random_moments_it_ends_the_same(base, texts, tmp_path, method, options):
+def test_killed_at_random_moments_it_ends_the_same(
+    llama_folder, ids_file, tmp_path, method, options
+):
     whole, out = tmp_path / "whole", tmp_path / "killed"
-    process = start(base, texts, whole, method, **options)
+    process = start(llama_folder, ids_file, whole, method, **options)
     process.stdout.readline()
     loaded = time.monotonic()
     finish(process)
     takes = time.monotonic() - loaded
     rng = random.Random(method)
     for _ in range(5):  # ten in all, over both methods
-        process = start(base, texts, out, method, **options)
+        process = start(llama_folder, ids_file, out, method, **options)
         process.stdout.readline()
         try:
             process.communicate(timeout=rng.uniform(0.05, 0.9) * takes)
@@ -126,13 +114,15 @@ def test_killed_at_random_moments_it_ends_the_same(base, texts, tmp_path, method
             shutil.rmtree(out)
         else:
             assert process.returncode == -signal.SIGKILL
-    finish(start(base, texts, out, method, **options))
+    finish(start(llama_folder, ids_file, out, method, **options))
     same(whole, out)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["killed", "whole"]
 
 
 @pytest.mark.parametrize("at", [4, 6], ids=["within an epoch", "at its end"])
-def test_control_c_ends_with_a_checkpoint_of_the_step(base, texts, tmp_path, monkeypatch, at):
+def test_control_c_ends_with_a_checkpoint_of_the_step(
+    llama_folder, ids_file, tmp_path, monkeypatch, at
+):
     from hyperlens.training.trainer import TokenTrainer
 
     compute = TokenTrainer.compute_loss
@@ -142,21 +132,21 @@ def test_control_c_ends_with_a_checkpoint_of_the_step(base, texts, tmp_path, mon
             signal.raise_signal(signal.SIGINT)
         return compute(self, *args, **kwargs)
 
-    ids = json.loads(texts.read_text())
+    ids = json.loads(ids_file.read_text())
     options = OPTIONS | {"checkpoint_minutes": 60.0}
     with monkeypatch.context() as patch:
         patch.setattr(TokenTrainer, "compute_loss", pressed)
         with pytest.raises(KeyboardInterrupt):
-            hyperfit(base, ids, out=tmp_path / "run", **options)
+            hyperfit(llama_folder, ids, out=tmp_path / "run", **options)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     state = tmp_path / "run.partial" / "checkpoint" / "trainer_state.json"
     assert json.loads(state.read_text())["global_step"] == at
-    hyperfit(base, ids, out=tmp_path / "run", **options)
-    hyperfit(base, ids, out=tmp_path / "whole", **options)
+    hyperfit(llama_folder, ids, out=tmp_path / "run", **options)
+    hyperfit(llama_folder, ids, out=tmp_path / "whole", **options)
     same(tmp_path / "whole", tmp_path / "run")
 
 
-def test_a_second_control_c_ends_at_once(base, texts, tmp_path, monkeypatch):
+def test_a_second_control_c_ends_at_once(llama_folder, ids_file, tmp_path, monkeypatch):
     from hyperlens.training.trainer import TokenTrainer
 
     def pressed_twice(self, *args, **kwargs):
@@ -166,7 +156,7 @@ def test_a_second_control_c_ends_at_once(base, texts, tmp_path, monkeypatch):
 
     monkeypatch.setattr(TokenTrainer, "compute_loss", pressed_twice)
     with pytest.raises(KeyboardInterrupt):
-        hyperfit(base, json.loads(texts.read_text()), out=tmp_path / "run", **OPTIONS)
+        hyperfit(llama_folder, json.loads(ids_file.read_text()), out=tmp_path / "run", **OPTIONS)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -174,7 +164,7 @@ class Interrupted(Exception):
     pass
 
 
-def interrupted_at(step: int, monkeypatch, base, ids, out, method="late_lora", **options):
+def interrupted_at(step: int, monkeypatch, llama_folder, ids, out, method="late_lora", **options):
     """A run that breaks off inside a step, with its partial folder left behind."""
     from hyperlens.training.trainer import TokenTrainer
 
@@ -188,58 +178,68 @@ def interrupted_at(step: int, monkeypatch, base, ids, out, method="late_lora", *
     with monkeypatch.context() as patch:
         patch.setattr(TokenTrainer, "compute_loss", breaks)
         with pytest.raises(Interrupted):
-            hyperfit(base, ids, method, out=out, **OPTIONS | options)
+            hyperfit(llama_folder, ids, method, out=out, **OPTIONS | options)
 
 
 @pytest.mark.parametrize("step", [1, 3, 4, 8, 17])
-def test_from_every_kind_of_step(base, texts, tmp_path, monkeypatch, step):
+def test_from_every_kind_of_step(llama_folder, ids_file, tmp_path, monkeypatch, step):
     """After the first, at an epoch's end, just after it, between records, before the last."""
-    ids = json.loads(texts.read_text())
-    interrupted_at(step, monkeypatch, base, ids, tmp_path / "broken", last_k=1)
+    ids = json.loads(ids_file.read_text())
+    interrupted_at(step, monkeypatch, llama_folder, ids, tmp_path / "broken", last_k=1)
     assert json.loads((tmp_path / "broken.partial/checkpoint/progress.json").read_text())
-    hyperfit(base, ids, "late_lora", out=tmp_path / "broken", last_k=1, **OPTIONS)
-    hyperfit(base, ids, "late_lora", out=tmp_path / "whole", last_k=1, **OPTIONS)
+    hyperfit(llama_folder, ids, "late_lora", out=tmp_path / "broken", last_k=1, **OPTIONS)
+    hyperfit(llama_folder, ids, "late_lora", out=tmp_path / "whole", last_k=1, **OPTIONS)
     same(tmp_path / "whole", tmp_path / "broken")
     tables = [(tmp_path / name / "history.csv").read_text() for name in ("whole", "broken")]
     assert tables[0].count("\n") == tables[1].count("\n") == 1 + 4  # epochs 0, 2, 4 and 6
 
 
-def test_going_on_with_other_options_says_which(base, texts, tmp_path, monkeypatch):
-    ids = json.loads(texts.read_text())
+def test_going_on_with_other_options_says_which(llama_folder, ids_file, tmp_path, monkeypatch):
+    ids = json.loads(ids_file.read_text())
     out = tmp_path / "run"
-    interrupted_at(5, monkeypatch, base, ids, out, last_k=1)
+    interrupted_at(5, monkeypatch, llama_folder, ids, out, last_k=1)
     with pytest.raises(TrainingError, match=r"learning_rate 0\.01 there, 0\.02 here") as refused:
-        hyperfit(base, ids, "late_lora", out=out, **OPTIONS | {"last_k": 1, "learning_rate": 0.02})
+        hyperfit(
+            llama_folder,
+            ids,
+            "late_lora",
+            out=out,
+            **OPTIONS | {"last_k": 1, "learning_rate": 0.02},
+        )
     assert "batch_size" not in str(refused.value)
     with pytest.raises(TrainingError, match="texts '"):
-        hyperfit(base, ids[1:], "late_lora", out=out, last_k=1, **OPTIONS)
+        hyperfit(llama_folder, ids[1:], "late_lora", out=out, last_k=1, **OPTIONS)
     # What does not change the result may change.
     options = OPTIONS | {"last_k": 1, "checkpoint_minutes": 5.0, "prefix_cache": False}
-    assert hyperfit(base, ids, "late_lora", out=out, **options).folder == out
+    assert hyperfit(llama_folder, ids, "late_lora", out=out, **options).folder == out
 
 
-def test_a_foreign_partial_folder_is_left_alone(base, texts, tmp_path):
+def test_a_foreign_partial_folder_is_left_alone(llama_folder, ids_file, tmp_path):
     (tmp_path / "run.partial").mkdir()
     (tmp_path / "run.partial" / "mine.txt").write_text("mine")
-    ids = json.loads(texts.read_text())
+    ids = json.loads(ids_file.read_text())
     with pytest.raises(TrainingError, match="in the way"):
-        hyperfit(base, ids, "late_lora", out=tmp_path / "run", last_k=1, **OPTIONS)
+        hyperfit(llama_folder, ids, "late_lora", out=tmp_path / "run", last_k=1, **OPTIONS)
     assert (tmp_path / "run.partial" / "mine.txt").read_text() == "mine"
 
 
 def test_a_run_that_fails_before_its_first_checkpoint_leaves_nothing(
-    base, texts, tmp_path, monkeypatch
+    llama_folder, ids_file, tmp_path, monkeypatch
 ):
-    ids = json.loads(texts.read_text())
-    interrupted_at(5, monkeypatch, base, ids, tmp_path / "run", last_k=1, checkpoint_minutes=9.0)
+    ids = json.loads(ids_file.read_text())
+    interrupted_at(
+        5, monkeypatch, llama_folder, ids, tmp_path / "run", last_k=1, checkpoint_minutes=9.0
+    )
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_full_disk_is_said_and_spares_the_last_checkpoint(base, texts, tmp_path, monkeypatch):
+def test_a_full_disk_is_said_and_spares_the_last_checkpoint(
+    llama_folder, ids_file, tmp_path, monkeypatch
+):
     """A limit on file sizes stands for the full disk: writing stops half-way."""
     from hyperlens.training.checkpoints import Checkpoints
 
-    ids = json.loads(texts.read_text())
+    ids = json.loads(ids_file.read_text())
     on_save, saves = Checkpoints.on_save, []
 
     def then_full(self, *args, **kwargs):
@@ -253,24 +253,24 @@ def test_a_full_disk_is_said_and_spares_the_last_checkpoint(base, texts, tmp_pat
         with monkeypatch.context() as patch:
             patch.setattr(Checkpoints, "on_save", then_full)
             with pytest.raises(ResultsError, match=r"checkpoint at step 4 .*free some space"):
-                hyperfit(base, ids, "full", out=tmp_path / "run", **OPTIONS)
+                hyperfit(llama_folder, ids, "full", out=tmp_path / "run", **OPTIONS)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         signal.signal(signal.SIGXFSZ, handler)
     partial = tmp_path / "run.partial"
     state = json.loads((partial / "checkpoint" / "trainer_state.json").read_text())
     assert state["global_step"] == 3
-    hyperfit(base, ids, "full", out=tmp_path / "run", **OPTIONS)
-    hyperfit(base, ids, "full", out=tmp_path / "whole", **OPTIONS)
+    hyperfit(llama_folder, ids, "full", out=tmp_path / "run", **OPTIONS)
+    hyperfit(llama_folder, ids, "full", out=tmp_path / "whole", **OPTIONS)
     same(tmp_path / "whole", tmp_path / "run")
 
 
 @pytest.mark.parametrize("method", ["full", "late_lora"])
-def test_recording_changes_nothing(base, texts, method):
-    ids = json.loads(texts.read_text())
+def test_recording_changes_nothing(llama_folder, ids_file, method):
+    ids = json.loads(ids_file.read_text())
     options = OPTIONS | {"lora_dropout": 0.2, "last_k": 1} if method != "full" else OPTIONS
-    recorded = hyperfit(base, ids, method, **options)
-    plain = hyperfit(base, ids, method, **options | {"record_every": 0})
+    recorded = hyperfit(llama_folder, ids, method, **options)
+    plain = hyperfit(llama_folder, ids, method, **options | {"record_every": 0})
     assert recorded.history == plain.history
     a, b = recorded.model.state_dict(), plain.model.state_dict()
     assert all(torch.equal(a[name], b[name]) for name in a)

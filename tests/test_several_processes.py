@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import D_VOCAB, ROOT, make_tiny
+from conftest import ROOT
 from safetensors.torch import load_file
 
 from hyperlens.errors import TrainingError
@@ -33,29 +33,13 @@ SCRIPT = """
 import json, os, sys, torch
 torch.set_num_threads(1)
 from hyperlens.training import hyperfit
-base, texts, out, method, options = sys.argv[1:]
-run = hyperfit(base, json.load(open(texts)), method, out=out, **json.loads(options))
+llama_folder, ids_file, out, method, options = sys.argv[1:]
+run = hyperfit(llama_folder, json.load(open(ids_file)), method, out=out, **json.loads(options))
 print(f"rank {os.environ.get('RANK', '0')}", json.dumps(run.history), flush=True)
 """
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("base") / "llama"
-    make_tiny("llama").save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory) -> Path:
-    file = tmp_path_factory.mktemp("texts") / "ids.json"
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(3, D_VOCAB, (12, LENGTH), generator=generator)
-    file.write_text(json.dumps(ids.tolist()))
-    return file
-
-
-def run(processes: int, base: Path, texts: Path, out: Path, method: str, **options):
+def run(processes: int, llama_folder: Path, ids_file: Path, out: Path, method: str, **options):
     script = out.parent / "script.py"
     script.write_text(SCRIPT)
     launcher = (
@@ -63,7 +47,7 @@ def run(processes: int, base: Path, texts: Path, out: Path, method: str, **optio
         if processes > 1
         else []
     )
-    arguments = [str(base), str(texts), str(out), method, json.dumps(OPTIONS | options)]
+    arguments = [str(llama_folder), str(ids_file), str(out), method, json.dumps(OPTIONS | options)]
     return subprocess.run(
         [sys.executable, *launcher, str(script), *arguments],
         cwd=ROOT,
@@ -86,9 +70,9 @@ def record(out: Path) -> dict:
     ],
     ids=["full", "late_lora"],
 )
-def test_two_processes_give_the_losses_of_one(base, texts, tmp_path, method, options):
+def test_two_processes_give_the_losses_of_one(llama_folder, ids_file, tmp_path, method, options):
     for n in (1, 2):
-        done = run(n, base, texts, tmp_path / str(n), method, **options)
+        done = run(n, llama_folder, ids_file, tmp_path / str(n), method, **options)
         assert done.returncode == 0, done.stderr
     # Both processes return the same run.
     assert len({line.split(" ", 2)[2] for line in done.stdout.splitlines() if "rank" in line}) == 1
@@ -110,8 +94,15 @@ def test_two_processes_give_the_losses_of_one(base, texts, tmp_path, method, opt
         ({"n_sequences": 6}, "last batch of 2, which 2 processes cannot share"),
     ],
 )
-def test_what_cannot_be_shared_is_refused(base, texts, tmp_path, monkeypatch, changes, message):
+def test_what_cannot_be_shared_is_refused(
+    llama_folder, ids_file, tmp_path, monkeypatch, changes, message
+):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(TrainingError, match=message):
-        hyperfit(base, json.loads(texts.read_text()), out=tmp_path / "run", **OPTIONS | changes)
+        hyperfit(
+            llama_folder,
+            json.loads(ids_file.read_text()),
+            out=tmp_path / "run",
+            **OPTIONS | changes,
+        )
     assert list(tmp_path.iterdir()) == []
