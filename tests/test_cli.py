@@ -9,6 +9,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 import warnings
 from dataclasses import fields
 from pathlib import Path
@@ -785,8 +786,10 @@ def test_a_signal_interrupts_the_program(tmp_path: Path) -> None:
         # A shell starts background jobs with SIGINT ignored, and children inherit that.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    # Opening our end returns once the program has opened its own.
+    # Opening our end returns once the program has opened its own; a moment later it is reading.
+    # (In between, the interrupt could meet code whose exceptions Python drops.)
     with process, pipe.open("w"):
+        time.sleep(1)
         process.send_signal(signal.SIGINT)
         try:
             out, err = process.communicate(timeout=60)
