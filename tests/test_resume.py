@@ -119,6 +119,15 @@ def test_killed_at_random_moments_it_ends_the_same(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["killed", "whole"]
 
 
+@pytest.fixture
+def control_c():
+    """As in a terminal: a shell starts background jobs with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("control_c")
 @pytest.mark.parametrize("at", [4, 6], ids=["within an epoch", "at its end"])
 def test_control_c_ends_with_a_checkpoint_of_the_step(
     llama_folder, ids_file, tmp_path, monkeypatch, at
@@ -146,6 +155,7 @@ def test_control_c_ends_with_a_checkpoint_of_the_step(
     same(tmp_path / "whole", tmp_path / "run")
 
 
+@pytest.mark.usefixtures("control_c")
 def test_a_second_control_c_ends_at_once(llama_folder, ids_file, tmp_path, monkeypatch):
     from hyperlens.training.trainer import TokenTrainer
 
