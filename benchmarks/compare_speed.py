@@ -29,10 +29,9 @@ SIDES = {
 }
 
 
-def models(args):
-    """A random Llama and a slightly different copy of it."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
+def llama_config(args):
+    """The Llama of both benchmarks."""
+    return LlamaConfig(
         hidden_size=args.d_model,
         intermediate_size=args.d_model * 8 // 3,
         num_hidden_layers=args.layers,
@@ -40,6 +39,12 @@ def models(args):
         vocab_size=args.vocab,
         max_position_embeddings=max(args.length, 128),
     )
+
+
+def models(args):
+    """A random Llama and a slightly different copy of it."""
+    torch.manual_seed(0)
+    config = llama_config(args)
     base = LlamaForCausalLM(config).eval()
     tuned = LlamaForCausalLM(config).eval()
     tuned.load_state_dict(base.state_dict())

@@ -24,11 +24,11 @@ import time
 import warnings
 
 import torch
-from compare_speed import processor
+from compare_speed import llama_config, processor
 from peft import LoraConfig, get_peft_model
 from torch.nn import functional
 from torch.utils.data import Dataset
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from hyperlens.training import hyperfit
 
@@ -38,15 +38,7 @@ BATCH = 8
 
 def llama(args):
     torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=args.d_model,
-        intermediate_size=args.d_model * 8 // 3,
-        num_hidden_layers=args.layers,
-        num_attention_heads=args.d_model // 32,
-        vocab_size=args.vocab,
-        max_position_embeddings=args.length,
-    )
-    return LlamaForCausalLM(config)
+    return LlamaForCausalLM(llama_config(args))
 
 
 class Rows(Dataset):

@@ -34,6 +34,12 @@ class Anatomy:
     logit_scale: float
     soft_cap: float
 
+    def logits(self, unembedded: Float[Tensor, "*rows d_vocab"]) -> Float[Tensor, "*rows d_vocab"]:
+        """What the model makes of the unembedding's output: scaled, then capped."""
+        scaled = unembedded if self.logit_scale == 1.0 else unembedded * self.logit_scale
+        cap = self.soft_cap
+        return cap * torch.tanh(scaled / cap) if cap else scaled
+
 
 @dataclass(frozen=True)
 class _Call:

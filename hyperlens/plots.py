@@ -101,12 +101,12 @@ def _draw_drift(axes: Axes, comparison: Comparison, view: str) -> None:
     # Room above 1, where most layers of most pairs lie.
     margin = 0.06 * (1.0 - lowest) + 1e-3
     axes.set_ylim(lowest - margin, 1.0 + margin)
-    _label(axes, "mean cosine (circles, solid)", BLUE)
+    label_axis(axes, "mean cosine (circles, solid)", BLUE)
     right = axes.twinx()
     _draw_line(right, l2, VERMILION, "s--")
     right.set_ylim(0.0, 1.08 * _limits(l2)[1] or 1.0)
     unit = "residual units" if view == "raw" else "normed units"
-    _label(right, f"mean L2 distance, {unit}\n(squares, dashed)", VERMILION)
+    label_axis(right, f"mean L2 distance, {unit}\n(squares, dashed)", VERMILION)
     return None
 
 
@@ -157,7 +157,7 @@ def _draw_cumulative(axes: Axes, rows: Sequence[Row]) -> None:
     sums = list(accumulate(row.value for row in rows))
     right = axes.twinx()
     right.plot(layers, sums, "-.", color=GREY, lw=1.4)
-    _label(right, "cumulative ΔPR (dash-dot)", GREY)
+    label_axis(right, "cumulative ΔPR (dash-dot)", GREY)
     # Both zeros at the same height, or a bar above zero would stand beside a sum below it.
     bar_low, bar_high = axes.get_ylim()
     reach = max(map(abs, sums)) or 1.0
@@ -258,12 +258,18 @@ def _layer_axis(axes: Axes, end: int) -> None:
     axes.set_xlim(-0.6, end + 0.6)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=12))
     axes.set_xlabel(LAYER_LABEL)
+    plain_frame(axes)
+
+
+def plain_frame(axes: Axes) -> None:
+    """No lid, and faint lines behind the data to read values by."""
     axes.spines["top"].set_visible(False)
     axes.grid(axis="y", lw=0.4, alpha=0.5)
     axes.set_axisbelow(True)
 
 
-def _label(axes: Axes, text: str, color: str) -> None:
+def label_axis(axes: Axes, text: str, color: str) -> None:
+    """A vertical axis in the colour of what is read off it."""
     axes.set_ylabel(text, color=color)
     axes.tick_params(axis="y", colors=color)
     axes.spines["top"].set_visible(False)

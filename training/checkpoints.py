@@ -13,6 +13,11 @@ from .progress import Progress
 from .working import Working
 
 
+def is_within_epoch(state: Any) -> bool:
+    """Whether the step just made is not the last of its epoch."""
+    return bool(state.global_step % (state.max_steps // state.num_train_epochs))
+
+
 class Checkpoints(TrainerCallback):
     """Asks the Trainer for a checkpoint when enough time has passed, and puts it in its place.
 
@@ -31,8 +36,7 @@ class Checkpoints(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Within an epoch."""
-        steps_per_epoch = state.max_steps // state.num_train_epochs
-        if state.global_step % steps_per_epoch:
+        if is_within_epoch(state):
             control.should_save = self._due()
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

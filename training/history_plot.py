@@ -15,7 +15,17 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
 from ..errors import TrainingError
-from ..plots import BLUE, BUCKETS, GREEN, GREY, ORANGE, VERMILION, NotebookFigure
+from ..plots import (
+    BLUE,
+    BUCKETS,
+    GREEN,
+    GREY,
+    ORANGE,
+    VERMILION,
+    NotebookFigure,
+    label_axis,
+    plain_frame,
+)
 from .history import COLUMNS, FILE, read_history
 
 # What `hyperfit` writes beside the weights.
@@ -92,7 +102,7 @@ def _single(course: Course, titled: bool) -> Figure:
 
 def _draw_losses(axes: Axes, course: Course) -> None:
     _draw(axes, course.losses, BLUE, "-", "o")
-    _label(axes, "training loss, nats per token (circles, solid)", BLUE)
+    label_axis(axes, "training loss, nats per token (circles, solid)", BLUE)
     axes.set_ylim(bottom=0.0)
     perplexity = _positive(_column(course.records, "perplexity"))
     if not perplexity.empty:
@@ -105,7 +115,7 @@ def _draw_losses(axes: Axes, course: Course) -> None:
         other.yaxis.set_major_locator(ticks)
         other.yaxis.set_minor_locator(NullLocator())
         other.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        _label(other, "validation perplexity, log scale (squares, dashed)", VERMILION)
+        label_axis(other, "validation perplexity, log scale (squares, dashed)", VERMILION)
 
 
 def _draw_quality(axes: Axes, records: pd.DataFrame) -> None:
@@ -222,15 +232,7 @@ def _draw(
 def _epoch_axis(axes: Axes) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.set_xlabel("epoch")
-    axes.spines["top"].set_visible(False)
-    axes.grid(axis="y", lw=0.4, alpha=0.5)
-    axes.set_axisbelow(True)
-
-
-def _label(axes: Axes, text: str, colour: str) -> None:
-    axes.set_ylabel(text, color=colour)
-    axes.tick_params(axis="y", colors=colour)
-    axes.spines["top"].set_visible(False)
+    plain_frame(axes)
 
 
 def _say(axes: Axes, sentence: str) -> None:

@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 from . import processes
+from .checkpoints import is_within_epoch
 
 
 class Interrupts(TrainerCallback):
@@ -44,8 +45,7 @@ class Interrupts(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Ask for a checkpoint; the last step of an epoch gets it at the epoch's end."""
-        steps_per_epoch = state.max_steps // state.num_train_epochs
-        if self.asked and state.global_step % steps_per_epoch:
+        if self.asked and is_within_epoch(state):
             control.should_save = True
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

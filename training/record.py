@@ -135,11 +135,7 @@ class Recorder:
         self, head: nn.Module, states: Float[Tensor, "rows d_model"]
     ) -> Float[Tensor, "rows d_vocab"]:
         """The model's own logits, scale and soft cap included, as float32."""
-        logits: Tensor = head(states)
-        scale, cap = self._anatomy.logit_scale, self._anatomy.soft_cap
-        if scale != 1.0:
-            logits = logits * scale
-        return (cap * torch.tanh(logits / cap) if cap else logits).float()
+        return self._anatomy.logits(head(states)).float()
 
     @property
     def _device(self) -> torch.device:

@@ -34,8 +34,8 @@ class TokenLoss:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        anatomy = dissect(model)
-        self._head, self._scale, self._cap = anatomy.head, anatomy.logit_scale, anatomy.soft_cap
+        self._anatomy = dissect(model)
+        self._head = self._anatomy.head
         # A head that shares its weight with the embedding is trained when that is.
         self.head_is_frozen = not any(p.requires_grad for p in self._head.parameters())
 
@@ -54,10 +54,7 @@ class TokenLoss:
         return summed
 
     def _unembed(self, states: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_vocab"]:
-        logits: Tensor = self._head(states)
-        if self._scale != 1.0:
-            logits = logits * self._scale
-        return self._cap * torch.tanh(logits / self._cap) if self._cap else logits
+        return self._anatomy.logits(self._head(states))
 
 
 def _cross_entropy(
