@@ -6,17 +6,14 @@ import copy
 import json
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from .corpus import Corpus, are_token_ids, build_corpus, check_max_length
 from .errors import CorpusError, ProbeError
-from .fingerprint import versions, weights_sha256
 from .hooked import Backend
-from .loading import Loaded
-from .pairing import ModelPair, check_tokenizers, open_pair
+from .pairing import ModelPair, check_tokenizers, describe_pair, open_pair
 from .probes import Probe, default_probes
 from .results import Comparison
 from .runner import PassOptions, PassResult, run_pass
@@ -162,16 +159,8 @@ def _meta(
     options: PassOptions,
     probes: Sequence[Probe],
 ) -> dict[str, Any]:
-    cfg = pair.base.hooked.cfg
     return {
-        "n_layers": cfg.n_layers,
-        "d_model": cfg.d_model,
-        "d_vocab": cfg.d_vocab,
-        "base": _describe(pair.base),
-        "tuned": _describe(pair.tuned),
-        "backend": pair.base.backend,
-        "device": str(cfg.device),
-        "dtype": str(cfg.dtype).removeprefix("torch."),
+        **describe_pair(pair),
         "seed": options.seed,
         "options": {"batch_size": options.batch_size, "sink_threshold": options.sink_threshold},
         "corpus": corpus.describe(),
@@ -182,18 +171,4 @@ def _meta(
         "probes": {
             probe.name: json.loads(json.dumps(probe.options(), default=str)) for probe in probes
         },
-        "versions": versions(),
-    }
-
-
-def _describe(loaded: Loaded) -> dict[str, Any]:
-    source = loaded.opened.name
-    # A folder is called by its own name: where it lay is a fact for the record, not for titles.
-    is_path = loaded.opened.kind in ("folder", "adapter") and Path(source).is_dir()
-    is_path = is_path or Path(source).is_absolute()
-    return {
-        "name": Path(source).resolve().name if is_path else source,
-        "source": source,
-        "kind": loaded.opened.kind,
-        "sha256": weights_sha256(loaded.opened.model),
     }

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from .errors import PairError
+from .fingerprint import versions, weights_sha256
 from .hooked import Backend, backend_of
 from .loading import Loaded, check_backend, hook, parse_device, parse_dtype
 from .shells import converted, plain_model
@@ -148,3 +150,32 @@ def check_tokenizers(pair: ModelPair, texts: list[str]) -> tuple[str, ...]:
             "the base's is used",
         )
     return ()
+
+
+def describe_pair(pair: ModelPair) -> dict[str, Any]:
+    """What the `meta` of every result says of the models, and of the libraries that ran them."""
+    cfg = pair.base.hooked.cfg
+    return {
+        "n_layers": cfg.n_layers,
+        "d_model": cfg.d_model,
+        "d_vocab": cfg.d_vocab,
+        "base": _describe(pair.base),
+        "tuned": _describe(pair.tuned),
+        "backend": pair.base.backend,
+        "device": str(cfg.device),
+        "dtype": str(cfg.dtype).removeprefix("torch."),
+        "versions": versions(),
+    }
+
+
+def _describe(loaded: Loaded) -> dict[str, Any]:
+    source = loaded.opened.name
+    # A folder is called by its own name: where it lay is a fact for the record, not for titles.
+    is_path = loaded.opened.kind in ("folder", "adapter") and Path(source).is_dir()
+    is_path = is_path or Path(source).is_absolute()
+    return {
+        "name": Path(source).resolve().name if is_path else source,
+        "source": source,
+        "kind": loaded.opened.kind,
+        "sha256": weights_sha256(loaded.opened.model),
+    }

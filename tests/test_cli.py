@@ -19,7 +19,9 @@ from conftest import D_VOCAB, make_tiny, perturbed
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from hyperlens import Comparison, __version__, cli, compare, compare_models, options
+from hyperlens import Comparison, __version__, cli, compare, compare_models
+from hyperlens.commands import build_parser
+from hyperlens.commands.compare import PROBES
 from hyperlens.errors import LoadingError
 from hyperlens.probes import default_probes
 from hyperlens.training import Recipe, hyperfit, preset
@@ -165,13 +167,13 @@ def test_every_option_of_compare_arrives(
 
 
 def test_defaults_and_names_are_those_of_the_library() -> None:
-    args = vars(options.build_parser().parse_args(list(COMPARE)))
+    args = vars(build_parser().parse_args(list(COMPARE)))
     parameters = inspect.signature(compare_models).parameters
     for name, parameter in parameters.items():
         assert name in args
         if parameter.default is not inspect.Parameter.empty:
             assert args[name] == parameter.default, name
-    assert tuple(probe.name for probe in default_probes()) == options.PROBES
+    assert tuple(probe.name for probe in default_probes()) == PROBES
 
 
 def test_the_split_of_a_hub_dataset(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -682,7 +684,7 @@ def test_help_can_be_read(command: tuple, capsys: pytest.CaptureFixture[str]) ->
     # Every example is a command that parses.
     for line in out[out.index("Examples:") :].splitlines():
         if line.startswith("  hyperlens "):
-            options.build_parser().parse_args(shlex.split(line)[1:])
+            build_parser().parse_args(shlex.split(line)[1:])
 
 
 def test_the_commands_of_the_readme_parse() -> None:
@@ -690,14 +692,12 @@ def test_the_commands_of_the_readme_parse() -> None:
     commands = re.findall(r"(?:^|`)(hyperlens \w+ (?!--help)[^`\n]+)", readme, re.M)
     assert len(commands) >= 6
     for command in commands:
-        options.build_parser().parse_args(shlex.split(command)[1:])
+        build_parser().parse_args(shlex.split(command)[1:])
 
 
 def test_every_option_says_what_it_does_and_its_default() -> None:
     (commands,) = (
-        action.choices
-        for action in options.build_parser()._actions
-        if isinstance(action.choices, dict)
+        action.choices for action in build_parser()._actions if isinstance(action.choices, dict)
     )
     assert set(commands) == {"compare", "hyperfit", "merge"}
     for parser in commands.values():
@@ -709,7 +709,7 @@ def test_every_option_says_what_it_does_and_its_default() -> None:
 
 
 def test_help_says_whose_choice_each_default_is() -> None:
-    text = options.build_parser()
+    text = build_parser()
     (commands,) = (a.choices for a in text._actions if isinstance(a.choices, dict))
     helps = {action.dest: action.help for action in commands["hyperfit"]._actions}
     theirs = {name for name in HELP if "the paper's" in (helps.get(name) or "")}

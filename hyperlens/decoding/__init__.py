@@ -1,0 +1,1 @@
+"""Text from models: batched continuation, decoding strategies, measures of repetition."""

@@ -1,0 +1,1 @@
+"""Causality: put activations or weights of one model of a pair into the other."""
