@@ -103,7 +103,7 @@ def batches(stream: Tensor, epochs: int, generator: torch.Generator) -> Iterator
     for _ in range(epochs):
         rows = windows(stream, int(torch.randint(LENGTH - 1, (1,), generator=generator)))
         order = torch.randperm(len(rows), generator=generator)
-        for some in order[: len(order) // BATCH * BATCH].split(BATCH):
+        for some in order[: len(order) // BATCH * BATCH].split(BATCH):  # type: ignore[no-untyped-call]
             yield rows[some]
 
 
