@@ -19,7 +19,6 @@ from .corpus import Batch, Corpus, PaddingSide
 from .errors import ActivationError, HyperlensError, ProbeError, ResourceError
 from .hooked import HookedModel
 from .results import ProbeResult
-from .row_workers import RowWorkers, workers_for
 from .streams import LOGIT_CHUNK_BYTES, ModelStream, StreamPair, StreamSpec, TokenSample
 
 # Tokens are kept for intervals in at most this many bytes per layer, view and model, or in as
@@ -108,12 +107,10 @@ def run_pass(
     bar = tqdm(
         total=corpus.counts.n_tokens, unit="tok", desc="comparing", disable=not options.progress
     )
-    workers = workers_for(spec.device)
-    # Entered last, left first: no worker outlives what it reads.
-    with bar, hooked.evaluating(base), hooked.evaluating(tuned), workers:  # type: ignore[arg-type]
+    with bar, hooked.evaluating(base), hooked.evaluating(tuned):  # type: ignore[arg-type]
         for batch in batches:
             try:
-                pair = read_pair(base, tuned, batch, options.sink_threshold, spec.device, workers)
+                pair = read_pair(base, tuned, batch, options.sink_threshold, spec.device)
                 for probe in probes:
                     _guarded(probe, "update", pair)
             except torch.cuda.OutOfMemoryError:
@@ -150,7 +147,6 @@ def read_pair(
     batch: Batch,
     sink_threshold: float,
     device: torch.device,
-    workers: RowWorkers,
 ) -> StreamPair:
     """Run both models on one batch and gather what probes see.
 
@@ -181,7 +177,6 @@ def read_pair(
         sinks=big[0] | big[1],
         sample=TokenSample(batch.slot.to(here), batch.position.to(here)),
         device=device,
-        workers=workers,
     )
 
 

@@ -7,9 +7,8 @@ output of block l - 1, layer L the output of the last block.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from itertools import pairwise
-from typing import Literal, TypeVar, get_args
+from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -17,12 +16,6 @@ from torch import Tensor
 
 from . import stats
 from .errors import ProbeError
-from .row_workers import RowWorkers
-
-Result = TypeVar("Result")
-
-LogitRows = tuple[slice, Tensor, Tensor]
-"""Which of the `decisions` tokens, and their base and tuned logits, [rows, d_vocab] float32."""
 
 View = Literal["raw", "unit_rms", "final_norm"]
 VIEWS: tuple[View, ...] = get_args(View)
@@ -139,7 +132,6 @@ class StreamPair:
         sinks: True where a position is an attention sink at a layer, in either model.
         sample: the tokens kept for intervals.
         device: where statistics are computed (the CPU when the accelerator has no float64).
-        workers: who reads rows of logits.
     """
 
     base: ModelStream
@@ -150,7 +142,6 @@ class StreamPair:
     sinks: Bool[Tensor, "layer batch pos"]
     sample: TokenSample
     device: torch.device
-    workers: RowWorkers = field(default_factory=RowWorkers)
 
     @property
     def n_layers(self) -> int:
@@ -195,32 +186,17 @@ class StreamPair:
             self.tuned.vectors(layer, view, index).to(self.device),
         )
 
-    def read_logits(
-        self, layer: int, read: Callable[[Iterator[LogitRows]], Result]
-    ) -> list[Result]:
-        """Logit lens of both models over the `decisions` tokens, read by all workers at once.
+    def logits(
+        self, layer: int
+    ) -> Iterator[tuple[slice, Float[Tensor, "chunk d_vocab"], Float[Tensor, "chunk d_vocab"]]]:
+        """Logit lens of both models over the `decisions` tokens, a few rows at a time.
 
-        Args:
-            layer: where the lens is applied.
-            read: gets one share of the tokens, a few rows of logits at a time, which it may
-                overwrite; runs in several threads, so it must write to nothing that they share.
-
-        Returns:
-            What `read` returned for each share, in order of the tokens.
+        Yields (rows, base logits, tuned logits), `rows` being the slice of the set's tokens.
         """
         index = self.index(layer, "decisions")
-        count = self.workers.count
-        ends = [len(index) * i // count for i in range(count + 1)]
-        shares = [range(start, end) for start, end in pairwise(ends)]
-        # A batch without a token to decide still has its (empty) answer.
-        filled = [share for share in shares if share] or shares[:1]
-        return self.workers.map(lambda share: read(self._chunks(layer, index, share)), filled)
-
-    def _chunks(self, layer: int, index: Int[Tensor, " n"], share: range) -> Iterator[LogitRows]:
-        bytes_each = LOGIT_CHUNK_BYTES // self.workers.count
-        step = max(16, bytes_each // (4 * self.base.d_vocab))
-        for start in range(share.start, share.stop, step):
-            rows = slice(start, min(start + step, share.stop))
+        step = max(16, LOGIT_CHUNK_BYTES // (4 * self.base.d_vocab))
+        for start in range(0, len(index), step):
+            rows = slice(start, min(start + step, len(index)))
             yield (
                 rows,
                 self.base.logits(layer, index[rows]).to(self.device),

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import partial
+from collections import defaultdict
 
 import torch
 from jaxtyping import Float, Int
@@ -12,7 +11,7 @@ from torch import Tensor
 from .. import stats
 from ..intervals import mean_half_width, quantile_interval
 from ..results import ProbeResult, Row
-from ..streams import LogitRows, StreamPair, StreamSpec, TokenSet, View
+from ..streams import StreamPair, StreamSpec, TokenSet, View
 from .means import MeanProbe
 
 
@@ -53,16 +52,26 @@ class LogitLens(MeanProbe):
         """Read the lens at every layer, a few rows of logits at a time."""
         output = pair.n_layers
         if output not in self.spec.resolve_layers(self.layers):
-            self._winners = torch.cat(pair.read_logits(output, _tuned_winners))
+            self._winners = torch.cat([stats.winner(t) for _, _, t in pair.logits(output)])
         super().update(pair)
         del self._winners
 
     def measure(self, pair: StreamPair, layer: int, view: View) -> dict[str, Float[Tensor, " n"]]:
         """Agreement, divergence and entropies of the two lenses; counts ranks on the way."""
-        # At the output, which is read first, the tuned lens's winner is the final one.
-        final = None if layer == pair.n_layers else self._winners
-        parts = pair.read_logits(layer, partial(_read_lenses, final=final))
-        measured = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        parts: dict[str, list[Tensor]] = defaultdict(list)
+        work: Tensor | None = None
+        for rows, base, tuned in pair.logits(layer):
+            work = torch.empty_like(base) if work is None else work[: len(base)]
+            # At the output, which is read first, the tuned lens's winner is the final one.
+            final = stats.winner(tuned) if layer == pair.n_layers else self._winners[rows]
+            parts["rank"].append(stats.rank_of(base, final, work))
+            seen = stats.compare_logits_(base, tuned, work)
+            parts["winner"].append(seen.tuned_winner)
+            parts["top1_agreement"].append((seen.base_winner == seen.tuned_winner).double())
+            parts["kl"].append(seen.kl)
+            parts["base_entropy"].append(seen.base_entropy)
+            parts["tuned_entropy"].append(seen.tuned_entropy)
+        measured = {name: torch.cat(values) for name, values in parts.items()}
         winner = measured.pop("winner")
         if layer == pair.n_layers:
             self._winners = winner
@@ -96,32 +105,6 @@ class LogitLens(MeanProbe):
         nearest = int((share - 0.5).abs().nan_to_num(1.0).argmin())
         ends = quantile_interval(s["rank_counts"], float(half[nearest]))
         return Row(self.name, "median_base_rank", layer, "final_norm", *ends, int(s["n"]))
-
-
-def _tuned_winners(rows_of_logits: Iterator[LogitRows]) -> Int[Tensor, " n"]:
-    return torch.cat([stats.winner(tuned) for _, _, tuned in rows_of_logits])
-
-
-def _read_lenses(
-    rows_of_logits: Iterator[LogitRows], final: Int[Tensor, " n"] | None
-) -> dict[str, Tensor]:
-    """The comparison of two lenses and the base rank of the final winner, token by token.
-
-    `final` is the tuned model's final winner of every token; None where this lens decides it.
-    """
-    parts: dict[str, list[Tensor]] = {name: [] for name in (*LogitLens.metrics, "winner", "rank")}
-    work: Tensor | None = None
-    for rows, base, tuned in rows_of_logits:
-        work = torch.empty_like(base) if work is None else work[: len(base)]
-        target = stats.winner(tuned) if final is None else final[rows]
-        parts["rank"].append(stats.rank_of(base, target, work))
-        seen = stats.compare_logits_(base, tuned, work)
-        parts["winner"].append(seen.tuned_winner)
-        parts["top1_agreement"].append((seen.base_winner == seen.tuned_winner).double())
-        parts["kl"].append(seen.kl)
-        parts["base_entropy"].append(seen.base_entropy)
-        parts["tuned_entropy"].append(seen.tuned_entropy)
-    return {name: torch.cat(values) for name, values in parts.items()}
 
 
 def rank_edges(d_vocab: int) -> list[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import defaultdict
 
 import torch
 from jaxtyping import Float
@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import stats
 from ..rank_correlation import spearman
 from ..results import ProbeResult
-from ..streams import LogitRows, StreamPair, StreamSpec, TokenSet, View
+from ..streams import StreamPair, StreamSpec, TokenSet, View
 from .means import MeanProbe
 
 
@@ -46,9 +46,15 @@ class RankReordering(MeanProbe):
 
     def measure(self, pair: StreamPair, layer: int, view: View) -> dict[str, Float[Tensor, " n"]]:
         """Agreement, correlation and provenance of every next-token decision."""
-        parts = pair.read_logits(layer, _read_ranks)
-        measured = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        self.sums["tied"] += measured.pop("tied").sum()
+        parts: dict[str, list[Tensor]] = defaultdict(list)
+        for _, base, tuned in pair.logits(layer):
+            winner = stats.winner(tuned)
+            parts["top1_agreement"].append((stats.winner(base) == winner).double())
+            parts["spearman"].append(spearman(base, tuned))
+            parts["rank"].append(stats.rank_of(base, winner))
+            best = base.amax(-1, keepdim=True)
+            self.sums["tied"] += ((base == best).to(torch.float32).sum(-1) > 1).sum()
+        measured = {name: torch.cat(values) for name, values in parts.items()}
         rank = measured.pop("rank")
         lows = torch.tensor(rank_bins(self.spec.d_vocab), device=rank.device)
         bins = torch.bucketize(rank, lows, right=True) - 1
@@ -71,21 +77,6 @@ class RankReordering(MeanProbe):
         ]
         extras = {"rank_histogram": histogram, "tied_winners": int(self.sums["tied"])}
         return ProbeResult(tuple(self._rows()), extras)
-
-
-def _read_ranks(rows_of_logits: Iterator[LogitRows]) -> dict[str, Tensor]:
-    """Both winners' agreement, the correlation and the tuned winner's base rank, token by token."""
-    parts: dict[str, list[Tensor]] = {
-        name: [] for name in ("top1_agreement", "spearman", "rank", "tied")
-    }
-    for _, base, tuned in rows_of_logits:
-        winner = stats.winner(tuned)
-        parts["top1_agreement"].append((stats.winner(base) == winner).double())
-        parts["spearman"].append(spearman(base, tuned))
-        parts["rank"].append(stats.rank_of(base, winner))
-        best = base.amax(-1, keepdim=True)
-        parts["tied"].append((base == best).to(torch.float32).sum(-1) > 1)
-    return {name: torch.cat(values) for name, values in parts.items()}
 
 
 def rank_bins(d_vocab: int) -> list[int]:

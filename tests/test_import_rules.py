@@ -58,8 +58,7 @@ ALLOWED: dict[str, set[str]] = {
     "hooked": {"errors"},
     "files": {"errors"},
     "hub": set(),
-    "row_workers": set(),
-    "streams": {"errors", "hooked", "row_workers", *MATHS},
+    "streams": {"errors", "hooked", *MATHS},
     "results": {"errors", "files"},
     # opening models
     "shells": {"errors"},
@@ -83,7 +82,7 @@ ALLOWED: dict[str, set[str]] = {
     "fingerprint": set(),
     "texts": {"errors", "hub"},
     "corpus": {"errors", "texts"},
-    "runner": {"errors", "hooked", "streams", "row_workers", "corpus", "results", "stats"},
+    "runner": {"errors", "hooked", "streams", "corpus", "results", "stats"},
     "probes": {"errors", "streams", "results", *MATHS},
     # making fine-tuned models; never sees a probe
     "training": {
