@@ -13,10 +13,11 @@ LOCK3 := requirements/dev-tl3.txt
 
 PIP := -m pip --disable-pip-version-check --no-input
 PYTEST_ARGS ?=
+DEMO_ARGS ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help env env-tl3 test test-tl3 lint format types lock clean
+.PHONY: help env env-tl3 test test-tl3 lint format types docs demo lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -40,6 +41,12 @@ format: .venv/.installed ## fix style and formatting
 
 types: .venv/.installed ## check types
 	.venv/bin/mypy
+
+docs: .venv/.installed ## build the API reference, warnings are errors
+	.venv/bin/python -m sphinx -q -W --keep-going -b html docs build/docs
+
+demo: .venv/.installed ## hyperfit the embedded model, compare, write the report
+	.venv/bin/hyperlens demo $(DEMO_ARGS)
 
 lock: ## resolve both locks anew
 	$(call resolve,$(TL4),$(LOCK4))

@@ -18,16 +18,19 @@ from .means import MeanProbe
 class RankReordering(MeanProbe):
     """Ranks at the output, teacher-forced (paper, sections 3.3 and 3.4).
 
-    Temperature cannot change a rank: anything but agreement 1 and ρ = 1 is reordering.
+    Temperature cannot change a rank: anything but agreement 1 and ρ = 1 is reordering. All of it
+    is read at layer L.
 
-    Metrics (all at layer L):
+    Metrics:
         top1_agreement: share of tokens where both models put the same token first.
         spearman: mean rank correlation of the two rows of logits over the whole vocabulary.
         rank_1, rank_2_10, rank_gt_10, rank_ge_200: share of tokens whose tuned winner had that
             rank in the base model; tied logits share the best rank.
-    Extras: `rank_histogram`, the same ranks in bins that widen with rank and have their edges
-    where the shares above have theirs, and `tied_winners`, how often the base model's first
-    place was shared.
+
+    Extras:
+        rank_histogram: the same ranks in bins that widen with rank and have their edges where
+            the shares above have theirs.
+        tied_winners: how often the base model's first place was shared.
     """
 
     name = "rank_reordering"
