@@ -84,14 +84,27 @@ def installed(built: Built, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
+def sources(tree: Path) -> dict[str, Path]:
+    """Every source file, by its place in the tree; what the links show is not seen twice."""
+    links = [tree / "hyperlens" / name for name in ("probes", "training")]
+    return {
+        file.relative_to(tree).as_posix(): file
+        for folder in HOMES
+        for file in (tree / folder).rglob("*.py")
+        if not any(link in file.parents for link in links)
+    }
+
+
 def shipped_by(tree: Path) -> dict[str, bytes]:
     """The files a wheel must hold, by their place in it."""
     files = {
-        f"{home}/{file.name}": file.read_bytes()
-        for folder, home in HOMES.items()
-        for file in (tree / folder).glob("*.py")
+        f"{HOMES[name.split('/')[0]]}/{name.split('/', 1)[1]}": file.read_bytes()
+        for name, file in sources(tree).items()
     }
-    return files | {"hyperlens/py.typed": (tree / "hyperlens/py.typed").read_bytes()}
+    embedded = tree / "hyperlens/embedded"
+    data = [tree / "hyperlens/py.typed", *embedded.glob("*.jsonl"), *embedded.glob("*.md")]
+    data += [file for file in (embedded / "base").iterdir() if file.is_file()]
+    return files | {file.relative_to(tree).as_posix(): file.read_bytes() for file in data}
 
 
 def contents(wheel: Path) -> dict[str, bytes]:
@@ -120,10 +133,7 @@ def test_a_wheel_from_the_sdist_is_the_same(built: Built) -> None:
 def test_the_sdist_holds_each_source_once(built: Built) -> None:
     with tarfile.open(built.sdist) as archive:
         names = {member.name.split("/", 1)[-1] for member in archive if not member.isdir()}
-    sources = {
-        f"{folder}/{file.name}" for folder in HOMES for file in (built.tree / folder).glob("*.py")
-    }
-    assert {name for name in names if name.endswith(".py")} == sources
+    assert {name for name in names if name.endswith(".py")} == set(sources(built.tree))
     assert {"pyproject.toml", "LICENSE", "README.md", "hyperlens/py.typed"} <= names
 
 
