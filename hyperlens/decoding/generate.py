@@ -1,0 +1,167 @@
+"""Continuations of many prompts at once, on Hugging Face's `generate`."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from ..errors import CorpusError, LoadingError
+from ..shells import plain_model
+
+
+def continuations(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    do_sample: bool = False,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    min_p: float | None = None,
+    batch_size: int = 16,
+    stop_at_eos: bool = True,
+    seed: int = 0,
+    logits_processors: Sequence[Any] = (),
+    progress: bool = True,
+) -> list[list[int]]:
+    """What a model writes after each prompt.
+
+    Prompts of like length share a batch, padded on the left with a mask. Nothing of the
+    checkpoint's own generation settings (temperature, penalties, lengths) is used: two models
+    are compared under the same ones. Greedy tokens do not depend on `batch_size`, up to ties of
+    the last float; sampled ones do, because a batch draws from one generator. The caller's random
+    state stays as it was.
+
+    Args:
+        model: a `PreTrainedModel` or `PeftModel`.
+        tokenizer: whose EOS ends a continuation; None takes the model's own.
+        prompts: token ids, BOS included where the model wants one; none may be empty.
+        max_new_tokens: how many to add at most.
+        do_sample: sample, or take the most likely token.
+        temperature, top_p, min_p: of sampling.
+        batch_size: prompts at once.
+        stop_at_eos: end at EOS (which is left out), or write through it.
+        seed: of sampling.
+        logits_processors: transformers' `LogitsProcessor`s, applied in order.
+        progress: show a progress bar.
+
+    Returns:
+        New token ids per prompt, without prompt, padding and EOS.
+
+    Raises:
+        CorpusError: if a prompt is empty, or longer than the model's context allows.
+        LoadingError: if the model cannot generate.
+    """
+    _check(model, prompts, max_new_tokens)
+    eos = _eos_ids(model, tokenizer) if stop_at_eos else []
+    settings = _settings(
+        max_new_tokens, eos, do_sample=do_sample, temperature=temperature, top_p=top_p, min_p=min_p
+    )
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
+    made: list[list[int]] = [[] for _ in prompts]
+    bar = tqdm(total=len(prompts), desc="writing", unit="text", disable=not progress)
+    device = next(model.parameters()).device
+    with bar, _own_randomness(device, seed), _own_settings(model, settings), torch.no_grad():
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            tokens, mask = _left_padded([prompts[i] for i in batch], settings.pad_token_id, device)
+            written = model.generate(
+                input_ids=tokens,
+                attention_mask=mask,
+                generation_config=settings,
+                logits_processor=list(logits_processors),
+            )
+            for i, row in zip(batch, written[:, tokens.shape[1] :].tolist(), strict=True):
+                ends = [place for place, token in enumerate(row) if token in eos]
+                made[i] = row[: ends[0]] if ends else row
+            bar.update(len(batch))
+    return made
+
+
+def _check(model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    if not hasattr(plain_model(model), "generate"):
+        raise LoadingError(
+            f"{type(model).__name__} cannot generate with padding and a mask: give the model as a "
+            "folder, hub id, PreTrainedModel or PeftModel"
+        )
+    if max_new_tokens < 1:
+        raise CorpusError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    if not prompts or any(len(prompt) == 0 for prompt in prompts):
+        raise CorpusError("expected prompts of at least one token each, got an empty one")
+    longest = max(len(prompt) for prompt in prompts) + max_new_tokens
+    context = getattr(plain_model(model).config, "max_position_embeddings", None)
+    if isinstance(context, int) and longest > context:
+        raise CorpusError(
+            f"a prompt and its continuation may be {longest} tokens long, the model has {context} "
+            "positions: use shorter prompts or fewer new tokens"
+        )
+
+
+def _eos_ids(model: Any, tokenizer: Any) -> list[int]:
+    """What ends a text: the tokenizer's EOS, else the configuration's."""
+    found = getattr(tokenizer, "eos_token_id", None)
+    if found is None:
+        found = getattr(plain_model(model).config, "eos_token_id", None)
+    if found is None:
+        return []
+    return [int(found)] if isinstance(found, int) else [int(token) for token in found]
+
+
+def _settings(max_new_tokens: int, eos: list[int], **sampling: Any) -> Any:
+    from transformers import GenerationConfig
+
+    if not sampling["do_sample"]:
+        sampling = {"do_sample": False}
+    else:
+        sampling["top_k"] = 0  # the library's own default would cut at 50
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        eos_token_id=eos or None,
+        # Pads are masked and cut off, so any id serves; a model need not have one.
+        pad_token_id=eos[0] if eos else 0,
+        use_cache=True,
+        **sampling,
+    )
+
+
+@contextmanager
+def _own_settings(model: Any, settings: Any) -> Iterator[None]:
+    """`generate` fills what a configuration leaves open from the model's own: hide that.
+
+    Dropout is off inside.
+    """
+    plain = plain_model(model)
+    before, training = plain.generation_config, model.training
+    plain.generation_config = copy.deepcopy(settings)
+    model.eval()
+    try:
+        yield
+    finally:
+        plain.generation_config = before
+        model.train(training)
+
+
+@contextmanager
+def _own_randomness(device: torch.device, seed: int) -> Iterator[None]:
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield
+
+
+def _left_padded(
+    prompts: Sequence[Sequence[int]], pad: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    width = max(len(prompt) for prompt in prompts)
+    tokens = torch.full((len(prompts), width), pad, dtype=torch.long)
+    mask = torch.zeros_like(tokens)
+    for row, prompt in enumerate(prompts):
+        tokens[row, width - len(prompt) :] = torch.tensor(prompt)
+        mask[row, width - len(prompt) :] = 1
+    return tokens.to(device), mask.to(device)
