@@ -1,0 +1,231 @@
+"""Two models' logits at every context of some texts, without keeping the logits.
+
+A context is a token of a text with all before it; what follows it is what models predict. Kept
+are only the residuals after the last block, from which logits are made a few rows at a time, as
+often as an experiment needs them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ..corpus import Corpus, are_token_ids, build_corpus, check_max_length
+from ..errors import ActivationError, LoadingError
+from ..hooked import HookedModel, backend_of, evaluating, final_norm, run_residuals, unembed
+from ..pairing import ModelPair, check_tokenizers, describe_pair, open_pair
+from ..shells import plain_model
+from ..texts import read_texts
+
+# The tokenizers are held against each other on this many texts.
+COMPARED_TEXTS = 64
+# Logits of so many bytes exist at a time, per model.
+CHUNK_BYTES = 8 * 2**20
+
+LogitRows = tuple[slice, Float[Tensor, "n d_vocab"], Float[Tensor, "n d_vocab"]]
+
+
+@dataclass(frozen=True)
+class Contexts:
+    """Every context of a corpus, as both models see it.
+
+    Attributes:
+        pair: the two models.
+        corpus: the texts.
+        base, tuned: residuals after the last block, before the final norm.
+        text: which sequence of the corpus each context belongs to.
+        notes: what a reader of the result should know.
+    """
+
+    pair: ModelPair
+    corpus: Corpus
+    base: Float[Tensor, "n d_model"]
+    tuned: Float[Tensor, "n d_model"]
+    text: Int[Tensor, " n"]
+    notes: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.text)
+
+    @property
+    def weights(self) -> Float[Tensor, " n"]:
+        """Weights that sum to 1 and give every text the same say, whatever its length."""
+        lengths = torch.bincount(self.text, minlength=len(self.corpus.sequences))
+        counted = (lengths > 0).sum()
+        return 1.0 / (lengths[self.text].to(torch.float64) * counted)
+
+    def per_text(self, values: Float[Tensor, " n"]) -> list[float]:
+        """The mean over the contexts of each text; texts without any are left out."""
+        n = len(self.corpus.sequences)
+        lengths = torch.bincount(self.text, minlength=n)
+        sums = torch.zeros(n, dtype=torch.float64).index_add_(
+            0, self.text, values.to("cpu", torch.float64)
+        )
+        means: list[float] = (sums[lengths > 0] / lengths[lengths > 0]).tolist()
+        return means
+
+    def rows(self, what: str = "", progress: bool = False) -> Iterator[LogitRows]:
+        """Which contexts, and their base and tuned logits in float32, piece by piece."""
+        for rows in self._pieces(what, progress):
+            yield (
+                rows,
+                _logits(self.pair.base.hooked, self.base[rows]),
+                _logits(self.pair.tuned.hooked, self.tuned[rows]),
+            )
+
+    def base_rows(self) -> Iterator[tuple[slice, Float[Tensor, "n d_vocab"]]]:
+        """The same of the base model alone."""
+        for rows in self._pieces("", False):
+            yield rows, _logits(self.pair.base.hooked, self.base[rows])
+
+    def _pieces(self, what: str, progress: bool) -> Iterator[slice]:
+        size = max(1, CHUNK_BYTES // (4 * self.pair.base.hooked.cfg.d_vocab))
+        starts = range(0, len(self), size)
+        for start in tqdm(starts, desc=what, disable=not progress, leave=False):
+            yield slice(start, min(start + size, len(self)))
+
+
+class PairAndTexts(NamedTuple):
+    """Two models that can generate, the texts they read, and notes on both."""
+
+    pair: ModelPair
+    corpus: Corpus
+    notes: tuple[str, ...]
+
+
+def open_pair_and_texts(
+    base: Any,
+    tuned: Any,
+    texts: Any,
+    *,
+    max_length: int,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+) -> PairAndTexts:
+    """Open a pair that can generate, and tokenise texts for it.
+
+    Args:
+        base, tuned, texts, device, dtype: what `compare_models` takes, but no hooked models.
+        max_length: tokens per text, BOS included.
+
+    Raises:
+        HyperlensError: if a source cannot be opened, or the texts do not fit the models.
+    """
+    check_max_length(max_length)
+    for side, source in (("base", base), ("tuned", tuned)):
+        _check_generates(side, source)
+    texts = texts if are_token_ids(texts) else read_texts(texts)
+    pair = open_pair(base, tuned, device=device, dtype=dtype)
+    notes: tuple[str, ...] = ()
+    if not are_token_ids(texts):
+        notes = check_tokenizers(pair, texts[:COMPARED_TEXTS])
+    cfg = pair.base.hooked.cfg
+    corpus = build_corpus(
+        texts,
+        pair.base.opened.tokenizer or pair.tuned.opened.tokenizer,
+        max_length=max_length,
+        context_length=cfg.n_ctx or None,
+        d_vocab=cfg.d_vocab,
+        bos_id=_bos(pair),
+    )
+    return PairAndTexts(pair, corpus, (*pair.notes, *corpus.notes, *notes))
+
+
+def read_contexts(opened: PairAndTexts, batch_size: int, progress: bool) -> Contexts:
+    """Read the texts with both models, so many per forward pass.
+
+    Raises:
+        ActivationError: if a model overflows.
+    """
+    residuals = _residuals(opened.pair, opened.corpus, batch_size, progress)
+    return Contexts(opened.pair, opened.corpus, *residuals, opened.notes)
+
+
+def about(contexts: Contexts, options: dict[str, Any], seed: int) -> dict[str, Any]:
+    """The `meta` of a finding: models, options, data and notes."""
+    return describe_pair(contexts.pair) | {
+        "seed": seed,
+        "options": options,
+        "data": contexts.corpus.describe() | {"n_contexts": len(contexts)},
+        "notes": list(contexts.notes),
+    }
+
+
+def special_ids(pair: ModelPair) -> set[int]:
+    """Ids that are no words: the tokenizer's special tokens, and those of the configuration."""
+    found: set[int] = set()
+    config = plain_model(pair.base.opened.model).config
+    for holder in (config, getattr(pair.base.opened.model, "generation_config", None)):
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            value = getattr(holder, name, None)
+            found |= set(value if isinstance(value, list | tuple) else [value]) - {None}
+    tokenizer = pair.base.opened.tokenizer or pair.tuned.opened.tokenizer
+    if tokenizer is not None:
+        found |= set(tokenizer.all_special_ids)
+        # Rows that pad the vocabulary to a round number stand for no token.
+        found |= set(range(pair.base.hooked.cfg.d_vocab)) - set(tokenizer.get_vocab().values())
+    return found
+
+
+def _check_generates(side: str, source: Any) -> None:
+    model = source[0] if isinstance(source, tuple) and source else source
+    if isinstance(model, nn.Module) and backend_of(model) is not None:
+        raise LoadingError(
+            f"{side} is a hooked model, which cannot generate: pass the Hugging Face or PEFT "
+            "model, its folder or its hub id"
+        )
+
+
+def _bos(pair: ModelPair) -> int | None:
+    bos = getattr(plain_model(pair.base.opened.model).config, "bos_token_id", None)
+    return bos if isinstance(bos, int) else None
+
+
+def _residuals(
+    pair: ModelPair, corpus: Corpus, batch_size: int, progress: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    sides = {"base": pair.base.hooked, "tuned": pair.tuned.hooked}
+    parts: dict[str, list[Tensor]] = {"base": [], "tuned": [], "text": []}
+    batches = list(corpus.batches(batch_size))
+    first = 0
+    for batch in tqdm(batches, desc="reading", disable=not progress, leave=False):
+        counted = batch.real & ~batch.bos
+        for side, model in sides.items():
+            parts[side].append(_last_residual(side, model, batch.tokens, batch.real)[counted])
+        text = torch.arange(first, first + len(counted))[:, None].expand(counted.shape)
+        parts["text"].append(text[counted])
+        first += len(counted)
+    return torch.cat(parts["base"]), torch.cat(parts["tuned"]), torch.cat(parts["text"])
+
+
+def _last_residual(side: str, model: HookedModel, tokens: Tensor, real: Tensor) -> Tensor:
+    device = model.cfg.device
+    with evaluating(model):  # type: ignore[arg-type]
+        residuals = run_residuals(model, tokens.to(device), real.long().to(device))
+    last = residuals[-1]
+    if not bool(torch.isfinite(last[real.to(device)]).all()):
+        raise ActivationError(
+            f"the {side} model has NaN or infinite activations: load it in a wider dtype, as in "
+            "dtype='float32'"
+        )
+    return last
+
+
+def _logits(model: HookedModel, residual: Float[Tensor, "n d_model"]) -> Tensor:
+    with evaluating(model):  # type: ignore[arg-type]
+        return unembed(model, final_norm(model, residual)).float()
+
+
+def names(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """Tokens as text; a piece of a character as the tokenizer calls it, ids without a tokenizer."""
+    if tokenizer is None:
+        return [str(i) for i in ids]
+    texts = [str(tokenizer.decode([i])) for i in ids]
+    pieces = tokenizer.convert_ids_to_tokens(list(ids))
+    return [str(p) if "\ufffd" in t else t for t, p in zip(texts, pieces, strict=True)]

@@ -1,0 +1,150 @@
+"""Is it temperature? The base model at the tuned model's entropy (arXiv 2605.22579, section 3.2).
+
+The paper's Table 1 sets three models side by side: the original, the original at the temperature
+T* that gives it the tuned model's entropy, and the tuned one. Temperature keeps every rank, so the
+greedy text of the second cannot differ from that of the first and proves nothing: a sampled
+control stands beside it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from .. import significance
+from .contexts import about, open_pair_and_texts, read_contexts
+from .continuing import METRICS, Continuing, check_counts, check_room, choose_prompts
+from .entropy_scaling import Units, describe_temperatures, find_scaling, teacher_forced
+from .temperature_finding import TEACHER_FORCED, VARIANTS, TemperatureFinding
+
+# Who is tested against whom; the first is the paper's own test.
+COMPARED = (("tuned", "matched"), ("matched", "original"))
+
+
+def temperature(
+    base: Any,
+    tuned: Any,
+    texts: Any,
+    *,
+    n_prompts: int = 32,
+    prompt_tokens: int = 32,
+    max_new_tokens: int = 128,
+    max_length: int = 256,
+    batch_size: int = 16,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    progress: bool = True,
+) -> TemperatureFinding:
+    """Table 1 of arXiv 2605.22579 for any pair, with the control that it lacks.
+
+    Agreement with the base, ρ and entropy are teacher-forced, over every context of the texts;
+    repetition is that of greedy and of sampled continuations of their first tokens, all of one
+    length, because it depends on length (an end-of-text token is a token like any other).
+
+    Args:
+        base, tuned: what `compare_models` takes, but no hooked models.
+        texts: what `compare_models` takes.
+        n_prompts: how many texts, drawn at random, are continued.
+        prompt_tokens: how many of their first tokens are the prompt.
+        max_new_tokens: how many are added to it.
+        max_length: tokens per text of the teacher-forced statistics.
+        batch_size: texts or prompts per forward pass.
+        seed: of the choice of prompts and of the sampled continuations.
+        device, dtype: as in `compare_models`.
+        progress: show progress bars.
+
+    Raises:
+        HyperlensError: if a source cannot be opened, the texts do not fit the models, or there
+            is no room for the continuations.
+    """
+    check_counts(batch_size=batch_size)
+    opened = open_pair_and_texts(
+        base, tuned, texts, max_length=max_length, device=device, dtype=dtype
+    )
+    check_room(opened.pair, prompt_tokens, max_new_tokens)
+    prompts = choose_prompts(opened.corpus, n_prompts, prompt_tokens, seed)
+    contexts = read_contexts(opened, batch_size, progress)
+    scaling = find_scaling(contexts, progress)
+    read = teacher_forced(contexts, scaling, progress)
+    continuing = Continuing(prompts, max_new_tokens, batch_size, seed, progress)
+    generated = {
+        (variant, decoding): continuing.run(
+            contexts.pair.tuned if variant == "tuned" else contexts.pair.base,
+            scaling.processors(variant),
+            do_sample=decoding == "sampled",
+        )
+        for decoding in ("greedy", "sampled")
+        for variant in VARIANTS
+    }
+    units = dict(read.units)
+    for made, continued in generated.items():
+        units |= {(*made, metric): continued.metrics[metric] for metric in METRICS}
+    options = {
+        "n_prompts": len(prompts),
+        "prompt_tokens": prompt_tokens,
+        "max_new_tokens": max_new_tokens,
+        "max_length": contexts.corpus.max_length,
+        "batch_size": batch_size,
+    }
+    meta = about(contexts, options, seed)
+    meta["notes"] += scaling.notes()
+    greedy = {v: generated[v, "greedy"].tokens for v in VARIANTS}
+    return TemperatureFinding(
+        table=tuple(_row(*key, values) for key, values in units.items()),
+        extras={
+            "temperature": describe_temperatures(scaling, read),
+            "tied_contexts": read.tied,
+            "changed_contexts": read.changed,
+            "greedy_tokens_changed": {v: _changed(greedy[v], greedy["original"]) for v in VARIANTS},
+            "greedy_tokens": sum(map(len, greedy["original"])),
+            "tests": _tests(units),
+        },
+        meta=meta,
+    )
+
+
+def _row(variant: str, decoding: str, metric: str, values: list[float]) -> dict[str, Any]:
+    found = significance.estimate(values)
+    return {"variant": variant, "decoding": decoding, "metric": metric} | found._asdict()
+
+
+def _tests(units: Units) -> list[dict[str, Any]]:
+    """Paired and Welch tests of every comparison, each kind corrected over all of them (Holm)."""
+    tests: list[dict[str, Any]] = []
+    for decoding, metrics in (
+        ("greedy", METRICS),
+        ("sampled", METRICS),
+        ("teacher-forced", TEACHER_FORCED),
+    ):
+        for first, second in COMPARED:
+            for metric in metrics:
+                a, b = (units[side, decoding, metric] for side in (first, second))
+                tests.append(
+                    {"decoding": decoding, "metric": metric, "first": first, "second": second}
+                    | _compared(a, b)
+                )
+    for kind in ("paired_p", "welch_p"):
+        corrected = significance.holm([test[kind] for test in tests])
+        for test, p in zip(tests, corrected, strict=True):
+            test[f"{kind}_holm"] = p
+    return tests
+
+
+def _compared(a: list[float], b: list[float]) -> dict[str, Any]:
+    with warnings.catch_warnings():
+        # Entropies are equal but for rounding where they were matched; scipy worries about that.
+        warnings.filterwarnings("ignore", "Precision loss occurred", RuntimeWarning)
+        return {
+            "difference": significance.difference(a, b)._asdict(),
+            "paired_p": significance.paired_p(a, b),
+            "welch_p": significance.welch_p(a, b),
+        }
+
+
+def _changed(tokens: Sequence[Sequence[int]], original: Sequence[Sequence[int]]) -> int:
+    pairs = zip(tokens, original, strict=True)
+    return sum(a != b for x, y in pairs for a, b in zip(x, y, strict=True))

@@ -1,0 +1,258 @@
+"""Is it temperature? Planted temperatures are found, and the table keeps its promises."""
+
+import copy
+import math
+
+import matplotlib.figure
+import pytest
+import torch
+from conftest import ARCHITECTURES, lora, make_tiny, perturbed, token_texts
+from scipy import stats as scipy_stats
+
+from hyperlens import significance
+from hyperlens.cli import main
+from hyperlens.errors import CorpusError, HyperlensError, LoadingError
+from hyperlens.experiments.entropy_matching import EntropyMatched
+from hyperlens.experiments.temperature import temperature
+from hyperlens.experiments.temperature_finding import TEACHER_FORCED, VARIANTS, TemperatureFinding
+from hyperlens.loading import load_hooked
+
+TEXTS = token_texts(10, shortest=8, longest=20)
+SMALL = {"n_prompts": 6, "prompt_tokens": 5, "max_new_tokens": 10, "progress": False}
+
+
+def at_temperature(model, t: float):
+    """The same model with its logits divided by t."""
+    tuned = copy.deepcopy(model)
+    with torch.no_grad():
+        head = tuned.get_output_embeddings()
+        head.weight /= t
+        if head.bias is not None:
+            head.bias /= t
+    return tuned
+
+
+@pytest.fixture(scope="module")
+def finding() -> TemperatureFinding:
+    base = make_tiny("llama")
+    return temperature(base, perturbed(base, 0.1), TEXTS, **SMALL)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_neox", "mistral", "phi3", "qwen3"])
+@pytest.mark.parametrize("t", [0.5, 1.7])
+def test_a_planted_temperature_is_found(name: str, t: float) -> None:
+    base = make_tiny(name, tie_word_embeddings=False)
+    finding = temperature(base, at_temperature(base, t), TEXTS, **SMALL)
+    found = finding.extras["temperature"]
+    assert found["shared"] == pytest.approx(t, rel=1e-4)
+    assert found["shared_reached"]
+    assert found["own_reached"] == found["n_contexts"]
+    assert list(found["own_quantiles"].values()) == pytest.approx([t] * 5, rel=1e-3)
+    for variant in VARIANTS:
+        assert finding.value(variant, "teacher-forced", "top1_agreement")["value"] == 1.0
+        # Two logits within a rounding error of each other may change places.
+        rho = finding.value(variant, "teacher-forced", "spearman")["value"]
+        assert rho == pytest.approx(1.0, abs=1e-4)
+        assert finding.value(variant, "greedy", "ttr") == finding.value(
+            "original", "greedy", "ttr"
+        ) | {"variant": variant}
+    for metric in ("ttr", "rep_2", "rep_3"):
+        # The same temperature, seed and random numbers: sampled texts are the same, too.
+        tuned, matched = (finding.value(v, "sampled", metric) for v in ("tuned", "matched"))
+        assert tuned["value"] == matched["value"]
+    assert finding.extras["greedy_tokens_changed"] == dict.fromkeys(VARIANTS, 0)
+    assert "no more than a temperature" in finding.summary()
+
+
+@pytest.mark.parametrize("name", list(ARCHITECTURES))
+def test_entropies_match_on_every_architecture(name: str) -> None:
+    base = make_tiny(name)
+    finding = temperature(base, perturbed(base), TEXTS, **SMALL)
+    target = finding.value("tuned", "teacher-forced", "entropy")
+    matched = finding.value("matched", "teacher-forced", "entropy")
+    each = finding.value("matched_per_context", "teacher-forced", "entropy")
+    assert matched["value"] == pytest.approx(target["value"], abs=1e-4)
+    assert each["value"] == pytest.approx(target["value"], abs=1e-4)
+    assert each["se"] < 1e-4  # every single text, not only their mean
+    assert finding.extras["greedy_tokens_changed"]["matched"] == 0
+
+
+def test_teacher_forced_statistics_equal_a_loop_over_contexts(finding) -> None:
+    base = make_tiny("llama")
+    tuned = perturbed(base, 0.1)
+    expected: dict[str, list[float]] = {metric: [] for metric in TEACHER_FORCED}
+    for ids in TEXTS:
+        with torch.no_grad():
+            logits = [m(torch.tensor([ids])).logits[0].double().numpy() for m in (base, tuned)]
+        per_text: dict[str, list[float]] = {metric: [] for metric in TEACHER_FORCED}
+        for position, token in enumerate(ids):
+            if token == 1:  # BOS
+                continue
+            a, b = logits[0][position], logits[1][position]
+            per_text["top1_agreement"].append(float(a.argmax() == b.argmax()))
+            per_text["spearman"].append(scipy_stats.spearmanr(a, b).statistic)
+            p = torch.tensor(b).softmax(-1)
+            per_text["entropy"].append(float(-(p * p.log()).sum()))
+        for metric, values in per_text.items():
+            expected[metric].append(sum(values) / len(values))
+    for metric, values in expected.items():
+        row, estimate = (
+            finding.value("tuned", "teacher-forced", metric),
+            significance.estimate(values),
+        )
+        for end in ("value", "low", "high", "se", "n"):
+            assert row[end] == pytest.approx(getattr(estimate, end), abs=1e-5)
+
+
+def test_the_table_is_complete_and_tests_are_corrected(finding) -> None:
+    assert len(finding.table) == 4 * (3 + 3 + 3)
+    tests = finding.extras["tests"]
+    assert len(tests) == 2 * 9
+    for kind in ("paired_p", "welch_p"):
+        raw = [test[kind] for test in tests]
+        assert [test[f"{kind}_holm"] for test in tests] == pytest.approx(
+            significance.holm(raw), nan_ok=True
+        )
+    greedy = finding.test("greedy", "ttr", "matched", "original")
+    assert greedy["paired_p"] == 1.0
+    assert greedy["difference"]["value"] == 0.0
+
+
+def test_greedy_generation_per_context_works_in_plain_transformers() -> None:
+    base = make_tiny("llama")
+    prompt = torch.tensor([[1, 5, 9, 11]])
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    plain = base.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
+    scaled = base.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        logits_processor=[EntropyMatched(1.0)],
+        **options,
+    )
+    assert torch.equal(plain, scaled)
+
+
+def test_ties_are_counted() -> None:
+    base = make_tiny("llama")
+    with torch.no_grad():
+        # Two tokens whose logits are always the same, and often the largest.
+        base.lm_head.weight[7] = base.lm_head.weight[8] = 3 * base.lm_head.weight[7]
+    finding = temperature(base, perturbed(base), TEXTS, **SMALL)
+    contexts = [t for text in TEXTS for t in text[1:]]
+    with torch.no_grad():
+        tied = sum(
+            int((base(torch.tensor([ids])).logits[0, 1:].argmax(-1) == 7).sum()) for ids in TEXTS
+        )
+    assert 0 < tied < len(contexts)
+    assert finding.extras["tied_contexts"]["original"] == tied
+    assert finding.extras["tied_contexts"]["matched"] == tied
+    assert finding.extras["changed_contexts"]["matched"] == 0
+
+
+def test_an_entropy_out_of_reach_is_said() -> None:
+    base = make_tiny("llama")
+    with torch.no_grad():
+        # Every logit twice: entropy never falls below log 2.
+        base.lm_head.weight[1:61:2] = base.lm_head.weight[2:61:2]
+    tuned = at_temperature(make_tiny("llama"), 0.01)
+    finding = temperature(base, tuned, TEXTS, **SMALL)
+    found = finding.extras["temperature"]
+    assert not found["shared_reached"]
+    assert found["target_entropy"] < found["reachable"][0]
+    assert any("no temperature" in note for note in finding.meta["notes"])
+    assert "comes nearest" in finding.summary()
+
+
+def test_the_same_seed_gives_the_same_result(finding) -> None:
+    base = make_tiny("llama")
+    again = temperature(base, perturbed(base, 0.1), TEXTS, **SMALL)
+    assert again.table == finding.table
+    assert again.extras == finding.extras
+    other = temperature(base, perturbed(base, 0.1), TEXTS, **SMALL, seed=1)
+    sampled = [f.value("original", "sampled", "ttr") for f in (other, finding)]
+    assert sampled[0] != sampled[1]
+
+
+def test_the_batch_size_does_not_change_what_is_deterministic(finding) -> None:
+    base = make_tiny("llama")
+    other = temperature(base, perturbed(base, 0.1), TEXTS, **SMALL, batch_size=4)
+    for row in finding.table:
+        if row["decoding"] == "sampled":
+            continue
+        twin = other.value(row["variant"], row["decoding"], row["metric"])
+        assert twin["value"] == pytest.approx(row["value"], abs=1e-5)
+
+
+def test_an_unmerged_adapter_is_read_as_one() -> None:
+    base = make_tiny("llama")
+    finding = temperature(base, lora(copy.deepcopy(base), "llama"), TEXTS, **SMALL)
+    assert finding.value("tuned", "teacher-forced", "top1_agreement")["value"] < 1.0
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "says"),
+    [
+        ({"n_prompts": 0}, CorpusError, "n_prompts"),
+        ({"batch_size": 0}, CorpusError, "batch_size"),
+        ({"prompt_tokens": 40}, CorpusError, "lower prompt_tokens"),
+        ({"max_new_tokens": 64}, CorpusError, "lower max_new_tokens to 59"),
+    ],
+)
+def test_bad_options_are_one_line(change, kind, says: str) -> None:
+    base = make_tiny("llama")
+    with pytest.raises(kind, match=says) as caught:
+        temperature(base, perturbed(base), TEXTS, **(SMALL | change))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_hooked_model_is_refused() -> None:
+    base = make_tiny("llama")
+    with pytest.raises(LoadingError, match="cannot generate"):
+        temperature(load_hooked(base, backend="residual"), perturbed(base), TEXTS, **SMALL)
+
+
+def test_words_and_figure(finding) -> None:
+    summary = finding.summary()
+    assert max(map(len, summary.splitlines())) <= 100
+    for word in ("T* =", "greedy", "sampled", "teacher-forced", "Not to be concluded"):
+        assert word in summary
+    figure = finding.plot()
+    assert isinstance(figure, matplotlib.figure.Figure)
+    assert len(figure.axes) == 3
+
+
+def test_what_is_written_returns(finding, tmp_path) -> None:
+    finding.write(tmp_path)
+    again = TemperatureFinding.load(tmp_path)
+    assert again.summary() == finding.summary()
+    assert again.extras["temperature"] == finding.extras["temperature"]
+
+
+def test_the_command(tmp_path, capsys, llama_folder, ids_file, monkeypatch) -> None:
+    tuned = tmp_path / "tuned"
+    perturbed(make_tiny("llama"), 0.1).save_pretrained(tuned)
+    monkeypatch.setattr("hyperlens.commands.temperature.read", lambda *_: TEXTS)
+    options = ["--n-prompts", "4", "--prompt-tokens", "5", "--max-new-tokens", "6", "-q"]
+    command = ["temperature", str(llama_folder), str(tuned), "--texts", str(ids_file)]
+    assert main([*command, *options, "--out", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    assert "Is it temperature?" in printed
+    assert "report.html" in printed
+    loaded = TemperatureFinding.load(tmp_path / "out")
+    assert loaded.meta["options"]["max_new_tokens"] == 6
+    assert loaded.meta["options"]["n_prompts"] == 4
+
+
+@pytest.mark.slow
+def test_a_real_model(stories, fairy_tales) -> None:
+    from hyperlens.texts import read_texts
+
+    texts = read_texts(fairy_tales / "andersen.txt", limit=12)
+    finding = temperature(stories, stories, texts, **SMALL)
+    assert finding.extras["temperature"]["shared"] == pytest.approx(1.0, abs=1e-6)
+    assert math.isfinite(finding.value("tuned", "sampled", "ttr")["value"])
+
+
+def test_errors_are_of_one_family() -> None:
+    with pytest.raises(HyperlensError):
+        temperature("no/such/folder/here", "neither", TEXTS, **SMALL)
