@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from .compare import compare_models as compare_models
     from .corpus import Corpus as Corpus
     from .errors import HyperlensError as HyperlensError
+    from .experiments.behaviour import measure_behaviour as measure_behaviour
+    from .experiments.behaviour_finding import BehaviourFinding as BehaviourFinding
     from .loading import load_hooked as load_hooked
     from .results import Comparison as Comparison
     from .texts import read_texts as read_texts
@@ -21,20 +23,24 @@ __version__ = "0.1.0"
 
 _HOME = {
     "compare_models": ".compare",
+    "BehaviourFinding": ".experiments.behaviour_finding",
     "Comparison": ".results",
     "Corpus": ".corpus",
     "HyperlensError": ".errors",
     "load_hooked": ".loading",
+    "measure_behaviour": ".experiments.behaviour",
     "read_texts": ".texts",
 }
 
 __all__ = [
+    "BehaviourFinding",
     "Comparison",
     "Corpus",
     "HyperlensError",
     "__version__",
     "compare_models",
     "load_hooked",
+    "measure_behaviour",
     "read_texts",
 ]
 

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from .errors import ResultsError
 from .files import new_folder, write_text
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 FORMAT = 1
+
+Found = TypeVar("Found", bound="Finding")
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ class Finding(ABC):
         return path
 
     @classmethod
-    def load(cls, folder: str | Path) -> Self:
+    def load(cls: type[Found], folder: str | Path) -> Found:
         """Read back what `save` or `write` wrote; every number returns bit for bit.
 
         Raises:

@@ -1,0 +1,120 @@
+"""What both models write: means over prompts, paired tests, examples with ranks."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ARCHITECTURES, D_VOCAB, make_tiny, perturbed, token_texts
+from scipy import stats as scipy_stats
+
+from hyperlens import BehaviourFinding, cli, load_hooked, measure_behaviour
+from hyperlens.decoding.diversity import type_token_ratio
+from hyperlens.decoding.generate import continuations
+from hyperlens.embedded import embedded_base
+from hyperlens.errors import CorpusError, LoadingError, ResultsError
+
+TEXTS = token_texts(10, shortest=8, longest=20)
+SHORT = {"prompt_tokens": 6, "max_new_tokens": 12, "n_examples": 2, "progress": False}
+
+
+def test_a_model_against_itself_is_exactly_the_same(tiny) -> None:
+    found = measure_behaviour(tiny, tiny, TEXTS, **SHORT)
+    assert found.strategies == ["greedy", "sample"]
+    for row in found.select(model="difference"):
+        assert (row["value"], row["low"], row["high"], row["p"]) == (0, 0, 0, 1), row
+    assert "equally diverse" in found.summary()
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
+def test_means_and_tests_are_those_of_the_continuations(name: str) -> None:
+    base = make_tiny(name)
+    tuned = perturbed(base, 0.5)
+    found = measure_behaviour(base, tuned, TEXTS, strategies=("greedy",), **SHORT)
+    prompts = sorted(text[:6] for text in TEXTS)
+    ratios = [
+        [
+            type_token_ratio(row)
+            for row in continuations(
+                model, None, prompts, max_new_tokens=12, stop_at_eos=False, progress=False
+            )
+        ]
+        for model in (base, tuned)
+    ]
+    for side, of_side in zip(("base", "tuned"), ratios, strict=True):
+        assert found.value("greedy", side, "ttr")["value"] == pytest.approx(np.mean(of_side))
+        assert found.value("greedy", side, "ttr")["se"] == pytest.approx(
+            np.std(of_side, ddof=1) / math.sqrt(len(of_side))
+        )
+    tests = len(found.metrics)
+    p = scipy_stats.ttest_rel(ratios[1], ratios[0]).pvalue
+    gap = found.value("greedy", "difference", "ttr")
+    assert gap["value"] == pytest.approx(np.mean(ratios[1]) - np.mean(ratios[0]))
+    assert min(p, 1) - 1e-12 <= gap["p"] <= min(1, tests * p) + 1e-12
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_bases_own_greedy_tokens_have_rank_one(name: str) -> None:
+    base = make_tiny(name)
+    found = measure_behaviour(base, perturbed(base, 0.5), TEXTS, strategies=("greedy",), **SHORT)
+    for example in found.extras["examples"]:
+        assert example["base"]["base_rank"] == [1] * 12
+        assert max(example["tuned"]["base_rank"]) > 1
+        assert len(example["tuned"]["tokens"]) == 12
+
+
+def test_ranks_are_those_of_the_plain_model(tiny) -> None:
+    found = measure_behaviour(tiny, perturbed(tiny, 0.5), TEXTS, strategies=("sample",), **SHORT)
+    example = found.extras["examples"][0]
+    prompt = [int(i) for i in example["prompt"].split()]
+    made = [int(i) for i in example["tuned"]["text"].split()]
+    with torch.no_grad():
+        logits = tiny(torch.tensor([prompt + made])).logits[0, len(prompt) - 1 : -1]
+    ranks = [1 + int((row > row[token]).sum()) for row, token in zip(logits, made, strict=True)]
+    assert example["tuned"]["base_rank"] == ranks
+    assert max(ranks) <= D_VOCAB
+
+
+def test_the_same_seed_gives_the_same(tiny, tmp_path: Path) -> None:
+    tuned = perturbed(tiny, 0.3)
+    first, again = (measure_behaviour(tiny, tuned, TEXTS, **SHORT) for _ in range(2))
+    assert first == again
+    other = measure_behaviour(tiny, tuned, TEXTS, seed=1, **SHORT)
+    assert other.table != first.table
+    first.write(tmp_path)
+    assert BehaviourFinding.load(tmp_path) == first
+    with pytest.raises(ResultsError, match=r"behaviour\.json"):
+        BehaviourFinding.load(tmp_path / "nothing")
+
+
+def test_refusals_say_what_to_do(tiny) -> None:
+    for options, said in (
+        ({"strategies": "greedy"}, "list of greedy and sample"),
+        ({"strategies": ["beam"]}, "list of greedy and sample"),
+        ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"max_new_tokens": 90}, "context"),
+        ({"prompt_tokens": 30}, "longer texts"),
+    ):
+        with pytest.raises(CorpusError, match=said):
+            measure_behaviour(tiny, tiny, TEXTS, **(SHORT | options))
+    with pytest.raises(LoadingError, match="hooked"):
+        measure_behaviour(load_hooked(tiny, backend="residual"), tiny, TEXTS, **SHORT)
+
+
+def test_the_figure_has_both_models_in_every_panel(tiny) -> None:
+    figure = measure_behaviour(tiny, perturbed(tiny), TEXTS, **SHORT).plot()
+    assert [len(axes.containers) for axes in figure.axes] == [2, 2]
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base, file = str(embedded_base()), tmp_path / "texts.txt"
+    file.write_text("\n\n".join(f"The {who} went into the wood." for who in ("king", "cat", "fox")))
+    short = ["--prompt-tokens", "5", "--max-new-tokens", "6", "--n-prompts", "4", "-q"]
+    command = ["behaviour", base, base, "--texts", str(file), *short]
+    assert cli.main([*command, "--out", str(tmp_path / "out")]) == cli.OK
+    printed = capsys.readouterr().out
+    found = BehaviourFinding.load(tmp_path / "out")
+    assert printed.startswith(found.summary())
+    assert found.extras["examples"][0]["prompt"] == "The cat went into"
+    assert {f.name for f in (tmp_path / "out").iterdir()} >= {"behaviour.csv", "behaviour.png"}
