@@ -1,0 +1,324 @@
+"""Is it a static bias? Planted biases are recovered, placebos change nothing that they must not."""
+
+import copy
+import itertools
+import math
+
+import matplotlib.figure
+import numpy as np
+import pytest
+import torch
+from conftest import ARCHITECTURES, D_VOCAB, SIZES, make_tiny, perturbed, token_texts
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats as scipy_stats
+from torch import nn
+
+from hyperlens.cli import main
+from hyperlens.errors import CorpusError, LoadingError, ProbeError
+from hyperlens.experiments.contexts import open_pair_and_texts, read_contexts
+from hyperlens.experiments.logit_shift import LogitBias, biases, mean_shift, promoted
+from hyperlens.experiments.static_bias import static_bias
+from hyperlens.experiments.static_bias_finding import BIASES, StaticBiasFinding
+from hyperlens.experiments.trend import exact_p, spearman, trend
+from hyperlens.loading import load_hooked
+
+TEXTS = token_texts(10, shortest=8, longest=20)
+SMALL = {
+    "n_prompts": 5,
+    "prompt_tokens": 5,
+    "max_new_tokens": 10,
+    "k": 12,
+    "alphas": (0.1, 0.5, 1.0),
+    "progress": False,
+}
+
+
+def biased_head(name: str):
+    """A tiny model whose unembedding has a bias."""
+    import transformers
+
+    if name == "phi":  # has one by itself
+        torch.manual_seed(0)
+        return transformers.PhiForCausalLM(transformers.PhiConfig(**SIZES)).eval()
+    model = make_tiny(name, tie_word_embeddings=False)
+    old = model.get_output_embeddings()
+    head = nn.Linear(old.in_features, old.out_features)
+    with torch.no_grad():
+        head.weight.copy_(old.weight)
+    model.set_output_embeddings(head)
+    return model
+
+
+def with_bias(model, bias):
+    """The same model with a constant added to every row of its logits."""
+    tuned = copy.deepcopy(model)
+    with torch.no_grad():
+        tuned.get_output_embeddings().bias += bias
+    return tuned
+
+
+def planted(seed: int = 0, scale: float = 1.0):
+    return scale * torch.randn(D_VOCAB, generator=torch.Generator().manual_seed(seed))
+
+
+def shift_of(base, tuned):
+    opened = open_pair_and_texts(base, tuned, TEXTS, max_length=256)
+    return mean_shift(read_contexts(opened, 4, False), False)
+
+
+def rows_of_logits(model) -> np.ndarray:
+    """Logits at every context that counts, by one forward pass per text."""
+    with torch.no_grad():
+        rows = [model(torch.tensor([ids])).logits[0].double().numpy() for ids in TEXTS]
+    return np.concatenate([row[np.array(ids) != 1] for row, ids in zip(rows, TEXTS, strict=True)])
+
+
+@pytest.fixture(scope="module")
+def finding() -> StaticBiasFinding:
+    base = make_tiny("llama")
+    return static_bias(base, perturbed(base, 0.1), TEXTS, **SMALL)
+
+
+@pytest.mark.parametrize("name", ["phi", "llama", "gpt_neox"])
+def test_a_planted_bias_is_recovered(name: str) -> None:
+    base = biased_head(name)
+    bias = planted()
+    tuned = with_bias(base, bias)
+    shift = shift_of(base, tuned)
+    assert shift.delta == pytest.approx((bias - bias.mean()).double(), abs=1e-4)
+    assert shift.static_share == pytest.approx(1.0, abs=1e-4)
+    finding = static_bias(base, tuned, TEXTS, **(SMALL | {"k": D_VOCAB}))
+    assert finding.value("none", 0.0, "agreement_tuned")["value"] < 0.9
+    assert finding.value("all", 1.0, "agreement_tuned")["value"] == 1.0
+    for metric in ("ttr", "rep_2", "rep_3"):
+        met = finding.value("all", 1.0, metric)
+        assert met | {"bias": "tuned", "alpha": 0.0} == finding.value("tuned", 0.0, metric)
+    assert "base plus a bias" in finding.summary()
+    # The same numbers on other tokens do not get there, nor does one number for all.
+    assert finding.value("shuffled", 1.0, "agreement_tuned")["value"] < 0.9
+    assert finding.value("constant", 1.0, "agreement_tuned")["value"] < 0.9
+
+
+def test_k_of_all_tokens_recovers_it_too() -> None:
+    base, bias = biased_head("phi"), planted(1)
+    special = torch.arange(D_VOCAB) < 3
+    # Special tokens never get a bias: neither plant one on them nor let them win.
+    base = with_bias(base, torch.where(special, -30.0, 0.0))
+    tuned = with_bias(base, torch.where(special, 0.0, bias))
+    finding = static_bias(base, tuned, TEXTS, **(SMALL | {"k": D_VOCAB - 3}))
+    assert finding.extras["k_used"] == D_VOCAB - 3
+    assert finding.value("none", 0.0, "agreement_tuned")["value"] < 0.9
+    assert finding.value("promoted", 1.0, "agreement_tuned")["value"] == 1.0
+
+
+def test_a_shift_of_all_logits_is_no_change() -> None:
+    base = biased_head("llama")
+    tuned = with_bias(base, torch.full((D_VOCAB,), 3.0))
+    shift = shift_of(base, tuned)
+    assert shift.delta.abs().max() < 1e-5
+    assert shift.rank_gain.abs().max() < 1e-6
+    finding = static_bias(base, tuned, TEXTS, **SMALL)
+    assert finding.value("none", 0.0, "agreement_tuned")["value"] == 1.0
+    assert "no change to explain" in finding.summary()
+
+
+@pytest.mark.parametrize("name", list(ARCHITECTURES))
+def test_the_shift_equals_a_loop_over_contexts(name: str) -> None:
+    base = make_tiny(name)
+    tuned = perturbed(base, 0.1)
+    found = shift_of(base, tuned)
+    a, b = rows_of_logits(base), rows_of_logits(tuned)
+    change = (b - b.mean(-1, keepdims=True)) - (a - a.mean(-1, keepdims=True))
+    assert found.delta.numpy() == pytest.approx(change.mean(0), abs=1e-4)
+    gain = scipy_stats.rankdata(b, axis=-1) - scipy_stats.rankdata(a, axis=-1)
+    # Two logits within a rounding error of each other may change places in a context.
+    assert found.rank_gain.numpy() == pytest.approx(gain.mean(0), abs=0.05)
+    assert -0.5 < found.static_share < 1.0
+
+
+def test_shifts_that_cancel_out_have_no_static_share() -> None:
+    base = make_tiny("llama", tie_word_embeddings=False)
+    tuned = copy.deepcopy(base)
+    with torch.no_grad():
+        tuned.model.norm.weight.neg_()  # every logit changes its sign, in every context
+    plain, biased = shift_of(base, tuned), shift_of(biased_head("llama"), biased_head("llama"))
+    assert plain.static_share < 0.9
+    assert math.isnan(biased.static_share)
+
+
+gains = st.lists(st.sampled_from([-1.0, 0.0, 0.5, 2.0]) | st.floats(-5, 5), min_size=1, max_size=30)
+
+
+@given(gains, st.integers(0, 5), st.integers(1, 40))
+def test_the_most_promoted_tokens(gain, n_special: int, k: int) -> None:
+    allowed = torch.ones(len(gain), dtype=torch.bool)
+    allowed[:n_special] = False
+    found = promoted(torch.tensor(gain, dtype=torch.float64), allowed, k).tolist()
+    expected = sorted(range(n_special, len(gain)), key=lambda i: (-gain[i], i))[:k]
+    assert found == expected
+
+
+def test_placebos() -> None:
+    delta = planted().double()
+    allowed = torch.ones(D_VOCAB, dtype=torch.bool)
+    allowed[:3] = False
+    chosen = torch.arange(10, 30)
+    found = biases(delta, chosen, allowed, 0)
+    assert set(found) == set(BIASES)
+    outside = torch.ones(D_VOCAB, dtype=torch.bool)
+    outside[chosen] = False
+    assert torch.equal(found["promoted"][chosen], delta[chosen])
+    assert (found["promoted"][outside] == 0).all()
+    assert torch.equal(found["all"], delta)
+    assert sorted(found["shuffled"][chosen].tolist()) == sorted(delta[chosen].tolist())
+    assert not torch.equal(found["shuffled"], found["promoted"])
+    drawn = found["random"] != 0
+    assert drawn.sum() == len(chosen)
+    assert not drawn[:3].any()
+    assert torch.equal(found["random"][drawn], delta[drawn])
+    assert found["constant"].unique().tolist() == [float(delta[chosen].mean())]
+    again, other = biases(delta, chosen, allowed, 0), biases(delta, chosen, allowed, 1)
+    assert torch.equal(again["random"], found["random"])
+    assert not torch.equal(other["random"], found["random"])
+
+
+def test_agreement_equals_a_loop_over_contexts(finding) -> None:
+    base = make_tiny("llama")
+    tuned = perturbed(base, 0.1)
+    delta = shift_of(base, tuned).delta.numpy()
+    per_text = []
+    for ids in TEXTS:
+        with torch.no_grad():
+            a, b = (m(torch.tensor([ids])).logits[0].double().numpy() for m in (base, tuned))
+        keep = np.array(ids) != 1
+        per_text.append(((a + 0.5 * delta).argmax(-1) == b.argmax(-1))[keep].mean())
+    row = finding.value("all", 0.5, "agreement_tuned")
+    assert row["value"] == pytest.approx(np.mean(per_text), abs=1e-9)
+    assert row["se"] == pytest.approx(np.std(per_text, ddof=1) / len(per_text) ** 0.5, abs=1e-9)
+
+
+def test_the_processor_works_in_plain_transformers() -> None:
+    base = biased_head("phi")
+    bias = planted(2)
+    prompt = torch.tensor([[1, 5, 9, 11], [1, 7, 8, 30]])
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    mask = torch.ones_like(prompt)
+    injected = base.generate(
+        prompt, attention_mask=mask, logits_processor=[LogitBias(bias)], **options
+    )
+    own = with_bias(base, bias).generate(prompt, attention_mask=mask, **options)
+    assert torch.equal(injected, own)
+    with pytest.raises(ProbeError, match="make it for this model"):
+        LogitBias(bias[:-1])(prompt, torch.zeros(2, D_VOCAB))
+
+
+def test_a_constant_bias_changes_no_text(finding) -> None:
+    for alpha, metric in itertools.product(finding.alphas, ("ttr", "rep_2", "agreement_base")):
+        constant, none = (
+            finding.value("constant", alpha, metric),
+            finding.value("none", 0.0, metric),
+        )
+        assert constant["value"] == none["value"]
+    assert math.isnan(finding.trend("constant", "ttr")["rho"])
+
+
+def test_special_tokens_get_no_bias_and_k_may_be_too_large() -> None:
+    base = make_tiny("llama")
+    finding = static_bias(base, perturbed(base), TEXTS, **(SMALL | {"k": 500}))
+    assert finding.extras["k_used"] == D_VOCAB - 3
+    assert any("K = 500 is more than the 58 tokens" in note for note in finding.meta["notes"])
+    few = static_bias(base, perturbed(base), TEXTS, **(SMALL | {"k": 3}))
+    assert {one["id"] for one in few.extras["promoted"]}.isdisjoint({0, 1, 2})
+    most = static_bias(base, perturbed(base), TEXTS, **(SMALL | {"k": 40}))
+    assert any("69% of the 58 tokens" in note for note in most.meta["notes"])
+
+
+@given(st.integers(0, 1000), st.integers(3, 6), st.booleans())
+def test_exact_p_by_trying_all_orders(seed: int, n: int, tied: bool) -> None:
+    rng = np.random.default_rng(seed)
+    x = np.arange(n, dtype=float).tolist()
+    y = (rng.integers(0, 3, n) if tied else rng.random(n)).astype(float).tolist()
+    found = exact_p(x, y)
+    if len(set(y)) < 2:
+        assert math.isnan(found)
+        return
+    rho = abs(spearman(x, y)[0])
+    every = [abs(spearman(x, list(order))[0]) for order in itertools.permutations(y)]
+    assert found == pytest.approx(np.mean([other >= rho - 1e-9 for other in every]))
+
+
+def test_the_papers_own_trend() -> None:
+    # Table 2: α with the original baseline at 0, and TTR.
+    ttr = (0.449, 0.409, 0.384, 0.408, 0.356, 0.215)
+    found = trend([0.0, 0.01, 0.05, 0.1, 0.2, 0.5], [[x] for x in ttr])
+    assert found["rho"] == pytest.approx(-0.94, abs=0.005)
+    assert found["p"] < 0.01
+    # With six settings there are only 720 orders: the paper's p is the t approximation's.
+    assert found["p_exact"] == pytest.approx(12 / 720)
+
+
+def test_the_same_seed_gives_the_same_result(finding) -> None:
+    base = make_tiny("llama")
+    again = static_bias(base, perturbed(base, 0.1), TEXTS, **SMALL)
+    assert again.table == finding.table
+    assert str(again.extras) == str(finding.extras)
+    other = static_bias(base, perturbed(base, 0.1), TEXTS, **(SMALL | {"seed": 1}))
+    assert other.table != finding.table
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "says"),
+    [
+        ({"k": 0}, CorpusError, "k must be at least 1"),
+        ({"alphas": ()}, ProbeError, "alphas"),
+        ({"alphas": (0.1, 0.1)}, ProbeError, "alphas"),
+        ({"alphas": (0.0, 0.1)}, ProbeError, "alphas"),
+        ({"alphas": (math.nan,)}, ProbeError, "alphas"),
+        ({"max_new_tokens": 0}, CorpusError, "max_new_tokens"),
+    ],
+)
+def test_bad_options_are_one_line(change, kind, says: str) -> None:
+    base = make_tiny("llama")
+    with pytest.raises(kind, match=says) as caught:
+        static_bias(base, perturbed(base), TEXTS, **(SMALL | change))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_hooked_model_is_refused() -> None:
+    base = make_tiny("llama")
+    with pytest.raises(LoadingError, match="cannot generate"):
+        static_bias(base, load_hooked(perturbed(base), backend="residual"), TEXTS, **SMALL)
+
+
+def test_words_and_figure(finding) -> None:
+    summary = finding.summary()
+    assert max(map(len, summary.splitlines())) <= 100
+    for word in ("top K", "shuffled", "α = 0.5", "trend", "Not to be concluded"):
+        assert word in summary
+    figure = finding.plot()
+    assert isinstance(figure, matplotlib.figure.Figure)
+    assert len(figure.axes) == 3
+
+
+def test_what_is_written_returns(finding, tmp_path) -> None:
+    finding.write(tmp_path)
+    again = StaticBiasFinding.load(tmp_path)
+    assert again.summary() == finding.summary()
+    assert again.to_frame().equals(finding.to_frame())
+
+
+def test_the_command(tmp_path, capsys, llama_folder, monkeypatch) -> None:
+    tuned = tmp_path / "tuned"
+    perturbed(make_tiny("llama"), 0.1).save_pretrained(tuned)
+    monkeypatch.setattr("hyperlens.commands.static_bias.read", lambda *_: TEXTS)
+    options = ["--n-prompts", "4", "--prompt-tokens", "5", "--max-new-tokens", "6", "-q"]
+    options += ["--k", "9", "--alphas", "0.2,1", "--out", str(tmp_path / "out")]
+    command = ["static-bias", str(llama_folder), str(tuned), "--texts", "ids.txt"]
+    assert main([*command, *options]) == 0
+    assert "Is it a static bias?" in capsys.readouterr().out
+    loaded = StaticBiasFinding.load(tmp_path / "out")
+    assert loaded.alphas == [0.2, 1.0]
+    assert loaded.extras["k_used"] == 9
+    with pytest.raises(SystemExit):
+        main([*command, "--alphas", "much"])
