@@ -320,5 +320,5 @@ def test_the_command(tmp_path, capsys, llama_folder, monkeypatch) -> None:
     loaded = StaticBiasFinding.load(tmp_path / "out")
     assert loaded.alphas == [0.2, 1.0]
     assert loaded.extras["k_used"] == 9
-    with pytest.raises(SystemExit):
-        main([*command, "--alphas", "much"])
+    assert main([*command, "--alphas", "much"]) == 2
+    assert "numbers with commas" in capsys.readouterr().err

@@ -75,7 +75,9 @@ class StaticBiasFinding(Finding):
                 f"base + α δ, ± one standard error over {n['ttr']} prompts or "
                 f"{n['agreement_tuned']} texts",
                 *(line for metric in BLOCKS for line in self._block(metric)),
-                "trend: Spearman's ρ of the mean with α from 0 on, exact two-sided p.",
+                "trend: Spearman's ρ of the mean with α from 0 on, exact two-sided p, blind to how "
+                "much prompts",
+                "differ. each: mean ± standard error over prompts of each prompt's own ρ.",
                 *(line for note in self.meta["notes"] for line in _wrapped(f"note: {note}")),
                 "",
                 *self.conclusions(),
@@ -92,8 +94,9 @@ class StaticBiasFinding(Finding):
             cells = (self.value(bias, alpha, metric) for bias in BIASES)
             lines.append(f"  α = {alpha:<4g}" + "".join(f"{_plus_minus(c):>16}" for c in cells))
         if not metric.startswith("agreement"):
-            found = (self.trend(bias, metric) for bias in BIASES)
+            found = [self.trend(bias, metric) for bias in BIASES]
             lines.append("  trend   " + "".join(f"{_trend(t):>16}" for t in found))
+            lines.append("  each    " + "".join(f"{_each(t):>16}" for t in found))
         return [*lines, ""]
 
     def gain(self, bias: str, alpha: float) -> Mapping[str, Any]:
@@ -133,9 +136,9 @@ class StaticBiasFinding(Finding):
         else:
             explained = gain["value"] / (1 - base["value"])
             first = (
-                f"The best bias ({of_best}) adds {found} to the {base['value']:.1%} of first "
-                f"tokens that agree without one: net, {explained:.0%} of what changed. The rest "
-                "depends on context."
+                f"The best of {2 * len(self.alphas)} biases ({of_best}) adds {found} to the "
+                f"{base['value']:.1%} of first tokens that agree without one: net, "
+                f"{explained:.1%} of what changed. The rest depends on context."
             )
         ttr = {one: self.value(one, 0.0, "ttr") for one in ("none", "tuned")}
         reach = max(
@@ -219,6 +222,11 @@ def _trend(found: Mapping[str, Any]) -> str:
         return "none"
     p = found["p_exact"] if math.isfinite(found["p_exact"]) else found["p"]
     return f"{found['rho']:+.2f}, p {p:.3f}"
+
+
+def _each(found: Mapping[str, Any]) -> str:
+    own = found["per_unit"]
+    return "none" if math.isnan(own["se"]) else f"{own['value']:+.2f} ± {own['se']:.2f}"
 
 
 def _wrapped(text: str) -> list[str]:

@@ -121,21 +121,13 @@ class TemperatureFinding(Finding):
                 f"contexts [{1 - agreement['high']:.1%}, {1 - agreement['low']:.1%}]. No "
                 "temperature changes a first token: tuning did more than sharpen."
             )
-        gap = self.test("sampled", "ttr", "tuned", "matched")
-        found = gap["difference"]
-        interval = f"{found['value']:+.3f} [{found['low']:+.3f}, {found['high']:+.3f}]"
-        p = gap["paired_p_holm"]
-        if math.isnan(p) or p >= 0.05:
-            second = (
-                f"Sampled at the same mean entropy, tuned minus T* is {interval} in TTR, no clear "
-                "difference: entropy may be all there is to the diversity of sampled text."
-            )
+        gaps = {m: self.test("sampled", m, "tuned", "matched") for m in ("ttr", "rep_2", "rep_3")}
+        found = "; ".join(f"{WORDS[m]} {_difference(gap)}" for m, gap in gaps.items())
+        second = f"Sampled at the same mean entropy, tuned minus T*: {found}. "
+        if any(gap["paired_p_holm"] < 0.05 for gap in gaps.values()):
+            second += "Entropy alone does not explain where p is small."
         else:
-            word = "more" if found["value"] > 0 else "less"
-            second = (
-                f"Sampled at the same mean entropy, the tuned model is {word} diverse than the "
-                f"base at T*: {interval} in TTR. Entropy alone does not explain that."
-            )
+            second += "No clear difference: entropy may be all there is to it."
         third = (
             "Not to be concluded: anything from the greedy rows of the original, which no "
             "temperature can change; or that diverse text is good text (TTR knows no sense)."
@@ -213,6 +205,12 @@ def p_text(p: float) -> str:
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
+def _difference(test: Mapping[str, Any]) -> str:
+    found, p = test["difference"], p_text(test["paired_p_holm"])
+    ends = f"[{found['low']:+.3f}, {found['high']:+.3f}]"
+    return f"{found['value']:+.3f} {ends}, p {p}"
+
+
 def _plus_minus(row: Mapping[str, Any]) -> str:
     if math.isnan(row["se"]):
         return f"{row['value']:.3f}"
@@ -228,7 +226,7 @@ def _temperatures(found: Mapping[str, Any]) -> list[str]:
     reached = "gives" if found["shared_reached"] else "comes nearest to giving"
     return [
         f"T* = {found['shared']:.4g} {reached} the base model the tuned model's mean entropy, "
-        f"{found['target_entropy']:.3f} nats.",
+        f"{found['target_entropy']:.4g} nats.",
         "T* of single contexts, median:",
         f"  for the tuned model's mean entropy (the paper's words)   {spread(mean)}",
         f"  for the tuned model's entropy in the same context        {spread(own)}",
