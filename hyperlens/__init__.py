@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from .errors import HyperlensError as HyperlensError
     from .experiments.behaviour import measure_behaviour as measure_behaviour
     from .experiments.behaviour_finding import BehaviourFinding as BehaviourFinding
+    from .experiments.static_bias import static_bias as static_bias
+    from .experiments.static_bias_finding import StaticBiasFinding as StaticBiasFinding
+    from .experiments.temperature import temperature as temperature
+    from .experiments.temperature_finding import TemperatureFinding as TemperatureFinding
     from .loading import load_hooked as load_hooked
     from .results import Comparison as Comparison
     from .texts import read_texts as read_texts
@@ -30,6 +34,10 @@ _HOME = {
     "load_hooked": ".loading",
     "measure_behaviour": ".experiments.behaviour",
     "read_texts": ".texts",
+    "static_bias": ".experiments.static_bias",
+    "StaticBiasFinding": ".experiments.static_bias_finding",
+    "temperature": ".experiments.temperature",
+    "TemperatureFinding": ".experiments.temperature_finding",
 }
 
 __all__ = [
@@ -37,11 +45,15 @@ __all__ = [
     "Comparison",
     "Corpus",
     "HyperlensError",
+    "StaticBiasFinding",
+    "TemperatureFinding",
     "__version__",
     "compare_models",
     "load_hooked",
     "measure_behaviour",
     "read_texts",
+    "static_bias",
+    "temperature",
 ]
 
 
