@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import html
 import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from .errors import ResultsError
 from .files import new_folder, write_text
@@ -61,6 +60,8 @@ class Comparison:
         meta: everything needed to repeat the run: models and their hashes, options, versions,
             seed, corpus hash, counts of what was excluded, and `notes` for the reader.
     """
+
+    name: ClassVar[str] = "comparison"
 
     rows: tuple[Row, ...]
     extras: Mapping[str, Mapping[str, Any]]
@@ -125,11 +126,13 @@ class Comparison:
         Raises:
             ResultsError: if the folder exists and is not empty, or cannot be written.
         """
+        from .report import write_report
+
         with new_folder(Path(folder)) as staging:
             write_text(staging / "comparison.json", self._to_json())
             self.to_frame().to_csv(staging / "layers.csv", index=False)
             write_text(staging / "summary.txt", self.summary() + "\n")
-            write_text(staging / "report.html", self._page())
+            write_report(staging / "report.html", [self])
             figures = {"layers": self.plot(), "ranks": self.plot_ranks()}
             for stem, figure in figures.items():
                 if figure is not None:
@@ -174,10 +177,6 @@ class Comparison:
                 "numbers, strings, lists and dicts as extras"
             ) from None
         return text
-
-    def _page(self) -> str:
-        title = html.escape(f"hyperlens: {self!r}")
-        return f'<!doctype html><meta charset="utf-8"><title>{title}</title>{self._repr_html_()}'
 
 
 def _to_plain(value: Any) -> Any:

@@ -123,7 +123,7 @@ ALLOWED: dict[str, set[str]] = {
 LATE: dict[str, set[str]] = {"results": {"plots", "report"}, "findings": {"report"}}
 
 # The only places where everything meets. `__init__` names the public API without loading it.
-SEE_EVERYTHING = {"__init__", "compare", "cli", "commands"}
+SEE_EVERYTHING = {"__init__", "compare", "demo", "cli", "commands"}
 
 TABLE = ALLOWED.keys() | SEE_EVERYTHING
 

@@ -18,8 +18,8 @@ from test_results import (
     partial_comparisons,
 )
 
-from hyperlens import report
 from hyperlens.audit import audit, largest_change, largest_step, unchanged
+from hyperlens.report import words as report
 from hyperlens.results import Comparison, Row
 
 AUDITED = {"participation_ratio": "delta", "drift": "l2"}

@@ -87,7 +87,6 @@ MEASURES: Mapping[str, Callable[[Sequence[Hashable]], float]] = {
     "windowed_ttr": windowed_type_token_ratio,
     "rep_2": lambda items: repetition(items, 2),
     "rep_3": lambda items: repetition(items, 3),
-    "distinct_2": lambda items: distinct([items], 2),
     "loop": _loop_share,
 }
 """What is measured of one continuation; `loop` is the share of it that the longest loop takes."""

@@ -1,15 +1,13 @@
-"""A comparison in words: plain text to read first, and HTML for notebooks."""
+"""A comparison in words: plain text to read first, and how its numbers are written."""
 
 from __future__ import annotations
 
-import base64
-import html
 import math
 import textwrap
 from collections.abc import Callable, Sequence
 
-from .audit import Decomposition, audit, largest_change, largest_step, unchanged
-from .results import Comparison, Row
+from ..audit import Decomposition, audit, largest_change, largest_step, unchanged
+from ..results import Comparison, Row
 
 WIDTH, MAX_TABLE_ROWS, MAX_NOTES = 100, 7, 4
 MISSING = "n/a"
@@ -205,32 +203,6 @@ def _notes(comparison: Comparison) -> list[str]:
     notes = [plain(note) for note in comparison.meta.get("notes", [])]
     more = [f"and {len(notes) - MAX_NOTES} more in meta['notes']"] if notes[MAX_NOTES:] else []
     return _lines("notes", *notes[:MAX_NOTES], *more)
-
-
-def notebook_html(comparison: Comparison) -> str:
-    """The same as self-contained HTML: the output, a few layers, the figure, the whole summary.
-
-    It takes the page's colours, light or dark, and is pure ASCII, so right in any encoding.
-    """
-    from .plots import plot_layers, png
-
-    picture = base64.b64encode(png(plot_layers(comparison), dpi=110)).decode("ascii")
-    text = (
-        f"<h3>{html.escape(' → '.join(names(comparison, 60)))}</h3>"
-        f"{'<p><b>No change.</b></p>' if unchanged(comparison) else ''}"
-        f"{_html_table([('output', 'value [95%]'), *headline(comparison)])}"
-        f"{_html_table(layer_table(comparison))}"
-        f'<img alt="change along the layers" src="data:image/png;base64,{picture}" '
-        'style="max-width:100%;background:#fff;border-radius:6px">'
-        f"<details><summary>In words</summary>"
-        f"<pre>{html.escape(summary(comparison))}</pre></details>"
-    )
-    return f"<div>{text}</div>".encode("ascii", "xmlcharrefreplace").decode("ascii")
-
-
-def _html_table(rows: Sequence[Sequence[str]]) -> str:
-    cells = ("".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows)
-    return f"<table><tr>{'</tr><tr>'.join(cells)}</tr></table>" if rows[1:] else ""
 
 
 def number(x: float, scale: float = 0.0) -> str:
