@@ -18,5 +18,5 @@ def embedded_base() -> Path:
 
 
 def embedded_tales() -> list[str]:
-    """Eighty tales of 100 to 200 words (CC0)."""
+    """Sixty-six tales of 100 to 200 words (CC0)."""
     return read_texts(HERE / "tales.jsonl")
