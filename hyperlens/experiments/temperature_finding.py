@@ -125,9 +125,9 @@ class TemperatureFinding(Finding):
         found = "; ".join(f"{WORDS[m]} {_difference(gap)}" for m, gap in gaps.items())
         second = f"Sampled at the same mean entropy, tuned minus T*: {found}. "
         if any(gap["paired_p_holm"] < 0.05 for gap in gaps.values()):
-            second += "Entropy alone does not explain where p is small."
+            second += "Where p is small, entropy alone does not explain it."
         else:
-            second += "No clear difference: entropy may be all there is to it."
+            second += "No clear difference once corrected: entropy may be all there is to it."
         third = (
             "Not to be concluded: anything from the greedy rows of the original, which no "
             "temperature can change; or that diverse text is good text (TTR knows no sense)."
