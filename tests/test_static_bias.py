@@ -308,6 +308,24 @@ def test_what_is_written_returns(finding, tmp_path) -> None:
     assert again.to_frame().equals(finding.to_frame())
 
 
+def test_two_pairs_on_one_page(finding, tmp_path) -> None:
+    from dataclasses import replace
+
+    from hyperlens.report import write_report
+
+    # A token is text of the model's making: on the page it must stay text.
+    token = {"id": 5, "token": "<script>alert(1)</script>", "rank_gain": 1.0, "delta": 0.5}
+    other = replace(
+        finding,
+        meta=finding.meta | {"base": {"name": "<b>other"}},
+        extras=finding.extras | {"promoted": [token]},
+    )
+    page = write_report(tmp_path / "report.html", [finding, other]).read_text(encoding="utf-8")
+    assert "LlamaForCausalLM → LlamaForCausalLM" in page
+    assert "&lt;b&gt;other → LlamaForCausalLM" in page
+    assert "<script>alert(1)" not in page
+
+
 def test_the_command(tmp_path, capsys, llama_folder, monkeypatch) -> None:
     tuned = tmp_path / "tuned"
     perturbed(make_tiny("llama"), 0.1).save_pretrained(tuned)
@@ -317,6 +335,9 @@ def test_the_command(tmp_path, capsys, llama_folder, monkeypatch) -> None:
     command = ["static-bias", str(llama_folder), str(tuned), "--texts", "ids.txt"]
     assert main([*command, *options]) == 0
     assert "Is it a static bias?" in capsys.readouterr().out
+    assert "Is it no more than a bias on some tokens?" in (
+        tmp_path / "out" / "report.html"
+    ).read_text(encoding="utf-8")
     loaded = StaticBiasFinding.load(tmp_path / "out")
     assert loaded.alphas == [0.2, 1.0]
     assert loaded.extras["k_used"] == 9

@@ -238,6 +238,9 @@ def test_the_command(tmp_path, capsys, llama_folder, ids_file, monkeypatch) -> N
     printed = capsys.readouterr().out
     assert "Is it temperature?" in printed
     assert "report.html" in printed
+    assert "Is it no more than a temperature?" in (tmp_path / "out" / "report.html").read_text(
+        encoding="utf-8"
+    )
     loaded = TemperatureFinding.load(tmp_path / "out")
     assert loaded.meta["options"]["max_new_tokens"] == 6
     assert loaded.meta["options"]["n_prompts"] == 4

@@ -219,7 +219,9 @@ def _last_residual(side: str, model: HookedModel, tokens: Tensor, real: Tensor) 
 
 def _logits(model: HookedModel, residual: Float[Tensor, "n d_model"]) -> Tensor:
     with evaluating(model):  # type: ignore[arg-type]
-        return unembed(model, final_norm(model, residual)).float()
+        logits = unembed(model, final_norm(model, residual)).float()
+    # Statistics are float64, which Apple's accelerator does not have.
+    return logits.cpu() if logits.device.type == "mps" else logits
 
 
 def names(tokenizer: Any, ids: Sequence[int]) -> list[str]:

@@ -168,8 +168,8 @@ class EntropyMatched(LogitsProcessor):
     def __call__(
         self, input_ids: Int[Tensor, "batch pos"], scores: Float[Tensor, "batch d_vocab"]
     ) -> Float[Tensor, "batch d_vocab"]:
-        wanted = torch.full((len(scores),), self.target, dtype=torch.float64, device=scores.device)
-        return scaled(scores, match_entropy(scores, wanted).log_temperature).to(scores.dtype)
+        wanted = torch.full((len(scores),), self.target, dtype=torch.float64)
+        return scaled(scores, match_entropy(scores, wanted).log_temperature).to(scores)
 
 
 def _gaps(logits: Float[Tensor, "n d_vocab"]) -> _Gaps:

@@ -85,7 +85,7 @@ def find_scaling(contexts: Contexts, progress: bool) -> Scaling:
     """Solve for every temperature of the experiment."""
     parts = []
     for _, base, tuned in contexts.rows("matching entropies", progress):
-        wanted = entropy_at(tuned, torch.zeros(len(tuned), device=tuned.device))
+        wanted = entropy_at(tuned, torch.zeros(len(tuned)))
         match = match_entropy(base, wanted)
         parts.append([x.cpu() for x in (wanted, match.log_temperature, match.reached)])
     wanted, own, reached = (torch.cat(part) for part in zip(*parts, strict=True))
@@ -128,7 +128,7 @@ def teacher_forced(contexts: Contexts, scaling: Scaling, progress: bool) -> Teac
     to_mean = []
     for _, base, tuned in contexts.rows("reading ranks", progress):
         first = winner(base)
-        target = torch.full((len(base),), scaling.target, dtype=torch.float64, device=base.device)
+        target = torch.full((len(base),), scaling.target, dtype=torch.float64)
         per_context = match_entropy(base, target).log_temperature
         to_mean.append(per_context.cpu())
         logits_of = {
