@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from .errors import HyperlensError as HyperlensError
     from .experiments.behaviour import measure_behaviour as measure_behaviour
     from .experiments.behaviour_finding import BehaviourFinding as BehaviourFinding
+    from .experiments.null_test import null_test as null_test
+    from .experiments.null_test_finding import NullTestFinding as NullTestFinding
     from .experiments.static_bias import static_bias as static_bias
     from .experiments.static_bias_finding import StaticBiasFinding as StaticBiasFinding
     from .experiments.temperature import temperature as temperature
@@ -33,6 +35,8 @@ _HOME = {
     "HyperlensError": ".errors",
     "load_hooked": ".loading",
     "measure_behaviour": ".experiments.behaviour",
+    "NullTestFinding": ".experiments.null_test_finding",
+    "null_test": ".experiments.null_test",
     "read_texts": ".texts",
     "static_bias": ".experiments.static_bias",
     "StaticBiasFinding": ".experiments.static_bias_finding",
@@ -45,12 +49,14 @@ __all__ = [
     "Comparison",
     "Corpus",
     "HyperlensError",
+    "NullTestFinding",
     "StaticBiasFinding",
     "TemperatureFinding",
     "__version__",
     "compare_models",
     "load_hooked",
     "measure_behaviour",
+    "null_test",
     "read_texts",
     "static_bias",
     "temperature",

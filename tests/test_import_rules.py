@@ -42,6 +42,10 @@ EXPERIMENTS_MAY_USE = {
     "findings",
     "fingerprint",
     "plots",
+    "probes",
+    "results",
+    "runner",
+    "sources",
     *MATHS,
 }
 

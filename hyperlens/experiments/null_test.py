@@ -1,0 +1,175 @@
+"""Is it real? The tuned model beside placebos: random changes of the same size.
+
+Any change of the weights moves the residual stream, expands or shrinks its dimension and reorders
+ranks. What tuning did is what it did beyond that.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from ..errors import PairError
+from ..loading import Loaded, hook
+from ..pairing import ModelPair, describe_pair
+from ..probes import LogitLens, ParticipationRatio, Probe, RankReordering, ResidualDrift
+from ..results import Row
+from ..runner import PassOptions, run_pass
+from ..shells import merged
+from ..significance import estimate
+from ..sources import Opened
+from .contexts import PairAndTexts, open_pair_and_texts
+from .continuing import METRICS, Continuing, check_counts, check_room, choose_prompts
+from .null_test_finding import NullTestFinding
+from .placebo import changed_tensors, placebo
+
+VIEWS = ("raw", "final_norm")
+MEASURED = {
+    "drift": ("cosine", "relative_l2"),
+    "participation_ratio": ("delta",),
+    "rank_reordering": ("top1_agreement", "spearman", "rank_gt_10"),
+    "logit_lens": ("kl",),
+}
+SINK_THRESHOLD = 10.0
+
+
+def null_test(
+    base: Any,
+    tuned: Any,
+    texts: Any,
+    *,
+    n_placebos: int = 3,
+    max_length: int = 256,
+    n_prompts: int = 16,
+    prompt_tokens: int = 17,
+    max_new_tokens: int = 64,
+    batch_size: int = 8,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    progress: bool = True,
+) -> NullTestFinding:
+    """Measure the tuned model, and placebos whose weights changed as much but at random.
+
+    A placebo is the base plus the tuned model's change with the entries of each tensor shuffled:
+    the same norm and the same values in every tensor, without anything that was learned. With k
+    placebos the smallest p value that a permutation test could give is 1 / (k + 1).
+
+    Args:
+        base, tuned: what `compare_models` takes, but no hooked models; adapters are merged.
+        texts: what `compare_models` takes; prompts are their first tokens.
+        n_placebos: how many; one is held in memory at a time.
+        max_length: tokens per text.
+        n_prompts, prompt_tokens, max_new_tokens: of the greedy continuations.
+        batch_size: texts per forward pass.
+        seed: of the first placebo, of the choice of prompts and of the token sample; the other
+            placebos count on from it.
+        device, dtype: as in `compare_models`.
+        progress: show a progress bar.
+
+    Raises:
+        PairError: if nothing changed, or the models have other weights.
+        HyperlensError: if a source cannot be opened, or the texts do not fit the models.
+    """
+    check_counts(n_placebos=n_placebos, batch_size=batch_size)
+    opened = open_pair_and_texts(
+        base, tuned, texts, max_length=max_length, device=device, dtype=dtype
+    )
+    check_room(opened.pair, prompt_tokens, max_new_tokens)
+    prompts = choose_prompts(opened.corpus, n_prompts, prompt_tokens, seed)
+    continuing = Continuing(prompts, max_new_tokens, max(batch_size, 16), seed, False)
+    plain = merged(opened.pair.base.opened.model)
+    changes = changed_tensors(plain, merged(opened.pair.tuned.opened.model))
+    if not changes:
+        raise PairError(
+            "the two models have the same weights: there is no change to test against placebos"
+        )
+    options = PassOptions(batch_size, SINK_THRESHOLD, seed, False)
+    measured = []
+    bar = tqdm(total=n_placebos + 1, desc="null test", unit="model", disable=not progress)
+    with bar:
+        for model in _models(opened.pair, plain, changes, seed, n_placebos):
+            measured.append(_measure(opened, model, options, continuing))
+            bar.update()
+    written = continuing.run(opened.pair.base)
+    meta = describe_pair(opened.pair) | {
+        "seed": seed,
+        "options": {
+            "n_placebos": n_placebos,
+            "max_length": max_length,
+            "n_prompts": len(prompts),
+            "prompt_tokens": prompt_tokens,
+            "max_new_tokens": max_new_tokens,
+        },
+        "data": opened.corpus.describe(),
+        "notes": list(opened.notes),
+    }
+    norms = {name: float(change.norm()) for name, change in changes.items()}
+    extras = {
+        "base": {metric: estimate(written.metrics[metric]).value for metric in METRICS},
+        "changed_tensors": len(changes),
+        "norm_of_change": math.sqrt(sum(norm**2 for norm in norms.values())),
+        "placebo_seeds": list(range(seed, seed + n_placebos)),
+    }
+    return NullTestFinding(tuple(_table(measured[0], measured[1:])), extras, meta)
+
+
+Key = tuple[str, int, str]
+
+
+def _models(
+    pair: ModelPair, plain: Any, changes: dict[str, torch.Tensor], seed: int, n_placebos: int
+) -> Iterator[Loaded]:
+    """The tuned model, then the placebos, one at a time."""
+    yield pair.tuned
+    for number in range(n_placebos):
+        model = placebo(plain, changes, seed + number)
+        tokenizer = pair.base.opened.tokenizer
+        yield hook(Opened(model, tokenizer, f"placebo {number}", "object"), "residual")
+
+
+def _measure(
+    opened: PairAndTexts, model: Loaded, options: PassOptions, continuing: Continuing
+) -> dict[Key, float]:
+    """Every statistic of one model against the base."""
+    probes: list[Probe] = [
+        ResidualDrift(),
+        ParticipationRatio(views=VIEWS),
+        RankReordering(),
+        LogitLens(layers=(-1,)),
+    ]
+    outcome = run_pass(
+        opened.pair.base.hooked, model.hooked, opened.corpus, probes, options
+    ).results
+    rows: Iterator[Row] = (row for result in outcome.values() for row in result.rows)
+    found = {
+        (row.metric, row.layer, row.view): row.value
+        for row in rows
+        if row.metric in MEASURED[row.probe] and row.view in VIEWS
+    }
+    last = opened.pair.base.hooked.cfg.n_layers
+    written = continuing.run(model)
+    return found | {
+        (metric, last, "greedy text"): estimate(written.metrics[metric]).value for metric in METRICS
+    }
+
+
+def _table(
+    tuned: dict[Key, float], placebos: Sequence[dict[Key, float]]
+) -> Iterator[dict[str, Any]]:
+    for (metric, layer, view), value in tuned.items():
+        others = [found[metric, layer, view] for found in placebos]
+        yield {
+            "metric": metric,
+            "layer": layer,
+            "view": view,
+            "tuned": value,
+            "placebo_mean": sum(others) / len(others),
+            "placebo_low": min(others),
+            "placebo_high": max(others),
+            "n_placebos": len(others),
+        }
