@@ -221,7 +221,7 @@ def _trend(found: Mapping[str, Any]) -> str:
     if math.isnan(found["rho"]):
         return "none"
     p = found["p_exact"] if math.isfinite(found["p_exact"]) else found["p"]
-    return f"{found['rho']:+.2f}, p {p:.3f}"
+    return f"{found['rho']:+.2f}, p {'<0.001' if p < 0.001 else format(p, '.3f')}"
 
 
 def _each(found: Mapping[str, Any]) -> str:

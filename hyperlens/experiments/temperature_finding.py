@@ -127,7 +127,10 @@ class TemperatureFinding(Finding):
         if any(gap["paired_p_holm"] < 0.05 for gap in gaps.values()):
             second += "Where p is small, entropy alone does not explain it."
         else:
-            second += "No clear difference once corrected: entropy may be all there is to it."
+            second += (
+                "No clear difference once corrected: entropy may be all there is to the diversity "
+                "of sampled text."
+            )
         third = (
             "Not to be concluded: anything from the greedy rows of the original, which no "
             "temperature can change; or that diverse text is good text (TTR knows no sense)."
