@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 from . import __version__
 from .embedded import HERE, embedded_base, embedded_tales
@@ -20,8 +20,8 @@ from .errors import ResultsError
 from .files import write_text
 
 if TYPE_CHECKING:
-    from .experiments.behaviour import BehaviourFinding
-    from .experiments.null_test import NullTestFinding
+    from .experiments.behaviour_finding import BehaviourFinding
+    from .experiments.null_test_finding import NullTestFinding
     from .results import Comparison
 
 # So many tales are trained on; everything is measured on the others.
@@ -36,8 +36,10 @@ METHODS = MappingProxyType(
     }
 )
 STAMP = "demo.json"
+SMALL = "A model of 3.8 million parameters: a demonstration, and no evidence about large ones."
 
 
+@runtime_checkable
 class Saves(Protocol):
     """What every result can do."""
 
@@ -71,10 +73,14 @@ class Demo:
 
     def summary(self) -> str:
         """The few lines that matter."""
-        lines = ["measured on tales that were not trained on; base -> hyperfitted [95% interval]"]
-        for name, found in self.measured.items():
-            lines += ["", f"{name}:", *(f"  {line}" for line in _lines(found))]
-        return "\n".join([*lines, "", f"report: {self.report}"])
+        names = list(self.measured)
+        rows = [_column(found) for found in self.measured.values()]
+        lines = ["", "measured on tales that were not trained on [95% interval]", ""]
+        lines.append(f"{'':<38}{'base':>8}" + "".join(f"{name:>28}" for name in names))
+        for i, (what, base, _) in enumerate(rows[0]):
+            values = "".join(f"{row[i][2]:>28}" for row in rows)
+            lines.append(f"{what:<38}{base:>8}{values}")
+        return "\n".join([*lines, "", SMALL, "", f"report: {self.report}"])
 
 
 def run_demo(
@@ -122,7 +128,6 @@ def _train(name: str, tales: list[str], out: Path, progress: bool) -> None:
         embedded_base(),
         tales[:TRAINED_ON],
         recipe="demo",
-        validation=tales[TRAINED_ON:],
         out=out,
         progress=progress,
         sequence_length=160,
@@ -141,8 +146,10 @@ def _measure(
     say: Callable[[str], None],
 ) -> Measured:
     from .compare import compare_models
-    from .experiments.behaviour import BehaviourFinding, measure_behaviour
-    from .experiments.null_test import NullTestFinding, null_test
+    from .experiments.behaviour import measure_behaviour
+    from .experiments.behaviour_finding import BehaviourFinding
+    from .experiments.null_test import null_test
+    from .experiments.null_test_finding import NullTestFinding
     from .results import Comparison
 
     base, unseen = embedded_base(), tales[TRAINED_ON:]
@@ -203,5 +210,32 @@ def _inputs_sha256() -> str:
     return digest.hexdigest()
 
 
-def _lines(found: Measured) -> list[str]:
-    return []
+def _column(found: Measured) -> list[tuple[str, str, str]]:
+    """(what, the base's value, the tuned model's with its interval) of one hyperfitted model."""
+    from .report.words import with_interval
+
+    behaviour, comparison = found.behaviour, found.comparison
+    last, rows = comparison.n_layers, []
+    for metric, what in (("ttr", "greedy type-token ratio"), ("rep_2", "greedy repeated bigrams")):
+        base, tuned = (behaviour.value("greedy", side, metric) for side in ("base", "tuned"))
+        interval = f"{tuned['value']:.3f} [{tuned['low']:.3f}, {tuned['high']:.3f}]"
+        rows.append((what, f"{base['value']:.3f}", interval))
+    for probe, metric, view, what in (
+        ("rank_reordering", "top1_agreement", "final_norm", "same first token as the base"),
+        ("rank_reordering", "rank_gt_10", "final_norm", "first token from below base rank 10"),
+        ("participation_ratio", "delta", "raw", "change of dimension, last block"),
+        ("participation_ratio", "delta", "final_norm", "... after the final norm"),
+    ):
+        (row,) = (r for r in comparison.select(probe, metric, view) if r.layer == last)
+        rows.append((what, "", with_interval(row)))
+    rows += [
+        (f"... of {len(found.null_test.extras['placebo_seeds'])} random changes as large", "", text)
+        for text in _placebos(found.null_test)
+    ]
+    return rows
+
+
+def _placebos(null: NullTestFinding) -> list[str]:
+    """The range of the change of dimension over placebos, after the final norm."""
+    rows = null.select(metric="delta", view="final_norm", layer=null.meta["n_layers"])
+    return [f"{row['placebo_low']:+.1f} to {row['placebo_high']:+.1f}" for row in rows]
