@@ -10,7 +10,7 @@ from markupsafe import Markup
 from ..parts import details, heading, interval, join, note, pair_name, paragraph, picture, table
 from ..words import number, percent
 
-ORDER = 52
+ORDER = 110
 TITLE = "Is it no more than a bias on some tokens?"
 READS = "static_bias"
 LOADS = "hyperlens.experiments.static_bias_finding:StaticBiasFinding"

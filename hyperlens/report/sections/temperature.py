@@ -11,7 +11,7 @@ from ..charts import chart, dots
 from ..parts import details, heading, interval, join, note, pair_name, paragraph, table
 from ..words import number
 
-ORDER = 50
+ORDER = 100
 TITLE = "Is it no more than a temperature?"
 READS = "temperature"
 LOADS = "hyperlens.experiments.temperature_finding:TemperatureFinding"

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from ...findings import Finding
 from ..parts import data, details, join, pair_name, paragraph, tag
@@ -63,7 +63,7 @@ def _tokens(side: Mapping[str, Any], deepest: float) -> Markup:
     """Drawn by circuitsvis; the plain text stands inside until it is, and for printing."""
     ranks = side["base_rank"]
     props = {
-        "tokens": [str(token) for token in side["tokens"]],
+        "tokens": [_shown(token) for token in side["tokens"]],
         "values": [round(math.log10(rank), 2) for rank in ranks],
         "minValue": 0.0,
         "maxValue": deepest,
@@ -79,3 +79,8 @@ def _tokens(side: Mapping[str, Any], deepest: float) -> Markup:
             details("base ranks as numbers", paragraph(numbers)),
         ]
     )
+
+
+def _shown(token: object) -> str:
+    """A token as circuitsvis wants it: it puts tokens into the page as HTML, unescaped."""
+    return str(escape(str(token).replace("\n", "¶")))

@@ -1,0 +1,244 @@
+"""The page in a real browser: it draws, it answers, it fetches nothing, it escapes everything.
+
+HYPERLENS_SCREENSHOTS names a folder for screenshots to look at.
+"""
+
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_results import make_comparison
+
+from hyperlens import BehaviourFinding, NullTestFinding
+from hyperlens.experiments.behaviour_finding import WORDS
+from hyperlens.report import write_report
+from hyperlens.report.page import section_modules
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+FOUND = next(filter(None, map(shutil.which, BROWSERS)), None)
+FLAGS = (
+    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+)
+WIDTHS = (375, 1280)
+NASTY = "<script>alert(1)</script><img src=x onerror=alert(2)> \"quoted\" 'single' &amp; </script>"
+
+pytestmark = pytest.mark.skipif(FOUND is None, reason="no Chromium here (apt install chromium)")
+
+
+def behaviour(n_examples: int = 3, length: int = 40, text: str = "once upon a time") -> Any:
+    """A finding as measure_behaviour makes it."""
+    rows = [
+        {
+            "strategy": strategy, "model": model, "metric": metric, "value": value,
+            "low": value - 0.1, "high": value + 0.1, "se": 0.05, "n": n_examples, "p": p,
+        }
+        for strategy in ("greedy", "sample")
+        for metric in WORDS
+        for model, value, p in (
+            ("base", 0.3, float("nan")), ("tuned", 0.6, float("nan")), ("difference", 0.3, 0.001),
+        )
+    ]  # fmt: skip
+    side = {
+        "text": f"{text} {NASTY}",
+        "tokens": [*([NASTY, '"', "\n", "é", "\ud800"] * length)][:length],
+        "base_rank": [1 + (7 * i * i) % 900 for i in range(length)],
+    }
+    examples = [
+        {"strategy": "greedy", "prompt": f"{i} {NASTY}", "base": side, "tuned": side}
+        for i in range(n_examples)
+    ]
+    options = {"n_prompts": n_examples, "prompt_tokens": 17, "max_new_tokens": length}
+    meta = make_comparison(4).meta | {"options": options, "notes": [NASTY]}
+    return BehaviourFinding(tuple(rows), {"examples": examples}, meta)
+
+
+def null_test() -> NullTestFinding:
+    """A finding as null_test makes it."""
+    meta = make_comparison(4).meta
+    table = tuple(
+        {
+            "metric": metric, "layer": layer, "view": view, "tuned": 1.0 + layer,
+            "placebo_mean": 0.5, "placebo_low": 0.25, "placebo_high": 0.75, "n_placebos": 3,
+        }
+        for metric, view in (("relative_l2", "raw"), ("delta", "raw"), ("delta", "final_norm"))
+        for layer in range(5)
+    )  # fmt: skip
+    extras = {"base": {"ttr": 0.2, "rep_2": 0.6}, "changed_tensors": 9, "placebo_seeds": [0, 1, 2]}
+    return NullTestFinding(table, extras, {**meta, "notes": []})
+
+
+def named(result: Any, base: str, tuned: str) -> Any:
+    """The same result of models with other names."""
+    sides = {side: {**result.meta[side], "name": name} for side, name in
+             (("base", base), ("tuned", tuned))}  # fmt: skip
+    return replace(result, meta={**result.meta, **sides})
+
+
+@pytest.fixture(scope="module")
+def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pages") / 'it\'s a "folder"'
+    folder.mkdir()
+    results = [make_comparison(4), behaviour(), null_test()]
+    others = [named(result, NASTY, f"tuned {NASTY}") for result in results]
+    return write_report(folder / "<script>report.html", [*results, *others], NASTY)
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    sync_api = pytest.importorskip("playwright.sync_api")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=FOUND, args=list(FLAGS))
+        yield browser
+        browser.close()
+
+
+class Opened:
+    """A page, and all that it has said, asked for and fetched."""
+
+    def __init__(self, chromium: Any, file: Path, width: int = 1280, scheme: str = "light") -> None:
+        self.page = chromium.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+        self.complaints: list[str] = []
+        self.requests: list[str] = []
+        self.dialogs: list[str] = []
+        self.page.on("console", self._said)
+        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        self.page.on("request", lambda request: self.requests.append(request.url))
+        self.page.on("dialog", self._asked)
+        self.page.goto(file.as_uri())
+        self.page.wait_for_selector(".chart svg .mark-group, .chart svg .role-mark")
+        self.page.wait_for_timeout(300)
+
+    def _said(self, message: Any) -> None:
+        if message.type in ("error", "warning"):
+            self.complaints.append(message.text)
+
+    def _asked(self, dialog: Any) -> None:
+        self.dialogs.append(dialog.message)
+        dialog.dismiss()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_it_opens_draws_and_fetches_nothing(
+    chromium: Any, page_file: Path, width: int, scheme: str
+) -> None:
+    opened = Opened(chromium, page_file, width, scheme)
+    page = opened.page
+    assert opened.complaints == []
+    assert opened.dialogs == []
+    assert {url.split(":")[0] for url in opened.requests} <= {"file", "data", "blob"}
+    assert len([url for url in opened.requests if url.startswith("file")]) == 1
+    # The page itself never scrolls sideways; wide tables do, inside their own boxes.
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    charts = page.query_selector_all("main .chart")
+    assert len(charts) > 15
+    for chart in charts:
+        if chart.is_visible():
+            assert chart.query_selector_all("svg .mark-symbol path, svg .mark-rect path")
+            assert chart.get_attribute("aria-label")
+    views = [view for view in page.query_selector_all(".tokens") if view.is_visible()]
+    assert len(views) >= 4
+    assert all(view.inner_text().strip() for view in views)
+    _keep(page, f"report-{width}-{scheme}.png")
+    page.close()
+
+
+def test_every_section_is_there_in_order(chromium: Any, page_file: Path) -> None:
+    opened = Opened(chromium, page_file)
+    shown = opened.page.eval_on_selector_all("section", "all => all.map(e => e.id)")
+    assert shown == [
+        *("compared", "behaviour", "where", "artefact-audit", "null-test"),
+        *("ranks", "token-by-token"),
+    ]
+    for link in opened.page.query_selector_all("nav a"):
+        assert opened.page.query_selector(link.get_attribute("href")) is not None
+    for image in opened.page.query_selector_all("img"):
+        assert image.get_attribute("alt")
+    opened.page.close()
+
+
+def test_values_show_when_hovered_over(chromium: Any, page_file: Path) -> None:
+    opened = Opened(chromium, page_file)
+    page = opened.page
+    page.locator("#where .chart svg .mark-symbol path").nth(2).hover(force=True)
+    page.wait_for_selector("#vg-tooltip-element.visible", timeout=3000)
+    assert "95%" in page.locator("#vg-tooltip-element").inner_text()
+    page.locator("#token-by-token .tokens span").nth(3).hover(force=True)
+    assert opened.complaints == []
+    page.close()
+
+
+def test_folded_views_are_drawn_when_opened(chromium: Any, page_file: Path) -> None:
+    opened = Opened(chromium, page_file)
+    more = opened.page.locator("#token-by-token > details").first
+    more.locator("summary").first.click()
+    drawn = "#token-by-token > details[open] .tokens[data-drawn]"
+    opened.page.wait_for_function(f"document.querySelectorAll('{drawn}').length > 2")
+    assert opened.complaints == opened.dialogs == []
+    opened.page.close()
+
+
+def test_it_changes_with_the_readers_colours(chromium: Any, page_file: Path) -> None:
+    opened = Opened(chromium, page_file)
+    colour = "getComputedStyle(document.querySelector('#where .chart .mark-symbol path')).fill"
+    light = opened.page.evaluate(colour)
+    opened.page.emulate_media(color_scheme="dark")
+    opened.page.wait_for_function(f"({colour}) !== {light!r}")
+    background = "getComputedStyle(document.body).backgroundColor"
+    assert opened.page.evaluate(background) != "rgb(255, 255, 255)"
+    opened.page.close()
+
+
+def test_it_prints(chromium: Any, page_file: Path) -> None:
+    opened = Opened(chromium, page_file)
+    assert len(opened.page.pdf(format="A4")) > 20_000
+    opened.page.close()
+
+
+def test_markup_in_names_texts_and_tokens_shows_as_text(chromium: Any, page_file: Path) -> None:
+    opened = Opened(chromium, page_file)
+    page = opened.page
+    assert NASTY in page.title()
+    assert page.locator("h1").inner_text() == NASTY
+    assert page.locator("main img[src='x']").count() == 0
+    text = page.locator("main").inner_text()
+    assert NASTY in text
+    shown = page.locator(".tokens").first.inner_text().replace("\xa0", " ")
+    assert NASTY in shown
+    assert "¶" in shown
+    assert opened.dialogs == []
+    page.close()
+
+
+def test_a_large_report_is_small_and_opens_at_once(chromium: Any, tmp_path: Path) -> None:
+    results = [make_comparison(32), behaviour(n_examples=40, length=256)]
+    file = write_report(tmp_path / "large.html", results)
+    assert file.stat().st_size < 8e6
+    Opened(chromium, file).page.close()  # the browser itself is warm
+    page = chromium.new_page()
+    page.goto(file.as_uri())
+    page.wait_for_selector("#where .chart svg .mark-symbol path")
+    drawn = page.evaluate("performance.now()")
+    assert drawn < 2000 * float(os.environ.get("HYPERLENS_SLOWER", "1")), f"{drawn:.0f} ms"
+    page.close()
+
+
+def test_sections_have_what_the_page_needs() -> None:
+    modules = section_modules()
+    orders = [module.ORDER for module in modules]
+    assert orders == sorted(set(orders))
+    for module in modules:
+        assert module.TITLE
+        assert module.READS == "comparison" or ":" in module.LOADS
+
+
+def _keep(page: Any, name: str) -> None:
+    folder = os.environ.get("HYPERLENS_SCREENSHOTS")
+    if folder:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        page.screenshot(path=Path(folder) / name, full_page=True)
