@@ -46,6 +46,7 @@ EXPERIMENTS_MAY_USE = {
     "results",
     "runner",
     "sources",
+    "streams",
     *MATHS,
 }
 

@@ -22,12 +22,13 @@ from ..runner import PassOptions, run_pass
 from ..shells import merged
 from ..significance import estimate
 from ..sources import Opened
+from ..streams import View
 from .contexts import PairAndTexts, open_pair_and_texts
 from .continuing import METRICS, Continuing, check_counts, check_room, choose_prompts
 from .null_test_finding import NullTestFinding
 from .placebo import changed_tensors, placebo
 
-VIEWS = ("raw", "final_norm")
+VIEWS: tuple[View, ...] = ("raw", "final_norm")
 MEASURED = {
     "drift": ("cosine", "relative_l2"),
     "participation_ratio": ("delta",),

@@ -89,7 +89,8 @@ def dots(rows: Rows, y: str, x_title: str) -> Any:
         ),
     )
     rule = base.mark_rule(strokeWidth=2).encode(
-        x=alt.X("low:Q", title=x_title, scale=alt.Scale(zero=True)), x2="high:Q"
+        x=alt.X("low:Q", title=x_title, scale=alt.Scale(zero=True), axis=alt.Axis(tickCount=5)),
+        x2="high:Q",
     )
     mark = base.mark_point(filled=True, size=60, opacity=1).encode(
         x="value:Q",

@@ -106,7 +106,11 @@ def _shown(by_name: Mapping[str, list[Result]]) -> Iterator[tuple[str, str, Mark
     with_section = {module.READS for module in modules}
     for name, results in by_name.items():
         if name not in with_section:
-            yield name.replace("_", "-"), name.replace("_", " ").capitalize(), plain.body(results)
+            yield (
+                name.replace("_", "-"),
+                name.replace("_", " ").capitalize(),
+                plain.body([result for result in results if isinstance(result, Finding)]),
+            )
 
 
 def _footer(results: Sequence[Result]) -> Markup:
@@ -149,7 +153,7 @@ def _vega() -> str:
     import vl_convert
 
     # A module's top-level names would collide with those of the page's other scripts.
-    return f"(() => {{{vl_convert.javascript_bundle()}}})();"
+    return f"(() => {{{vl_convert.javascript_bundle(None)}}})();"
 
 
 def _circuitsvis() -> str:

@@ -93,7 +93,7 @@ def _histogram(results: Sequence[Comparison]) -> list[dict[str, Any]]:
 
 
 def _lens(results: Sequence[Comparison], metric: str, what: str, of: str) -> Markup | None:
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "pair": pair_name(result),
             "layer": row.layer,

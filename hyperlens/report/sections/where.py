@@ -60,7 +60,7 @@ def _chart(
     results: Sequence[Comparison], view: str, title: str, which: tuple[str, str, str, str]
 ) -> Markup | None:
     probe, metric, what, of = which
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "pair": pair_name(result),
             "layer": row.layer,
