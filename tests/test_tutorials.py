@@ -46,11 +46,9 @@ def test_it_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("JUPYTER_PREFER_ENV_PATH", "1")
+    here = {"metadata": {"path": tmp_path}}
     client = nbclient.NotebookClient(
-        notebook(path),
-        timeout=900,
-        kernel_name="python3",
-        resources={"metadata": {"path": tmp_path}},
+        notebook(path), timeout=900, kernel_name="python3", resources=here
     )
     started = time.monotonic()
     client.execute()

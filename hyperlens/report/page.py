@@ -153,7 +153,9 @@ def _vega() -> str:
     import vl_convert
 
     # A module's top-level names would collide with those of the page's other scripts.
-    return f"(() => {{{vl_convert.javascript_bundle(None)}}})();"
+    # Its stub asks for a snippet; without one, the bundle gives vegaEmbed to the window.
+    bundle = vl_convert.javascript_bundle()  # type: ignore[call-arg]
+    return f"(() => {{{bundle}}})();"
 
 
 def _circuitsvis() -> str:
