@@ -104,6 +104,7 @@ def shipped_by(tree: Path) -> dict[str, bytes]:
     embedded = tree / "hyperlens/embedded"
     data = [tree / "hyperlens/py.typed", *embedded.glob("*.jsonl"), *embedded.glob("*.md")]
     data += [file for file in (embedded / "base").iterdir() if file.is_file()]
+    data += [tree / "hyperlens/report" / name for name in ("page.css", "page.js")]
     return files | {file.relative_to(tree).as_posix(): file.read_bytes() for file in data}
 
 

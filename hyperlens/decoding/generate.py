@@ -48,7 +48,7 @@ def continuations(
         batch_size: prompts at once.
         stop_at_eos: end at EOS (which is left out), or write through it.
         seed: of sampling.
-        logits_processors: transformers' `LogitsProcessor`s, applied in order.
+        logits_processors: `LogitsProcessor` objects of transformers, applied in order.
         progress: show a progress bar.
 
     Returns:
