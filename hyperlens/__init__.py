@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from .experiments.behaviour_finding import BehaviourFinding as BehaviourFinding
     from .experiments.null_test import null_test as null_test
     from .experiments.null_test_finding import NullTestFinding as NullTestFinding
+    from .experiments.provenance import provenance as provenance
+    from .experiments.provenance_finding import ProvenanceFinding as ProvenanceFinding
     from .experiments.static_bias import static_bias as static_bias
     from .experiments.static_bias_finding import StaticBiasFinding as StaticBiasFinding
     from .experiments.temperature import temperature as temperature
@@ -37,6 +39,8 @@ _HOME = {
     "measure_behaviour": ".experiments.behaviour",
     "NullTestFinding": ".experiments.null_test_finding",
     "null_test": ".experiments.null_test",
+    "ProvenanceFinding": ".experiments.provenance_finding",
+    "provenance": ".experiments.provenance",
     "read_texts": ".texts",
     "static_bias": ".experiments.static_bias",
     "StaticBiasFinding": ".experiments.static_bias_finding",
@@ -50,6 +54,7 @@ __all__ = [
     "Corpus",
     "HyperlensError",
     "NullTestFinding",
+    "ProvenanceFinding",
     "StaticBiasFinding",
     "TemperatureFinding",
     "__version__",
@@ -57,6 +62,7 @@ __all__ = [
     "load_hooked",
     "measure_behaviour",
     "null_test",
+    "provenance",
     "read_texts",
     "static_bias",
     "temperature",

@@ -1,0 +1,99 @@
+"""Every next-token decision of a tuned model, and where it stood in the base model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from .. import stats
+from ..hooked import evaluating, run_logits
+from ..pairing import ModelPair
+from .contexts import Contexts
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """The decisions along one text, in order.
+
+    Attributes:
+        ids: the whole text; the decision at i follows `ids[: position[i]]`.
+        position: where each decision is made.
+        picked: the token the tuned model puts first.
+        base_first: the token the base model puts first.
+        rank: the base model's rank of `picked`, one-based; tied logits share the best rank.
+    """
+
+    ids: list[int]
+    position: list[int]
+    picked: list[int]
+    base_first: list[int]
+    rank: list[int]
+
+
+def along_texts(contexts: Contexts, progress: bool) -> list[Decisions]:
+    """Teacher-forced: what both models would write next at every context of the texts."""
+    found: dict[str, list[Tensor]] = {"picked": [], "base_first": [], "rank": []}
+    for _, base, tuned in contexts.rows("provenance", progress):
+        picked = stats.winner(tuned)
+        found["picked"].append(picked)
+        found["base_first"].append(stats.winner(base))
+        found["rank"].append(stats.rank_of(base, picked))
+    columns = {name: torch.cat(parts).cpu() for name, parts in found.items()}
+    text = contexts.text.cpu()
+    corpus = contexts.corpus
+    decisions = []
+    for number, sequence in enumerate(corpus.sequences):
+        mine = text == number
+        if not bool(mine.any()):
+            continue
+        ids = sequence.tolist()
+        # A decision follows every token but a BOS.
+        position = [i + 1 for i, token in enumerate(ids) if token != corpus.bos_id]
+        picked, base_first, rank = (columns[name][mine].tolist() for name in found)
+        decisions.append(Decisions(ids, position, picked, base_first, rank))
+    return decisions
+
+
+def along_continuations(
+    pair: ModelPair, prompts: Sequence[Sequence[int]], written: Sequence[Sequence[int]]
+) -> list[Decisions]:
+    """Free-running: what the tuned model wrote, each token in the base model's eyes."""
+    base = pair.base.hooked
+    decisions = []
+    for prompt, tokens in zip(prompts, written, strict=True):
+        ids = [*prompt, *tokens]
+        inputs = torch.tensor([ids], device=base.cfg.device)
+        with evaluating(base):  # type: ignore[arg-type]
+            logits = run_logits(base, inputs, torch.ones_like(inputs))[0, len(prompt) - 1 : -1]
+        rank = stats.rank_of(logits.float(), inputs[0, len(prompt) :])
+        first = stats.winner(logits.float())
+        position = list(range(len(prompt), len(ids)))
+        decisions.append(Decisions(ids, position, list(tokens), first.tolist(), rank.tolist()))
+    return decisions
+
+
+def neighbours(
+    unembedding: Float[Tensor, "d_vocab d_model"], tokens: Sequence[int], count: int
+) -> dict[int, set[int]]:
+    """The nearest tokens of each token by cosine of the unembedding's rows, mean removed."""
+    rows = unembedding.detach().float()
+    rows = torch.nn.functional.normalize(rows - rows.mean(0), dim=-1)
+    wanted = sorted(set(tokens))
+    near: dict[int, set[int]] = {}
+    for some in _batches(wanted, 256):
+        similar: Float[Tensor, "n d_vocab"] = rows[some] @ rows.T
+        own: Bool[Tensor, "n d_vocab"] = torch.zeros_like(similar, dtype=torch.bool)
+        own[torch.arange(len(some)), torch.tensor(some)] = True
+        best: Int[Tensor, "n count"] = similar.masked_fill(own, -torch.inf).topk(count).indices
+        near |= {token: set(row) for token, row in zip(some, best.tolist(), strict=True)}
+    return near
+
+
+def _batches(values: Sequence[Any], size: int) -> Iterator[list[Any]]:
+    for start in range(0, len(values), size):
+        yield list(values[start : start + size])

@@ -1,0 +1,147 @@
+"""Where the tuned model's picks come from, as a result: its words, its figure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..findings import Finding
+from .token_kinds import KINDS
+
+if TYPE_CHECKING:
+    import matplotlib.figure
+
+# Name, lowest and highest base rank: the paper's Figure 4.
+BUCKETS = (("1", 1.0, 1.0), ("2-10", 2.0, 10.0), (">10", 11.0, math.inf))
+MODES = ("teacher-forced", "free-running")
+
+
+@dataclass(frozen=True)
+class ProvenanceFinding(Finding):
+    """Base ranks of the tuned model's picks, and what kind of tokens they are.
+
+    The table has a row per mode ("teacher-forced", "free-running"), bucket of base ranks ("1",
+    "2-10", ">10"; "changed" for all beyond rank 1, "all") and metric: `share` of all decisions;
+    of the decisions in the bucket the share of each kind of token, of near-synonyms (the pick is
+    among the base pick's nearest neighbours in the unembedding), of picks that avoid a repeated
+    trigram the base's pick would have made (`avoids`), and of the reverse (`falls_into`). Values
+    are means over texts.
+    """
+
+    name = "provenance"
+    columns = ("mode", "bucket", "metric", "value", "low", "high", "se", "n")
+
+    def value(self, mode: str, bucket: str, metric: str) -> Mapping[str, Any]:
+        """One row of the table."""
+        return self.select(mode=mode, bucket=bucket, metric=metric)[0]
+
+    def summary(self) -> str:
+        """Shares by bucket, what is in them, and whether picks avoid repetition."""
+        head = f"{'':<34}" + "".join(f"{mode:>26}" for mode in MODES)
+        lines = [
+            f"provenance  {self.meta['base']['name']} → {self.meta['tuned']['name']}",
+            "base rank of the token that the tuned model puts first; mean over texts [95%]",
+            "",
+            head,
+        ]
+        for bucket, _, _ in BUCKETS:
+            lines.append(self._line(f"base rank {bucket}", bucket, "share"))
+        lines.append(self._line("of which 200 and more", "all", "rank_ge_200"))
+        lines += ["", "of the picks beyond rank 1:"]
+        for kind in KINDS:
+            lines.append(self._line(f"  {kind}", "changed", kind))
+        lines.append(self._line("  near-synonym of the base's pick", "changed", "near_synonym"))
+        lines.append(self._line("  avoids a repeated trigram", "changed", "avoids"))
+        lines.append(self._line("  makes one the base would not", "changed", "falls_into"))
+        lines += ["", "examples (context | tuned pick | base pick, base rank of the tuned pick):"]
+        lines += [_in_words(e) for e in self.extras["examples"] if e["mode"] == MODES[1]][:6]
+        notes = [f"note: {note}" for note in self.meta["notes"]]
+        return "\n".join([*lines, "", *notes, *self.conclusions()])
+
+    def _line(self, what: str, bucket: str, metric: str) -> str:
+        cells = (percent(self.value(mode, bucket, metric)) for mode in MODES)
+        return f"{what:<34}" + "".join(f"{cell:>26}" for cell in cells)
+
+    def conclusions(self) -> list[str]:
+        """What a reader may and may not conclude."""
+        said = []
+        gap = self.value("free-running", "changed", "avoids_minus_falls_into")
+        if math.isfinite(gap["low"]) and gap["low"] > 0:
+            said.append(
+                "Free-running, changed picks avoid repetition more often than they cause it."
+            )
+        elif math.isfinite(gap["high"]) and gap["high"] < 0:
+            said.append(
+                "Free-running, changed picks cause repetition more often than they avoid it."
+            )
+        else:
+            said.append("Free-running, changed picks avoid repetition no more than they cause it.")
+        uniform = self.value("teacher-forced", "all", "rank_ge_200")["value"]
+        vocabulary = self.meta["d_vocab"]
+        if vocabulary > 400 and uniform > 0.5 * (vocabulary - 200) / vocabulary:
+            said.append(
+                "Base ranks are spread almost as if at random: check that both models have the "
+                "same vocabulary."
+            )
+        said.append(
+            "Avoiding repetition is what a pick did, not why it was made. Kinds are told by an "
+            "English word list."
+        )
+        return said
+
+    def plot(self) -> matplotlib.figure.Figure:
+        """The paper's Figure 4 by bucket, and the kinds of tokens inside, both ways of reading."""
+        from ..plots import BLUE, GREEN, GREY, ORANGE, VERMILION, NotebookFigure, plain_frame
+
+        figure = NotebookFigure(figsize=(12, 4.2), layout="constrained")
+        left, right = figure.subplots(1, 2, width_ratios=(1, 1.5))
+        for mode, color, shift in zip(MODES, (BLUE, VERMILION), (-0.2, 0.2), strict=True):
+            rows = [self.value(mode, bucket, "share") for bucket, _, _ in BUCKETS]
+            values = [100 * row["value"] for row in rows]
+            half = [100 * (row["high"] - row["value"]) for row in rows]
+            places = [i + shift for i in range(len(BUCKETS))]
+            left.bar(places, values, 0.38, yerr=half, color=color, capsize=3, label=mode)
+        left.set_xticks(range(len(BUCKETS)), [f"rank {bucket}" for bucket, _, _ in BUCKETS])
+        left.set_ylabel("share of decisions (%), mean over texts, 95%")
+        left.legend(frameon=False)
+        colors = (GREY, BLUE, ORANGE, GREEN, VERMILION, "#CCCCCC")
+        names = [f"{mode}\nrank {bucket}" for mode in MODES for bucket, _, _ in BUCKETS]
+        bottom = [0.0] * len(names)
+        for kind, color in zip(KINDS, colors, strict=True):
+            shares = [
+                100 * _or_zero(self.value(mode, bucket, kind)["value"])
+                for mode in MODES
+                for bucket, _, _ in BUCKETS
+            ]
+            right.bar(names, shares, 0.7, bottom=bottom, color=color, label=kind)
+            bottom = [b + s for b, s in zip(bottom, shares, strict=True)]
+        right.set_ylabel("kind of token (%), mean over texts")
+        right.tick_params(axis="x", labelsize=8)
+        right.legend(frameon=False, bbox_to_anchor=(1, 1), fontsize=8)
+        for axes in (left, right):
+            plain_frame(axes)
+        return figure
+
+
+def percent(row: Mapping[str, Any]) -> str:
+    """`12.3% [11.0%, 13.6%]`; n/a where there is no such decision."""
+    if math.isnan(row["value"]):
+        return "n/a"
+    text = f"{100 * row['value']:.1f}%"
+    if math.isnan(row["low"]):
+        return text
+    return f"{text} [{100 * max(row['low'], 0):.1f}, {100 * min(row['high'], 1):.1f}]"
+
+
+def _or_zero(x: float) -> float:
+    return 0.0 if math.isnan(x) else x
+
+
+def _in_words(example: Mapping[str, Any]) -> str:
+    shown = " ".join(str(example["context"]).split())[-48:]
+    return (
+        f"  …{shown:<48} | {str(example['picked']).strip()!r} | "
+        f"{str(example['base_first']).strip()!r}, {example['rank']:,}"
+    )

@@ -1,0 +1,160 @@
+"""Where the tuned model's picks stood in the base, against the plain loop and planted truths."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ARCHITECTURES, D_VOCAB, make_tiny, perturbed, token_texts
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hyperlens import ProvenanceFinding, cli, compare_models, provenance
+from hyperlens.embedded import embedded_base
+from hyperlens.errors import CorpusError
+from hyperlens.experiments.decisions import neighbours
+from hyperlens.experiments.token_kinds import FUNCTION_WORDS, kind_of, repeats
+
+TEXTS = token_texts(10, shortest=8, longest=20)
+SHORT = {"prompt_tokens": 6, "max_new_tokens": 8, "n_prompts": 6, "progress": False}
+BUCKETS = {"1": (1, 1), "2-10": (2, 10), ">10": (11, 10**9)}
+
+
+def by_hand(base, tuned, text: list[int]) -> list[int]:
+    """Base ranks of the tuned model's picks after every token but BOS."""
+    with torch.no_grad():
+        a, b = (model(torch.tensor([text])).logits[0] for model in (base, tuned))
+    found = []
+    for i in range(1, len(text)):
+        pick = int(b[i].argmax())
+        found.append(1 + sum(float(x) > float(a[i, pick]) for x in a[i]))
+    return found
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_shares_are_means_over_texts_of_the_plain_loop(name: str) -> None:
+    base = make_tiny(name)
+    tuned = perturbed(base, 0.3)
+    found = provenance(base, tuned, TEXTS, **SHORT)
+    ranks = [by_hand(base, tuned, text) for text in TEXTS]
+    for bucket, (low, high) in BUCKETS.items():
+        shares = [sum(low <= r <= high for r in text) / len(text) for text in ranks]
+        row = found.value("teacher-forced", bucket, "share")
+        assert row["value"] == pytest.approx(sum(shares) / len(shares))
+        assert row["n"] == len(TEXTS)
+
+
+def test_a_model_against_itself_picks_what_it_picks() -> None:
+    base = make_tiny("gemma2")
+    found = provenance(base, base, TEXTS, **SHORT)
+    for mode in ("teacher-forced", "free-running"):
+        assert found.value(mode, "1", "share")["value"] == 1.0
+        assert found.value(mode, ">10", "share")["value"] == 0.0
+    assert found.extras["examples"] == []
+
+
+def test_temperature_keeps_every_pick_at_rank_one() -> None:
+    base = make_tiny("llama")
+    tuned = copy.deepcopy(base)
+    with torch.no_grad():
+        tuned.lm_head.weight *= 2.0
+    found = provenance(base, tuned, TEXTS, **SHORT)
+    assert found.value("teacher-forced", "1", "share")["value"] == 1.0
+
+
+def test_a_permuted_vocabulary_is_caught() -> None:
+    base = make_tiny("llama", vocab_size=900)
+    tuned = copy.deepcopy(base)
+    order = torch.randperm(900, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        tuned.lm_head.weight.copy_(base.lm_head.weight[order])
+    found = provenance(base, tuned, TEXTS, **SHORT)
+    assert found.value("teacher-forced", "all", "rank_ge_200")["value"] > 0.5
+    assert "same vocabulary" in " ".join(found.summary().split())
+    assert "same vocabulary" not in provenance(base, perturbed(base), TEXTS, **SHORT).summary()
+
+
+def test_it_agrees_with_compare_models_on_texts_of_one_length() -> None:
+    base = make_tiny("qwen2")
+    tuned = perturbed(base, 0.3)
+    texts = token_texts(8, shortest=12, longest=12)
+    found = provenance(base, tuned, texts, **SHORT)
+    comparison = compare_models(base, tuned, texts, progress=False)
+    for bucket, metric in (("1", "rank_1"), ("2-10", "rank_2_10"), (">10", "rank_gt_10")):
+        same = comparison.value("rank_reordering", metric, 3, "final_norm")
+        assert found.value("teacher-forced", bucket, "share")["value"] == pytest.approx(same)
+
+
+CONTEXTS = st.lists(st.integers(0, 3), max_size=12)
+
+
+@given(CONTEXTS, st.integers(0, 3), st.integers(1, 4))
+def test_a_repeated_ngram_is_one_that_was_there(context: list[int], token: int, n: int) -> None:
+    text = [*context, token]
+    grams = ["".join(map(str, text[i : i + n])) for i in range(len(text) - n + 1)]
+    expected = len(grams) > 0 and grams[-1] in grams[:-1]
+    assert repeats(context, token, n) == expected
+
+
+def test_neighbours_are_the_nearest_others() -> None:
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.randn(30, 5, generator=generator)
+    centred = matrix - matrix.mean(0)
+    for token, near in neighbours(matrix, [3, 7, 3], 4).items():
+        cosines = [
+            (float(torch.cosine_similarity(centred[token], row, dim=0)), i)
+            for i, row in enumerate(centred)
+            if i != token
+        ]
+        assert near == {i for _, i in sorted(cosines)[-4:]}
+
+
+@pytest.mark.parametrize(
+    ("token", "before", "kind"),
+    [
+        (" the", "in", "function word"), (" The", ".", "function word"),
+        (" castle", "the", "content word"), ("The", "", "function word"),
+        ("tle", " cas", "subword"), (" tle", " cas", "content word"),
+        ("'s", " king", "subword"), ("'", " king", "punctuation"), (",", "king", "punctuation"),
+        ('."', "king", "punctuation"), (" 12", "in", "number"), ("\n", ".", "other"),
+        ("Alas", '"', "content word"), (" ", "a", "other"), ("é", " caf", "subword"),
+        (" $", "for", "punctuation"),
+    ],
+)  # fmt: skip
+def test_kinds(token: str, before: str, kind: str) -> None:
+    assert kind_of(token, before) == kind
+    assert all(word.isalpha() and word.islower() for word in FUNCTION_WORDS)
+
+
+def test_kinds_of_a_bucket_add_up() -> None:
+    base, text = embedded_base(), "The king went into the old house and sat down there."
+    short = {"prompt_tokens": 6, "max_new_tokens": 12, "progress": False}
+    found = provenance(base, base, [text] * 3, **short)
+    kinds = ("function word", "content word", "subword", "number", "punctuation", "other")
+    total = sum(found.value("free-running", "1", kind)["value"] for kind in kinds)
+    assert total == pytest.approx(1)
+    assert found.value("free-running", "1", "content word")["value"] > 0
+
+
+def test_same_seed_same_result_and_it_comes_back(tmp_path: Path) -> None:
+    base = make_tiny("mistral")
+    tuned = perturbed(base, 0.3)
+    first, again = (provenance(base, tuned, TEXTS, **SHORT) for _ in range(2))
+    # Compared as written: NaN, where a bucket is empty, is not equal to itself.
+    assert first.write(tmp_path).read_text() == again.write(tmp_path).read_text()
+    loaded = ProvenanceFinding.load(tmp_path)
+    assert loaded.summary() == first.summary()
+    assert max(e["rank"] for e in loaded.extras["examples"]) <= D_VOCAB
+    page = first.save(tmp_path / "out") / "report.html"
+    assert "Where do the winners come from?" in page.read_text()
+
+
+def test_refusals_and_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = make_tiny("llama")
+    with pytest.raises(CorpusError, match="context"):
+        provenance(base, base, TEXTS, prompt_tokens=6, max_new_tokens=90, progress=False)
+    file, folder = tmp_path / "texts.txt", str(embedded_base())
+    file.write_text("The king went into the wood.\n\nThe fox came out of the wood.")
+    short = ["--prompt-tokens", "5", "--max-new-tokens", "4", "-q"]
+    assert cli.main(["provenance", folder, folder, "--texts", str(file), *short]) == cli.OK
+    assert "base rank 1" in capsys.readouterr().out
