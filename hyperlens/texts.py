@@ -278,4 +278,8 @@ def _hub(name: str, column: str | None, split: str, streaming: bool) -> Iterator
 
 
 def _describe(source: Any) -> str:
-    return f"{str(source)[:60]!r}" if isinstance(source, str | Path) else type(source).__name__
+    if not isinstance(source, str | Path):
+        return type(source).__name__
+    text = str(source)
+    # Of a long path both ends tell something.
+    return repr(text if len(text) <= 60 else f"{text[:24]}…{text[-35:]}")

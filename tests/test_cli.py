@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from hyperlens import Comparison, __version__, cli, compare, compare_models
-from hyperlens.commands import build_parser
+from hyperlens.commands import all_commands, build_parser
 from hyperlens.commands.compare import PROBES
 from hyperlens.errors import LoadingError
 from hyperlens.probes import default_probes
@@ -674,7 +674,10 @@ def test_a_bar_is_shown_on_a_terminal_only(
     capsys.readouterr()
 
 
-@pytest.mark.parametrize("command", [(), ("compare",), ("hyperfit",), ("merge",)], ids=str)
+COMMANDS = [module.__name__.rsplit(".", 1)[-1].replace("_", "-") for module in all_commands()]
+
+
+@pytest.mark.parametrize("command", [(), *((name,) for name in COMMANDS)], ids=str)
 def test_help_can_be_read(command: tuple, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([*command, "--help"]) == cli.OK
     out, err = capsys.readouterr()
@@ -692,14 +695,14 @@ def test_the_commands_of_the_readme_parse() -> None:
     commands = re.findall(r"(?:^|`)(hyperlens \w+ (?!--help)[^`\n]+)", readme, re.M)
     assert len(commands) >= 6
     for command in commands:
-        build_parser().parse_args(shlex.split(command)[1:])
+        build_parser().parse_args(shlex.split(command, comments=True)[1:])
 
 
 def test_every_option_says_what_it_does_and_its_default() -> None:
     (commands,) = (
         action.choices for action in build_parser()._actions if isinstance(action.choices, dict)
     )
-    assert set(commands) == {"compare", "hyperfit", "merge"}
+    assert set(commands) == set(COMMANDS) >= {"compare", "demo", "hyperfit", "merge", "report"}
     for parser in commands.values():
         for action in parser._actions:
             assert action.help, action

@@ -18,7 +18,7 @@ Needs no network. Takes about two minutes on two cores; a second run with the sa
 what is done, and after Ctrl-C the same command goes on."""
 
 EXAMPLES = """\
-Example:
+Examples:
   hyperlens demo --out hyperlens-demo"""
 
 
@@ -40,7 +40,11 @@ def add(commands: Any) -> None:
         help="where everything goes (default: hyperlens-demo)",
     )
     parser.add_argument(
-        "-q", "--quiet", dest="progress", action="store_false", help="only the result"
+        "-q",
+        "--quiet",
+        dest="progress",
+        action="store_false",
+        help="say only the result (default: each step as well)",
     )
     add_debug(parser)
 

@@ -39,10 +39,10 @@ def along_texts(contexts: Contexts, progress: bool) -> list[Decisions]:
     """Teacher-forced: what both models would write next at every context of the texts."""
     found: dict[str, list[Tensor]] = {"picked": [], "base_first": [], "rank": []}
     for _, base, tuned in contexts.rows("provenance", progress):
-        picked = stats.winner(tuned)
-        found["picked"].append(picked)
+        winner = stats.winner(tuned)
+        found["picked"].append(winner)
         found["base_first"].append(stats.winner(base))
-        found["rank"].append(stats.rank_of(base, picked))
+        found["rank"].append(stats.rank_of(base, winner))
     columns = {name: torch.cat(parts).cpu() for name, parts in found.items()}
     text = contexts.text.cpu()
     corpus = contexts.corpus
@@ -54,8 +54,8 @@ def along_texts(contexts: Contexts, progress: bool) -> list[Decisions]:
         ids = sequence.tolist()
         # A decision follows every token but a BOS.
         position = [i + 1 for i, token in enumerate(ids) if token != corpus.bos_id]
-        picked, base_first, rank = (columns[name][mine].tolist() for name in found)
-        decisions.append(Decisions(ids, position, picked, base_first, rank))
+        picked, base_first, ranks = (columns[name][mine].tolist() for name in found)
+        decisions.append(Decisions(ids, position, picked, base_first, ranks))
     return decisions
 
 
@@ -70,10 +70,10 @@ def along_continuations(
         inputs = torch.tensor([ids], device=base.cfg.device)
         with evaluating(base):  # type: ignore[arg-type]
             logits = run_logits(base, inputs, torch.ones_like(inputs))[0, len(prompt) - 1 : -1]
-        rank = stats.rank_of(logits.float(), inputs[0, len(prompt) :])
-        first = stats.winner(logits.float())
+        ranks = stats.rank_of(logits.float(), inputs[0, len(prompt) :]).tolist()
+        first = stats.winner(logits.float()).tolist()
         position = list(range(len(prompt), len(ids)))
-        decisions.append(Decisions(ids, position, list(tokens), first.tolist(), rank.tolist()))
+        decisions.append(Decisions(ids, position, list(tokens), first, ranks))
     return decisions
 
 
