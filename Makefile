@@ -12,8 +12,8 @@ LOCK4 := requirements/dev-tl4.txt
 LOCK3 := requirements/dev-tl3.txt
 
 PIP := -m pip --disable-pip-version-check --no-input
-# Whole files go to one of two processes; torch is told to use one thread in each.
-PYTEST_ARGS ?= -n 2 --dist loadfile
+# Two processes share the tests; torch is told to use one thread in each.
+PYTEST_ARGS ?= -n 2 --dist worksteal
 DEMO_ARGS ?=
 
 .DEFAULT_GOAL := help
