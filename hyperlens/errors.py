@@ -51,3 +51,7 @@ class ResourceError(HyperlensError):
 
 class TrainingError(HyperlensError):
     """Training cannot start or cannot go on."""
+
+
+class DecodingError(HyperlensError):
+    """Text cannot be written with these settings."""

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from hyperlens import ProvenanceFinding, cli, compare_models, provenance
 from hyperlens.embedded import embedded_base
 from hyperlens.errors import CorpusError
+from hyperlens.experiments.contexts import names
 from hyperlens.experiments.decisions import neighbours
 from hyperlens.experiments.token_kinds import FUNCTION_WORDS, kind_of, repeats
 
@@ -158,3 +159,12 @@ def test_refusals_and_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[
     short = ["--prompt-tokens", "5", "--max-new-tokens", "4", "-q"]
     assert cli.main(["provenance", folder, folder, "--texts", str(file), *short]) == cli.OK
     assert "base rank 1" in capsys.readouterr().out
+
+
+def test_tokens_keep_the_space_that_begins_their_word(stories: Path) -> None:
+    from transformers import AutoTokenizer
+
+    for folder in (stories, embedded_base()):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        ids = tokenizer("Once upon a time there was a cat", add_special_tokens=False)["input_ids"]
+        assert "".join(names(tokenizer, ids)).strip() == "Once upon a time there was a cat"

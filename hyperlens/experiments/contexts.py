@@ -229,5 +229,12 @@ def names(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     if tokenizer is None:
         return [str(i) for i in ids]
     texts = [str(tokenizer.decode([i])) for i in ids]
-    pieces = tokenizer.convert_ids_to_tokens(list(ids))
-    return [str(p) if "\ufffd" in t else t for t, p in zip(texts, pieces, strict=True)]
+    pieces = [str(piece) for piece in tokenizer.convert_ids_to_tokens(list(ids))]
+    return [_name(text, piece) for text, piece in zip(texts, pieces, strict=True)]
+
+
+def _name(text: str, piece: str) -> str:
+    if "\ufffd" in text:
+        return piece
+    # Decoded alone, a SentencePiece token loses the space that begins its word.
+    return f" {text}" if piece.startswith("▁") and not text.startswith(" ") else text
