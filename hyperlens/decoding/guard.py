@@ -24,7 +24,7 @@ LOWEST_K, RANGE_OF_K = 5, 10
 Q, RANGE_OF_Q = 0.9, 0.1
 
 
-class Guard(LogitsProcessor):  # type: ignore[misc]
+class Guard(LogitsProcessor):
     """Turns logits into GUARD's log-probabilities; to be used with `do_sample=True`.
 
     Works in `transformers`' `generate` as it is, any number of texts at once. What it remembers of

@@ -50,7 +50,7 @@ def _inline(code: str) -> str:
     code = code.replace("\r\n", "\n").replace("\r", "\n")
     # A closing tag inside a string of a library would end the element, an opening comment and
     # script would hide the closing one.
-    return re.sub(r"<(?=/script|script|!--)", r"\\x3c", code, flags=re.IGNORECASE)
+    return re.sub(r"<(?=/?script[\s/>]|!--)", r"\\x3c", code, flags=re.IGNORECASE)
 
 
 def _vega() -> str:
