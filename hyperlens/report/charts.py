@@ -5,7 +5,6 @@ Specifications are made with Altair; the page draws them with the JavaScript it 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -65,19 +64,12 @@ def lines(
         x=alt.X(f"{x}:Q", title=x_title, axis=alt.Axis(tickMinStep=1, format="d", grid=False)),
         color=_pair_colour(rows),
     )
-    # A logarithmic axis by itself has a line for every digit of every power.
-    top = max((row["high"] for row in rows if math.isfinite(row["high"])), default=1.0)
-    powers = [10**k for k in range(math.ceil(math.log10(max(top, 10))) + 1)]
-    ticks = alt.Axis(values=powers) if scale == "log" else alt.Axis()
     band = base.mark_area(opacity=0.22).encode(
-        y=alt.Y("low:Q", title=y_title, scale=alt.Scale(**SCALES[scale]), axis=ticks),
-        y2="high:Q",
+        y=alt.Y("low:Q", title=y_title, scale=alt.Scale(**SCALES[scale])), y2="high:Q"
     )
     line = base.mark_line(strokeWidth=1.8).encode(y=f"{y}:Q", strokeDash=_pair_dash(rows))
     points = base.mark_point(filled=True, size=42, opacity=1).encode(
-        y=f"{y}:Q",
-        shape=alt.Shape("pair:N", sort=None, legend=None),
-        tooltip=_tooltip(x, x_title, y, y_title),
+        y=f"{y}:Q", shape=alt.Shape("pair:N", legend=None), tooltip=_tooltip(x, x_title, y, y_title)
     )
     return (band + line + points).properties(width="container", height=HEIGHT)
 
@@ -88,13 +80,7 @@ def dots(rows: Rows, y: str, x_title: str) -> Any:
 
     kinds = list(dict.fromkeys(row["model"] for row in rows))
     base = alt.Chart(alt.Data(values=[dict(row) for row in rows])).encode(
-        y=alt.Y(
-            f"{y}:N",
-            title=None,
-            sort=None,
-            scale=alt.Scale(paddingInner=0.4),
-            axis=alt.Axis(labelLimit=220),
-        ),
+        y=alt.Y(f"{y}:N", title=None, sort=None, axis=alt.Axis(labelLimit=220)),
         yOffset=alt.YOffset("model:N", sort=kinds),
         color=alt.Color(
             "model:N",
@@ -103,12 +89,7 @@ def dots(rows: Rows, y: str, x_title: str) -> Any:
         ),
     )
     rule = base.mark_rule(strokeWidth=2).encode(
-        x=alt.X(
-            "low:Q",
-            title=x_title,
-            scale=alt.Scale(zero=True, nice=False, padding=8),
-            axis=alt.Axis(tickCount=5),
-        ),
+        x=alt.X("low:Q", title=x_title, scale=alt.Scale(zero=True), axis=alt.Axis(tickCount=5)),
         x2="high:Q",
     )
     mark = base.mark_point(filled=True, size=60, opacity=1).encode(
@@ -121,7 +102,7 @@ def dots(rows: Rows, y: str, x_title: str) -> Any:
         ],
     )
     names = len({row[y] for row in rows})
-    return (rule + mark).properties(width="container", height=names * (12 + 12 * len(kinds)))
+    return (rule + mark).properties(width="container", height=max(90, 20 * names * len(kinds) // 2))
 
 
 def bars(rows: Rows, x: str, x_title: str, y_title: str) -> Any:

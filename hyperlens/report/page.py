@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import pkgutil
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from markupsafe import Markup
 
@@ -14,19 +17,17 @@ from .. import __version__
 from ..errors import ResultsError
 from ..files import write_text
 from ..findings import Finding
+from ..results import Comparison
 from . import plain, sections
-from .contents import Shown, answers, contents
-from .footer import footer
-from .pairs import Result, told_apart
-from .parts import join, note, pair_name, tag
-from .scripts import elements, policy, scripts
+from .parts import join, pair_name, paragraph, tag
 
 HERE = Path(__file__).resolve().parent
+Result = Comparison | Finding
 
-# Below this width of the stream a result says little about the models people use.
-SMALL_WIDTH = 1024
-SMALL = (
-    "These are small models: a demonstration of the measurements, and no evidence about large ones."
+# Nothing may be loaded from anywhere; the charts' expressions are compiled by the page itself.
+POLICY = (
+    "default-src 'none'; script-src 'unsafe-inline' 'unsafe-eval'; style-src 'unsafe-inline'; "
+    "img-src data:; font-src data:; base-uri 'none'; form-action 'none'"
 )
 DOCUMENT = Markup(
     '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -54,30 +55,32 @@ def write_report(path: str | Path, results: Sequence[Result], title: str | None 
     """
     if not results:
         raise ResultsError("expected at least one result to report on, got none")
-    results = told_apart(results)
+    by_name: dict[str, list[Result]] = defaultdict(list)
+    for result in results:
+        by_name[result.name].append(result)
     pairs = list(dict.fromkeys(pair_name(result) for result in results))
-    shown = list(_shown(results))
+    shown = list(_shown(by_name))
     heading = title or ("; ".join(pairs) if len(pairs) < 4 else f"{len(pairs)} pairs of models")
     top = [tag("h1", heading)]
     if title:
         top.append(tag("p", "; ".join(pairs), class_="pairs"))
-    if any(result.meta.get("d_model", SMALL_WIDTH) < SMALL_WIDTH for result in results):
-        top.append(note(SMALL))
+    contents = tag(
+        "nav",
+        tag("ol", *(tag("li", tag("a", text, href=f"#{name}")) for name, text, _ in shown)),
+        aria_label="contents",
+    )
     bodies = (
-        tag("section", tag("h2", one.title), one.body, id=one.id, data_section=one.id)
-        for one in shown
+        tag("section", tag("h2", text), body, id=name, data_section=name)
+        for name, text, body in shown
     )
-    body = join(
-        [tag("header", *top, contents(shown, pairs)), tag("main", *bodies), footer(results)]
-    )
-    codes = scripts(body)
+    body = join([tag("header", *top, contents), tag("main", *bodies), _footer(results)])
     page = DOCUMENT.format(
-        policy=policy(codes),
+        policy=POLICY,
         version=__version__,
         title=f"hyperlens: {heading}",
-        style=Markup((HERE / "page.css").read_text(encoding="utf-8")),
+        style=Markup(_own("page.css")),
         body=body,
-        scripts=elements(codes),
+        scripts=_scripts(body),
     )
     # Model output may hold halves of characters, which no file can.
     clean = str(page).encode("utf-8", "replace").decode("utf-8")
@@ -92,23 +95,73 @@ def section_modules() -> list[ModuleType]:
     return sorted(modules, key=lambda module: module.ORDER)
 
 
-def _shown(results: Sequence[Result]) -> Iterator[Shown]:
-    """Every section that has something to show."""
+def _shown(by_name: Mapping[str, list[Result]]) -> Iterator[tuple[str, str, Markup]]:
+    """(id, title, body) of every section that has something to show."""
     modules = section_modules()
     for module in modules:
-        found = [result for result in results if result.name == module.READS]
-        body = module.body(found) if found else None
-        if body:
-            name = module.__name__.rsplit(".", 1)[-1]
-            yield Shown(_id(name), module.TITLE, body, answers(module, found))
-    known = {module.READS for module in modules}
-    others: dict[str, list[Finding]] = {}
-    for result in results:
-        if isinstance(result, Finding) and result.name not in known:
-            others.setdefault(result.name, []).append(result)
-    for name, findings in others.items():
-        yield Shown(_id(name), name.replace("_", " ").capitalize(), plain.body(findings), [])
+        if results := by_name.get(module.READS):
+            body = module.body(results)
+            if body:
+                yield module.__name__.rsplit(".", 1)[-1].replace("_", "-"), module.TITLE, body
+    with_section = {module.READS for module in modules}
+    for name, results in by_name.items():
+        if name not in with_section:
+            yield (
+                name.replace("_", "-"),
+                name.replace("_", " ").capitalize(),
+                plain.body([result for result in results if isinstance(result, Finding)]),
+            )
 
 
-def _id(name: str) -> str:
-    return name.replace("_", "-")
+def _footer(results: Sequence[Result]) -> Markup:
+    meta: dict[str, Any] = dict(results[0].meta)
+    versions = ", ".join(f"{name} {version}" for name, version in meta.get("versions", {}).items())
+    return tag(
+        "footer",
+        paragraph(
+            f"Made by hyperlens {__version__}. Intervals are 95%, over whole sequences or prompts. "
+            "Every number, with options, seeds and hashes, is in the results' JSON files."
+        ),
+        paragraph(versions) if versions else "",
+        paragraph(
+            "Measures of arXiv 2605.22579, “Beyond Temperature: Hyperfitting as a Late-Stage "
+            "Geometric Expansion”."
+        ),
+    )
+
+
+def _scripts(body: Markup) -> Markup:
+    """The JavaScript that what is on the page needs, each once."""
+    needed = []
+    if 'class="chart"' in body:
+        needed.append(_vega())
+    if 'class="tokens"' in body:
+        needed.append(_circuitsvis())
+    needed.append(_own("page.js"))
+    # A closing tag inside a string of a library would end the element.
+    return Markup("\n").join(
+        Markup("<script>{}</script>").format(Markup(code.replace("</script", "<\\/script")))
+        for code in needed
+    )
+
+
+def _own(name: str) -> str:
+    return (HERE / name).read_text(encoding="utf-8")
+
+
+def _vega() -> str:
+    import vl_convert
+
+    # A module's top-level names would collide with those of the page's other scripts.
+    # Its stub asks for a snippet; without one, the bundle gives vegaEmbed to the window.
+    bundle = vl_convert.javascript_bundle()  # type: ignore[call-arg]
+    return f"(() => {{{bundle}}})();"
+
+
+def _circuitsvis() -> str:
+    """Read, not imported: the package's import pulls in torch and tries the network."""
+    found = importlib.util.find_spec("circuitsvis")
+    if found is None or not found.submodule_search_locations:
+        raise ResultsError("circuitsvis is not installed: pip install circuitsvis")
+    folder = Path(next(iter(found.submodule_search_locations)))
+    return (folder / "dist" / "cdn" / "iife.js").read_text(encoding="utf-8")

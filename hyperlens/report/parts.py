@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -52,30 +51,14 @@ def preformatted(text: str) -> Markup:
 
 
 def table(head: Sequence[Content], rows: Iterable[Sequence[Content]], caption: str = "") -> Markup:
-    """A table that scrolls inside its own box; the first column names the rows.
-
-    Columns with a number in them stand to the right, columns of words to the left.
-    """
-    cells = [list(row) for row in rows]
-    kinds = [None if _numeric(column) else "words" for column in zip(*cells, strict=True)]
-    kinds = kinds or [None] * len(head)
-    top = (
-        tag("th", text, scope="col", class_=kind) for text, kind in zip(head, kinds, strict=True)
-    )
+    """A table that scrolls inside its own box; the first column names the rows."""
+    top = tag("tr", *(tag("th", cell, scope="col") for cell in head))
     body = (
-        tag(
-            "tr",
-            tag("th", row[0], scope="row"),
-            *(tag("td", text, class_=kind) for text, kind in zip(row[1:], kinds[1:], strict=True)),
-        )
-        for row in cells
+        tag("tr", tag("th", row[0], scope="row"), *(tag("td", cell) for cell in row[1:]))
+        for row in rows
     )
-    inside = join([tag("caption", caption) if caption else "", tag("thead", tag("tr", *top))])
+    inside = join([tag("caption", caption) if caption else "", tag("thead", top)])
     return tag("div", tag("table", inside, tag("tbody", *body)), class_="scroll", tabindex=0)
-
-
-def _numeric(column: Iterable[Content]) -> bool:
-    return any(re.match(r"[+\-−<>≥]*\s?\d[\d.,e+\-]*%?(\s|$)", text) for text in column)
 
 
 def details(summary: str, *content: Content) -> Markup:

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
 from ..errors import ResultsError
 from ..findings import Finding
 from ..results import Comparison
-from .page import section_modules
-from .pairs import Result
-
-COMPARISON = "comparison.json"
+from .page import Result, section_modules
 
 
 def read_results(folders: Sequence[Path]) -> list[Result]:
@@ -22,29 +19,22 @@ def read_results(folders: Sequence[Path]) -> list[Result]:
     Raises:
         ResultsError: if a folder does not exist or holds none, or a result cannot be read.
     """
-    kinds = finding_classes()
-    files = [path for folder in folders for path in _files(folder.expanduser(), kinds)]
-    # A folder and one inside it may both be given.
-    once = {path.resolve(): path for path in files}
-    return [
-        Comparison.load(path.parent)
-        if path.name == COMPARISON
-        else kinds[path.stem].load(path.parent)
-        for path in once.values()
-    ]
+    return [result for folder in folders for result in _read(folder.expanduser())]
 
 
-def _files(folder: Path, kinds: Collection[str]) -> list[Path]:
+def _read(folder: Path) -> list[Result]:
     if not folder.is_dir():
         raise ResultsError(f"no folder {folder}: give one that --out of a command wrote")
-    found = [
-        path
-        for path in sorted(folder.rglob("*.json"))
-        if path.name == COMPARISON or (path.stem in kinds and _is_finding(path))
-    ]
+    kinds = finding_classes()
+    found: list[Result] = []
+    for path in sorted(folder.rglob("*.json")):
+        if path.name == "comparison.json":
+            found.append(Comparison.load(path.parent))
+        elif path.stem in kinds and _is_finding(path):
+            found.append(kinds[path.stem].load(path.parent))
     if not found:
         raise ResultsError(
-            f"no results in {folder}: expected {COMPARISON} or the JSON file of an experiment"
+            f"no results in {folder}: expected comparison.json or the JSON file of an experiment"
         )
     return found
 

@@ -61,16 +61,3 @@ def body(results: Sequence[Comparison]) -> Markup | None:
             table(head, rows),
         ]
     )
-
-
-def answer(result: Comparison) -> str | None:
-    """How much of the dimension as usually read is the blocks'."""
-    one = next((one for one in audit(result) if one.quantity == "participation_ratio"), None)
-    if one is None:
-        return None
-    largest = max(one.parts, key=lambda part: abs(one.parts[part]))
-    of_it = f"; the largest part is the {largest}" if one.parts[largest] else ""
-    return (
-        f"Δ effective dimension of {signed(one.total)} as usually read, {signed(one.block)} in the "
-        f"block's raw output{of_it}."
-    )

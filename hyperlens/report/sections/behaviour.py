@@ -10,7 +10,6 @@ from markupsafe import Markup
 from ...findings import Finding
 from ..charts import chart, dots
 from ..parts import details, heading, interval, join, pair_name, paragraph, table, tag
-from ..words import number
 
 ORDER = 20
 TITLE = "Did behaviour change?"
@@ -61,24 +60,8 @@ def body(results: Sequence[Finding]) -> Markup:
         shown = [_example(example) for example in _greedy(result)]
         parts += shown[:SHOWN_AT_ONCE]
         if shown[SHOWN_AT_ONCE:]:
-            parts.append(details(f"{len(shown) - SHOWN_AT_ONCE} more", *shown[SHOWN_AT_ONCE:]))
+            parts.append(details("more", *shown[SHOWN_AT_ONCE:]))
     return join(parts)
-
-
-def answer(result: Any) -> str:
-    """Diversity and repetition of both models' greedy texts."""
-    said = []
-    for metric in ("ttr", "rep_2"):
-        base, tuned, gap = (
-            result.select(strategy="greedy", model=model, metric=metric)
-            for model in ("base", "tuned", "difference")
-        )
-        if base and tuned and gap:
-            said.append(
-                f"{NAMES[metric]} {number(base[0]['value'])} → {number(tuned[0]['value'])} "
-                f"(difference {interval(gap[0])})"
-            )
-    return f"greedy {'; '.join(said)}." if said else ""
 
 
 def _marked(row: Mapping[str, Any], result: Finding) -> dict[str, Any]:

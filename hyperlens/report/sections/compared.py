@@ -9,17 +9,27 @@ from markupsafe import Markup
 
 from ...audit import unchanged
 from ...results import Comparison
-from ..parts import details, join, pair_name, paragraph, preformatted, table
+from ..parts import details, join, note, pair_name, paragraph, preformatted, table
 from ..words import NO_CHANGE, headline, plain, summary
 
 ORDER = 10
 TITLE = "What was compared?"
 READS = "comparison"
 
+# Below this many parameters' worth of width a result says little about the models people use.
+SMALL_WIDTH = 1024
+
 
 def body(results: Sequence[Comparison]) -> Markup:
     """Models, texts and headline of every pair."""
     parts: list[Markup] = []
+    if any(result.meta.get("d_model", SMALL_WIDTH) < SMALL_WIDTH for result in results):
+        parts.append(
+            note(
+                "These are small models: a demonstration of the measurements, and no evidence "
+                "about large ones."
+            )
+        )
     rows = [_headline_row(result, results) for result in results]
     columns = list(dict.fromkeys(name for _, found in rows for name in found))
     parts.append(
@@ -35,18 +45,6 @@ def body(results: Sequence[Comparison]) -> Markup:
     return join(parts)
 
 
-def answer(result: Comparison) -> str:
-    """How much was read."""
-    corpus = result.meta.get("corpus", {})
-    texts = [f"{corpus[f'n_{k}']:,} {k}" for k in ("tokens", "sequences") if f"n_{k}" in corpus]
-    read = f"{' of '.join(texts)} read by both models" if texts else "both models read the texts"
-    return (
-        f"No change: {read}, the same outputs."
-        if unchanged(result)
-        else f"{read}, {result.n_layers} blocks."
-    )
-
-
 def _headline_row(result: Comparison, results: Sequence[Comparison]) -> tuple[str, dict[str, str]]:
     found = {_in_full(what): number for what, number in headline(result)}
     return pair_name(result), found
@@ -54,7 +52,7 @@ def _headline_row(result: Comparison, results: Sequence[Comparison]) -> tuple[st
 
 def _in_full(what: str) -> str:
     """The headline of the summary names ranks after the first by their numbers alone."""
-    named, what = what[0].isalpha(), what.replace(">=", "≥ ").replace(">", "> ")
+    named = what[0].isalpha()
     return f"{what if named else f'token of base rank {what}'} [95%]"
 
 

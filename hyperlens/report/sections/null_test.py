@@ -53,18 +53,6 @@ def body(results: Sequence[Any]) -> Markup:
     return join(parts)
 
 
-def answer(result: Any) -> str:
-    """The two statistics that readers ask for first."""
-    wanted = (("delta", "raw"), ("ttr", "greedy text"))
-    said = [
-        f"{words} {number(row['tuned'])}, {verdict} "
-        f"({number(row['placebo_low'])} to {number(row['placebo_high'])})"
-        for words, _, row, verdict in result.headline()
-        if (row["metric"], row["view"]) in wanted
-    ]
-    return f"{'; '.join(said)}." if said else ""
-
-
 def _chart(result: Finding, metric: str, view: str, what: str, of: str) -> Markup:
     found = sorted(result.select(metric=metric, view=view), key=lambda row: row["layer"])
     rows = [

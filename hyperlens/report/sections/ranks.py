@@ -62,19 +62,6 @@ def body(results: Sequence[Comparison]) -> Markup | None:
     return join(parts) if parts else None
 
 
-def answer(result: Comparison) -> str | None:
-    """How many first tokens come from where, and ρ."""
-    said = []
-    for metric, what in (
-        ("rank_1", "of first tokens have base rank 1"),
-        ("rank_gt_10", "lie beyond rank 10"),
-    ):
-        said += [f"{with_interval(row)} {what}" for row in result.select("rank_reordering", metric)]
-    rho = result.select("rank_reordering", "spearman")
-    said += [f"Spearman's ρ {with_interval(row)}" for row in rho]
-    return f"{'; '.join(said)}." if said else None
-
-
 def _shares(results: Sequence[Comparison]) -> list[list[str]]:
     rows = []
     for metric, words in BUCKETS.items():

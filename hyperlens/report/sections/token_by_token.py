@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from ...findings import Finding
 from ..parts import data, details, join, pair_name, paragraph, tag
@@ -17,55 +17,36 @@ READS = "behaviour"
 LOADS = "hyperlens.experiments.behaviour_finding:BehaviourFinding"
 
 SHOWN_AT_ONCE = 1
-COLOUR = "#d55e00"
 
 
 def body(results: Sequence[Finding]) -> Markup | None:
     """Every example of every pair, the first of each at once and the others on demand."""
-    by_result = [(result, result.extras.get("examples", [])) for result in results]
-    ranks = [
-        rank
-        for _, examples in by_result
-        for example in examples
-        for side in ("base", "tuned")
-        for rank in example[side]["base_rank"]
-    ]
-    if not ranks:
-        return None
-    # One scale for all, or two pairs could not be compared.
-    deepest = max(10, *ranks)
     parts = [
         paragraph(
-            "The more a token is coloured, the lower the base model ranked it in its place, on a "
-            "logarithmic scale. No colour is rank 1, what the base's own greedy decoding would "
-            "take. Hover over a token for its rank."
-        ),
-        _key(deepest),
+            "The darker a token, the lower the base model ranked it in its place: white is rank 1, "
+            "what the base's own greedy decoding would take. Hover over a token for log10 of its "
+            "rank (0 is rank 1, 1 is rank 10, 2 is rank 100)."
+        )
     ]
-    for result, examples in by_result:
-        views = [_example(example, deepest) for example in examples]
+    drawn = False
+    for result in results:
+        examples = result.extras.get("examples", [])
+        if not examples:
+            continue
+        drawn = True
+        deepest = max(
+            (rank for e in examples for side in ("base", "tuned") for rank in e[side]["base_rank"]),
+            default=10,
+        )
+        views = [_example(example, math.log10(max(deepest, 10))) for example in examples]
         parts.append(tag("p", pair_name(result), class_="pairs"))
         parts += views[:SHOWN_AT_ONCE]
         if views[SHOWN_AT_ONCE:]:
             parts.append(details(f"{len(views) - SHOWN_AT_ONCE} more", *views[SHOWN_AT_ONCE:]))
-    return join(parts)
+    return join(parts) if drawn else None
 
 
-def _key(deepest: int) -> Markup:
-    """Which colour is which rank."""
-    steps = [10**power for power in range(math.ceil(math.log10(deepest)))]
-    swatches = (
-        tag(
-            "span",
-            f"{rank:,}",
-            style=f"--share: {100 * math.log10(rank) / math.log10(deepest):.0f}%",
-        )
-        for rank in [*steps, deepest]
-    )
-    return tag("p", "base rank ", *swatches, class_="key", style=f"--full: {COLOUR}")
-
-
-def _example(example: Mapping[str, Any], deepest: int) -> Markup:
+def _example(example: Mapping[str, Any], deepest: float) -> Markup:
     sides = (
         tag(
             "div",
@@ -78,16 +59,28 @@ def _example(example: Mapping[str, Any], deepest: int) -> Markup:
     return tag("div", *sides, class_="texts")
 
 
-def _tokens(side: Mapping[str, Any], deepest: int) -> Markup:
+def _tokens(side: Mapping[str, Any], deepest: float) -> Markup:
     """Drawn by circuitsvis; the plain text stands inside until it is, and for printing."""
     ranks = side["base_rank"]
-    given = {"tokens": side["tokens"], "ranks": ranks, "deepest": deepest, "colour": COLOUR}
+    props = {
+        "tokens": [_shown(token) for token in side["tokens"]],
+        "values": [round(math.log10(rank), 2) for rank in ranks],
+        "minValue": 0.0,
+        "maxValue": deepest,
+        "negativeColor": "#ffffff",
+        "positiveColor": "#D55E00",
+    }
     numbers = ", ".join(
         f"{token!r} {rank:,}" for token, rank in zip(side["tokens"], ranks, strict=True)
     )
     return join(
         [
-            tag("div", data(given), tag("p", side["text"]), class_="tokens"),
+            tag("div", data(props), tag("p", side["text"]), class_="tokens"),
             details("base ranks as numbers", paragraph(numbers)),
         ]
     )
+
+
+def _shown(token: object) -> str:
+    """A token as circuitsvis wants it: it puts tokens into the page as HTML, unescaped."""
+    return str(escape(str(token).replace("\n", "¶")))

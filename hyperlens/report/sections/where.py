@@ -7,11 +7,10 @@ from typing import Any
 
 from markupsafe import Markup
 
-from ...audit import largest_step
 from ...results import Comparison
 from ..charts import chart, lines
 from ..parts import details, grid, heading, join, pair_name, paragraph, table, tag
-from ..words import layer_table, number, with_interval
+from ..words import layer_table, with_interval
 
 ORDER = 30
 TITLE = "Where did the inside change?"
@@ -55,26 +54,6 @@ def body(results: Sequence[Comparison]) -> Markup:
             head = ["layer", "view", "base", "tuned", "tuned − base [95%]"]
             parts.append(details("effective dimension at every layer", table(head, numbers)))
     return join(parts)
-
-
-def answer(result: Comparison) -> str | None:
-    """The last layer's distance and dimension, and the block with the largest step."""
-    said = []
-    for which, what in (
-        ("relative_l2", "relative L2 distance"),
-        ("delta", "Δ effective dimension"),
-    ):
-        probe = "drift" if which == "relative_l2" else "participation_ratio"
-        rows = result.select(probe, which, "raw")
-        if rows:
-            said.append(f"{what} at layer {rows[-1].layer}, raw: {with_interval(rows[-1])}")
-    step = largest_step(result, "drift", "relative_l2")
-    if step and step.change:
-        said.append(
-            f"the distance moves most in block {step.layer - 1} "
-            f"({number(step.before)} to {number(step.after)})"
-        )
-    return f"{'; '.join(said)}." if said else None
 
 
 def _chart(
