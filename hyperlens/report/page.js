@@ -33,8 +33,6 @@
 
   let views = 0;
   const drawTokens = (element) => {
-    if (element.dataset.drawn) return;
-    element.dataset.drawn = "yes";
     const given = props(element);
     element.id = `tokens-${views++}`;
     CircuitsVis.render(element.id, CircuitsVis.ColoredTokens, given);
@@ -42,13 +40,25 @@
 
   // What is folded away has no width yet: it is drawn when it is opened.
   const visible = (element) => !element.closest("details:not([open])");
-  const draw = (root) => {
-    root.querySelectorAll(".chart").forEach((e) => { if (visible(e) && !e.spec) drawChart(e); });
-    root.querySelectorAll(".tokens").forEach((e) => { if (visible(e)) drawTokens(e); });
-  };
-  const redraw = () => document.querySelectorAll(".chart").forEach((e) => { if (e.spec) drawChart(e); });
+  const onScreen = (element) => element.getBoundingClientRect().top < window.innerHeight;
 
-  draw(document);
+  // One view at a time, with room between for the browser to paint and to scroll: first what is on
+  // the screen, then the charts, then the long texts.
+  const turn = () => new Promise((resolve) => setTimeout(resolve));
+  const draw = async (root) => {
+    const waiting = (kind, paint) => [...root.querySelectorAll(kind)].filter(visible).map((e) => [e, paint]);
+    const all = [...waiting(".chart", drawChart), ...waiting(".tokens", drawTokens)];
+    const first = all.filter(([element]) => onScreen(element));
+    for (const [element, paint] of [...first, ...all]) {
+      if (element.dataset.drawn) continue;
+      element.dataset.drawn = "yes";
+      await paint(element);
+      await turn();
+    }
+  };
+  const redraw = () => document.querySelectorAll(".chart").forEach((e) => { if (e.dataset.drawn) drawChart(e); });
+
+  draw(document).then(() => { document.documentElement.dataset.drawn = "yes"; });
   document.addEventListener("toggle", (event) => draw(event.target), true);
   dark.addEventListener("change", redraw);
 })();
