@@ -174,7 +174,7 @@ def build_corpus(
     notes = []
     if tokenizer is not None:
         bos_id = tokenizer.bos_token_id
-    raw = _token_ids(texts) if are_token_ids(texts) else _tokenize(read_texts(texts), tokenizer)
+    raw = _token_ids(texts) if are_token_ids(texts) else tokenize(read_texts(texts), tokenizer)
     kept = [ids for ids in raw if _content_length(ids, bos_id) >= 2]
     n_empty = sum(_content_length(ids, bos_id) == 0 for ids in raw)
     if not kept:
@@ -241,7 +241,8 @@ def adds_bos(tokenizer: Any) -> bool:
     return list(tokenizer("a")["input_ids"][:1]) == [tokenizer.bos_token_id]
 
 
-def _tokenize(texts: Sequence[str], tokenizer: Any) -> list[np.ndarray]:
+def tokenize(texts: Sequence[str], tokenizer: Any) -> list[np.ndarray]:
+    """Ids of every text, BOS in front where the tokenizer puts it; `CorpusError` without one."""
     if tokenizer is None:
         raise CorpusError(
             "no tokenizer was found for the base model: pass (model, tokenizer) instead of the "

@@ -7,7 +7,7 @@ and `HookedTransformer` (3.9), and our own `ResidualModel`.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from types import ModuleType
@@ -111,19 +111,33 @@ def run_residuals(
     attention_mask: Int[Tensor, "batch pos"],
 ) -> list[Float[Tensor, "batch pos d_model"]]:
     """The L + 1 residual layers of one forward pass, detached, on the model's device."""
-    layers: dict[int, Tensor] = {}
+    return _residuals(model, tokens, attention_mask, range(model.cfg.n_layers + 1))
+
+
+def run_last_residual(
+    model: HookedModel,
+    tokens: Int[Tensor, "batch pos"],
+    attention_mask: Int[Tensor, "batch pos"],
+) -> Float[Tensor, "batch pos d_model"]:
+    """Layer L alone, before the final norm: no other layer is kept in memory."""
+    return _residuals(model, tokens, attention_mask, [model.cfg.n_layers])[0]
+
+
+def _residuals(
+    model: HookedModel, tokens: Tensor, attention_mask: Tensor, layers: Sequence[int]
+) -> list[Tensor]:
+    kept: dict[int, Tensor] = {}
 
     def keep(residual: Tensor, hook: Any, layer: int) -> None:
-        layers[layer] = residual.detach()
+        kept[layer] = residual.detach()
 
-    names = range(model.cfg.n_layers + 1)
     model.run_with_hooks(
         tokens,
         attention_mask=attention_mask,
         return_type=None,
-        fwd_hooks=[(layer_hook(layer), partial(keep, layer=layer)) for layer in names],
+        fwd_hooks=[(layer_hook(layer), partial(keep, layer=layer)) for layer in layers],
     )
-    return [layers[layer] for layer in names]
+    return [kept[layer] for layer in layers]
 
 
 def final_norm(model: HookedModel, x: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_model"]:

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from ..corpus import Corpus, are_token_ids, build_corpus, check_max_length
 from ..errors import ActivationError, LoadingError
-from ..hooked import HookedModel, backend_of, evaluating, final_norm, run_residuals, unembed
+from ..hooked import HookedModel, backend_of, evaluating, final_norm, run_last_residual, unembed
 from ..pairing import ModelPair, check_tokenizers, describe_pair, open_pair
 from ..shells import plain_model
 from ..texts import read_texts
@@ -118,10 +118,23 @@ def open_pair_and_texts(
         HyperlensError: if a source cannot be opened, or the texts do not fit the models.
     """
     check_max_length(max_length)
-    for side, source in (("base", base), ("tuned", tuned)):
-        _check_generates(side, source)
+    check_generate(base, tuned)
     texts = texts if are_token_ids(texts) else read_texts(texts)
     pair = open_pair(base, tuned, device=device, dtype=dtype)
+    return tokenised(pair, texts, max_length)
+
+
+def tokenised(pair: ModelPair, texts: Any, max_length: int) -> PairAndTexts:
+    """Texts as an open pair reads them.
+
+    Args:
+        pair: the two models.
+        texts: a list of strings, or of token ids.
+        max_length: tokens per text, BOS included.
+
+    Raises:
+        HyperlensError: if the texts do not fit the models.
+    """
     notes: tuple[str, ...] = ()
     if not are_token_ids(texts):
         notes = check_tokenizers(pair, texts[:COMPARED_TEXTS])
@@ -173,13 +186,19 @@ def special_ids(pair: ModelPair) -> set[int]:
     return found
 
 
-def _check_generates(side: str, source: Any) -> None:
-    model = source[0] if isinstance(source, tuple) and source else source
-    if isinstance(model, nn.Module) and backend_of(model) is not None:
-        raise LoadingError(
-            f"{side} is a hooked model, which cannot generate: pass the Hugging Face or PEFT "
-            "model, its folder or its hub id"
-        )
+def check_generate(base: Any, tuned: Any) -> None:
+    """Refuse models that cannot write.
+
+    Raises:
+        LoadingError: naming the one that is hooked.
+    """
+    for side, source in (("base", base), ("tuned", tuned)):
+        model = source[0] if isinstance(source, tuple) and source else source
+        if isinstance(model, nn.Module) and backend_of(model) is not None:
+            raise LoadingError(
+                f"{side} is a hooked model, which cannot generate: pass the Hugging Face or PEFT "
+                "model, its folder or its hub id"
+            )
 
 
 def _bos(pair: ModelPair) -> int | None:
@@ -207,8 +226,7 @@ def _residuals(
 def _last_residual(side: str, model: HookedModel, tokens: Tensor, real: Tensor) -> Tensor:
     device = model.cfg.device
     with evaluating(model):  # type: ignore[arg-type]
-        residuals = run_residuals(model, tokens.to(device), real.long().to(device))
-    last = residuals[-1]
+        last = run_last_residual(model, tokens.to(device), real.long().to(device))
     if not bool(torch.isfinite(last[real.to(device)]).all()):
         raise ActivationError(
             f"the {side} model has NaN or infinite activations: load it in a wider dtype, as in "
