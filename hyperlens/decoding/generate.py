@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -10,8 +11,9 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from ..errors import CorpusError, LoadingError
+from ..errors import DecodingError
 from ..shells import plain_model
+from .prompts import batches, check_prompts, eos_ids, left_padded, without_dropout
 
 
 def continuations(
@@ -48,7 +50,8 @@ def continuations(
         batch_size: prompts at once.
         stop_at_eos: end at EOS (which is left out), or write through it.
         seed: of sampling.
-        logits_processors: `LogitsProcessor` objects of transformers, applied in order.
+        logits_processors: `LogitsProcessor` objects of transformers, applied in order. Those that
+            have a `reset()` start every batch with it, so that nothing leaks between calls.
         progress: show a progress bar.
 
     Returns:
@@ -56,21 +59,24 @@ def continuations(
 
     Raises:
         CorpusError: if a prompt is empty, or longer than the model's context allows.
+        DecodingError: if a setting of sampling is out of its range.
         LoadingError: if the model cannot generate.
     """
-    _check(model, prompts, max_new_tokens)
-    eos = _eos_ids(model, tokenizer) if stop_at_eos else []
+    check_prompts(model, prompts, max_new_tokens)
+    check_sampling(temperature=temperature, top_p=top_p, min_p=min_p)
+    eos = eos_ids(model, tokenizer) if stop_at_eos else []
     settings = _settings(
         max_new_tokens, eos, do_sample=do_sample, temperature=temperature, top_p=top_p, min_p=min_p
     )
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
     made: list[list[int]] = [[] for _ in prompts]
     bar = tqdm(total=len(prompts), desc="writing", unit="text", disable=not progress)
     device = next(model.parameters()).device
     with bar, _own_randomness(device, seed), _own_settings(model, settings), torch.no_grad():
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
-            tokens, mask = _left_padded([prompts[i] for i in batch], settings.pad_token_id, device)
+        for batch in batches(prompts, batch_size):
+            for processor in logits_processors:
+                if hasattr(processor, "reset"):
+                    processor.reset()
+            tokens, mask = left_padded([prompts[i] for i in batch], settings.pad_token_id, device)
             written = model.generate(
                 input_ids=tokens,
                 attention_mask=mask,
@@ -84,33 +90,17 @@ def continuations(
     return made
 
 
-def _check(model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
-    if not hasattr(plain_model(model), "generate"):
-        raise LoadingError(
-            f"{type(model).__name__} cannot generate with padding and a mask: give the model as a "
-            "folder, hub id, PreTrainedModel or PeftModel"
-        )
-    if max_new_tokens < 1:
-        raise CorpusError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    if not prompts or any(len(prompt) == 0 for prompt in prompts):
-        raise CorpusError("expected prompts of at least one token each, got an empty one")
-    longest = max(len(prompt) for prompt in prompts) + max_new_tokens
-    context = getattr(plain_model(model).config, "max_position_embeddings", None)
-    if isinstance(context, int) and longest > context:
-        raise CorpusError(
-            f"a prompt and its continuation may be {longest} tokens long, the model has {context} "
-            "positions: use shorter prompts or fewer new tokens"
-        )
+def check_sampling(*, temperature: float, top_p: float, min_p: float | None) -> None:
+    """Refuse settings that mean nothing.
 
-
-def _eos_ids(model: Any, tokenizer: Any) -> list[int]:
-    """What ends a text: the tokenizer's EOS, else the configuration's."""
-    found = getattr(tokenizer, "eos_token_id", None)
-    if found is None:
-        found = getattr(plain_model(model).config, "eos_token_id", None)
-    if found is None:
-        return []
-    return [int(found)] if isinstance(found, int) else [int(token) for token in found]
+    Raises:
+        DecodingError: naming the setting and its range.
+    """
+    if not 0 < temperature < math.inf:
+        raise DecodingError(f"temperature must be above 0 and finite, got {temperature}")
+    for name, share in (("top_p", top_p), ("min_p", min_p)):
+        if share is not None and not 0 < share <= 1:
+            raise DecodingError(f"{name} must be above 0 and at most 1, got {share}")
 
 
 def _settings(max_new_tokens: int, eos: list[int], **sampling: Any) -> Any:
@@ -137,14 +127,13 @@ def _own_settings(model: Any, settings: Any) -> Iterator[None]:
     Dropout is off inside.
     """
     plain = plain_model(model)
-    before, training = plain.generation_config, model.training
+    before = plain.generation_config
     plain.generation_config = copy.deepcopy(settings)
-    model.eval()
     try:
-        yield
+        with without_dropout(model):
+            yield
     finally:
         plain.generation_config = before
-        model.train(training)
 
 
 @contextmanager
@@ -153,15 +142,3 @@ def _own_randomness(device: torch.device, seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         yield
-
-
-def _left_padded(
-    prompts: Sequence[Sequence[int]], pad: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    width = max(len(prompt) for prompt in prompts)
-    tokens = torch.full((len(prompts), width), pad, dtype=torch.long)
-    mask = torch.zeros_like(tokens)
-    for row, prompt in enumerate(prompts):
-        tokens[row, width - len(prompt) :] = torch.tensor(prompt)
-        mask[row, width - len(prompt) :] = 1
-    return tokens.to(device), mask.to(device)

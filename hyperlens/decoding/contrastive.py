@@ -1,0 +1,255 @@
+"""Contrastive search: of the most likely tokens, the one whose state repeats the text least.
+
+For each of the k most likely next tokens the model is asked what state it would have there. Chosen
+is the token with the largest (1 - α) p - α s, where s is the largest cosine of that state with the
+states of the text so far (Su et al. 2022, arXiv 2202.06417). k and α are fixed, or follow the
+model's uncertainty. transformers 5 has no contrastive search of its own.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..errors import DecodingError
+from ..shells import plain_model
+from .adaptive import Adaptive, Fixed, Strength
+from .prompts import batches, check_prompts, eos_ids, left_padded, without_dropout
+
+
+def contrastive_search(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    k: int,
+    alpha: float,
+    max_new_tokens: int,
+    batch_size: int = 16,
+    stop_at_eos: bool = True,
+    progress: bool = True,
+) -> list[list[int]]:
+    """What a model writes after each prompt by contrastive search (arXiv 2202.06417).
+
+    Deterministic; with α = 0 or k = 1 it is greedy decoding. The states compared are those after
+    the final norm, of every token of prompt and continuation; pads do not count.
+
+    Args:
+        model: a `PreTrainedModel` or `PeftModel` with a cache of keys and values.
+        tokenizer: whose EOS ends a continuation; None takes the model's own.
+        prompts: token ids, BOS included where the model wants one; none may be empty.
+        k: how many candidates.
+        alpha: weight of the penalty, 0 to 1; its authors take 0.6.
+        max_new_tokens: how many to add at most.
+        batch_size: prompts at once; k times as many rows go through the model.
+        stop_at_eos: end at EOS (which is left out), or write through it.
+        progress: show a progress bar.
+
+    Returns:
+        New token ids per prompt, without prompt, padding and EOS.
+
+    Raises:
+        CorpusError: if a prompt is empty, or longer than the model's context allows.
+        DecodingError: if k or α is out of range, or the model has no such cache.
+        LoadingError: if the model cannot generate.
+    """
+    return _search(
+        model,
+        tokenizer,
+        prompts,
+        lambda: Fixed(k, alpha),
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        stop_at_eos=stop_at_eos,
+        progress=progress,
+    )
+
+
+def adaptive_contrastive_search(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    q: float = 1.0,
+    max_new_tokens: int,
+    batch_size: int = 16,
+    stop_at_eos: bool = True,
+    progress: bool = True,
+) -> list[list[int]]:
+    """The same with k (5 to 15) and α by the model's uncertainty (arXiv 2407.18698).
+
+    Deterministic. The uncertainty of a text's earlier steps is forgotten at its end.
+
+    Args:
+        model, tokenizer, prompts, max_new_tokens, batch_size, stop_at_eos, progress: as in
+            `contrastive_search`.
+        q: how steeply k and α grow with uncertainty; its authors take 1.
+
+    Returns:
+        New token ids per prompt, without prompt, padding and EOS.
+
+    Raises:
+        CorpusError: if a prompt is empty, or longer than the model's context allows.
+        DecodingError: if q is no positive number, or the model has no such cache.
+        LoadingError: if the model cannot generate.
+    """
+    return _search(
+        model,
+        tokenizer,
+        prompts,
+        lambda: Adaptive(q),
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        stop_at_eos=stop_at_eos,
+        progress=progress,
+    )
+
+
+def _search(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    strength: Callable[[], Strength],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    stop_at_eos: bool,
+    progress: bool,
+) -> list[list[int]]:
+    check_prompts(model, prompts, max_new_tokens)
+    eos = set(eos_ids(model, tokenizer)) if stop_at_eos else set()
+    made: list[list[int]] = [[] for _ in prompts]
+    device = next(model.parameters()).device
+    bar = tqdm(total=len(prompts), desc="searching", unit="text", disable=not progress)
+    with bar, without_dropout(model), torch.no_grad():
+        for batch in batches(prompts, batch_size):
+            # A new one for every batch: what it remembers belongs to these texts.
+            rule, alive = strength(), list(batch)
+            tokens, mask = left_padded([prompts[i] for i in batch], 0, device)
+            texts = _Texts.begin(model, tokens, mask)
+            for left in range(max_new_tokens, 0, -1):
+                chosen = texts.extend(rule)
+                going = [row for row, token in enumerate(chosen) if token not in eos]
+                for row in going:
+                    made[alive[row]].append(chosen[row])
+                if not going or left == 1:
+                    break
+                if len(going) < len(alive):
+                    alive = [alive[row] for row in going]
+                    kept = torch.tensor(going, device=device)
+                    texts.keep(kept)
+                    rule.keep(kept)
+            bar.update(len(batch))
+    return made
+
+
+@dataclass
+class _Texts:
+    """A batch of texts as the model holds them: its cache, and the states to compare with.
+
+    Attributes:
+        logits: of the next token.
+        states: of every token, after the final norm, of length 1.
+        mask: 0 at the pads, which stand on the left.
+    """
+
+    model: Any
+    cache: Any
+    logits: Float[Tensor, "rows d_vocab"]
+    states: Float[Tensor, "rows pos d_model"]
+    mask: Int[Tensor, "rows pos"]
+
+    @classmethod
+    def begin(
+        cls, model: Any, tokens: Int[Tensor, "rows pos"], mask: Int[Tensor, "rows pos"]
+    ) -> _Texts:
+        """Read the prompts."""
+        cache, logits, states = _forward(model, tokens, mask, None)
+        return cls(model, cache, logits, states, mask)
+
+    def extend(self, strength: Strength) -> list[int]:
+        """Add the best candidate to every text, and return it."""
+        # Never below float32; float64 stays.
+        p = self.logits.softmax(-1)
+        k, alpha = strength(p)
+        # Of equal logits the smaller id first, as in greedy decoding.
+        order = self.logits.argsort(dim=-1, descending=True, stable=True)[:, : int(k.max())]
+        tried = torch.arange(order.shape[-1], device=order.device) < k[:, None]
+        # One row per candidate, however many each text has.
+        row = tried.nonzero()[:, 0]
+        self.cache.reorder_cache(row)
+        mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], dim=-1)
+        cache, logits, states = _forward(self.model, order[tried][:, None], mask[row], self.cache)
+        best = _best(p.gather(-1, order), tried, states[:, 0], self.states, self.mask, alpha)
+        at = (tried.flatten().cumsum(0) - 1).view_as(order)
+        winner = at.gather(-1, best[:, None])[:, 0]
+        cache.reorder_cache(winner)
+        self.cache, self.logits, self.mask = cache, logits[winner], mask
+        self.states = torch.cat([self.states, states[winner]], dim=1)
+        chosen: list[int] = order.gather(-1, best[:, None])[:, 0].tolist()
+        return chosen
+
+    def keep(self, rows: Int[Tensor, " kept"]) -> None:
+        """Go on with these texts only."""
+        self.cache.reorder_cache(rows)
+        self.logits, self.states, self.mask = self.logits[rows], self.states[rows], self.mask[rows]
+
+
+def _best(
+    p: Float[Tensor, "rows k"],
+    tried: Bool[Tensor, "rows k"],
+    candidate: Float[Tensor, "tries d_model"],
+    states: Float[Tensor, "rows pos d_model"],
+    mask: Int[Tensor, "rows pos"],
+    alpha: Float[Tensor, " rows"],
+) -> Int[Tensor, " rows"]:
+    """Which candidate of each text is best; the more likely one of equals."""
+    placed = states.new_zeros(*tried.shape, states.shape[-1])
+    placed[tried] = candidate
+    cosine = placed @ states.transpose(1, 2)
+    nearest = cosine.masked_fill(mask[:, None] == 0, -torch.inf).amax(-1).to(p)
+    score = (1 - alpha[:, None]) * p - alpha[:, None] * nearest
+    return score.masked_fill(~tried, -torch.inf).argmax(-1)
+
+
+def _forward(
+    model: Any, tokens: Int[Tensor, "rows new"], mask: Int[Tensor, "rows pos"], cache: Any
+) -> tuple[Any, Float[Tensor, "rows d_vocab"], Float[Tensor, "rows new d_model"]]:
+    """The cache with the new tokens, the logits after them, and their states of length 1."""
+    accepted = inspect.signature(plain_model(model).forward).parameters
+    if "past_key_values" not in accepted:
+        raise DecodingError(
+            f"{type(plain_model(model)).__name__} keeps no cache of keys and values, which "
+            "contrastive search needs: use another way of decoding"
+        )
+    options: dict[str, Any] = {}
+    if "position_ids" in accepted:
+        positions = (mask.cumsum(-1) - 1).clamp_min(0)
+        options["position_ids"] = positions[:, -tokens.shape[1] :]
+    if "logits_to_keep" in accepted:
+        options["logits_to_keep"] = 1
+    out = model(
+        input_ids=tokens,
+        attention_mask=mask,
+        past_key_values=cache,
+        use_cache=True,
+        output_hidden_states=True,
+        **options,
+    )
+    states = out.hidden_states[-1]
+    states = torch.nn.functional.normalize(states.to(_at_least_float32(states)), dim=-1)
+    logits = out.logits[:, -1]
+    if bool(logits.isnan().any()):
+        raise DecodingError("the model's logits are NaN: load it in another dtype, as in 'float32'")
+    return out.past_key_values, logits.to(_at_least_float32(logits)), states
+
+
+def _at_least_float32(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
