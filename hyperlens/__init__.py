@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from .errors import HyperlensError as HyperlensError
     from .experiments.behaviour import measure_behaviour as measure_behaviour
     from .experiments.behaviour_finding import BehaviourFinding as BehaviourFinding
+    from .experiments.mauve import mauve_score as mauve_score
+    from .experiments.mauve_finding import MauveFinding as MauveFinding
     from .experiments.null_test import null_test as null_test
     from .experiments.null_test_finding import NullTestFinding as NullTestFinding
     from .experiments.provenance import provenance as provenance
@@ -23,6 +25,10 @@ if TYPE_CHECKING:
     from .experiments.static_bias_finding import StaticBiasFinding as StaticBiasFinding
     from .experiments.temperature import temperature as temperature
     from .experiments.temperature_finding import TemperatureFinding as TemperatureFinding
+    from .judging.endpoint import Endpoint as Endpoint
+    from .judging.finding import JudgeFinding as JudgeFinding
+    from .judging.judge import judge_continuations as judge_continuations
+    from .judging.judge import judge_models as judge_models
     from .loading import load_hooked as load_hooked
     from .results import Comparison as Comparison
     from .texts import read_texts as read_texts
@@ -34,8 +40,14 @@ _HOME = {
     "BehaviourFinding": ".experiments.behaviour_finding",
     "Comparison": ".results",
     "Corpus": ".corpus",
+    "Endpoint": ".judging.endpoint",
     "HyperlensError": ".errors",
+    "JudgeFinding": ".judging.finding",
+    "judge_continuations": ".judging.judge",
+    "judge_models": ".judging.judge",
     "load_hooked": ".loading",
+    "mauve_score": ".experiments.mauve",
+    "MauveFinding": ".experiments.mauve_finding",
     "measure_behaviour": ".experiments.behaviour",
     "NullTestFinding": ".experiments.null_test_finding",
     "null_test": ".experiments.null_test",
@@ -52,14 +64,20 @@ __all__ = [
     "BehaviourFinding",
     "Comparison",
     "Corpus",
+    "Endpoint",
     "HyperlensError",
+    "JudgeFinding",
+    "MauveFinding",
     "NullTestFinding",
     "ProvenanceFinding",
     "StaticBiasFinding",
     "TemperatureFinding",
     "__version__",
     "compare_models",
+    "judge_continuations",
+    "judge_models",
     "load_hooked",
+    "mauve_score",
     "measure_behaviour",
     "null_test",
     "provenance",

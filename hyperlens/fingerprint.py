@@ -11,7 +11,11 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 from torch import Tensor, nn
 
-PACKAGES = ("torch", "transformers", "transformer-lens", "peft", "numpy", "scipy", "datasets")
+PACKAGES = (
+    *("torch", "transformers", "transformer-lens", "peft", "numpy", "scipy", "datasets"),
+    # optional: MAUVE
+    *("mauve-text", "faiss-cpu", "scikit-learn"),
+)
 
 
 def weights_sha256(model: nn.Module) -> str:

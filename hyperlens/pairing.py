@@ -159,8 +159,8 @@ def describe_pair(pair: ModelPair) -> dict[str, Any]:
         "n_layers": cfg.n_layers,
         "d_model": cfg.d_model,
         "d_vocab": cfg.d_vocab,
-        "base": _describe(pair.base),
-        "tuned": _describe(pair.tuned),
+        "base": describe_model(pair.base),
+        "tuned": describe_model(pair.tuned),
         "backend": pair.base.backend,
         "device": str(cfg.device),
         "dtype": str(cfg.dtype).removeprefix("torch."),
@@ -168,7 +168,8 @@ def describe_pair(pair: ModelPair) -> dict[str, Any]:
     }
 
 
-def _describe(loaded: Loaded) -> dict[str, Any]:
+def describe_model(loaded: Loaded) -> dict[str, Any]:
+    """A model's name, where it came from, and the hash of its weights, as JSON values."""
     source = loaded.opened.name
     # A folder is called by its own name: where it lay is a fact for the record, not for titles.
     is_path = loaded.opened.kind in ("folder", "adapter") and Path(source).is_dir()

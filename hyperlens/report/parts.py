@@ -95,7 +95,9 @@ def interval(row: Mapping[str, Any], unit: str = "") -> str:
 
 
 def pair_name(result: Any) -> str:
-    """`base → tuned` of a comparison or finding, on one line."""
+    """`base → tuned` of a comparison or finding, or its own title, on one line."""
+    if title := result.meta.get("title"):
+        return plain(title)
     sides = (plain(result.meta.get(side, {}).get("name", side)) for side in ("base", "tuned"))
     return " → ".join(sides)
 

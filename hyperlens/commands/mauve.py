@@ -1,0 +1,106 @@
+"""`hyperlens mauve`: how near one set of texts is to another."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from ..files import check_new_folder
+from ..options import STYLE, add_out, add_running, read, shows_progress
+
+ORDER = 60
+
+DESCRIPTION = """\
+How near is one set of texts to another, in the eyes of a model that reads both? (MAUVE)
+
+1: the same distribution; towards 0: nothing in common. Needs the extra package mauve-text (GPL):
+pip install 'hyperlens[mauve]'. A thousand texts a side and more are needed for it to mean much."""
+
+EXAMPLES = """\
+Examples:
+  hyperlens mauve human.txt written.jsonl --features openai-community/gpt2-large --out mauve
+  hyperlens mauve human.txt written.txt --features ./base --seeds 0,1,2"""
+
+
+def add(commands: Any) -> None:
+    """The parser."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "mauve",
+        help="tell how near one set of texts is to another",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        **STYLE,
+    )
+    parser.set_defaults(command="mauve", run=run)
+    parser.add_argument(
+        "p", metavar="TEXTS", help="a .txt, .jsonl, .csv or .parquet file, or a hub dataset"
+    )
+    parser.add_argument("q", metavar="OTHER", help="the other texts")
+    parser.add_argument(
+        "--features",
+        required=True,
+        metavar="MODEL",
+        help="the model that reads the texts: a folder or hub id",
+    )
+    parser.add_argument(
+        "--text-column", metavar="NAME", help='the column that holds the texts (default: "text")'
+    )
+    parser.add_argument(
+        "--split", default="train", metavar="NAME", help="of a hub dataset (default: train)"
+    )
+    parser.add_argument(
+        "--limit", type=int, metavar="N", help="read only the first N texts (default: all)"
+    )
+    add_out(parser, "the results (default: print only)")
+    how = parser.add_argument_group("how it is computed")
+    how.add_argument(
+        "--seeds",
+        type=seeds,
+        default=(0, 1, 2, 3, 4),
+        metavar="N[,N]",
+        help="of its clustering (default: 0,1,2,3,4)",
+    )
+    for option, default, text in (
+        ("--max-length", 1024, "tokens per text; longer ones are read up to there"),
+        ("--batch-size", 16, "texts per forward pass"),
+    ):
+        how.add_argument(
+            option, type=int, default=default, metavar="N", help=f"{text} (default: {default})"
+        )
+    add_running(parser, "the checkpoint's own")
+
+
+def seeds(text: str) -> tuple[int, ...]:
+    """Whole numbers with commas."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"expected whole numbers with commas, as in 0,1,2; got {text!r}"
+        ) from None
+
+
+def run(args: argparse.Namespace) -> str:
+    """Measure, save and return what to print."""
+    if args.out is not None:
+        check_new_folder(args.out)
+    from ..experiments.mauve_scores import compute_mauve
+
+    compute_mauve()  # whoever lacks it should not wait for anything
+    p, q = (read(args, source, args.split) for source in (args.p, args.q))
+    from ..experiments.mauve import mauve_score
+
+    finding = mauve_score(
+        p,
+        q,
+        args.features,
+        seeds=args.seeds,
+        max_length=args.max_length,
+        batch_size=args.batch_size,
+        device=args.device,
+        dtype=args.dtype,
+        progress=shows_progress(args),
+    )
+    if args.out is None:
+        return finding.summary()
+    return f"{finding.summary()}\n\nsaved in {finding.save(args.out)}"

@@ -1,0 +1,137 @@
+"""One vector per text, from any causal language model: what MAUVE compares sets of texts by."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..corpus import check_max_length, tokenize
+from ..errors import ActivationError, CorpusError
+from ..hooked import evaluating, final_norm, input_device, run_last_residual
+from ..loading import Loaded, hook, parse_device, parse_dtype
+from ..pairing import describe_model
+from ..sources import open_source
+from .continuing import check_counts
+
+
+class Features(NamedTuple):
+    """Texts as vectors.
+
+    Attributes:
+        vectors: one row per text that has a token, in the order of the texts.
+        n_empty: texts without any token, which have no vector.
+        n_cut: texts longer than the limit, read up to there.
+    """
+
+    vectors: Float[Tensor, "n d_model"]
+    n_empty: int
+    n_cut: int
+
+
+@dataclass(frozen=True)
+class Featurizer:
+    """A model that turns texts into vectors.
+
+    The vector of a text is the last layer's residual at the text's last token, after the model's
+    own final norm: what Hugging Face gives as `hidden_states[-1]` there, and what the package
+    `mauve-text` takes of GPT-2. Texts begin with BOS where the tokenizer puts one.
+
+    Attributes:
+        loaded: the model, hooked and checked.
+        max_length: tokens per text, BOS included; a longer text is read up to there.
+        batch_size: texts per forward pass; changes nothing but rounding.
+    """
+
+    loaded: Loaded
+    max_length: int
+    batch_size: int
+
+    def describe(self) -> dict[str, Any]:
+        """Which model, which token and how many, as JSON values."""
+        return describe_model(self.loaded) | {
+            "dtype": str(self.loaded.hooked.cfg.dtype).removeprefix("torch."),
+            "max_length": self.max_length,
+            "position": "last token, after the final norm",
+        }
+
+    def features(self, texts: Sequence[str], progress: bool = False) -> Features:
+        """The vectors of some texts.
+
+        Raises:
+            CorpusError: if the model has no tokenizer, or no text has a token.
+            ActivationError: if the model overflows.
+        """
+        ids = tokenize(texts, self.loaded.opened.tokenizer)
+        kept = [one[: self.max_length] for one in ids if len(one)]
+        if not kept:
+            raise CorpusError(f"none of the {len(ids)} texts has a token: there is nothing to read")
+        vectors = torch.empty(len(kept), self.loaded.hooked.cfg.d_model)
+        order = sorted(range(len(kept)), key=lambda i: -len(kept[i]))
+        starts = range(0, len(order), self.batch_size)
+        for start in tqdm(starts, desc="reading texts", disable=not progress, leave=False):
+            rows = order[start : start + self.batch_size]
+            vectors[rows] = self._last([kept[i] for i in rows]).cpu()
+        n_cut = sum(len(one) > self.max_length for one in ids)
+        return Features(vectors, len(ids) - len(kept), n_cut)
+
+    def _last(self, batch: Sequence[np.ndarray]) -> Float[Tensor, "batch d_model"]:
+        """Padded on the right: what comes after a text's last token cannot change it."""
+        model = self.loaded.hooked
+        lengths = torch.tensor([len(one) for one in batch])
+        real = torch.arange(int(lengths.max())) < lengths[:, None]
+        tokens = torch.zeros(real.shape, dtype=torch.int64)
+        for row, one in enumerate(batch):
+            tokens[row, : len(one)] = torch.from_numpy(one)
+        device = input_device(model)
+        with evaluating(model):  # type: ignore[arg-type]
+            residual = run_last_residual(model, tokens.to(device), real.long().to(device))
+            last = residual[torch.arange(len(batch)), lengths - 1]
+            vectors = final_norm(model, last).float()
+        if not bool(torch.isfinite(vectors).all()):
+            raise ActivationError(
+                "the model that reads the texts has NaN or infinite activations: load it in a "
+                "wider dtype, as in dtype='float32'"
+            )
+        return vectors
+
+
+def open_featurizer(
+    source: Any,
+    *,
+    max_length: int = 1024,
+    batch_size: int = 16,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+) -> Featurizer:
+    """Open a model to read texts with.
+
+    Args:
+        source: whatever a model can be opened from; or a `Featurizer`, which is returned.
+        max_length: tokens per text; the model's own context bounds it.
+        batch_size: texts per forward pass.
+        device, dtype: as in `compare_models`.
+
+    Raises:
+        LoadingError: if the source cannot be opened.
+        ParityError: if it does not read as its plain model does.
+        CorpusError: if it has no tokenizer, or an option makes no sense.
+    """
+    if isinstance(source, Featurizer):
+        return source
+    check_max_length(max_length)
+    check_counts(batch_size=batch_size)
+    opened = open_source(source, device=parse_device(device), dtype=parse_dtype(dtype))
+    if opened.tokenizer is None:
+        raise CorpusError(
+            f"{opened.name} has no tokenizer to read texts with: pass (model, tokenizer)"
+        )
+    loaded = hook(opened, "residual")
+    context = getattr(loaded.hooked.cfg, "n_ctx", None)
+    return Featurizer(loaded, min(max_length, context or max_length), batch_size)
