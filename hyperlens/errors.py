@@ -53,5 +53,13 @@ class TrainingError(HyperlensError):
     """Training cannot start or cannot go on."""
 
 
+class PatchError(HyperlensError):
+    """Activations or weights cannot be put where they were asked to go."""
+
+
 class DecodingError(HyperlensError):
     """Text cannot be written with these settings."""
+
+
+class JudgeError(HyperlensError):
+    """A judge cannot be asked, or does not answer."""

@@ -30,14 +30,18 @@ def add_out(parser: argparse.ArgumentParser, what: str, required: bool = False) 
     )
 
 
-def add_reading(parser: argparse.ArgumentParser) -> Any:
-    """--texts and how to read them; returns the group, for more options."""
+def add_reading(parser: argparse.ArgumentParser, unless: str = "") -> Any:
+    """--texts, required unless something is said, and how to read them.
+
+    Returns the group, for more options.
+    """
     group = parser.add_argument_group("texts")
     group.add_argument(
         "--texts",
-        required=True,
+        required=not unless,
         metavar="SOURCE",
-        help="a .txt, .jsonl, .csv or .parquet file, or the name of a hub dataset",
+        help="a .txt, .jsonl, .csv or .parquet file, or the name of a hub dataset"
+        + (f" (default: none; needed {unless})" if unless else ""),
     )
     group.add_argument(
         "--text-column",

@@ -93,3 +93,10 @@ def wilson(successes: int, trials: int) -> tuple[float, float]:
         return math.nan, math.nan
     interval = stats.binomtest(successes, trials).proportion_ci(CONFIDENCE, method="wilson")
     return float(interval.low), float(interval.high)
+
+
+def binomial_p(successes: int, trials: int) -> float:
+    """Two-sided p of the exact binomial test against one half; NaN without trials."""
+    if trials == 0:
+        return math.nan
+    return float(stats.binomtest(successes, trials).pvalue)

@@ -34,6 +34,7 @@ EXPERIMENTS_MAY_USE = {
     "hooked",
     "residual",
     "discovery",
+    "attaching",
     "shells",
     "loading",
     "pairing",
@@ -71,7 +72,8 @@ ALLOWED: dict[str, set[str]] = {
     "adapters": {"errors", "hub", "shells"},
     "sources": {"errors", "hooked", "hub", "shells", "tokenizers", "adapters"},
     "discovery": {"errors", "hooked"},
-    "residual": {"errors", "hooked", "discovery"},
+    "attaching": {"errors", "hooked", "discovery"},
+    "residual": {"errors", "hooked", "discovery", "attaching"},
     "parity": {"errors", "hooked"},
     "loading": {"errors", "hooked", "residual", "discovery", "parity", "shells", "sources", "hub"},
     # text, and the one pass over it
@@ -101,6 +103,7 @@ ALLOWED: dict[str, set[str]] = {
         "shells",
         "adapters",
         "discovery",
+        "attaching",
         "fingerprint",
         # ranks of the record, and the colours of its figures
         "stats",
@@ -112,6 +115,7 @@ ALLOWED: dict[str, set[str]] = {
     "decoding": {"errors", "stats", "shells", "corpus"},
     "experiments": {*EXPERIMENTS_MAY_USE, "decoding"},
     "patching": {*EXPERIMENTS_MAY_USE, "decoding", "experiments"},
+    "judging": {*EXPERIMENTS_MAY_USE, "decoding", "experiments", "files"},
     # reading results
     "findings": {"errors", "files"},
     "audit": {"errors", "results"},

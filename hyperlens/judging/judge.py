@@ -1,0 +1,243 @@
+"""Which model's text does a judge prefer? (arXiv 2605.22579, Table 5 and Appendix G)"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..decoding.generate import continuations
+from ..errors import CorpusError, JudgeError
+from ..experiments.contexts import open_pair_and_texts
+from ..experiments.continuing import check_counts, check_room, choose_prompts
+from ..fingerprint import versions
+from ..pairing import describe_pair
+from .asking import ask
+from .cache import Answers
+from .finding import JudgeFinding
+from .judges import FunctionJudge, Judge, as_judge
+from .pairs import Pair, pairs_sha256, read_pairs
+from .prompt import FORM, TEMPLATE, write_prompt
+from .tally import SIDES, Judged, tally
+from .verdict import CRITERIA, PLACES, SCORED, TIE, Verdict
+
+
+def judge_models(
+    base: Any,
+    tuned: Any,
+    texts: Any,
+    *,
+    judge: Any,
+    n_prompts: int = 100,
+    prompt_tokens: int = 17,
+    max_new_tokens: int = 96,
+    tries: int = 3,
+    cache: str | Path | None = None,
+    n_examples: int = 4,
+    batch_size: int = 16,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    progress: bool = True,
+) -> JudgeFinding:
+    """Let two models continue the same prompts, greedily, and a judge compare what they write.
+
+    A continuation ends where its model ends it, or after `max_new_tokens`. The judge sees the
+    prompt and both texts, without names, in both orders.
+
+    Args:
+        base, tuned: the models A and B: what `compare_models` takes, but no hooked models.
+        texts: what `compare_models` takes; their first tokens are the prompts.
+        judge: what `judge_continuations` takes. A local judge is held beside both models.
+        n_prompts: how many texts, drawn at random, are continued.
+        prompt_tokens: how many of their first tokens are the prompt, BOS included.
+        max_new_tokens: how many are added to it at most.
+        tries, cache, n_examples: as in `judge_continuations`.
+        batch_size: prompts per forward pass.
+        seed: of the choice of prompts.
+        device, dtype: as in `compare_models`.
+        progress: show progress bars.
+
+    Raises:
+        HyperlensError: if a model cannot be opened, texts do not fit, or the judge cannot be asked.
+    """
+    check_counts(batch_size=batch_size, max_new_tokens=max_new_tokens)
+    # Whatever is wrong with the judge is said before two models have written for it.
+    asked = as_judge(judge, device)
+    _check_asking(asked, tries, cache)
+    opened = open_pair_and_texts(
+        base, tuned, texts, max_length=max(prompt_tokens, 2), device=device, dtype=dtype
+    )
+    pair = opened.pair
+    tokenizer = pair.base.opened.tokenizer or pair.tuned.opened.tokenizer
+    if tokenizer is None:
+        raise CorpusError("a judge reads text, and the models have no tokenizer: give one of them")
+    check_room(pair, prompt_tokens, max_new_tokens)
+    prompts = choose_prompts(opened.corpus, n_prompts, prompt_tokens, seed)
+    written = [
+        continuations(
+            loaded.opened.model,
+            tokenizer,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            progress=progress,
+        )
+        for loaded in (pair.base, pair.tuned)
+    ]
+    pairs = [
+        Pair(_text(tokenizer, [], prompt), _text(tokenizer, prompt, a), _text(tokenizer, prompt, b))
+        for prompt, a, b in zip(prompts, *written, strict=True)
+    ]
+    meta = describe_pair(pair) | {
+        "seed": seed,
+        "options": {
+            "n_prompts": len(prompts),
+            "prompt_tokens": prompt_tokens,
+            "max_new_tokens": max_new_tokens,
+        },
+        "data": opened.corpus.describe(),
+        "notes": list(opened.notes),
+    }
+    return _judged(pairs, asked, meta, tries, cache, n_examples, progress)
+
+
+def judge_continuations(
+    pairs: Any,
+    *,
+    judge: Any,
+    names: Sequence[str] = ("a", "b"),
+    tries: int = 3,
+    cache: str | Path | None = None,
+    n_examples: int = 4,
+    device: str | torch.device | None = None,
+    progress: bool = True,
+) -> JudgeFinding:
+    """Let a judge compare continuations that are already written.
+
+    Args:
+        pairs: mappings with the texts `context`, `a` and `b`, or a JSONL file of them.
+        judge: an `Endpoint`, a local chat model (folder, hub id, (model, tokenizer) or
+            `LocalJudge`), or a function from prompt to answer.
+        names: what to call the two sides.
+        tries: how often to ask until an answer can be read; pairs that have none then are left
+            out, and counted.
+        cache: a folder where every answer is kept, and found again by another run that asks the
+            same judge the same; None keeps none. For a function see `FunctionJudge`.
+        n_examples: pairs kept as text, with what the judge said: the first ones.
+        device: for a local judge.
+        progress: show progress bars.
+
+    Raises:
+        HyperlensError: if the pairs cannot be read, or the judge cannot be asked.
+    """
+    if len(names) != len(SIDES):
+        raise JudgeError(f"expected the names of two sides, got {len(names)}")
+    read = read_pairs(pairs)
+    asked = as_judge(judge, device)
+    _check_asking(asked, tries, cache)
+    sides = dict(zip(("base", "tuned"), ({"name": name} for name in names), strict=True))
+    source = {"file": Path(pairs).name} if isinstance(pairs, str | Path) else {}
+    meta = {**sides, "options": {}, "data": source, "notes": [], "versions": versions()}
+    return _judged(read, asked, meta, tries, cache, n_examples, progress)
+
+
+def _check_asking(judge: Judge, tries: int, cache: Any) -> None:
+    check_counts(tries=tries)
+    if cache is not None and isinstance(judge, FunctionJudge) and not judge.says_who_it_is:
+        raise JudgeError(
+            "answers of a function cannot be kept without knowing which function gave them: give "
+            "it an attribute `identity`, a mapping of JSON values, or leave cache out"
+        )
+
+
+def _text(tokenizer: Any, before: list[int], tokens: list[int]) -> str:
+    """Tokens as they read after what stands before them."""
+    start = tokenizer.decode(before, skip_special_tokens=True)
+    whole = tokenizer.decode([*before, *tokens], skip_special_tokens=True)
+    return str(whole[len(start) :])
+
+
+def _judged(
+    pairs: list[Pair],
+    judge: Judge,
+    meta: Mapping[str, Any],
+    tries: int,
+    cache: str | Path | None,
+    n_examples: int,
+    progress: bool,
+) -> JudgeFinding:
+    answers = Answers(judge.identity, cache)
+    # Equal texts need no judge: there is nothing to prefer.
+    prompts = {
+        pair: (
+            write_prompt(pair.context, pair.a, pair.b),
+            write_prompt(pair.context, pair.b, pair.a),
+        )
+        for pair in pairs
+        if not pair.is_identical
+    }
+    questions = [prompt for both in prompts.values() for prompt in both]
+    found = ask(judge, questions, answers, tries=tries, progress=progress)
+    judged = []
+    for pair in pairs:
+        both = prompts.get(pair)
+        judged.append(Judged(pair, None if both is None else (found[both[0]], found[both[1]])))
+    notes = list(meta["notes"])
+    if answers.damaged:
+        notes.append(f"{answers.damaged} kept answers were damaged and asked for again")
+    about = {
+        **meta,
+        "judge": dict(judge.identity),
+        "options": {**meta["options"], "tries": tries},
+        "data": {**meta["data"], "n_pairs": len(pairs), "pairs_sha256": pairs_sha256(pairs)},
+        "notes": notes,
+    }
+    return JudgeFinding(tuple(tally(judged)), _extras(judged, n_examples), about)
+
+
+def _extras(judged: Sequence[Judged], n_examples: int) -> dict[str, Any]:
+    problems = [problem for one in judged for problem in one.problems]
+    identical = sum(one.found is None for one in judged)
+    usable = [one for one in judged if one.verdicts is not None]
+    return {
+        "counts": {
+            "pairs": len(judged),
+            "judged": len(usable),
+            "identical": identical,
+            "left_out": len(judged) - len(usable) - identical,
+        },
+        "outcomes": {c: [one.outcome(c) for one in judged] for c in CRITERIA},
+        "examples": [_example(one) for one in usable[:n_examples]],
+        "problems": dict(Counter(str(problem).split(" (")[0] for problem in problems)),
+        "unreadable": [
+            {"problem": str(problem), "answer": problem.answer} for problem in problems[:n_examples]
+        ],
+        "prompt": TEMPLATE.replace("{form}", FORM),
+    }
+
+
+def _example(one: Judged) -> dict[str, Any]:
+    """A pair with both verdicts, told by side and not by place."""
+    orders = zip((SIDES, SIDES[::-1]), one.verdicts or (), strict=True)
+    return {
+        **one.pair._asdict(),
+        "outcome": {criterion: one.outcome(criterion) for criterion in CRITERIA},
+        "verdicts": [_told(verdict, shown) for shown, verdict in orders],
+    }
+
+
+def _told(verdict: Verdict, shown: Sequence[str]) -> dict[str, Any]:
+    by_place = dict(zip(PLACES, shown, strict=True)) | {TIE: TIE}
+    scores = {
+        criterion: dict(zip(shown, verdict.scores(criterion), strict=True)) for criterion in SCORED
+    }
+    return {
+        "shown_first": shown[0],
+        "winner": by_place[verdict.winner],
+        **scores,
+        "reason": verdict.reason,
+    }

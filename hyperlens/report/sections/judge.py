@@ -1,0 +1,139 @@
+"""Which text does a judge prefer? Table 5 of arXiv 2605.22579 on the page, with its pitfalls."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from markupsafe import Markup
+
+from ..charts import chart, dots
+from ..parts import details, heading, join, note, paragraph, preformatted, table, tag
+from ..words import MISSING, percent, plain
+
+ORDER = 25
+TITLE = "Which text does a judge prefer?"
+READS = "judge"
+LOADS = "hyperlens.judging.finding:JudgeFinding"
+
+CRITERIA = ("coherence", "diversity", "overall")
+OUTCOMES = {"a_wins": "A wins", "tie": "tie", "b_wins": "B wins"}
+LEANINGS = {
+    "first_position": "answers for the text shown first",
+    "orders_disagree": "pairs judged otherwise in the other order",
+    "longer_wins": "decided pairs won by the longer text",
+    "fewer_repeats_wins": "decided pairs won by the text that repeats less",
+}
+SHOWN_AT_ONCE = 1
+
+
+def body(results: Sequence[Any]) -> Markup:
+    """One pair of models and judge after another."""
+    explained = paragraph(
+        "A judge read two continuations of each prompt, without knowing who wrote them, in both "
+        "orders. A pair is won by the text preferred in both; otherwise it is a tie. Coherence and "
+        "diversity go to the higher score (1 to 10), overall to the named winner. Shares of pairs "
+        "with Wilson's 95% intervals."
+    )
+    return join([explained, *(_one(result) for result in results)])
+
+
+def _one(result: Any) -> Markup:
+    a, b = (plain(name) for name in result.sides)
+    names = {"A wins": f"A: {a}", "B wins": f"B: {b}", "tie": "tie"}
+    drawn = [
+        {
+            "criterion": criterion,
+            "model": names[words],
+            **{key: result.value(criterion, metric)[key] for key in ("value", "low", "high", "n")},
+        }
+        for criterion in CRITERIA
+        for metric, words in OUTCOMES.items()
+    ]
+    title = f"won and tied pairs, judged by {plain(result.judge)} (shares, 95% interval)"
+    parts = [
+        heading(f"A: {a}, B: {b}"),
+        note(" ".join(result.conclusions())),
+        paragraph(plain(result.counted()) + "."),
+        chart(dots(drawn, "criterion", "share of pairs"), title, f"{a} against {b}", drawn),
+        table(["", *OUTCOMES.values(), "A of decided", "p"], _rates(result)),
+        table(["the judge's leanings", *CRITERIA], _leanings(result), "50% would be none"),
+        table(["mean score, 1 to 10", "A", "B", "A − B"], _scores(result)),
+    ]
+    examples = [_example(example, a, b) for example in result.extras["examples"]]
+    parts += examples[:SHOWN_AT_ONCE]
+    if examples[SHOWN_AT_ONCE:]:
+        parts.append(details("more pairs", *examples[SHOWN_AT_ONCE:]))
+    if unreadable := result.extras["unreadable"]:
+        told = (paragraph(f"“{one['answer']}”: {one['problem']}") for one in unreadable)
+        parts.append(details("Some answers that could not be read", *told))
+    parts.append(details("What the judge was asked", preformatted(result.extras["prompt"])))
+    return join(parts)
+
+
+def _rates(result: Any) -> list[list[str]]:
+    rows = []
+    for criterion in CRITERIA:
+        tested = result.value(criterion, "a_of_decided")
+        cells = [_cell(result.value(criterion, metric)) for metric in OUTCOMES]
+        p = tested["p"]
+        in_words = MISSING if p != p else "< 0.001" if p < 0.001 else f"{p:.3f}"
+        rows.append([criterion, *cells, _cell(tested), in_words])
+    return rows
+
+
+def _leanings(result: Any) -> list[list[str]]:
+    return [
+        [words, *(_cell(result.value(criterion, metric)) for criterion in CRITERIA)]
+        for metric, words in LEANINGS.items()
+    ]
+
+
+def _scores(result: Any) -> list[list[str]]:
+    return [
+        [
+            criterion,
+            *(_score(result.value(criterion, f"score_{what}")) for what in ("a", "b")),
+            _score(result.value(criterion, "score_difference"), sign="+"),
+        ]
+        for criterion in CRITERIA
+        if result.select(criterion=criterion, metric="score_a")
+    ]
+
+
+def _cell(row: Mapping[str, Any]) -> str:
+    if not row["n"]:
+        return MISSING
+    return f"{percent(row['value'])} [{percent(row['low'])}, {percent(row['high'])}]"
+
+
+def _score(row: Mapping[str, Any], sign: str = "") -> str:
+    if not row["n"]:
+        return MISSING
+    value, low, high = (f"{row[key]:{sign}.2f}" for key in ("value", "low", "high"))
+    return value if row["low"] != row["low"] else f"{value} [{low}, {high}]"
+
+
+def _example(example: Mapping[str, Any], a: str, b: str) -> Markup:
+    sides = (
+        tag(
+            "div",
+            tag("h4", f"{side.upper()}: {name}"),
+            tag("p", tag("span", example["context"], class_="prompt"), example[side]),
+        )
+        for side, name in (("a", a), ("b", b))
+    )
+    rows = [_verdict(verdict) for verdict in example["verdicts"]]
+    head = ["", "coherence A : B", "diversity A : B", "winner"]
+    reasons = (
+        paragraph(f"With {verdict['shown_first'].upper()} first: “{verdict['reason']}”")
+        for verdict in example["verdicts"]
+    )
+    return join([tag("div", *sides, class_="texts"), table(head, rows), *reasons])
+
+
+def _verdict(verdict: Mapping[str, Any]) -> list[str]:
+    scores = [f"{verdict[c]['a']} : {verdict[c]['b']}" for c in ("coherence", "diversity")]
+    winner = verdict["winner"]
+    shown = winner if winner == "tie" else winner.upper()
+    return [f"{verdict['shown_first'].upper()} shown first", *scores, shown]
