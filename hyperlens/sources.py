@@ -72,24 +72,41 @@ def open_source(
         return Opened(opened.model, source[1], opened.name, opened.kind, opened.notes)
     if isinstance(source, nn.Module):
         return _open_object(source, device, dtype)
-    if not isinstance(source, str | Path):
-        raise LoadingError(
-            "expected a hub id, a folder, a Hugging Face or PEFT model, or a hooked model; "
-            f"got {type(source).__name__}"
-        )
+    check_source(source)
     adapter = adapter_folder(source)
     if adapter is not None:
         return _open_adapter(adapter, str(source), base, device, dtype)
     folder = Path(source).expanduser()
     if folder.is_dir():
-        check_checkpoint_folder(folder)
         return _from_pretrained(str(folder), "folder", device, dtype)
-    if isinstance(source, Path) or not HUB_ID.fullmatch(source):
+    return _from_pretrained(str(source), "hub", device, dtype)
+
+
+def check_source(source: Any) -> None:
+    """Refuse at once what can be told from its name alone to be no model, opening nothing.
+
+    Raises:
+        LoadingError: if it is of the wrong kind, or a folder that is missing or holds no model.
+    """
+    if isinstance(source, tuple) and len(source) == 2:
+        return check_source(source[0])
+    if isinstance(source, nn.Module):
+        return None
+    if not isinstance(source, str | Path):
+        raise LoadingError(
+            "expected a hub id, a folder, a Hugging Face or PEFT model, or a hooked model; "
+            f"got {type(source).__name__}"
+        )
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        if not (folder / ADAPTER_CONFIG).exists():
+            check_checkpoint_folder(folder)
+    elif isinstance(source, Path) or not HUB_ID.fullmatch(source):
         what = "is a file" if folder.exists() else "does not exist"
         raise LoadingError(
             f"model folder {source} {what}: give a folder written by save_pretrained, or a hub id"
         )
-    return _from_pretrained(source, "hub", device, dtype)
+    return None
 
 
 def best_device() -> torch.device:
