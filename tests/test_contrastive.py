@@ -6,6 +6,7 @@ from statistics import median
 import pytest
 import torch
 from conftest import ARCHITECTURES, D_VOCAB, lora, make_tiny
+from decoding_for_tests import PROMPTS
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import MambaConfig, MambaForCausalLM
@@ -14,8 +15,6 @@ from hyperlens.decoding.adaptive import Adaptive
 from hyperlens.decoding.contrastive import adaptive_contrastive_search, contrastive_search
 from hyperlens.decoding.generate import continuations
 from hyperlens.errors import CorpusError, DecodingError, LoadingError
-
-PROMPTS = [[1, 5, 9, 12], [1, 7], [1, 30, 31, 32, 33, 34, 8], [1], [1, 7, 7]]
 
 
 def exact(name: str):
@@ -112,12 +111,15 @@ def test_fixed_search_is_its_definition(name: str, k: int, alpha: float) -> None
     assert found == [by_hand(model, prompt, lambda p: (k, alpha)) for prompt in PROMPTS]
 
 
-def test_more_candidates_than_tokens_are_all_tokens() -> None:
-    model = exact("llama")
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_pads_are_no_text_and_all_tokens_are_enough_candidates(name: str) -> None:
+    """With α = 1 the state farthest from all others wins: those of pads would often be nearest."""
+    model = exact(name)
+    prompts = [list(range(1, 13)), [1], [7, 9]]
     found = contrastive_search(
-        model, None, PROMPTS[:2], k=200, alpha=0.9, max_new_tokens=3, progress=False
+        model, None, prompts, k=200, alpha=1.0, max_new_tokens=3, progress=False
     )
-    assert found == [by_hand(model, prompt, lambda p: (200, 0.9), 3) for prompt in PROMPTS[:2]]
+    assert found == [by_hand(model, prompt, lambda p: (200, 1.0), 3) for prompt in prompts]
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

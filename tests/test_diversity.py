@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hyperlens import significance
 from hyperlens.decoding import diversity
 
 TEXTS = st.lists(st.integers(0, 4), max_size=14)
@@ -29,6 +30,35 @@ def test_distinct_joins_counts_but_no_texts(texts: list[list[int]]) -> None:
     pairs = [pair for text in texts for pair in pairwise(text)]
     found = diversity.distinct(texts, 2)
     assert math.isnan(found) if not pairs else found == len(set(pairs)) / len(pairs)
+
+
+@given(st.lists(TEXTS, max_size=6), st.integers(1, 3))
+def test_distinct_by_text_is_the_jackknife(texts: list[list[int]], n: int) -> None:
+    found = diversity.distinct_by_text(texts, n)
+    assert len(found) == len(texts)
+    count = len(texts)
+    without = [diversity.distinct([*texts[:i], *texts[i + 1 :]], n) for i in range(count)]
+    if any(map(math.isnan, without)):
+        assert all(map(math.isnan, found))
+        return
+    whole = diversity.distinct(texts, n)
+    if count == 0:
+        return
+    assert sum(found) / count == pytest.approx(whole)
+    spread = sum((x - sum(without) / count) ** 2 for x in without)
+    standard_error = math.sqrt(spread * (count - 1) / count)
+    if count > 1:
+        assert significance.estimate(found).se == pytest.approx(standard_error, abs=1e-12)
+
+
+@given(TEXTS)
+def test_the_ratio_counts_every_item_once(text: list[int]) -> None:
+    found = diversity.type_token_ratio(text)
+    if not text:
+        assert math.isnan(found)
+        return
+    new = [item for i, item in enumerate(text) if item not in text[:i]]
+    assert found == len(new) / len(text)
 
 
 @given(TEXTS, st.integers(1, 6))
@@ -57,6 +87,28 @@ def test_a_repeated_end_is_a_loop(start: list[int], loop: list[int], periods: in
     assert diversity.ends_in_loop(start + loop * periods, periods)
     every = [0, 1, 2, 3, 4, 5, 6]
     assert not diversity.ends_in_loop([*start, *every], periods)
+
+
+@given(TEXTS, st.integers(2, 4))
+def test_ending_in_a_loop_is_ending_in_equal_pieces(text: list[int], periods: int) -> None:
+    found = False
+    for size in range(1, len(text) // periods + 1):
+        pieces = [text[len(text) - size * (i + 1) : len(text) - size * i] for i in range(periods)]
+        found = found or all(piece == pieces[0] for piece in pieces)
+    assert diversity.ends_in_loop(text, periods) == found
+
+
+@given(TEXTS)
+def test_the_measures_are_these_functions(text: list[int]) -> None:
+    expected = {
+        "ttr": diversity.type_token_ratio(text),
+        "windowed_ttr": diversity.windowed_type_token_ratio(text, 50),
+        "rep_2": diversity.repetition(text, 2),
+        "rep_3": diversity.repetition(text, 3),
+        "loop": diversity.longest_loop(text) / len(text) if text else math.nan,
+    }
+    found = {name: measure(text) for name, measure in diversity.MEASURES.items()}
+    assert found == pytest.approx(expected, nan_ok=True)
 
 
 @given(TEXTS.filter(bool))

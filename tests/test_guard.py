@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from conftest import make_tiny
+from conftest import ARCHITECTURES, make_tiny
+from decoding_for_tests import PROMPTS, watched_sampling
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -92,30 +93,114 @@ def test_batches_pads_and_ends_are_one_text_at_a_time() -> None:
         texts = [[*text, token] for text, token in zip(texts, chosen, strict=True)]
 
 
-def test_one_processor_serves_many_calls() -> None:
-    model = make_tiny("llama")
-    prompts = [[1, 5, 9], [1, 7], [1, 30, 31, 32]]
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_draw_of_a_padded_batch_is_the_definition(name: str) -> None:
+    """Through `generate`: several lengths, some texts end early, more steps than the window."""
+    model = make_tiny(name)
 
-    def write(processor: Guard, some: list[list[int]]) -> list[list[int]]:
+    def sample(pad: int, **options: bool) -> list[list[int]]:
         return continuations(
-            model, None, some, max_new_tokens=20, do_sample=True, stop_at_eos=False,
-            logits_processors=[processor], progress=False,
+            model, None, PROMPTS, max_new_tokens=11, do_sample=True,
+            logits_processors=[Guard(pad_token_id=pad)], progress=False, **options,
         )  # fmt: skip
 
+    end = sample(0, stop_at_eos=False)[1][4]
+    model.config.eos_token_id = end  # which then pads the prompts, too
+    with watched_sampling() as steps:
+        made = sample(end)
+    assert min(map(len, made)) < 11
+    order = sorted(range(len(PROMPTS)), key=lambda i: -len(PROMPTS[i]))
+    for row, i in enumerate(order):
+        entropies: list[float] = []
+        for at in range(min(len(made[i]) + 1, 11)):
+            text = [*PROMPTS[i], *made[i][:at]]
+            with torch.no_grad():
+                logits = model(input_ids=torch.tensor([text]), use_cache=False).logits[0, -1]
+            expected = distribution(text, logits.tolist(), entropies)
+            assert steps[at][row].tolist() == pytest.approx(expected, abs=1e-4)
+
+
+def write(processor: Guard, some: list[list[int]], count: int = 20) -> list[list[int]]:
+    return continuations(
+        make_tiny("llama"), None, some, max_new_tokens=count, do_sample=True, stop_at_eos=False,
+        logits_processors=[processor], progress=False,
+    )  # fmt: skip
+
+
+def test_one_processor_serves_many_calls() -> None:
+    prompts = [[1, 5, 9], [1, 7], [1, 30, 31, 32]]
     used = Guard()
     first = write(used, prompts)
     assert write(used, prompts) == first == write(Guard(), prompts)
     assert write(used, prompts[:1]) == write(Guard(), prompts[:1])
+    assert write(used, prompts) == first
+    # A text that is given back to go on with starts anew as well.
+    for count in (1, 9):
+        (begun,) = write(used, prompts[:1], count)
+        continued = [[*prompts[0], *begun]]
+        assert write(used, continued) == write(Guard(), continued)
 
 
-def test_it_works_in_plain_generate_and_ends_early() -> None:
+def logs(processor: Guard, text: list[int], logits: torch.Tensor) -> torch.Tensor:
+    return processor(torch.tensor([text]), logits)
+
+
+def test_what_begins_another_text_is_known_by_the_tokens() -> None:
+    """Without `reset`, as in plain transformers."""
+    generator = torch.Generator().manual_seed(0)
+    flat, steep = torch.randn(2, 1, 30, generator=generator) * torch.tensor([[[0.1]], [[6.0]]])
+    new = {text: logs(Guard(), list(text), flat) for text in ((5,), (5, 6), (5, 7, 8), (6, 6))}
+    for text, expected in new.items():
+        used = Guard()
+        logs(used, [5, 7], steep)
+        logs(used, [5, 7, 7], steep)
+        assert torch.equal(logs(used, list(text), flat), expected)
+    used = Guard()
+    logs(used, [5, 7], steep)
+    went_on = logs(used, [5, 7, 8], flat)
+    assert not torch.equal(went_on, new[5, 7, 8])
+    used.reset()
+    assert torch.equal(logs(used, [5, 7, 8], flat), new[5, 7, 8])
+
+
+def test_ties_keep_the_first_tokens_and_never_more_than_k() -> None:
+    flat = torch.zeros(1, 40)
+    kept = logs(Guard(), [0, 1], flat).isfinite()[0].nonzero().flatten().tolist()
+    assert kept == list(range(10))
+    few = logs(Guard(), [0, 1], torch.zeros(1, 4))
+    assert few.exp().sum() == pytest.approx(1.0)
+    assert few.isfinite().all()
+
+
+def test_a_token_met_a_thousand_times_does_not_make_nan() -> None:
+    guard, logits = Guard(), torch.tensor([[9.0, 8.0, 7.0, 0.0, 0.0]])
+    found = logs(guard, [0, 1, 2, 3, 4] * 3000, logits)
+    assert found.exp().sum() == pytest.approx(1.0)
+    expected = torch.where(found.isfinite(), logits, -torch.inf).log_softmax(-1)
+    assert torch.allclose(found, expected, atol=1e-5)  # all penalised alike: as if none were
+    masked = torch.tensor([[1.0, -torch.inf, 0.0, -torch.inf, -torch.inf]])
+    assert logs(Guard(), [0], masked).isfinite().tolist() == [[True, False, True, False, False]]
+
+
+def test_plain_generate_called_twice_gives_the_same_twice() -> None:
     model = make_tiny("gpt2")
-    tokens = torch.tensor([[1, 5, 9], [1, 7, 8]])
+    guard = Guard()
     settings = {"do_sample": True, "top_k": 0, "max_new_tokens": 15, "pad_token_id": PAD}
-    torch.manual_seed(0)
-    made = model.generate(
-        tokens, attention_mask=torch.ones_like(tokens), logits_processor=[Guard()], **settings
-    )
-    assert made.shape[0] == 2
+
+    def generate(tokens: torch.Tensor, processor: Guard) -> list[list[int]]:
+        torch.manual_seed(0)
+        return model.generate(
+            tokens, attention_mask=torch.ones_like(tokens), logits_processor=[processor], **settings
+        ).tolist()
+
+    tokens = torch.tensor([[1, 5, 9], [1, 7, 8]])
+    first = generate(tokens, guard)
+    assert generate(tokens, guard) == first
+    for other in (tokens[:1], tokens.flip(0), torch.tensor([[1, 5, 9, 4]])):
+        assert generate(other, guard) == generate(other, Guard())
+
+
+@pytest.mark.parametrize("window", [1, 0, -3])
+def test_a_window_without_a_median_is_refused(window: int) -> None:
     with pytest.raises(DecodingError, match="at least 2"):
-        Guard(window=1)
+        Guard(window=window)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 
 WINDOW = 50
@@ -51,6 +52,27 @@ def distinct(texts: Sequence[Sequence[Hashable]], n: int) -> float:
     """
     grams = [tuple(text[i : i + n]) for text in texts for i in range(len(text) - n + 1)]
     return len(set(grams)) / len(grams) if grams else math.nan
+
+
+def distinct_by_text(texts: Sequence[Sequence[Hashable]], n: int) -> list[float]:
+    """A number per text whose mean is `distinct(texts, n)`, for intervals over texts.
+
+    distinct-n is of all texts together, so no text has one of its own. By the jackknife (Efron
+    1982) each stands for how much the whole depends on it: the whole, plus (texts - 1) times what
+    leaving the text out lowers it by more than leaving out any text does on average. The standard
+    error of their mean is the jackknife's. NaN everywhere where a text alone has all n-grams.
+    """
+    grams = [[tuple(text[i : i + n]) for i in range(len(text) - n + 1)] for text in texts]
+    holders = Counter(gram for found in grams for gram in set(found))
+    total = sum(map(len, grams))
+    if total == 0 or any(len(found) == total for found in grams):
+        return [math.nan] * len(texts)
+    without = []
+    for found in grams:
+        only_here = sum(holders[gram] == 1 for gram in set(found))
+        without.append((len(holders) - only_here) / (total - len(found)))
+    whole, usual = len(holders) / total, sum(without) / len(without)
+    return [whole + (len(texts) - 1) * (usual - one) for one in without]
 
 
 def longest_loop(items: Sequence[Hashable]) -> int:

@@ -28,22 +28,28 @@ class Guard(LogitsProcessor):
     """Turns logits into GUARD's log-probabilities; to be used with `do_sample=True`.
 
     Works in `transformers`' `generate` as it is, any number of texts at once. What it remembers of
-    a text is forgotten when another one begins, so one processor serves many calls.
+    a text is forgotten when another one begins, so one processor serves many calls. Only a text
+    given back to go on with cannot be told from one that was never interrupted: call `reset()`
+    before it, as `continuations` does, where its entropies are to be forgotten.
 
     Args:
         window: how many entropies are "local"; the paper's value is 7.
-        pad_token_id: of prompts padded on the left, whose pads are no text; None if there are
-            none.
+        pad_token_id: of prompts padded on the left; tokens of this id that stand before any other
+            are no text. None if there are no pads.
 
     Raises:
         DecodingError: if the window is too short for a median.
     """
 
     def __init__(self, window: int = 7, pad_token_id: int | None = None) -> None:
-        if window < 2:
+        if not isinstance(window, int) or window < 2:
             raise DecodingError(f"window must be at least 2 (a whole number), got {window}")
         self.window = window
         self.pad_token_id = pad_token_id
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget every text."""
         self._seen: Tensor | None = None
         self._entropies: list[Tensor] = []
 
@@ -54,14 +60,17 @@ class Guard(LogitsProcessor):
         if not self._continues(input_ids):
             self._entropies = []
         self._seen = input_ids.clone()
-        p = scores.double().softmax(-1)
+        # Apple's accelerator has no float64.
+        log_p = (scores.cpu() if scores.device.type == "mps" else scores).double().log_softmax(-1)
+        p = log_p.exp()
         self._entropies.append(-(p * (p + 1e-5).log()).sum(-1))
         history = torch.stack(self._entropies, dim=-1)
         k, alpha = strengths(history, self.window, scores.shape[-1])
-        counts = _counts(input_ids, scores.shape[-1], self.pad_token_id)
-        kept = p.argsort(dim=-1, descending=True, stable=True).argsort(-1) < k.int()[:, None]
-        penalised = torch.where(kept, p * alpha[:, None] ** counts, 0.0)
-        return (penalised / penalised.sum(-1, keepdim=True)).log().to(scores.dtype)
+        counts = _counts(input_ids.to(p.device), scores.shape[-1], self.pad_token_id)
+        kept = log_p.argsort(dim=-1, descending=True, stable=True).argsort(-1) < k.int()[:, None]
+        # As logarithms: powers of α vanish where every likely token has occurred many times.
+        penalised = (log_p + counts * alpha.log()[:, None]).masked_fill(~kept, -torch.inf)
+        return penalised.log_softmax(-1).to(scores)
 
     def _continues(self, input_ids: Tensor) -> bool:
         """Whether this is the same batch of texts, one token later."""
