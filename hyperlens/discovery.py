@@ -7,6 +7,7 @@ the block before it returned, and the final norm takes what the last block retur
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -22,6 +23,9 @@ class Anatomy:
 
     Attributes:
         blocks: the L transformer blocks, in order.
+        branches: per block, the two modules whose outputs it adds to the stream, attention first;
+            None if its blocks do not add exactly two (a scaled residual, experts beside an MLP).
+        extras: per block, how many values it returns after the residual; None for a plain tensor.
         final_norm: what stands between the last block and the unembedding.
         head: the unembedding.
         logit_scale: constant factor between the unembedding's output and the logits.
@@ -29,6 +33,8 @@ class Anatomy:
     """
 
     blocks: tuple[nn.Module, ...]
+    branches: tuple[tuple[nn.Module, nn.Module], ...] | None
+    extras: tuple[int | None, ...]
     final_norm: nn.Module
     head: nn.Module
     logit_scale: float
@@ -46,6 +52,7 @@ class _Call:
     module: nn.Module
     given: Tensor | None
     returned: Tensor | None
+    extras: int | None
 
 
 def first_tensor(value: Any) -> Tensor | None:
@@ -85,7 +92,16 @@ def dissect(model: Any) -> Anatomy:
         if tail is not None:
             final_norm, unembedded = tail
             scale, cap = _logit_map(unembedded, logits, config)
-            return Anatomy(tuple(stack), final_norm, head, scale, cap)
+            by_module = {id(call.module): call for call in calls}
+            return Anatomy(
+                blocks=tuple(stack),
+                branches=_branches(stack, by_module),
+                extras=tuple(by_module[id(block)].extras for block in stack),
+                final_norm=final_norm,
+                head=head,
+                logit_scale=scale,
+                soft_cap=cap,
+            )
     raise LoadingError(
         f"cannot find the residual stream of {kind}: expected {config.num_hidden_layers} blocks, "
         "each taking what the block before it returned, then a norm and the unembedding"
@@ -97,7 +113,8 @@ def _trace(model: Any) -> tuple[list[_Call], Float[Tensor, "batch pos d_vocab"]]
 
     def record(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         given = first_tensor(args) if args else first_tensor(kwargs.get("hidden_states"))
-        calls.append(_Call(module, given, first_tensor(output)))
+        extras = len(output) - 1 if isinstance(output, tuple | list) else None
+        calls.append(_Call(module, given, first_tensor(output), extras))
 
     handles = [m.register_forward_hook(record, with_kwargs=True) for m in model.modules()]
     try:
@@ -123,6 +140,33 @@ def _outputs_in_order(stack: nn.ModuleList, calls: list[_Call]) -> list[Tensor] 
             return None
         made.append(call.returned)
     return made
+
+
+def _branches(
+    stack: nn.ModuleList, calls: dict[int, _Call]
+) -> tuple[tuple[nn.Module, nn.Module], ...] | None:
+    """What each block adds to the stream: the two parts of it that sum to output - input."""
+    found = [_added_pair(block, calls) for block in stack]
+    return tuple(pair for pair in found if pair) if all(found) else None
+
+
+def _added_pair(block: nn.Module, calls: dict[int, _Call]) -> tuple[nn.Module, nn.Module] | None:
+    own = calls[id(block)]
+    if own.given is None or own.returned is None:
+        return None
+    parts = {id(part) for part in block.children()}
+    # In the order in which they ran: whatever the module calls them, attention comes first.
+    added = [
+        (call.module, call.returned)
+        for call in calls.values()
+        if id(call.module) in parts
+        and call.returned is not None
+        and call.returned.shape == own.returned.shape
+    ]
+    for (first, one), (second, two) in combinations(added, 2):
+        if _close(own.given + one + two, own.returned):
+            return first, second
+    return None
 
 
 def _tail(

@@ -19,8 +19,18 @@ from torch import Tensor, nn
 
 Backend = Literal["residual", "bridge", "hooked_transformer"]
 
-# The attribute names that TransformerLens gives the two ends of a block.
+# The attribute names that TransformerLens gives the two ends of a block, what its two branches add
+# to the stream in between, and what leaves the final norm.
 RESID_PRE, RESID_POST = "hook_resid_pre", "hook_resid_post"
+NORM_OUT = "hook_out"
+
+Kind = Literal["resid_pre", "resid_post", "attn_out", "mlp_out", "final_norm"]
+IN_A_BLOCK: dict[Kind, str] = {
+    "resid_pre": RESID_PRE,
+    "resid_post": RESID_POST,
+    "attn_out": "hook_attn_out",
+    "mlp_out": "hook_mlp_out",
+}
 
 
 def resid_pre(block: int) -> str:
@@ -36,6 +46,15 @@ def resid_post(block: int) -> str:
 def layer_hook(layer: int) -> str:
     """Hook name of a residual layer: 0 is the embedding output, l the output of block l - 1."""
     return resid_pre(0) if layer == 0 else resid_post(layer - 1)
+
+
+def site_hook(kind: Kind, block: int | None) -> str:
+    """Hook name of what is read or replaced at a site; `block` (0-based) for all but final_norm.
+
+    Raises:
+        KeyError: if there is no such kind of site.
+    """
+    return f"ln_final.{NORM_OUT}" if kind == "final_norm" else f"blocks.{block}.{IN_A_BLOCK[kind]}"
 
 
 @runtime_checkable
@@ -55,6 +74,10 @@ class HookedModel(Protocol):
 
     def run_with_cache(self, *args: Any, **kwargs: Any) -> Any:
         """Forward pass that also returns activations."""
+
+    @property
+    def hook_dict(self) -> Any:
+        """Every hook point by its name."""
 
 
 def backend_of(model: object) -> Backend | None:

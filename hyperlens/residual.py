@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,9 +12,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from .discovery import Anatomy, dissect, first_tensor
+from .attaching import attach, entering_at
+from .discovery import Anatomy, dissect
 from .errors import LoadingError
-from .hooked import RESID_POST, RESID_PRE, import_transformer_lens
+from .hooked import IN_A_BLOCK, NORM_OUT, import_transformer_lens
 
 import_transformer_lens()
 from transformer_lens.hook_points import HookPoint  # noqa: E402
@@ -36,12 +37,27 @@ class ResidualConfig:
 
 
 class ResidualBlock(nn.Module):
-    """The two hook points of one block."""
+    """The hook points of one block: its two ends, and what its two branches add, where known."""
+
+    def __init__(self, has_branches: bool) -> None:
+        super().__init__()
+        for kind, name in IN_A_BLOCK.items():
+            if has_branches or kind in ("resid_pre", "resid_post"):
+                setattr(self, name, HookPoint())
+
+
+class HookedNorm(nn.Module):
+    """The final norm, with a hook point on what leaves it."""
 
     def __init__(self) -> None:
         super().__init__()
-        setattr(self, RESID_PRE, HookPoint())
-        setattr(self, RESID_POST, HookPoint())
+        setattr(self, NORM_OUT, HookPoint())
+        self.norm: Any = None
+
+    def forward(self, x: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_model"]:
+        """The norm alone, for a lens: hooks belong to the model's own pass."""
+        normed: Tensor = self.norm(x)
+        return normed
 
 
 class ScaledUnembed(nn.Module):
@@ -61,8 +77,10 @@ class ResidualModel(HookedRootModule):
     """A Hugging Face causal LM (or PeftModel) with hooks on its residual stream.
 
     Blocks run as they are, so attention is whatever the model uses (SDPA, flash, eager) and
-    outputs are bit-identical to the plain model's. Hook points: `hook_resid_pre` and
-    `hook_resid_post` of every block; a hook that returns a tensor replaces the activation.
+    outputs are bit-identical to the plain model's. Hook points: `hook_resid_pre`,
+    `hook_attn_out`, `hook_mlp_out` and `hook_resid_post` of every block, and `ln_final.hook_out`;
+    a hook that returns a tensor replaces the activation. The two in the middle are missing where
+    a block adds something other than two branches to the stream.
 
     Args:
         model: the model to hook. It is kept, not copied; its modules are only hooked while
@@ -73,11 +91,13 @@ class ResidualModel(HookedRootModule):
     def __init__(self, model: Any, tokenizer: Any = None) -> None:
         super().__init__()
         self.anatomy: Anatomy = dissect(model)
-        self.blocks = nn.ModuleList(ResidualBlock() for _ in self.anatomy.blocks)
+        has_branches = self.anatomy.branches is not None
+        self.blocks = nn.ModuleList(ResidualBlock(has_branches) for _ in self.anatomy.blocks)
+        self.ln_final = HookedNorm()
         self.setup()
         # After setup, which would otherwise write a `name` into every module of the model.
         self.model: Any = model
-        self.ln_final = self.anatomy.final_norm
+        self.ln_final.norm = self.anatomy.final_norm
         self.unembed = ScaledUnembed(self.anatomy.head, self.anatomy.logit_scale)
         self.tokenizer = tokenizer
         plain = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -107,9 +127,10 @@ class ResidualModel(HookedRootModule):
         attention_mask: Int[Tensor, "batch pos"] | None = None,
         position_ids: Int[Tensor, "batch pos"] | None = None,
         return_type: Literal["logits"] | None = "logits",
+        resume: tuple[int, Float[Tensor, "batch pos d_model"]] | None = None,
         **kwargs: Any,
     ) -> Float[Tensor, "batch pos d_vocab"] | None:
-        """Logits of the plain model, with every residual hook point called on the way.
+        """Logits of the plain model, with every hook point called on the way.
 
         Args:
             input: token ids, or text if the model has a tokenizer.
@@ -117,6 +138,8 @@ class ResidualModel(HookedRootModule):
             position_ids: derived from the mask if not given, so that padding on either side is
                 right.
             return_type: "logits", or None to skip the unembedding.
+            resume: (block, residual) skips the blocks before this one (0-based) and lets the
+                residual enter it. Right for architectures in which blocks hand on nothing else.
         """
         if not isinstance(input, Tensor):
             input, attention_mask = self._tokenize(input)
@@ -127,7 +150,12 @@ class ResidualModel(HookedRootModule):
         if return_type is None:
             given["logits_to_keep"] = 1
         passed = {k: v for k, v in given.items() if k in self._accepts and v is not None}
-        with self._hook_points_in_place():
+        with ExitStack() as changes:
+            if resume is not None:
+                parts = self.anatomy.blocks, self.anatomy.extras
+                changes.enter_context(entering_at(*parts, *resume))
+            for handle in self._hook_points_in_place(resume[0] if resume else 0):
+                changes.enter_context(handle)
             output = self.model(input_ids=input, **passed, **kwargs)
         return output.logits if return_type == "logits" else None
 
@@ -139,32 +167,10 @@ class ResidualModel(HookedRootModule):
         device = self.cfg.device
         return encoded["input_ids"].to(device), encoded["attention_mask"].to(device)
 
-    @contextmanager
-    def _hook_points_in_place(self) -> Iterator[None]:
-        handles = []
-        try:
-            for block, points in zip(self.anatomy.blocks, self.blocks, strict=True):
-                before, after = getattr(points, RESID_PRE), getattr(points, RESID_POST)
-                handles.append(block.register_forward_pre_hook(_entering(before), with_kwargs=True))
-                handles.append(block.register_forward_hook(_leaving(after)))
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-
-def _entering(point: nn.Module) -> Any:
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if args:
-            return (point(args[0]), *args[1:]), kwargs
-        return args, kwargs | {"hidden_states": point(kwargs["hidden_states"])}
-
-    return hook
-
-
-def _leaving(point: nn.Module) -> Any:
-    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        residual = point(first_tensor(output))
-        return residual if isinstance(output, Tensor) else (residual, *output[1:])
-
-    return hook
+    def _hook_points_in_place(self, first: int) -> Iterator[Any]:
+        """Hook points of the blocks that run, and of the final norm; each a context to close."""
+        for block, points in enumerate(self.blocks):
+            for kind, name in IN_A_BLOCK.items():
+                if block >= first and hasattr(points, name):
+                    yield attach(self.anatomy, kind, block, getattr(points, name))
+        yield attach(self.anatomy, "final_norm", 0, getattr(self.ln_final, NORM_OUT))

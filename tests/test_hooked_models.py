@@ -220,8 +220,9 @@ def test_hooks_can_change_the_residual_stream(tiny):
         _, cache = loaded.run_with_cache(tokens)
     assert not torch.allclose(untouched, replaced)
     assert torch.equal(untouched, again), "hooks must be gone afterwards"
-    assert set(cache) == {hooked.resid_pre(b) for b in range(3)} | {
-        hooked.resid_post(b) for b in range(3)
+    kinds = ("resid_pre", "attn_out", "mlp_out", "resid_post")
+    assert set(cache) == {hooked.site_hook(kind, b) for kind in kinds for b in range(3)} | {
+        hooked.site_hook("final_norm", None)
     }
     assert torch.equal(cache[hooked.resid_post(0)], cache[hooked.resid_pre(1)])
 
@@ -266,7 +267,7 @@ def test_a_wrong_hooked_model_is_an_error(tiny):
 
 def test_a_wrong_lens_is_an_error(tiny):
     loaded = ResidualModel(tiny)
-    loaded.ln_final = torch.nn.Identity()
+    loaded.ln_final.norm = torch.nn.Identity()
     with pytest.raises(ParityError, match="logit lens at the last layer"):
         check_parity(loaded, tiny)
 

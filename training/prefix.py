@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from ..attaching import entering_at, residual_given
 from ..errors import ResourceError
 
 Place = Literal["memory", "disk"]
@@ -98,8 +99,9 @@ class PrefixCache:
         self._entered = blocks[first]
         self._filled: Bool[Tensor, " n"] = torch.zeros(n_sequences, dtype=torch.bool)
         self._kept: Float[Tensor, "n pos d_model"] | None = None
-        # What a frozen block returns besides the residual: () where it returns a plain tensor.
-        self._extras: dict[nn.Module, tuple[Any, ...]] = {}
+        self._blocks = tuple(blocks)
+        # How many values a frozen block returns besides the residual, None for a plain tensor.
+        self._extras: dict[nn.Module, int | None] = {}
 
     @contextmanager
     def serving(self, index: Int[Tensor, " batch"]) -> Iterator[None]:
@@ -109,7 +111,8 @@ class PrefixCache:
         """
         rows = index.cpu()
         if self._kept is not None and bool(self._filled[rows].all()):
-            with self._instead_of_prefix(self._kept[rows]):
+            extras = [self._extras[block] for block in self._frozen]
+            with entering_at(self._blocks, extras, len(extras), self._kept[rows]):
                 yield
         else:
             with self._recording(rows):
@@ -123,7 +126,7 @@ class PrefixCache:
     @contextmanager
     def _recording(self, rows: Int[Tensor, " batch"]) -> Iterator[None]:
         def keep(module: nn.Module, args: Any, kwargs: Any) -> None:
-            residual = _entering(args, kwargs).detach()
+            residual = residual_given(args, kwargs).detach()
             if self._kept is None:
                 self._kept = self._allocate(residual)
             self._kept[rows] = residual.to(self._kept.device)
@@ -131,26 +134,13 @@ class PrefixCache:
 
         def note(module: nn.Module, args: Any, output: Any) -> None:
             # Nothing of this batch may reach another: where it matters, `is_exact` sees it.
-            self._extras[module] = () if isinstance(output, Tensor) else (None,) * len(output[1:])
+            self._extras[module] = None if isinstance(output, Tensor) else len(output) - 1
 
         with contextlib.ExitStack() as hooks:
             hooks.enter_context(self._entered.register_forward_pre_hook(keep, with_kwargs=True))
             if not self._extras:
                 for block in self._frozen:
                     hooks.enter_context(block.register_forward_hook(note))
-            yield
-
-    @contextmanager
-    def _instead_of_prefix(self, residual: Float[Tensor, "batch pos d_model"]) -> Iterator[None]:
-        def enter(module: nn.Module, args: Any, kwargs: Any) -> Any:
-            device = _entering(args, kwargs).device
-            kept = residual.to(device, non_blocking=True)
-            return ((kept, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": kept})
-
-        with contextlib.ExitStack() as changes:
-            changes.enter_context(self._entered.register_forward_pre_hook(enter, with_kwargs=True))
-            for block in self._frozen:
-                changes.enter_context(_passing_on(block, self._extras[block]))
             yield
 
     def _allocate(self, like: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "n pos d_model"]:
@@ -189,30 +179,6 @@ def _logits(
     with cache.serving(index):
         logits: Tensor = model(input_ids=tokens, use_cache=False).logits
     return logits
-
-
-def _entering(args: Any, kwargs: Any) -> Tensor:
-    residual: Tensor = args[0] if args else kwargs["hidden_states"]
-    return residual
-
-
-@contextmanager
-def _passing_on(block: nn.Module, extras: tuple[Any, ...]) -> Iterator[None]:
-    """Inside, the block returns the residual it is given, in the form it always returns it."""
-    before = vars(block).get("forward")
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        residual = _entering(args, kwargs)
-        return (residual, *extras) if extras else residual
-
-    vars(block)["forward"] = forward
-    try:
-        yield
-    finally:
-        if before is None:
-            del vars(block)["forward"]
-        else:
-            vars(block)["forward"] = before
 
 
 def _mapped(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

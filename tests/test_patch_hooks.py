@@ -1,0 +1,291 @@
+"""Activations of one model in another: at every site, on every backend, and nothing left behind."""
+
+import copy
+
+import pytest
+import torch
+from conftest import ARCHITECTURES, lora, make_tiny, perturbed
+from test_hooked_models import BACKENDS, padded, supported
+
+from hyperlens import load_hooked
+from hyperlens.decoding.generate import continuations
+from hyperlens.errors import HyperlensError, PatchError
+from hyperlens.hooked import resid_post, resid_pre, site_hook
+from hyperlens.patching import Site, changing, donating, in_blocks, patch_hooks, record
+from hyperlens.patching.cells import check_resumes, read, resume, run_patched
+from hyperlens.patching.positions import positions_mask
+from hyperlens.residual import ResidualModel
+
+IN_A_BLOCK = ("resid_pre", "attn_out", "mlp_out", "resid_post")
+
+
+def blocks_perturbed(model, blocks=range(3), scale=0.1, seed=5):
+    """A copy that differs in these blocks only."""
+    tuned = copy.deepcopy(model)
+    torch.manual_seed(seed)
+    stack = ResidualModel(tuned).anatomy.blocks
+    with torch.no_grad():
+        for block in blocks:
+            for parameter in stack[block].parameters():
+                parameter += scale * torch.randn_like(parameter)
+    return tuned
+
+
+def has(model, site):
+    return site_hook(site.kind, site.block) in model.hook_dict
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_sites_mean_the_same_everywhere(name, backend):
+    if not supported(name, backend):
+        pytest.skip("TransformerLens 3.9 has no HookedTransformer for this architecture")
+    model = make_tiny(name)
+    loaded = load_hooked(model, backend=backend)
+    tokens, mask = padded("right")
+    real = mask.bool()
+    seen = record(
+        loaded, tokens, mask, [site for k in IN_A_BLOCK for site in in_blocks(k, range(3))]
+    )
+    for block in range(3):
+        pre, attention, mlp, post = (seen[Site(kind, block)][real] for kind in IN_A_BLOCK)
+        torch.testing.assert_close(pre + attention + mlp, post, atol=2e-5, rtol=2e-5)
+    plain = record(load_hooked(model, backend="residual"), tokens, mask, list(seen))
+    for site, value in seen.items():
+        torch.testing.assert_close(value[real], plain[site][real], atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_all_blocks_patched_speak_as_the_donor(name, backend):
+    if not supported(name, backend):
+        pytest.skip("TransformerLens 3.9 has no HookedTransformer for this architecture")
+    base = make_tiny(name)
+    tuned = blocks_perturbed(base)
+    host, donor = (load_hooked(model, backend=backend) for model in (base, tuned))
+    tokens, mask = padded("right")
+    real = mask.bool()
+    with torch.no_grad():
+        expected = donor.run_with_hooks(tokens, attention_mask=mask)[real]
+        before = host.run_with_hooks(tokens, attention_mask=mask)[real]
+        assert (before - expected).abs().max() > 0.01
+        # Before the blocks both streams are the same, so what the branches add is all there is.
+        for kinds in (("resid_post",), ("attn_out", "mlp_out"), IN_A_BLOCK):
+            where = [site for kind in kinds for site in in_blocks(kind, range(3))]
+            hooks = patch_hooks(host, record(donor, tokens, mask, where), attention_mask=mask)
+            logits = host.run_with_hooks(tokens, attention_mask=mask, fwd_hooks=hooks)[real]
+            torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+        after = host.run_with_hooks(tokens, attention_mask=mask)[real]
+    assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_final_norm_is_a_site_or_refused_by_name(backend):
+    base = make_tiny("llama")
+    tuned = perturbed(base, 0.2)
+    with torch.no_grad():
+        tuned.lm_head.weight.copy_(base.lm_head.weight)
+    host, donor = (load_hooked(model, backend=backend) for model in (base, tuned))
+    tokens, mask = padded("right", (6, 6))
+    site = Site("final_norm")
+    if backend == "hooked_transformer":
+        with pytest.raises(PatchError, match=r"HookedTransformer has no hook for final_norm"):
+            record(donor, tokens, mask, [site])
+        return
+    hooks = patch_hooks(host, record(donor, tokens, mask, [site]))
+    with torch.no_grad():
+        patched = host.run_with_hooks(tokens, fwd_hooks=hooks)
+        torch.testing.assert_close(patched, donor.run_with_hooks(tokens), atol=1e-5, rtol=1e-5)
+
+
+def test_blocks_that_add_three_things_have_no_branches():
+    model = make_tiny("llama")
+    layer = model.model.layers[1]
+    inner = layer.mlp.forward
+    layer.forward_before = layer.forward
+    layer.forward = lambda *args, **kwargs: layer.forward_before(*args, **kwargs) * 1.5
+    assert inner
+    loaded = ResidualModel(model)
+    assert loaded.anatomy.branches is None
+    with pytest.raises(PatchError, match=r"ResidualModel has no hook for mlp_out of block 1"):
+        record(loaded, *padded("right"), [Site("mlp_out", 1)])
+
+
+@pytest.mark.parametrize("positions", [None, slice(2, None), slice(-3, -1), [0, 2], -1, 1])
+def test_only_chosen_positions_change(positions):
+    base = make_tiny("llama")
+    host, donor = (ResidualModel(model) for model in (base, perturbed(base, 0.2)))
+    for side in ("right", "left"):
+        tokens, mask = padded(side)
+        site = Site("resid_post", 2)
+        donated = record(donor, tokens, mask, [site])
+        hooks = patch_hooks(host, donated, attention_mask=mask, positions=positions)
+        own = record(host, tokens, mask, [site])[site]
+        cache = {}
+        keep = [(resid_post(2), lambda x, hook, cache=cache: cache.update(x=x))]
+        with torch.no_grad():
+            host.run_with_hooks(tokens, attention_mask=mask, fwd_hooks=[*hooks, *keep])
+        chosen = positions_mask(positions, mask)
+        for row, real in enumerate(mask.bool()):
+            numbers = torch.arange(int(real.sum()))
+            wanted = numbers if positions is None else numbers[positions]
+            assert chosen[row, real].nonzero().flatten().tolist() == wanted.reshape(-1).tolist()
+        there = mask.bool() if positions is None else chosen
+        assert torch.equal(cache["x"][there], donated[site][there])
+        assert torch.equal(cache["x"][~there & mask.bool()], own[~there & mask.bool()])
+
+
+def test_refusals_say_what_is_there():
+    host = ResidualModel(make_tiny("llama"))
+    tokens, mask = padded("right")
+    with pytest.raises(PatchError, match="this model has blocks 0 to 2"):
+        record(host, tokens, mask, [Site("resid_post", 3)])
+    with pytest.raises(PatchError, match="a site is one of resid_pre"):
+        in_blocks("q", [1])
+    with pytest.raises(PatchError, match="needs the number of a block"):
+        Site("resid_pre")
+    with pytest.raises(PatchError, match="needs the number of a block"):
+        Site("final_norm", 1)
+    with pytest.raises(PatchError, match="choose from 0 to 8"):
+        positions_mask([9], mask)
+    with pytest.raises(PatchError, match="expected positions as None"):
+        positions_mask([True], mask)
+    with pytest.raises(PatchError, match="without a step"):
+        positions_mask(slice(0, 5, 2), mask)
+    donated = {Site("resid_post", 1): torch.zeros(1, 2, 32)}
+    with pytest.raises(PatchError, match="record it on the same tokens"):
+        host.run_with_hooks(tokens, attention_mask=mask, fwd_hooks=patch_hooks(host, donated))
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_resumed_blocks_end_where_they_ended(name):
+    host = ResidualModel(make_tiny(name))
+    for side in ("right", "left"):
+        tokens, mask = padded(side)
+        stream, _ = read(host, tokens, mask, [])
+        for block in range(4):
+            again = resume(host, tokens, mask, block, stream[block])
+            assert torch.equal(again[mask.bool()], stream[-1][mask.bool()])
+        check_resumes(host, tokens, mask, stream)
+
+
+def test_blocks_that_hand_on_more_are_found_out():
+    model = make_tiny("llama")
+    memory = {}
+    first, last = model.model.layers[0], model.model.layers[2]
+    first.register_forward_hook(lambda m, a, out: memory.update(x=out.detach().mean()))
+    last.register_forward_hook(lambda m, a, out: out + memory.pop("x", 0.0))
+    host = ResidualModel(model)
+    tokens, mask = padded("right")
+    stream, _ = read(host, tokens, mask, [])
+    with pytest.raises(PatchError, match="hand on more than the residual stream"):
+        check_resumes(host, tokens, mask, stream)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "gemma2"])
+@pytest.mark.parametrize("kind", [*IN_A_BLOCK, "final_norm"])
+def test_a_cell_equals_a_whole_forward_pass_with_hooks(name, kind):
+    base = make_tiny(name)
+    host, donor = (ResidualModel(model) for model in (base, perturbed(base, 0.1)))
+    tokens, mask = padded("right")
+    site = Site(kind, None if kind == "final_norm" else 1)
+    stream, _ = read(host, tokens, mask, [])
+    _, donated = read(donor, tokens, mask, [site])
+    normed = run_patched(host, tokens, mask, stream, site, donated[site])
+    hooks = patch_hooks(host, {site: donated[site]}, attention_mask=mask)
+    with torch.no_grad():
+        expected = host.run_with_hooks(tokens, attention_mask=mask, fwd_hooks=hooks)
+        logits = host.unembed(normed)
+        cap = host.cfg.output_logits_soft_cap
+        logits = cap * torch.tanh(logits / cap) if cap else logits
+    torch.testing.assert_close(logits[mask.bool()], expected[mask.bool()], atol=1e-5, rtol=1e-5)
+
+
+PROMPTS = [[1, 5, 9, 20], [1, 7], [1, 30, 31, 32, 33, 34]]
+
+
+def written(model, **options):
+    options = {"max_new_tokens": 8, "stop_at_eos": False, "progress": False} | options
+    return continuations(model, None, PROMPTS, **options)
+
+
+def slowly(host, donor, site, prompt, steps, positions=None):
+    """The obvious way: one prompt, no cache, both models over the whole text at every step."""
+    host, donor = ResidualModel(host), ResidualModel(donor)
+    ids = list(prompt)
+    for _ in range(steps):
+        tokens = torch.tensor([ids])
+        donated = record(donor, tokens, None, [site])
+        chosen = positions if positions is None else list(range(len(ids)))[positions]
+        if chosen == []:
+            hooks = []
+        else:
+            hooks = patch_hooks(host, donated, positions=chosen)
+        with torch.no_grad():
+            ids.append(int(host.run_with_hooks(tokens, fwd_hooks=hooks)[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "gpt_neox"])
+@pytest.mark.parametrize("positions", [None, slice(5, None)])
+def test_free_running_equals_the_slow_way(name, positions):
+    # Padded on the left in float64, transformers' own Gemma-2 gives NaN.
+    base = make_tiny(name) if name == "gemma2" else make_tiny(name).double()
+    tuned = perturbed(base, 0.2)
+    for site in (Site("resid_post", 1), Site("mlp_out", 2), Site("resid_pre", 1)):
+        with donating(base, tuned, [site], positions=positions):
+            got = written(base, batch_size=2)
+        for prompt, tokens in zip(PROMPTS, got, strict=True):
+            assert tokens == slowly(base, tuned, site, prompt, 8, positions)
+
+
+def test_all_of_the_donor_writes_as_the_donor():
+    base = make_tiny("qwen2").double()
+    tuned = blocks_perturbed(base, scale=0.3)
+    with donating(base, tuned, [Site("resid_post", 2)]):
+        got = written(base)
+    assert got == written(tuned)
+    assert got != written(base), "the two must differ for this test"
+
+
+def test_an_adapter_can_donate_to_the_base_it_sits_on():
+    base = make_tiny("llama").double()
+    adapted = lora(copy.deepcopy(base), "llama").double()
+    with donating(base, adapted, [Site("resid_post", 2)]):
+        got = written(base)
+    assert got == written(adapted)
+
+
+@pytest.mark.parametrize("interrupt", [RuntimeError, KeyboardInterrupt])
+def test_hooks_are_gone_after_whatever_happens(interrupt):
+    base = make_tiny("llama")
+    tuned = perturbed(base)
+    tuned.train()
+    before = written(base)
+
+    def explode(own, donated):
+        raise interrupt("stop here")
+
+    with pytest.raises(interrupt), donating(base, tuned, [Site("resid_post", 1)], mix=explode):
+        written(base)
+    with pytest.raises(interrupt), changing(base, Site("resid_post", 1), lambda x: explode(x, x)):
+        written(base)
+    for model in (base, tuned):
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert tuned.training
+    assert written(base) == before
+
+
+def test_positions_of_a_text_being_written_count_from_its_start():
+    base = make_tiny("llama")
+    with (
+        pytest.raises(PatchError, match="count from its start"),
+        donating(base, base, [Site("resid_post", 1)], positions=[-1]),
+    ):
+        pass
+    with (
+        pytest.raises(HyperlensError, match="blocks 0 to 2"),
+        donating(base, base, [Site("resid_post", 7)]),
+    ):
+        pass
+    assert resid_pre(0) == site_hook("resid_pre", 0)
