@@ -99,6 +99,7 @@ def _add_judge(parser: argparse.ArgumentParser) -> None:
         help='of the request (default: {"temperature": 0, "max_tokens": 800})',
     )
     for option, kind, default, text in (
+        ("--judge-tokens", int, 800, "tokens of a local judge's answer at most"),
         ("--workers", int, 4, "requests at a time"),
         ("--timeout", float, 60.0, "seconds to wait for one answer"),
         ("--retries", int, 5, "attempts after a failure that may pass"),
@@ -174,7 +175,9 @@ def _judge(args: argparse.Namespace) -> Any:
 
         return FewerRepeatedBigrams()
     if args.judge_folder is not None:
-        return args.judge_folder
+        from ..judging.local import LocalJudge
+
+        return LocalJudge(args.judge_folder, max_new_tokens=args.judge_tokens, device=args.device)
     from ..judging.endpoint import Endpoint
 
     if args.judge_model is None:

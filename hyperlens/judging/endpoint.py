@@ -134,7 +134,7 @@ class Endpoint:
 
     def _ask(self, prompt: str, key: str | None, stop: threading.Event) -> str:
         # Of its own per prompt, so that pauses do not depend on the threads.
-        dice = random.Random(f"{self.seed} {prompt}")
+        dice = random.Random(f"{self.seed} {prompt!a}")
         for attempt in range(self.retries + 1):
             try:
                 return self._once(prompt, key)

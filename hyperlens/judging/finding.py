@@ -56,7 +56,7 @@ class JudgeFinding(Finding):
     @property
     def sides(self) -> tuple[str, str]:
         """The names of A and B."""
-        return str(self.meta["base"]["name"]), str(self.meta["tuned"]["name"])
+        return _printable(self.meta["base"]["name"]), _printable(self.meta["tuned"]["name"])
 
     @property
     def judge(self) -> str:
@@ -64,7 +64,7 @@ class JudgeFinding(Finding):
         about = self.meta["judge"]
         name = about.get("model") or about.get("name") or "unnamed"
         where = f" at {about['url']}" if "url" in about else ""
-        return f"{name}{where} ({about['kind']})"
+        return _printable(f"{name}{where} ({about['kind']})")
 
     @property
     def is_language_model(self) -> bool:
@@ -80,7 +80,8 @@ class JudgeFinding(Finding):
             *_wrapped(f"judged by {self.judge}, each pair in both orders"),
             *_wrapped(self.counted()),
             "",
-            f"{'share of pairs [95%]':<22}" + "".join(f"{words:<23}" for words in WINS.values()),
+            f"{'share of pairs [95%]':<22}"
+            + "    ".join(f"{words:<19}" for words in WINS.values()).rstrip(),
         ]
         for criterion in CRITERIA:
             cells = "".join(f"{percent(self.value(criterion, m)):<23}" for m in WINS)
@@ -146,9 +147,11 @@ class JudgeFinding(Finding):
         """Left: who wins, by criterion. Right: the judge's leanings, where 50% is none."""
         from ..plots import BLUE, GREY, VERMILION, NotebookFigure, plain_frame
 
-        figure = NotebookFigure(figsize=(12, 3.6), layout="constrained")
+        figure = NotebookFigure(figsize=(12, 4), layout="constrained")
+        names = " against ".join(self.sides)
+        figure.suptitle(f"{names}, judged by {self.judge}", fontsize=11, parse_math=False)
         left, right = figure.subplots(1, 2)
-        marks = zip(WINS.items(), (BLUE, GREY, VERMILION), "oDs", (-0.18, 0, 0.18), strict=True)
+        marks = zip(WINS.items(), (BLUE, GREY, VERMILION), "oDs", (-0.18, 0.0, 0.18), strict=True)
         for (metric, words), color, mark, shift in marks:
             rows = [self.value(criterion, metric) for criterion in CRITERIA]
             places = [i + shift for i in range(len(rows))]
@@ -157,18 +160,18 @@ class JudgeFinding(Finding):
         left.set_xlabel("share of pairs (%), 95% (Wilson)")
         left.legend(frameon=False, bbox_to_anchor=(0, 1), loc="lower left", ncols=3)
         leanings = list(LEANINGS)[:3]
-        for shift, criterion, mark in zip((-0.18, 0, 0.18), CRITERIA, "^vo", strict=True):
+        for shift, criterion, mark in zip((-0.18, 0.0, 0.18), CRITERIA, "^vo", strict=True):
             rows = [self.value(criterion, metric) for metric in leanings]
             places = [i + shift for i in range(len(rows))]
             _draw(right, rows, places, fmt=mark, color=GREY, label=criterion)
         right.axvline(50, color=GREY, lw=0.8, ls=":")
-        names = [textwrap.fill(LEANINGS[metric], 24) for metric in leanings]
-        right.set_yticks(range(len(leanings)), names, fontsize=9)
+        told = [textwrap.fill(LEANINGS[metric], 24) for metric in leanings]
+        right.set_yticks(range(len(leanings)), told, fontsize=9)
         right.set_xlabel("share (%), 95% (Wilson)")
         right.legend(frameon=False, bbox_to_anchor=(0, 1), loc="lower left", ncols=3)
         for axes in (left, right):
             axes.set_xlim(-3, 103)
-            axes.invert_yaxis()
+            axes.set_ylim(2.5, -0.5)
             plain_frame(axes)
         return figure
 
@@ -186,6 +189,11 @@ def _draw(axes: Any, rows: list[Mapping[str, Any]], places: list[float], **style
     below = [max(0.0, 100 * (row["value"] - row["low"])) for row in rows]
     above = [max(0.0, 100 * (row["high"] - row["value"])) for row in rows]
     axes.errorbar(values, places, xerr=[below, above], capsize=3, **style)
+
+
+def _printable(text: str) -> str:
+    """On one line, as any file can hold it."""
+    return "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
 
 
 def _wrapped(text: str) -> list[str]:

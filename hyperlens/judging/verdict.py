@@ -120,8 +120,10 @@ def _objects(text: str) -> list[dict[str, Any]]:
         try:
             value, end = decoder.raw_decode(text, start)
             found.append(value)
-        except (ValueError, RecursionError):
+        except ValueError:
             end = start + 1
+        except RecursionError:
+            return []
         start = text.find("{", end)
     return found
 

@@ -57,7 +57,11 @@ def _one(result: Any) -> Markup:
         paragraph(plain(result.counted()) + "."),
         chart(dots(drawn, "criterion", "share of pairs"), title, f"{a} against {b}", drawn),
         table(["", *OUTCOMES.values(), "A of decided", "p"], _rates(result)),
-        table(["the judge's leanings", *CRITERIA], _leanings(result), "50% would be none"),
+        table(
+            ["the judge's leanings", *CRITERIA],
+            _leanings(result),
+            "no leaning: 50%, and 0% in the second row",
+        ),
         table(["mean score, 1 to 10", "A", "B", "A − B"], _scores(result)),
     ]
     examples = [_example(example, a, b) for example in result.extras["examples"]]
