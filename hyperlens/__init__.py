@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from .errors import HyperlensError as HyperlensError
     from .experiments.behaviour import measure_behaviour as measure_behaviour
     from .experiments.behaviour_finding import BehaviourFinding as BehaviourFinding
+    from .experiments.cross_domain import cross_domain as cross_domain
+    from .experiments.cross_domain_finding import CrossDomainFinding as CrossDomainFinding
+    from .experiments.decoding_baselines import decoding_baselines as decoding_baselines
+    from .experiments.decoding_finding import DecodingFinding as DecodingFinding
     from .experiments.mauve import mauve_score as mauve_score
     from .experiments.mauve_finding import MauveFinding as MauveFinding
     from .experiments.null_test import null_test as null_test
@@ -40,6 +44,10 @@ _HOME = {
     "BehaviourFinding": ".experiments.behaviour_finding",
     "Comparison": ".results",
     "Corpus": ".corpus",
+    "cross_domain": ".experiments.cross_domain",
+    "CrossDomainFinding": ".experiments.cross_domain_finding",
+    "decoding_baselines": ".experiments.decoding_baselines",
+    "DecodingFinding": ".experiments.decoding_finding",
     "Endpoint": ".judging.endpoint",
     "HyperlensError": ".errors",
     "JudgeFinding": ".judging.finding",
@@ -64,6 +72,8 @@ __all__ = [
     "BehaviourFinding",
     "Comparison",
     "Corpus",
+    "CrossDomainFinding",
+    "DecodingFinding",
     "Endpoint",
     "HyperlensError",
     "JudgeFinding",
@@ -74,6 +84,8 @@ __all__ = [
     "TemperatureFinding",
     "__version__",
     "compare_models",
+    "cross_domain",
+    "decoding_baselines",
     "judge_continuations",
     "judge_models",
     "load_hooked",

@@ -1,12 +1,14 @@
-"""Say exactly which weights and which library versions a number came from."""
+"""Say exactly which weights, texts and library versions a number came from."""
 
 from __future__ import annotations
 
 import hashlib
 import platform
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,3 +45,15 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found | {"platform": f"{sys.platform} {platform.machine()}"}
+
+
+def texts_sha256(texts: Sequence[Any]) -> str:
+    """SHA-256 over texts, or sequences of token ids, in their order."""
+    digest = hashlib.sha256()
+    for text in texts:
+        if isinstance(text, str):
+            content = text.encode("utf-8", "surrogatepass")
+        else:
+            content = torch.as_tensor(text, dtype=torch.int64).cpu().numpy().tobytes()
+        digest.update(len(content).to_bytes(8, "little") + content)
+    return digest.hexdigest()

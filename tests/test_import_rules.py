@@ -113,7 +113,7 @@ ALLOWED: dict[str, set[str]] = {
     "embedded": {"errors", "texts"},
     # text from models, and what experiments do with a pair
     "decoding": {"errors", "stats", "shells", "corpus"},
-    "experiments": {*EXPERIMENTS_MAY_USE, "decoding"},
+    "experiments": {*EXPERIMENTS_MAY_USE, "decoding", "files"},
     "patching": {*EXPERIMENTS_MAY_USE, "decoding", "experiments"},
     "judging": {*EXPERIMENTS_MAY_USE, "decoding", "experiments", "files"},
     # reading results

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from ..fingerprint import versions
+from ..fingerprint import texts_sha256, versions
 from ..texts import Texts, read_texts
 from .mauve_finding import MauveFinding
 from .mauve_scores import SEEDS, check_seeds, compute_mauve, few_texts, mauve_scores
@@ -78,15 +77,11 @@ def mauve_score(
 
 
 def _describe(texts: Texts, read: Features) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    for text in texts:
-        content = text.encode("utf-8", "surrogatepass")
-        digest.update(len(content).to_bytes(8, "little") + content)
     return dict(texts.source) | {
         "n": len(read.vectors),
         "n_empty": read.n_empty,
         "n_cut": read.n_cut,
-        "texts_sha256": digest.hexdigest(),
+        "texts_sha256": texts_sha256(texts),
     }
 
 
