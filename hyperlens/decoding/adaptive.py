@@ -5,7 +5,6 @@ Pure arithmetic on the next token's probabilities; the search itself is in `cont
 
 from __future__ import annotations
 
-import math
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -13,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..errors import DecodingError
+from .settings import check_positive, check_whole
 
 LOWEST_K, RANGE_OF_K = 5, 10
 
@@ -38,8 +38,7 @@ class Fixed:
     """
 
     def __init__(self, k: int, alpha: float) -> None:
-        if not isinstance(k, int) or k < 1:
-            raise DecodingError(f"k must be at least 1 (a whole number), got {k}")
+        check_whole("k", k, 1)
         if not 0 <= alpha <= 1:
             raise DecodingError(f"alpha must be from 0 to 1, got {alpha}")
         self.k, self.alpha = k, alpha
@@ -71,8 +70,7 @@ class Adaptive:
     """
 
     def __init__(self, q: float = 1.0) -> None:
-        if not 0 < q < math.inf:
-            raise DecodingError(f"q must be above 0 and finite, got {q}")
+        check_positive("q", q)
         self.q = q
         self._whole: list[Tensor] = []
         self._top: list[Tensor] = []
@@ -105,7 +103,8 @@ class Adaptive:
 
 def _entropy(p: Float[Tensor, "rows n"]) -> Float[Tensor, " rows"]:
     """In nats; 0 · log 0 is 0."""
-    return torch.special.entr(p).sum(-1)
+    found: Tensor = torch.special.entr(p).sum(-1)
+    return found
 
 
 def _median(values: Float[Tensor, "t rows"]) -> Float[Tensor, " rows"]:

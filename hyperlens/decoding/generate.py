@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -11,9 +10,9 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from ..errors import DecodingError
 from ..shells import plain_model
 from .prompts import batches, check_prompts, eos_ids, left_padded, without_dropout
+from .settings import check_sampling
 
 
 def continuations(
@@ -88,19 +87,6 @@ def continuations(
                 made[i] = row[: ends[0]] if ends else row
             bar.update(len(batch))
     return made
-
-
-def check_sampling(*, temperature: float, top_p: float, min_p: float | None) -> None:
-    """Refuse settings that mean nothing.
-
-    Raises:
-        DecodingError: naming the setting and its range.
-    """
-    if not 0 < temperature < math.inf:
-        raise DecodingError(f"temperature must be above 0 and finite, got {temperature}")
-    for name, share in (("top_p", top_p), ("min_p", min_p)):
-        if share is not None and not 0 < share <= 1:
-            raise DecodingError(f"{name} must be above 0 and at most 1, got {share}")
 
 
 def _settings(max_new_tokens: int, eos: list[int], **sampling: Any) -> Any:

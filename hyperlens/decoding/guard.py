@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from ..errors import DecodingError
+from .settings import check_whole
 
 EPSILON = 1e-4
 DECAY = 0.95  # of the weights of older entropies in the global mean
@@ -42,8 +42,7 @@ class Guard(LogitsProcessor):
     """
 
     def __init__(self, window: int = 7, pad_token_id: int | None = None) -> None:
-        if not isinstance(window, int) or window < 2:
-            raise DecodingError(f"window must be at least 2 (a whole number), got {window}")
+        check_whole("window", window, 2)
         self.window = window
         self.pad_token_id = pad_token_id
         self.reset()

@@ -1,4 +1,4 @@
-"""Prompts of several lengths as batches for a causal LM: checked, sorted, padded on the left."""
+"""Prompts for a causal LM, checked and padded on the left as batches; continuations as text."""
 
 from __future__ import annotations
 
@@ -67,6 +67,15 @@ def left_padded(
         tokens[row, width - len(prompt) :] = torch.tensor(prompt)
         mask[row, width - len(prompt) :] = 1
     return tokens.to(device), mask.to(device)
+
+
+def text_after(tokenizer: Any, before: Sequence[int], tokens: Sequence[int]) -> str:
+    """Tokens as they read after what stands before them; ids without a tokenizer."""
+    if tokenizer is None:
+        return " ".join(map(str, tokens))
+    start = tokenizer.decode(list(before), skip_special_tokens=True)
+    whole = tokenizer.decode([*before, *tokens], skip_special_tokens=True)
+    return str(whole[len(start) :])
 
 
 @contextmanager

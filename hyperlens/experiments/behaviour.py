@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import significance, stats
 from ..decoding.diversity import MEASURES, type_token_ratio, words
+from ..decoding.prompts import text_after
 from ..errors import CorpusError
 from ..hooked import evaluating, run_logits
 from ..loading import Loaded
@@ -161,22 +162,13 @@ def _example(
     """One prompt and both continuations, with the base model's rank of every token."""
     sides = {
         side: {
-            "text": _text(tokenizer, prompt, tokens),
+            "text": text_after(tokenizer, prompt, tokens),
             "tokens": names(tokenizer, tokens),
             "base_rank": base_ranks(pair, prompt, tokens).tolist(),
         }
         for side, tokens in written.items()
     }
-    return {"strategy": strategy, "prompt": _text(tokenizer, [], prompt), **sides}
-
-
-def _text(tokenizer: Any, before: list[int], tokens: list[int]) -> str:
-    """Tokens as they read after what stands before them."""
-    if tokenizer is None:
-        return " ".join(map(str, tokens))
-    start = tokenizer.decode(before, skip_special_tokens=True)
-    whole = tokenizer.decode([*before, *tokens], skip_special_tokens=True)
-    return str(whole[len(start) :])
+    return {"strategy": strategy, "prompt": text_after(tokenizer, [], prompt), **sides}
 
 
 def base_ranks(pair: ModelPair, prompt: list[int], tokens: list[int]) -> Tensor:

@@ -1,0 +1,97 @@
+"""What is measured of continuations by several ways of decoding, as rows of one table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from .. import significance
+from ..decoding.diversity import MEASURES, distinct_by_text
+from .decoding_finding import METHODS, REFERENCE
+
+Tokens = Sequence[Sequence[int]]
+Way = tuple[str, str]  # model and method
+
+
+def measured(samples: Sequence[Tokens], eos: Collection[int]) -> dict[str, list[float]]:
+    """Every measure of every prompt, the mean over its samples.
+
+    Args:
+        samples: for each run over the prompts, the new tokens of each.
+        eos: ids that end a text.
+    """
+    each = [
+        {name: [measure(one) for one in tokens] for name, measure in MEASURES.items()}
+        | {
+            "distinct_2": distinct_by_text(tokens, 2),
+            "length": [float(_length(one, eos)) for one in tokens],
+        }
+        for tokens in samples
+    ]
+    return {
+        metric: [_mean(values) for values in zip(*(one[metric] for one in each), strict=True)]
+        for metric in each[0]
+    }
+
+
+def _length(tokens: Sequence[int], eos: Collection[int]) -> int:
+    """How many tokens stand before the first end of text."""
+    return next((place for place, token in enumerate(tokens) if token in eos), len(tokens))
+
+
+def _mean(values: Sequence[float]) -> float:
+    """Of those that exist: a sample without any token has no measure of repetition."""
+    kept = [value for value in values if not math.isnan(value)]
+    return sum(kept) / len(kept) if kept else math.nan
+
+
+def rows(
+    values: Mapping[Way, Mapping[str, Sequence[float]]], mauve: Mapping[Way, float]
+) -> list[dict[str, Any]]:
+    """The table: means, differences to the reference paired by prompt, corrected p values.
+
+    Args:
+        values: every measure of every prompt, for each way of decoding.
+        mauve: for each way, or empty.
+    """
+    reference = values[REFERENCE]
+    table = []
+    for way, of_way in values.items():
+        for metric, per_prompt in of_way.items():
+            gap, p = _value_only(math.nan), math.nan
+            if way != REFERENCE:
+                gap = significance.difference(per_prompt, reference[metric])
+                p = significance.paired_p(per_prompt, reference[metric])
+            table.append(_row(way, metric, significance.estimate(per_prompt), gap, p))
+        if way in mauve:
+            value, gap = (_value_only(x) for x in (mauve[way], mauve[way] - mauve[REFERENCE]))
+            table.append(_row(way, "mauve", value, gap, math.nan))
+    corrected = significance.holm([row["p"] for row in table])
+    return [row | {"p": p} for row, p in zip(table, corrected, strict=True)]
+
+
+def _value_only(value: float) -> significance.Estimate:
+    """Without interval: over no units."""
+    return significance.Estimate(value, math.nan, math.nan, math.nan, 0)
+
+
+def _row(
+    way: Way,
+    metric: str,
+    found: significance.Estimate,
+    gap: significance.Estimate,
+    p: float,
+) -> dict[str, Any]:
+    model, method = way
+    return {
+        "model": model,
+        "method": method,
+        "deterministic": METHODS[method].deterministic,
+        "metric": metric,
+        **found._asdict(),
+        "difference": gap.value,
+        "difference_low": gap.low,
+        "difference_high": gap.high,
+        "p": p,
+    }
