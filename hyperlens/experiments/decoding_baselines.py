@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ..decoding.prompts import eos_ids, text_after
+from ..errors import CorpusError
 from ..pairing import describe_pair
 from ..sources import check_source
 from .contexts import open_pair_and_texts
@@ -97,6 +98,11 @@ def decoding_baselines(
     drawn = choose_prompts(opened.corpus, n_prompts, prompt_tokens + rest, seed)
     prompts = [one[:prompt_tokens] for one in drawn]
     tokenizer = pair.base.opened.tokenizer or pair.tuned.opened.tokenizer
+    if mauve_features is not None and tokenizer is None:
+        raise CorpusError(
+            "MAUVE compares texts, and the pair has no tokenizer to write them with: pass (model, "
+            "tokenizer), or leave MAUVE out"
+        )
     eos = eos_ids(pair.base.opened.model, tokenizer)
     writing = Writing(prompts, parameters, max_new_tokens, batch_size, stop_at_eos, progress)
     seeds = range(seed, seed + n_samples)

@@ -59,21 +59,22 @@ def rows(
     table = []
     for way, of_way in values.items():
         for metric, per_prompt in of_way.items():
-            gap, p = _value_only(math.nan), math.nan
+            gap, p = _without_interval(math.nan, 0), math.nan
             if way != REFERENCE:
                 gap = significance.difference(per_prompt, reference[metric])
                 p = significance.paired_p(per_prompt, reference[metric])
             table.append(_row(way, metric, significance.estimate(per_prompt), gap, p))
         if way in mauve:
-            value, gap = (_value_only(x) for x in (mauve[way], mauve[way] - mauve[REFERENCE]))
+            n = len(of_way["ttr"])
+            value = _without_interval(mauve[way], n)
+            gap = _without_interval(mauve[way] - mauve[REFERENCE], n)
             table.append(_row(way, "mauve", value, gap, math.nan))
     corrected = significance.holm([row["p"] for row in table])
     return [row | {"p": p} for row, p in zip(table, corrected, strict=True)]
 
 
-def _value_only(value: float) -> significance.Estimate:
-    """Without interval: over no units."""
-    return significance.Estimate(value, math.nan, math.nan, math.nan, 0)
+def _without_interval(value: float, n: int) -> significance.Estimate:
+    return significance.Estimate(value, math.nan, math.nan, math.nan, n)
 
 
 def _row(
