@@ -115,7 +115,7 @@ ALLOWED: dict[str, set[str]] = {
     "decoding": {"errors", "stats", "shells", "corpus"},
     "experiments": {*EXPERIMENTS_MAY_USE, "decoding", "files"},
     "patching": {*EXPERIMENTS_MAY_USE, "decoding", "experiments"},
-    "judging": {*EXPERIMENTS_MAY_USE, "decoding", "experiments", "files"},
+    "judging": {*EXPERIMENTS_MAY_USE, "adapters", "decoding", "experiments", "files"},
     # reading results
     "findings": {"errors", "files"},
     "audit": {"errors", "results"},

@@ -185,7 +185,7 @@ def test_ctrl_c_and_the_same_command_go_on(pairs: Path, tmp_path: Path, script: 
             assert "interrupted" in line
         else:
             assert process.returncode == cli.FAILED
-            assert "no answer in 2 attempts (the last: " in line
+            assert "no answer after 1 retries (" in line
         assert not out.exists()
         before = len(server.requests)
         server.script = lambda n, prompt: says(longer(prompt))

@@ -84,7 +84,7 @@ def test_what_may_pass_is_tried_again(first: Act) -> None:
         assert answers(judge, "p") == ["good"]
         assert len(server.requests) == 2
         server.script = lambda n, prompt: first
-        with pytest.raises(JudgeError, match=r"no answer in 2 attempts \(the last: .+\): check"):
+        with pytest.raises(JudgeError, match=r"no answer after 1 retries \(.+\): check"):
             answers(judge, "p")
         assert len(server.requests) == 4
 
@@ -145,7 +145,7 @@ def test_a_refusal_is_final_and_one_line(act: Act, said: str) -> None:
 def test_nobody_there() -> None:
     with serving(lambda n, prompt: says("good")) as server:
         pass
-    with pytest.raises(JudgeError, match=r"in 3 attempts .the last: .*refused"):
+    with pytest.raises(JudgeError, match=r"after 2 retries .*refused"):
         answers(Endpoint(server.url, "m", **QUICK), "p")
 
 

@@ -5,11 +5,14 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_tiny, perturbed, token_texts
+from conftest import lora, make_tiny, perturbed, token_texts
 from judge_for_tests import longer, verdict
+from peft import AutoPeftModelForCausalLM
 from test_cli import tokenizer
+from transformers import AutoModelForCausalLM
 
 from hyperlens import JudgeFinding, cli, judge_continuations, judge_models
+from hyperlens.decoding.generate import continuations
 from hyperlens.errors import CorpusError, JudgeError
 from hyperlens.judging.local import LocalJudge
 from hyperlens.judging.prompt import read_prompt
@@ -56,6 +59,35 @@ def test_two_models_write_and_a_judge_reads(tmp_path: Path) -> None:
 def test_models_without_a_tokenizer_write_nothing_to_read(tiny) -> None:
     with pytest.raises(CorpusError, match="no tokenizer"):
         judge_models(tiny, tiny, token_texts(4), judge=longer, **SHORT)
+
+
+def test_two_adapters_are_each_put_on_their_own_base(tmp_path: Path) -> None:
+    for i, name in enumerate(("base", "other")):
+        make_tiny("llama", seed=i).save_pretrained(tmp_path / name)
+        tokenizer().save_pretrained(tmp_path / name)
+        opened = AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        lora(opened, "llama", seed=i + 2).save_pretrained(tmp_path / f"adapter-{name}")
+    seen: list[tuple[str, str, str]] = []
+
+    def judge(prompt: str) -> str:
+        seen.append(read_prompt(prompt))
+        return longer(prompt)
+
+    sources = [str(tmp_path / f"adapter-{name}") for name in ("base", "other")]
+    found = judge_models(*sources, TEXTS, judge=judge, **SHORT)
+    assert found.sides == ("adapter-base", "adapter-other")
+    assert found.meta["tuned"]["kind"] == "adapter"
+    # Each wrote what it writes alone.
+    alone = [judge_models(source, source, TEXTS, judge=judge, **SHORT) for source in sources]
+    assert [one.extras["counts"]["identical"] for one in alone] == [6, 6]
+    prompt = tokenizer()(TEXTS[0])["input_ids"][:4]
+    reads = tokenizer()
+    for source, place in zip(sources, (1, 2), strict=True):
+        model = AutoPeftModelForCausalLM.from_pretrained(source).eval()
+        (written,) = continuations(model, reads, [prompt], max_new_tokens=8, progress=False)
+        context = reads.decode(prompt, skip_special_tokens=True)
+        text = reads.decode([*prompt, *written], skip_special_tokens=True)[len(context) :]
+        assert text in [shown[place] for shown in seen if shown[0] == context]
 
 
 def test_a_judge_that_will_not_do_is_said_before_anything_is_written(

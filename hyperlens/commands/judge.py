@@ -39,14 +39,12 @@ def add(commands: Any) -> None:
         **STYLE,
     )
     parser.set_defaults(command="judge", run=run, interrupted=interrupted)
-    for name in ("a", "b"):
+    for name in ("A", "B"):
         parser.add_argument(
-            name,
+            name.lower(),
             nargs="?",
-            metavar=name.upper(),
-            help="a model: a folder, hub id or (B only) an adapter folder"
-            if name == "b"
-            else "a model: a folder or hub id",
+            metavar=name,
+            help="a model: a folder, hub id, or adapter folder (on the base that it names)",
         )
     texts = add_reading(parser, unless="with two models")
     texts.add_argument(
@@ -76,12 +74,15 @@ def add(commands: Any) -> None:
 def _add_judge(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("judge")
     who = group.add_mutually_exclusive_group(required=True)
-    who.add_argument("--judge-url", metavar="URL", help="base URL of an endpoint, as in …:8000/v1")
-    who.add_argument("--judge-folder", metavar="MODEL", help="a local chat model, or its hub id")
+    for option, metavar, text in (
+        ("--judge-url", "URL", "base URL of an endpoint, as in http://localhost:8000/v1"),
+        ("--judge-folder", "MODEL", "a local chat model: a folder or hub id"),
+    ):
+        who.add_argument(option, metavar=metavar, help=f"{text} (one of three; no default)")
     who.add_argument(
         "--judge-rule",
         action="store_true",
-        help="no model: fewer repeated bigrams win",
+        help="no model: fewer repeated bigrams win (one of three; no default)",
     )
     group.add_argument(
         "--judge-model", metavar="NAME", help="the model's name at the endpoint (default: none)"

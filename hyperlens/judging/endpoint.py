@@ -148,8 +148,8 @@ class Endpoint:
             if attempt < self.retries and stop.wait(seconds):
                 break
         raise JudgeError(
-            f"the judge at {self.url} gave no answer in {self.retries + 1} attempts (the last: "
-            f"{problem}): check that it runs, or allow more time or retries"
+            f"the judge at {self.url} gave no answer after {self.retries} retries ({problem}): "
+            "check that it runs, or allow more time or retries"
         )
 
     def _once(self, prompt: str, key: str | None) -> str:

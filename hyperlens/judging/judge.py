@@ -9,12 +9,15 @@ from typing import Any
 
 import torch
 
+from ..adapters import adapter_folder
 from ..decoding.generate import continuations
 from ..errors import CorpusError, JudgeError
 from ..experiments.contexts import open_pair_and_texts
 from ..experiments.continuing import check_counts, check_room, choose_prompts
 from ..fingerprint import versions
+from ..loading import parse_device, parse_dtype
 from ..pairing import describe_pair
+from ..sources import Opened, open_source
 from .asking import ask
 from .cache import Answers
 from .finding import JudgeFinding
@@ -49,7 +52,8 @@ def judge_models(
     prompt and both texts, without names, in both orders.
 
     Args:
-        base, tuned: the models A and B: what `compare_models` takes, but no hooked models.
+        base, tuned: the models A and B: what `compare_models` takes, but no hooked models. Two
+            adapters may be compared: each goes on the base that it names.
         texts: what `compare_models` takes; their first tokens are the prompts.
         judge: what `judge_continuations` takes. A local judge is held beside both models.
         n_prompts: how many texts, drawn at random, are continued.
@@ -68,8 +72,14 @@ def judge_models(
     # Whatever is wrong with the judge is said before two models have written for it.
     asked = as_judge(judge, device)
     _check_asking(asked, tries, cache)
+    adapter = _on_its_own_base(tuned, device, dtype)
     opened = open_pair_and_texts(
-        base, tuned, texts, max_length=max(prompt_tokens, 2), device=device, dtype=dtype
+        base,
+        tuned if adapter is None else (adapter.model, adapter.tokenizer),
+        texts,
+        max_length=max(prompt_tokens, 2),
+        device=device,
+        dtype=dtype,
     )
     pair = opened.pair
     tokenizer = pair.base.opened.tokenizer or pair.tuned.opened.tokenizer
@@ -102,6 +112,9 @@ def judge_models(
         "data": opened.corpus.describe(),
         "notes": list(opened.notes),
     }
+    if adapter is not None:
+        known = {"name": Path(adapter.name).name, "source": adapter.name, "kind": adapter.kind}
+        meta["tuned"] |= known
     return _judged(pairs, asked, meta, tries, cache, n_examples, progress)
 
 
@@ -143,6 +156,15 @@ def judge_continuations(
     source = {"file": Path(pairs).name} if isinstance(pairs, str | Path) else {}
     meta = {**sides, "options": {}, "data": source, "notes": [], "versions": versions()}
     return _judged(read, asked, meta, tries, cache, n_examples, progress)
+
+
+def _on_its_own_base(
+    source: Any, device: str | torch.device | None, dtype: str | torch.dtype | None
+) -> Opened | None:
+    """An adapter opened for itself; by default it would be put on the other model."""
+    if adapter_folder(source) is None:
+        return None
+    return open_source(source, device=parse_device(device), dtype=parse_dtype(dtype))
 
 
 def _check_asking(judge: Judge, tries: int, cache: Any) -> None:
