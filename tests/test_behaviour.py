@@ -1,6 +1,7 @@
 """What both models write: means over prompts, paired tests, examples with ranks."""
 
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -8,11 +9,12 @@ import pytest
 import torch
 from conftest import ARCHITECTURES, D_VOCAB, make_tiny, perturbed, token_texts
 from scipy import stats as scipy_stats
+from transformers import AutoTokenizer
 
 from hyperlens import BehaviourFinding, cli, load_hooked, measure_behaviour
 from hyperlens.decoding.diversity import type_token_ratio
 from hyperlens.decoding.generate import continuations
-from hyperlens.embedded import embedded_base
+from hyperlens.embedded import embedded_base, embedded_tales
 from hyperlens.errors import CorpusError, LoadingError, ResultsError
 
 TEXTS = token_texts(10, shortest=8, longest=20)
@@ -86,6 +88,38 @@ def test_the_same_seed_gives_the_same(tiny, tmp_path: Path) -> None:
     assert BehaviourFinding.load(tmp_path) == first
     with pytest.raises(ResultsError, match=r"behaviour\.json"):
         BehaviourFinding.load(tmp_path / "nothing")
+
+
+def test_words_and_all_prompts_together_against_the_definitions(tmp_path: Path) -> None:
+    base, texts = embedded_base(), embedded_tales()[:4]
+    options = SHORT | {"strategies": ["greedy"], "n_examples": 9, "n_prompts": 4}
+    found = measure_behaviour(base, base, texts, **options)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    examples = found.extras["examples"]
+    assert len(examples) == 4
+    ids, shares = [], {n: [] for n in (1, 2, 3)}
+    for example in examples:
+        words = re.findall(r"\w+", example["base"]["text"].lower())
+        for n, of_all in shares.items():
+            grams = [" ".join(words[i : i + n]) for i in range(len(words) - n + 1)]
+            of_all.append(len(set(grams)) / len(grams))
+        prompt = tokenizer(example["prompt"], add_special_tokens=False)["input_ids"]
+        whole = tokenizer(example["prompt"] + example["base"]["text"], add_special_tokens=False)
+        ids.append(whole["input_ids"][len(prompt) :])
+        assert len(ids[-1]) == 12
+    for metric, expected in (
+        ("word_ttr", np.mean(shares[1])),
+        ("word_rep_2", 1 - np.mean(shares[2])),
+        ("word_rep_3", 1 - np.mean(shares[3])),
+    ):
+        assert found.value("greedy", "base", metric)["value"] == pytest.approx(expected)
+    for n, value in found.distinct("greedy", "tuned").items():
+        grams = [tuple(row[i : i + n]) for row in ids for i in range(len(row) - n + 1)]
+        assert value == len(set(grams)) / len(grams)
+    assert "distinct 2-grams, all prompts" in found.summary()
+    page = (found.save(tmp_path / "out") / "report.html").read_text(encoding="utf-8")
+    assert "repeated bigrams of words" in page
+    assert "over all continuations together" in page
 
 
 def test_refusals_say_what_to_do(tiny) -> None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import significance, stats
-from ..decoding.diversity import MEASURES, type_token_ratio, words
+from ..decoding.diversity import MEASURES, distinct, repetition, type_token_ratio, words
 from ..decoding.prompts import text_after
 from ..errors import CorpusError
 from ..hooked import evaluating, run_logits
@@ -21,6 +21,14 @@ from .contexts import names, open_pair_and_texts
 from .continuing import Continuing, check_counts, check_room, choose_prompts
 
 STRATEGIES = {"greedy": False, "sample": True}
+# Of words, where there is a tokenizer to write them: what does not depend on how words are cut.
+WORD_MEASURES: Mapping[str, Callable[[Sequence[str]], float]] = {
+    "word_ttr": type_token_ratio,
+    "word_rep_2": lambda items: repetition(items, 2),
+    "word_rep_3": lambda items: repetition(items, 3),
+}
+# Lengths of n-grams that are counted over all continuations together.
+DISTINCT = (1, 2, 3)
 
 
 def measure_behaviour(
@@ -77,6 +85,7 @@ def measure_behaviour(
     tokenizer = pair.base.opened.tokenizer or pair.tuned.opened.tokenizer
     continuing = Continuing(prompts, max_new_tokens, batch_size, seed, progress)
     table: list[dict[str, Any]] = []
+    together: list[dict[str, Any]] = []
     examples: list[dict[str, Any]] = []
     for strategy in strategies:
         written = {
@@ -84,6 +93,7 @@ def measure_behaviour(
             for side, loaded in _sides(pair).items()
         }
         table += _rows(strategy, written, tokenizer)
+        together += _together(strategy, written)
         examples += [
             _example(pair, tokenizer, strategy, prompts[i], {s: w[i] for s, w in written.items()})
             for i in range(min(n_examples, len(prompts)))
@@ -99,7 +109,8 @@ def measure_behaviour(
         "data": opened.corpus.describe(),
         "notes": list(opened.notes),
     }
-    return BehaviourFinding(tuple(_holm(table)), {"examples": examples}, meta)
+    extras = {"distinct": together, "examples": examples}
+    return BehaviourFinding(tuple(_holm(table)), extras, meta)
 
 
 def _check_strategies(strategies: Sequence[str]) -> None:
@@ -119,7 +130,7 @@ def _rows(
 ) -> list[dict[str, Any]]:
     """Mean over prompts of every measure, of both models and of their difference."""
     rows = []
-    for metric in [*MEASURES, *(["word_ttr"] if tokenizer is not None else [])]:
+    for metric in [*MEASURES, *(WORD_MEASURES if tokenizer is not None else [])]:
         values = {
             side: [_measure(metric, tokens, tokenizer) for tokens in texts]
             for side, texts in written.items()
@@ -134,9 +145,19 @@ def _rows(
 
 
 def _measure(metric: str, tokens: list[int], tokenizer: Any) -> float:
-    if metric == "word_ttr":
-        return type_token_ratio(words(tokenizer.decode(tokens)))
+    if metric in WORD_MEASURES:
+        return WORD_MEASURES[metric](words(tokenizer.decode(tokens, skip_special_tokens=True)))
     return float(MEASURES[metric](tokens))
+
+
+def _together(strategy: str, written: Mapping[str, list[list[int]]]) -> Iterator[dict[str, Any]]:
+    """Distinct n-grams / n-grams over all continuations: how much they resemble each other, too.
+
+    One number for all prompts, which falls with their number; so it has no interval.
+    """
+    for side, texts in written.items():
+        for n in DISTINCT:
+            yield {"strategy": strategy, "model": side, "n": n, "value": distinct(texts, n)}
 
 
 def _row(

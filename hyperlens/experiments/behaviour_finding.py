@@ -20,6 +20,8 @@ WORDS = {
     "rep_3": "repeated trigrams",
     "loop": "share taken by the longest loop",
     "word_ttr": "type-token ratio of words",
+    "word_rep_2": "repeated bigrams of words",
+    "word_rep_3": "repeated trigrams of words",
 }
 STRATEGIES = {"greedy": "greedy", "sample": "sampled at temperature 1"}
 
@@ -31,8 +33,10 @@ class BehaviourFinding(Finding):
     The table has a row per strategy ("greedy", "sample"), model ("base", "tuned" and their paired
     "difference") and metric; values are means over prompts, p is Holm-corrected.
 
-    Extras: `examples`, with strategy, prompt, and for "base" and "tuned" the text, the tokens and
-    the base model's rank of each of them (1 = what greedy decoding of the base would take).
+    Extras: `distinct`, the share of distinct n-grams (n = 1, 2, 3) over all continuations of a
+    model together, which also tells how much they resemble each other; `examples`, with strategy,
+    prompt, and for "base" and "tuned" the text, the tokens and the base model's rank of each of
+    them (1 = what greedy decoding of the base would take).
     """
 
     name = "behaviour"
@@ -63,6 +67,7 @@ class BehaviourFinding(Finding):
         for strategy in self.strategies:
             lines += ["", f"{STRATEGIES[strategy]:<33}{'base':>8}{'tuned':>9}  difference [95%]"]
             lines += [self._line(strategy, metric) for metric in self.metrics]
+            lines += self._together(strategy)
         notes = [line for note in self.meta["notes"] for line in textwrap.wrap(f"note: {note}", 98)]
         return "\n".join([*lines, "", *notes, *self.conclusion()])
 
@@ -74,6 +79,21 @@ class BehaviourFinding(Finding):
             f"  {WORDS[metric]:<31}{base['value']:8.3f}{tuned['value']:9.3f}  "
             f"{gap['value']:+.3f} [{gap['low']:+.3f}, {gap['high']:+.3f}]  {p_in_words(gap['p'])}"
         )
+
+    def distinct(self, strategy: str, model: str) -> dict[int, float]:
+        """n to the share of distinct n-grams over all continuations of a model together."""
+        rows: list[Mapping[str, Any]] = self.extras.get("distinct", [])
+        return {
+            row["n"]: row["value"]
+            for row in rows
+            if (row["strategy"], row["model"]) == (strategy, model)
+        }
+
+    def _together(self, strategy: str) -> list[str]:
+        base, tuned = (self.distinct(strategy, model) for model in ("base", "tuned"))
+        return [
+            f"  {f'distinct {n}-grams, all prompts':<31}{base[n]:8.3f}{tuned[n]:9.3f}" for n in base
+        ]
 
     def conclusion(self) -> list[str]:
         """What the intervals allow to say."""

@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from ...findings import Finding
 from ..charts import chart, dots
-from ..parts import details, heading, interval, join, pair_name, paragraph, table, tag
+from ..parts import cell, details, heading, interval, join, pair_name, paragraph, table, tag
 
 ORDER = 20
 TITLE = "Did behaviour change?"
@@ -20,6 +20,8 @@ NAMES = {
     "ttr": "TTR",
     "windowed_ttr": "TTR, windows of 50",
     "word_ttr": "TTR of words",
+    "word_rep_2": "repeated bigrams of words",
+    "word_rep_3": "repeated trigrams of words",
     "rep_2": "repeated bigrams",
     "rep_3": "repeated trigrams",
     "loop": "longest loop",
@@ -48,6 +50,8 @@ def body(results: Sequence[Finding]) -> Markup:
         title = f"{STRATEGIES[strategy]}: mean over prompts, 95% interval (0 to 1, no unit)"
         parts.append(chart(dots(drawn, "measure", "mean over prompts"), title, alt, drawn))
         parts.append(_differences(results, strategy))
+        if all("distinct" in result.extras for result in results):
+            parts.append(details("distinct n-grams over all prompts", _together(results, strategy)))
     parts.append(heading("The texts"))
     parts.append(
         paragraph(
@@ -103,6 +107,17 @@ def _differences(results: Sequence[Finding], strategy: str) -> Markup:
     ]
     head = ["tuned − base, paired by prompt [95%]", *map(pair_name, results)]
     return table(head, body_rows, "p: paired t test, Holm-corrected over all measures of a pair")
+
+
+def _together(results: Sequence[Any], strategy: str) -> Markup:
+    """One number for all continuations of a model: how much they resemble each other, too."""
+    rows = [
+        [f"{pair_name(result)}, {model}", *map(cell, result.distinct(strategy, model).values())]
+        for result in results
+        for model in ("base", "tuned")
+    ]
+    head = ["distinct n-grams / n-grams", "n = 1", "n = 2", "n = 3"]
+    return table(head, rows, "over all continuations together; falls with their number")
 
 
 def _p(p: float) -> str:
