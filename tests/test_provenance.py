@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ARCHITECTURES, D_VOCAB, make_tiny, perturbed, token_texts
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hyperlens import ProvenanceFinding, cli, compare_models, provenance
-from hyperlens.embedded import embedded_base
+from hyperlens.embedded import embedded_base, embedded_tales
 from hyperlens.errors import CorpusError
 from hyperlens.experiments.contexts import names
 from hyperlens.experiments.decisions import neighbours
@@ -43,6 +44,93 @@ def test_shares_are_means_over_texts_of_the_plain_loop(name: str) -> None:
         row = found.value("teacher-forced", bucket, "share")
         assert row["value"] == pytest.approx(sum(shares) / len(shares))
         assert row["n"] == len(TEXTS)
+
+
+def tied(model):
+    """Every other token has the logits of the one before it, in every context."""
+    with torch.no_grad():
+        model.lm_head.weight[1:60:2] = model.lm_head.weight[0:59:2]
+    return model
+
+
+@settings(max_examples=5)
+@given(st.integers(0, 10_000), st.booleans())
+def test_both_modes_equal_the_plain_loop_ties_included(seed: int, ties: bool) -> None:
+    base = make_tiny("llama", seed=seed)
+    tuned = perturbed(base, 0.3, seed=seed + 1)
+    if ties:
+        base = tied(base)
+    texts = token_texts(4, seed=seed, shortest=7, longest=12)
+    found = provenance(base, tuned, texts, **SHORT)
+    written = []
+    for text in texts:
+        ids = torch.tensor([text[:6]])
+        with torch.no_grad():
+            for _ in range(8):
+                ids = torch.cat([ids, tuned(ids).logits[:, -1:].argmax(-1)], dim=-1)
+        written.append(by_hand(base, tuned, ids[0, :-1].tolist())[4:])
+    for mode, of_texts in (
+        ("teacher-forced", [by_hand(base, tuned, text) for text in texts]),
+        ("free-running", written),
+    ):
+        for bucket, (low, high) in BUCKETS.items():
+            shares = [sum(low <= r <= high for r in ranks) / len(ranks) for ranks in of_texts]
+            row = found.value(mode, bucket, "share")
+            assert row["value"] == pytest.approx(sum(shares) / len(shares)), (mode, bucket)
+
+
+@settings(max_examples=5)
+@given(st.integers(0, 10_000))
+def test_what_changed_picks_are_equals_a_loop_over_them(seed: int) -> None:
+    base = make_tiny("llama", seed=seed, vocab_size=16)  # so few that trigrams come again
+    tuned = perturbed(base, 0.3, seed=seed + 1)
+    generator = torch.Generator().manual_seed(seed)
+    texts = [[1, *torch.randint(3, 6, (20,), generator=generator).tolist()] for _ in range(4)]
+    found = provenance(base, tuned, texts, **SHORT)
+    rows = base.lm_head.weight - base.lm_head.weight.mean(0)
+    expected: dict[str, list[float]] = {"near_synonym": [], "avoids": [], "falls_into": []}
+    for text in texts:
+        with torch.no_grad():
+            a, b = (model(torch.tensor([text])).logits[0] for model in (base, tuned))
+        seen: dict[str, list[bool]] = {name: [] for name in expected}
+        for i in range(1, len(text)):
+            first, pick = int(a[i].argmax()), int(b[i].argmax())
+            if first == pick:
+                continue
+            grams = {tuple(text[j : j + 3]) for j in range(i - 1)}
+            old, new = ((text[i - 1], text[i], token) in grams for token in (first, pick))
+            order = torch.cosine_similarity(rows[first], rows, dim=-1).argsort(descending=True)
+            seen["near_synonym"].append(pick in order[1:11].tolist())
+            seen["avoids"].append(old and not new)
+            seen["falls_into"].append(new and not old)
+        if seen["avoids"]:
+            for name, flags in seen.items():
+                expected[name].append(sum(flags) / len(flags))
+    for name, shares in expected.items():
+        row = found.value("teacher-forced", "changed", name)
+        assert row["value"] == pytest.approx(sum(shares) / len(shares)), name
+        assert row["n"] == len(shares)
+
+
+def test_examples_and_figure() -> None:
+    base, texts = embedded_base(), embedded_tales()[:4]
+    model = AutoModelForCausalLM.from_pretrained(base)
+    tuned = (perturbed(model, 0.05), AutoTokenizer.from_pretrained(base))
+    short = SHORT | {"prompt_tokens": 8, "n_examples": 3}
+    found = provenance(base, tuned, texts, **short)
+    every = "\n".join(texts)
+    examples = found.extras["examples"]
+    assert {e["bucket"] for e in examples} <= {"2-10", ">10"}
+    assert {e["mode"] for e in examples} == {"teacher-forced", "free-running"}
+    for example in examples:
+        low, high = BUCKETS[example["bucket"]]
+        assert low <= example["rank"] <= high
+        assert example["picked"] != example["base_first"]
+        if example["mode"] == "teacher-forced":
+            assert example["context"].removeprefix(" <s>").strip() in every
+    left, right = found.plot().axes
+    assert [tick.get_text() for tick in left.get_xticklabels()] == [f"rank {b}" for b in BUCKETS]
+    assert len(right.containers) == 6
 
 
 def test_a_model_against_itself_picks_what_it_picks() -> None:
@@ -162,8 +250,6 @@ def test_refusals_and_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 def test_tokens_keep_the_space_that_begins_their_word(stories: Path) -> None:
-    from transformers import AutoTokenizer
-
     for folder in (stories, embedded_base()):
         tokenizer = AutoTokenizer.from_pretrained(folder)
         ids = tokenizer("Once upon a time there was a cat", add_special_tokens=False)["input_ids"]

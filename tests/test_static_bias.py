@@ -137,6 +137,18 @@ def test_the_shift_equals_a_loop_over_contexts(name: str) -> None:
     assert -0.5 < found.static_share < 1.0
 
 
+def test_tied_logits_share_their_average_rank() -> None:
+    base = make_tiny("llama")
+    tuned = perturbed(base, 0.1)
+    with torch.no_grad():
+        # Two and two tokens that the base cannot tell apart.
+        base.lm_head.weight[1:60:2] = base.lm_head.weight[0:59:2]
+    a, b = rows_of_logits(base), rows_of_logits(tuned)
+    assert (a[:, 1:60:2] == a[:, 0:59:2]).all()
+    gain = scipy_stats.rankdata(b, axis=-1) - scipy_stats.rankdata(a, axis=-1)
+    assert shift_of(base, tuned).rank_gain.numpy() == pytest.approx(gain.mean(0), abs=0.05)
+
+
 def test_shifts_that_cancel_out_have_no_static_share() -> None:
     base = make_tiny("llama", tie_word_embeddings=False)
     tuned = copy.deepcopy(base)

@@ -53,6 +53,8 @@ def test_a_planted_temperature_is_found(name: str, t: float) -> None:
         # Two logits within a rounding error of each other may change places.
         rho = finding.value(variant, "teacher-forced", "spearman")["value"]
         assert rho == pytest.approx(1.0, abs=1e-4)
+    if t == 0.5:  # where no logit is rounded
+        assert finding.value("tuned", "teacher-forced", "spearman")["value"] == 1.0
         assert finding.value(variant, "greedy", "ttr") == finding.value(
             "original", "greedy", "ttr"
         ) | {"variant": variant}
