@@ -7,18 +7,17 @@ an interval over texts, and two patches are compared on the same texts.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
-from scipy.stats import t as student_t
 from torch import Tensor
 
 from .. import stats
-from ..intervals import mean_half_width
 from ..significance import Estimate
+from .ratios import p_value as p_value
+from .ratios import ratio as ratio
 
 CHANGED = ("to_tuned", "to_base", "gap")
 EVERY = (
@@ -132,8 +131,10 @@ class Outcome:
 
     def estimate(self, metric: str) -> Estimate:
         """The metric with its 95% interval over texts; shares stay between 0 and 1."""
-        found = ratio(self.sums[metric], self.counted(metric))
-        return _bounded(found, metric)
+        is_share = metric != "gap" and not metric.startswith("kl")
+        found = ratio(self.sums[metric], self.counted(metric), is_share=is_share)
+        # max() keeps a NaN that comes first: the absence of an interval.
+        return found._replace(low=max(found.low, 0.0)) if metric.startswith("kl") else found
 
     def difference(self, other: Outcome, metric: str) -> Estimate:
         """This outcome less another one of the same decisions, paired by text."""
@@ -144,40 +145,6 @@ def combination(terms: list[tuple[float, Outcome]], metric: str) -> Estimate:
     """A weighted sum of outcomes of the same decisions, paired by text."""
     total = sum((weight * one.sums[metric] for weight, one in terms), torch.zeros(()))
     return ratio(total, terms[0][1].counted(metric))
-
-
-def ratio(y: Float[Tensor, " text"], n: Float[Tensor, " text"]) -> Estimate:
-    """Σy / Σn with its 95% interval over texts (linearised); `n` of the estimate counts texts.
-
-    Texts without any counted decision are left out.
-    """
-    y, n = y[n > 0].double(), n[n > 0].double()
-    if not len(n):
-        return Estimate(math.nan, math.nan, math.nan, math.nan, 0)
-    value = y.sum() / n.sum()
-    half = float(
-        mean_half_width(len(n), value, n.sum(), y.square().sum(), (y * n).sum(), n.square().sum())
-    )
-    factor = float(student_t.ppf(0.975, len(n) - 1)) if len(n) > 1 else math.nan
-    centre = float(value)
-    return Estimate(centre, centre - half, centre + half, half / factor, len(n))
-
-
-def p_value(found: Estimate) -> float:
-    """Two-sided p that the estimated quantity is 0, by Student's t over texts."""
-    if not math.isfinite(found.se):
-        return math.nan
-    if found.se == 0:
-        return 1.0 if found.value == 0 else 0.0
-    return float(2 * student_t.sf(abs(found.value) / found.se, found.n - 1))
-
-
-def _bounded(found: Estimate, metric: str) -> Estimate:
-    low = -math.inf if metric == "gap" else 0.0
-    high = math.inf if metric == "gap" or metric.startswith("kl") else 1.0
-    # Comparisons with NaN, the absence of an interval, keep it.
-    ends = (low if found.low < low else found.low, high if found.high > high else found.high)
-    return found._replace(low=ends[0], high=ends[1])
 
 
 class Tally:
