@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from .judging.judge import judge_continuations as judge_continuations
     from .judging.judge import judge_models as judge_models
     from .loading import load_hooked as load_hooked
+    from .patching.blocks import patch_blocks as patch_blocks
+    from .patching.blocks_finding import BlocksFinding as BlocksFinding
     from .results import Comparison as Comparison
     from .texts import read_texts as read_texts
 
@@ -42,6 +44,7 @@ __version__ = "0.1.0"
 _HOME = {
     "compare_models": ".compare",
     "BehaviourFinding": ".experiments.behaviour_finding",
+    "BlocksFinding": ".patching.blocks_finding",
     "Comparison": ".results",
     "Corpus": ".corpus",
     "cross_domain": ".experiments.cross_domain",
@@ -59,6 +62,7 @@ _HOME = {
     "measure_behaviour": ".experiments.behaviour",
     "NullTestFinding": ".experiments.null_test_finding",
     "null_test": ".experiments.null_test",
+    "patch_blocks": ".patching.blocks",
     "ProvenanceFinding": ".experiments.provenance_finding",
     "provenance": ".experiments.provenance",
     "read_texts": ".texts",
@@ -70,6 +74,7 @@ _HOME = {
 
 __all__ = [
     "BehaviourFinding",
+    "BlocksFinding",
     "Comparison",
     "Corpus",
     "CrossDomainFinding",
@@ -92,6 +97,7 @@ __all__ = [
     "mauve_score",
     "measure_behaviour",
     "null_test",
+    "patch_blocks",
     "provenance",
     "read_texts",
     "static_bias",

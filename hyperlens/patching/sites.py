@@ -51,6 +51,16 @@ class Site:
                 f"block={self.block}"
             )
 
+    @property
+    def layer(self) -> int:
+        """The residual layer (0 for the embedding output) that it is, or else leads to.
+
+        -1 for the final norm, which comes after the last layer.
+        """
+        if self.block is None:
+            return -1
+        return self.block if self.kind == "resid_pre" else self.block + 1
+
     def __str__(self) -> str:
         return self.kind if self.block is None else f"{self.kind} of block {self.block}"
 

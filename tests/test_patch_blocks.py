@@ -1,0 +1,219 @@
+"""Planted truths: what differs in one place is found there, and nowhere else."""
+
+import copy
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ARCHITECTURES, make_tiny, perturbed, token_texts
+from test_patch_hooks import blocks_perturbed
+
+from hyperlens import BlocksFinding, patch_blocks
+from hyperlens.corpus import build_corpus
+from hyperlens.errors import HyperlensError, PatchError
+from hyperlens.hooked import run_logits
+from hyperlens.pairing import open_pair
+from hyperlens.patching.outcomes import METRICS
+from hyperlens.patching.sites import in_blocks
+from hyperlens.patching.sweep import INTO_BASE, INTO_TUNED, Cell, Sweep, run_sweep
+from hyperlens.residual import ResidualModel
+
+TEXTS = token_texts(14, shortest=6, longest=20)
+QUICK = {"max_new_tokens": 0, "progress": False}
+SHORT = {"n_prompts": 4, "prompt_tokens": 6, "max_new_tokens": 6, "progress": False}
+
+
+def along(finding, direction, metric, activation="donor"):
+    return [row["value"] for row in finding.at(direction, metric, activation)]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox"])
+def test_the_same_model_twice_shows_nothing_anywhere(name):
+    base = make_tiny(name)
+    found = patch_blocks(base, copy.deepcopy(base), TEXTS, **SHORT)
+    for row in found.table:
+        if row["metric"] in ("kl_tuned", "kl_base"):
+            if row["activation"] not in ("other_text",):
+                assert row["value"] == 0, row
+        elif row["metric"] in ("to_tuned", "to_base", "gap"):
+            assert math.isnan(row["value"])
+            assert row["n"] == 0
+        elif row["metric"].startswith("agreement") and row["activation"] != "other_text":
+            assert row["value"] == 1
+    assert found.extras["changed"] == 0
+    assert "changed no decision" in found.summary()
+
+
+@pytest.mark.parametrize("block", [0, 1, 2])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_change_of_one_block_is_found_in_that_block(name, block):
+    base = make_tiny(name)
+    tuned = blocks_perturbed(base, [block], scale=0.3)
+    found = patch_blocks(base, tuned, TEXTS, **QUICK)
+    assert found.extras["changed"] > 5
+    # Layer l is the output of block l - 1: all of it from there on, none before.
+    expected = [float(layer > block) for layer in range(4)]
+    for direction, metric in ((INTO_BASE, "to_tuned"), (INTO_TUNED, "to_base")):
+        assert along(found, direction, metric) == expected
+    assert along(found, INTO_BASE, "kl_tuned")[block + 1 :] == pytest.approx(
+        [0.0] * (3 - block), abs=1e-6
+    )
+    state = {e["layer"]: e["value"] for e in found.effect("state")}
+    stack = {e["layer"]: e["value"] for e in found.effect("stack")}
+    both = {e["layer"]: e["value"] for e in found.effect("interaction")}
+    for layer in range(4):
+        assert state[layer] == float(layer > block)
+        assert stack[layer] == float(layer <= block)
+        assert both[layer] == 0
+
+
+@pytest.mark.parametrize("kind", ["attn_out", "mlp_out"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "gpt_neox"])
+def test_a_change_of_one_branch_is_found_in_that_branch(name, kind):
+    base = make_tiny(name)
+    tuned = copy.deepcopy(base)
+    module = ResidualModel(tuned).anatomy.branches[1][kind == "mlp_out"]
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter += 0.5 * torch.randn_like(parameter)
+    for swept in ("attn_out", "mlp_out"):
+        found = patch_blocks(base, tuned, TEXTS, site=swept, placebos=False, **QUICK)
+        assert found.extras["changed"] > 5
+        into_base = dict(zip(range(3), along(found, INTO_BASE, "to_tuned"), strict=True))
+        if swept == kind:
+            assert into_base[1] == 1
+        assert into_base[0] == 0
+        assert not found.extras["effects"], "a branch is no state: there is no 2 x 2 of it"
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2"])
+def test_a_change_of_the_final_norm_or_the_head_is_in_no_block(name):
+    base = make_tiny(name, tie_word_embeddings=False)
+    for part in ("norm", "head"):
+        tuned = copy.deepcopy(base)
+        anatomy = ResidualModel(tuned).anatomy
+        module = anatomy.final_norm if part == "norm" else anatomy.head
+        torch.manual_seed(2)
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter += 0.7 * torch.randn_like(parameter)
+        found = patch_blocks(base, tuned, TEXTS, **QUICK)
+        assert found.extras["changed"] > 5
+        assert along(found, INTO_BASE, "to_tuned") == [0] * 4
+        assert along(found, INTO_TUNED, "to_base") == [0] * 4
+        assert [e["value"] for e in found.effect("stack")] == [1] * 4
+        normed = patch_blocks(base, tuned, TEXTS, site="final_norm", placebos=False, **QUICK)
+        assert along(normed, INTO_BASE, "to_tuned") == [float(part == "norm")]
+
+
+def brute_force(base, tuned, site, texts):
+    """Shares by whole forward passes, one text at a time, hooks on the stock model."""
+    from hyperlens.patching import patch_hooks, record
+
+    host, donor = ResidualModel(base), ResidualModel(tuned)
+    hits = changed = 0
+    for ids in texts:
+        tokens = torch.tensor([ids])
+        mask = torch.ones_like(tokens)
+        with torch.no_grad():
+            first = run_logits(host, tokens, mask)[0, 1:].argmax(-1)  # BOS decides nothing
+            second = run_logits(donor, tokens, mask)[0, 1:].argmax(-1)
+            hooks = patch_hooks(host, record(donor, tokens, mask, [site]))
+            third = run_logits(host, tokens, mask, hooks)[0, 1:].argmax(-1)
+        changed += int((first != second).sum())
+        hits += int(((first != second) & (third == second)).sum())
+    return hits / changed
+
+
+@pytest.mark.parametrize("kind", ["resid_post", "attn_out", "mlp_out"])
+def test_shares_equal_whole_forward_passes(kind):
+    base = make_tiny("qwen3")
+    tuned = perturbed(base, 0.15)
+    found = patch_blocks(base, tuned, TEXTS, site=kind, **QUICK)
+    for site in in_blocks(kind, range(3)):
+        (row,) = [r for r in found.at(INTO_BASE, "to_tuned") if r["block"] == site.block
+                  and r["site"] == kind]  # fmt: skip
+        assert row["value"] == pytest.approx(brute_force(base, tuned, site, TEXTS), abs=1e-9)
+
+
+@pytest.mark.parametrize("side_by_side", [1, 3, 14])
+def test_batches_change_nothing(side_by_side):
+    base = make_tiny("llama").double()
+    tuned = perturbed(base, 0.15)
+    whole = patch_blocks(base, tuned, TEXTS, batch_size=5, **QUICK)
+    other = patch_blocks(base, tuned, TEXTS, batch_size=side_by_side, **QUICK)
+    for one, two in zip(whole.table, other.table, strict=True):
+        assert one.keys() == two.keys()
+        assert one["value"] == pytest.approx(two["value"], abs=1e-6), one
+        assert one["low"] == pytest.approx(two["low"], abs=1e-6, nan_ok=True)
+
+
+def test_a_patch_at_some_positions_does_not_reach_back():
+    base = make_tiny("llama")
+    tuned = blocks_perturbed(base, [1], scale=0.3)
+    pair = open_pair(base, tuned)
+    corpus = build_corpus([t[:12] for t in TEXTS if len(t) >= 12], None, max_length=12, bos_id=1)
+    site = in_blocks("resid_post", [1])
+    outcomes = run_sweep(pair, corpus, Sweep(site, slice(7, None), False, 0), 4, False)
+    patched = outcomes.cells[Cell(INTO_BASE, site[0], "donor")]
+    base_itself = outcomes.models["base"]
+    assert 0 < patched.sums["to_tuned"].sum() < patched.changed.sum()
+    assert patched.sums["agreement_base"].sum() < base_itself.sums["agreement_base"].sum()
+    with pytest.raises(PatchError, match="choose from 0 to 11"):
+        run_sweep(pair, corpus, Sweep(site, [40], False, 0), 4, False)
+
+
+def test_what_is_written_is_the_donors_where_all_of_it_is_donated():
+    base = make_tiny("llama")
+    tuned = blocks_perturbed(base, [0, 2], scale=0.4)
+    found = patch_blocks(base, tuned, TEXTS, **SHORT)
+    for metric in ("ttr", "rep_2"):
+        assert along(found, INTO_BASE, metric)[3] == found.unpatched("tuned", metric)["value"]
+        assert along(found, INTO_TUNED, metric)[3] == found.unpatched("base", metric)["value"]
+        assert along(found, INTO_BASE, metric)[0] == found.unpatched("base", metric)["value"]
+    against = {c["activation"] for c in found.contrasts(INTO_BASE, "ttr")}
+    assert against == {"unpatched", "rotation"}
+
+
+def test_placebos_do_not_pass_for_the_donor():
+    base = make_tiny("llama")
+    tuned = blocks_perturbed(base, [1], scale=0.3)
+    found = patch_blocks(base, tuned, token_texts(40, shortest=8, longest=20), **QUICK)
+    for layer in (2, 3):
+        assert found.beats_placebos(INTO_BASE, layer) is True
+    for layer in (0, 1):
+        # Nothing to donate: the placebos of size zero are the host itself.
+        assert found.beats_placebos(INTO_BASE, layer) is False
+    for name in ("noise", "rotation"):
+        assert max(along(found, INTO_BASE, "to_tuned", name)) < 0.7
+        assert along(found, INTO_BASE, "to_tuned", name)[:2] == [0, 0]
+
+
+def test_it_comes_back_from_disk_and_draws(tmp_path: Path) -> None:
+    base = make_tiny("llama")
+    found = patch_blocks(base, perturbed(base, 0.15), TEXTS, **SHORT)
+    again = patch_blocks(base, perturbed(base, 0.15), TEXTS, **SHORT)
+    assert found == again
+    folder = found.save(tmp_path / "out")
+    assert BlocksFinding.load(folder) == found
+    assert len(found.plot().axes) == 3
+    page = (folder / "report.html").read_text()
+    assert 'data-section="patching"' in page
+    assert "before the last block" in found.summary()
+    metrics = {row["metric"] for row in found.table}
+    assert metrics == {*METRICS, "ttr", "rep_2", "rep_3"}
+
+
+def test_refusals_say_what_to_do() -> None:
+    base = make_tiny("llama")
+    tuned = perturbed(base)
+    with pytest.raises(PatchError, match="a site is one of"):
+        patch_blocks(base, tuned, TEXTS, site="q", **QUICK)
+    with pytest.raises(PatchError, match="max_new_tokens=0"):
+        patch_blocks(base, tuned, TEXTS, positions=[-1], progress=False)
+    with pytest.raises(HyperlensError, match="n_texts"):
+        patch_blocks(base, tuned, TEXTS, n_texts=0, **QUICK)
+    with pytest.raises(HyperlensError, match="hooked model"):
+        patch_blocks(ResidualModel(base), tuned, TEXTS, **QUICK)
