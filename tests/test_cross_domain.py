@@ -195,7 +195,7 @@ def test_mauve_gets_the_texts_own_continuations(monkeypatch) -> None:
     for row in found.table:
         assert row["mauve_base"] == pytest.approx(0.7)
         assert (row["mauve_tuned_low"], row["mauve_tuned_high"]) == pytest.approx((0.5, 0.9))
-    assert "MAUVE over 6 and 6 texts: below 1,000" in found.meta["notes"][0]
+    assert "MAUVE over 6 texts a side: below 1,000" in found.meta["notes"][0]
     assert found.meta["mauve"]["seeds"] == [0, 1, 2, 3, 4]
     assert "0.700 (0.500 to 0.900)" in found.summary()
     assert max(map(len, found.summary().splitlines())) <= 100

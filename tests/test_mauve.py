@@ -124,8 +124,8 @@ def test_few_texts_are_said_and_enough_are_not(stub: Stub) -> None:
     enough = mauve_score(many, many, reader, seeds=[0], progress=False)
     assert enough.meta["notes"] == []
     few = mauve_score(many, many[1:], reader, seeds=[0], progress=False)
-    assert "below 1,000 a side it reads too high" in few.meta["notes"][0]
-    assert "note: MAUVE over 1,000 and 999 texts" in few.summary()
+    assert "below 1,000 it reads too high" in few.meta["notes"][0]
+    assert "note: MAUVE over 999 to 1,000 texts" in few.summary()
     assert few_texts(1000, 1000) == ()
 
 
@@ -135,7 +135,7 @@ def test_it_is_saved_shown_and_read_back(stub: Stub, tmp_path: Path) -> None:
     assert MauveFinding.load(folder) == finding
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert "How near are the texts to others?" in page
-    assert "below 1,000 a side" in page
+    assert "below 1,000 it reads" in page
     assert max(map(len, finding.summary().splitlines())) <= 100
 
 

@@ -234,8 +234,7 @@ def _finding(
     reader = done[keys[0]]["mauve"]
     notes: dict[str, None] = {}
     if reader is not None:
-        n = min(row["n"] for row in rows)
-        notes |= dict.fromkeys(few_texts(n, n))
+        notes |= dict.fromkeys(few_texts(*(row["n"] for row in rows)))
     for p, c in keys:
         notes |= dict.fromkeys(f"{p} on {c}: {note}" for note in done[p, c]["notes"])
     meta = {

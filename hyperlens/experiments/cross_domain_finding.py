@@ -103,10 +103,10 @@ class CrossDomainFinding(Finding):
         lines = [
             f"MAUVE of continuations and the texts' own, read by {self.meta['mauve']['name']}; "
             "(range over seeds)",
-            f"{'':<{WIDTH}}{'base':>22}{'tuned':>22}",
+            f"{'':<{WIDTH}}{'base':>26}{'tuned':>26}",
         ]
         return lines + self._block(
-            lambda row: f"{ranged(row, 'mauve_base'):>22}{ranged(row, 'mauve_tuned'):>22}"
+            lambda row: f"{ranged(row, 'mauve_base'):>26}{ranged(row, 'mauve_tuned'):>26}"
         )
 
     def conclusions(self) -> list[str]:

@@ -115,14 +115,15 @@ def check_seeds(seeds: Sequence[Any]) -> None:
         )
 
 
-def few_texts(n_p: int, n_q: int) -> tuple[str, ...]:
-    """A warning for the reader of a result where there are too few texts."""
-    if min(n_p, n_q) >= ENOUGH:
+def few_texts(*sizes: int) -> tuple[str, ...]:
+    """A warning for the reader of a result where sets of texts are this small."""
+    fewest, most = min(sizes), max(sizes)
+    if fewest >= ENOUGH:
         return ()
+    many = f"{fewest:,}" if fewest == most else f"{fewest:,} to {most:,}"
     return (
-        f"MAUVE over {n_p:,} and {n_q:,} texts: below {ENOUGH:,} a side it reads too high and "
-        "depends much on which texts they are; compare it only with MAUVE of as many texts, read "
-        "by the same model",
+        f"MAUVE over {many} texts a side: below {ENOUGH:,} it reads too high and depends much on "
+        "which texts they are; compare it only with MAUVE of as many texts, read by the same model",
     )
 
 
