@@ -176,7 +176,6 @@ class _Texts:
 
     def extend(self, strength: Strength) -> list[int]:
         """Add the best candidate to every text, and return it."""
-        # Never below float32; float64 stays.
         p = self.logits.softmax(-1)
         k, alpha = strength(p)
         # Of equal logits the smaller id first, as in greedy decoding.
@@ -243,13 +242,11 @@ def _forward(
         output_hidden_states=True,
         **options,
     )
-    states = out.hidden_states[-1]
-    states = torch.nn.functional.normalize(states.to(_at_least_float32(states)), dim=-1)
-    logits = out.logits[:, -1]
+    # A model on several devices has them elsewhere than its input.
+    states, logits = (
+        x.to(tokens.device, torch.promote_types(x.dtype, torch.float32))
+        for x in (out.hidden_states[-1], out.logits[:, -1])
+    )
     if bool(logits.isnan().any()):
         raise DecodingError("the model's logits are NaN: load it in another dtype, as in 'float32'")
-    return out.past_key_values, logits.to(_at_least_float32(logits)), states
-
-
-def _at_least_float32(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
+    return out.past_key_values, logits, torch.nn.functional.normalize(states, dim=-1)
