@@ -129,7 +129,7 @@ def decoding_baselines(
         samples = {way: found.samples for way, found in written.items()}
         mauve = _mauve(reader, tokenizer, human, samples)
         meta["mauve"] = reader.describe() | {"seeds": list(SEEDS)}
-        meta["notes"] += few_texts(len(human), len(human))
+        meta["notes"] += few_texts(len(human))
     about = [
         {
             "model": model,
