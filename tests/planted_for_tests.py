@@ -1,0 +1,83 @@
+"""Tuned models whose only change is known: an affine map of what the last block puts out."""
+
+import copy
+
+import torch
+from torch import nn
+
+from hyperlens.discovery import dissect
+from hyperlens.experiments.contexts import open_pair_and_texts
+from hyperlens.patching.choosing import second_half
+
+
+class Mapped(nn.Module):
+    """A block whose output is moved: mean + matrix (output - mean)."""
+
+    def __init__(self, block, mean, matrix):
+        super().__init__()
+        self.block = block
+        self.register_buffer("mean", mean.float())
+        self.register_buffer("change", (matrix - torch.eye(len(mean))).float())
+
+    def __getattr__(self, name):
+        # Models ask their blocks for attributes of their own.
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("block"), name)
+
+    def forward(self, *args, **kwargs):
+        made = self.block(*args, **kwargs)
+        first = made if isinstance(made, torch.Tensor) else made[0]
+        new = first + (first - self.mean) @ self.change.mT
+        return new if isinstance(made, torch.Tensor) else (new, *made[1:])
+
+
+def mapped(model, mean, matrix):
+    """A copy of a model with its last block's output moved."""
+    tuned = copy.deepcopy(model)
+    blocks = dissect(tuned).blocks
+    (stack,) = (m for m in tuned.modules() if isinstance(m, nn.ModuleList)
+                and len(m) == len(blocks) and m[-1] is blocks[-1])  # fmt: skip
+    stack[-1] = Mapped(blocks[-1], mean, matrix)
+    return tuned
+
+
+def last_outputs(model, texts, seed=0):
+    """What the last block puts out on the first half of the texts, without BOS, and on the other.
+
+    One text per forward pass, plain transformers: no code of the experiment but the choice of
+    the half.
+    """
+    opened = open_pair_and_texts(model, model, texts, max_length=256)
+    is_read = second_half(opened.corpus, seed)
+    kept = []
+    handle = (
+        dissect(model)
+        .blocks[-1]
+        .register_forward_hook(
+            lambda m, a, out: kept.append(out if isinstance(out, torch.Tensor) else out[0])
+        )
+    )
+    parts = ([], [])
+    with torch.no_grad():
+        for sequence, read in zip(opened.corpus.sequences, is_read.tolist(), strict=True):
+            kept.clear()
+            ids = torch.from_numpy(sequence)
+            model(ids[None])
+            parts[int(read)].append(kept[0][0][ids != 1].double())
+    handle.remove()
+    return torch.cat(parts[0]), torch.cat(parts[1])
+
+
+def spread(x):
+    """Mean, eigenvalues (largest first) and eigenvectors, by numpy."""
+    import numpy as np
+
+    x = x.numpy()
+    values, vectors = np.linalg.eigh(np.cov(x.T, bias=True))
+    return (
+        torch.from_numpy(x.mean(0)),
+        torch.from_numpy(values[::-1].copy()),
+        torch.from_numpy(vectors[:, ::-1].copy()),
+    )
