@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 from . import __version__
 from .embedded import HERE, embedded_base, embedded_tales
-from .errors import ResultsError
-from .files import write_text
+from .files import claim_folder
 
 if TYPE_CHECKING:
     from .experiments.behaviour_finding import BehaviourFinding
@@ -99,7 +98,8 @@ def run_demo(
         ResultsError: if the folder holds something else, or cannot be written.
     """
     folder = Path(out).expanduser()
-    _claim(folder)
+    stamp = {"hyperlens": __version__, "inputs": _inputs_sha256()}
+    claim_folder(folder, STAMP, stamp, "a demo")
     tales = embedded_tales()
     measured = {}
     for name in METHODS:
@@ -178,27 +178,6 @@ def _measure(
             lambda: null_test(base, tuned, unseen, progress=progress),
         ),
     )
-
-
-def _claim(folder: Path) -> None:
-    """Take a new folder, or one that a demo of the same version, model and tales began."""
-    stamp = json.dumps({"hyperlens": __version__, "inputs": _inputs_sha256()}, indent=1) + "\n"
-    path = folder / STAMP
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if path.is_file():
-            if path.read_text(encoding="utf-8") != stamp:
-                raise ResultsError(
-                    f"{folder} is the demo of another version of hyperlens or of its model: "
-                    "choose a new folder"
-                )
-        elif any(folder.iterdir()):
-            raise ResultsError(f"{folder} is not empty and no demo: choose a new folder")
-        else:
-            write_text(path, stamp)
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ResultsError(f"cannot use {folder} ({reason}): choose another folder") from None
 
 
 def _inputs_sha256() -> str:

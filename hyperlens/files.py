@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from .errors import ResultsError
 
@@ -56,6 +58,37 @@ def check_new_folder(folder: Path) -> None:
         raise ResultsError(
             f"cannot create {folder}: {parent} is not a writable folder; choose another folder"
         )
+
+
+def claim_folder(folder: Path, name: str, stamp: Mapping[str, Any], what: str) -> None:
+    """Take a folder for work in steps: a new one, or the one that the same work began.
+
+    Args:
+        folder: made if it does not exist.
+        name: of the file in it that holds the stamp.
+        stamp: everything that decides the results, as JSON values.
+        what: the work, for messages.
+
+    Raises:
+        ResultsError: if the folder holds something else, or cannot be written.
+    """
+    text = json.dumps(stamp, indent=1) + "\n"
+    path = folder / name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if path.is_file():
+            if path.read_text(encoding="utf-8") != text:
+                raise ResultsError(
+                    f"{folder} is {what} of another version of hyperlens or with other inputs: "
+                    "choose a new folder"
+                )
+        elif any(folder.iterdir()):
+            raise ResultsError(f"{folder} is not empty and not {what}: choose a new folder")
+        else:
+            write_text(path, text)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ResultsError(f"cannot use {folder} ({reason}): choose another folder") from None
 
 
 @contextmanager

@@ -1,0 +1,192 @@
+"""`hyperlens patch`: put activations or weights of one model into the other."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+from ..files import claim_folder
+from ..options import STYLE, add_running, read, shows_progress
+from .temperature import add_pair
+
+ORDER = 56
+
+DESCRIPTION = """\
+Does what changed inside cause the behaviour? Put activations or weights of one model into the
+other and see which decisions come with them.
+
+  blocks      each block's activation, in both directions, beside placebos; the 2 x 2 of every cut
+              (whose state enters the late blocks, whose late blocks they are); what patched
+              models write
+  positions   layer by position: where before a decision its cause can be found
+  weights     the last k blocks, single blocks, final norm, unembedding: the smallest suffix
+              that reproduces the behaviour
+  dimensions  the expansion taken away, or given to the base: is it the extra dimensions?
+  norm        only the final norm's weights: how much of the expansion is block, how much norm"""
+
+EXAMPLES = """\
+Examples:
+  hyperlens patch ./base ./tuned --texts held_out.txt --out patched
+  hyperlens patch ./base ./adapter --texts t.txt --what blocks --site mlp_out --positions 5:
+
+With --out, a part that is done is kept: after Ctrl-C the same command goes on."""
+
+STAMP = "patch.json"
+
+# Each part: where its function is, where its result's class is, and the options it takes.
+READS = ("n_texts", "max_length")
+WRITES = ("n_prompts", "prompt_tokens", "max_new_tokens")
+PARTS: dict[str, tuple[str, str, tuple[str, ...]]] = {
+    "blocks": (
+        "blocks:patch_blocks",
+        "blocks_finding:BlocksFinding",
+        ("site", "positions", "placebos", *READS, *WRITES),
+    ),
+    "positions": ("positions_sweep:patch_positions", "positions_finding:PositionsFinding", READS),
+    "weights": (
+        "transplanting:transplant_weights",
+        "transplant_finding:TransplantFinding",
+        (*READS, *WRITES),
+    ),
+    "dimensions": ("expansion:expansion", "expansion_finding:ExpansionFinding", (*READS, *WRITES)),
+    "norm": ("norm_question:norm_question", "norm_finding:NormFinding", READS),
+}
+SITES = ("resid_post", "resid_pre", "attn_out", "mlp_out", "final_norm")
+
+
+def add(commands: Any) -> None:
+    """The parser."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "patch",
+        help="patch one model with the other: does what changed cause the behaviour?",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        **STYLE,
+    )
+    parser.set_defaults(command="patch", run=run)
+    add_pair(parser)
+    group = parser.add_argument_group("what is measured")
+    group.add_argument(
+        "--what",
+        type=_parts,
+        default=list(PARTS),
+        metavar="PART[,PART]",
+        help=f"{', '.join(PARTS)} (default: all of them)",
+    )
+    group.add_argument(
+        "--site",
+        choices=SITES,
+        default="resid_post",
+        metavar="SITE",
+        help="of `blocks`: %(choices)s (default: resid_post)",
+    )
+    group.add_argument(
+        "--positions",
+        type=positions,
+        metavar="P",
+        help="of `blocks`: tokens to patch, as 0,3 or 5: (from the sixth on) (default: all)",
+    )
+    group.add_argument(
+        "--no-placebos",
+        dest="placebos",
+        action="store_false",
+        help="of `blocks`: a quarter of the time, and nothing to hold the patches against",
+    )
+    for option, default, text in (
+        ("--n-texts", 64, "texts, drawn at random, that are read"),
+        ("--max-length", 128, "tokens per text, BOS included; longer texts are cut"),
+        ("--n-prompts", 16, "texts, drawn at random, that are continued, greedy"),
+        ("--prompt-tokens", 17, "their first tokens that are the prompt, BOS included"),
+        ("--max-new-tokens", 48, "tokens added to each; 0 writes none, which saves much time"),
+        ("--batch-size", 8, "texts per forward pass"),
+        ("--seed", 0, "of everything drawn at random"),
+    ):
+        group.add_argument(
+            option, type=int, default=default, metavar="N", help=f"{text} (default: {default})"
+        )
+    add_running(parser, "the checkpoint's own")
+
+
+def run(args: argparse.Namespace) -> str:
+    """Run every part, save it when it is done, and return what to print."""
+    texts = read(args, args.texts, args.split)
+    if args.out is not None:
+        claim_folder(args.out, STAMP, _stamp(args, texts), "a run of hyperlens patch")
+    findings = [_part(name, args, texts) for name in args.what]
+    said = "\n\n".join(finding.summary() for finding in findings)
+    if args.out is None:
+        return said
+    from ..report import write_report
+
+    page = write_report(args.out / "report.html", findings)
+    return f"{said}\n\nsaved in {args.out}; report: {page}"
+
+
+def _part(name: str, args: argparse.Namespace, texts: Sequence[str]) -> Any:
+    """The result of one part, from the folder if it is there already."""
+    experiment, result, options = PARTS[name]
+    place: Path | None = None if args.out is None else args.out / name
+    if place is not None and place.is_dir():
+        return _named(result).load(place)
+    given = {option: getattr(args, option) for option in (*options, "batch_size", "seed")}
+    run_it: Callable[..., Any] = _named(experiment)
+    finding = run_it(
+        args.base,
+        args.tuned,
+        texts,
+        **given,
+        device=args.device,
+        dtype=args.dtype,
+        progress=shows_progress(args),
+    )
+    if place is not None:
+        finding.save(place)
+    return finding
+
+
+def _named(where: str) -> Any:
+    module, name = where.split(":")
+    return getattr(import_module(f"...patching.{module}", __name__), name)
+
+
+def _stamp(args: argparse.Namespace, texts: Sequence[str]) -> dict[str, Any]:
+    """Everything that decides the results; which parts are run does not."""
+    from ..experiments.kept_rows import model_identity
+
+    names = sorted({option for _, _, options in PARTS.values() for option in options})
+    return {
+        "hyperlens": __version__,
+        "base": model_identity(args.base),
+        "tuned": model_identity(args.tuned),
+        "texts": hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest(),
+        "options": {name: str(getattr(args, name)) for name in (*names, "seed", "dtype")},
+    }
+
+
+def _parts(text: str) -> list[str]:
+    chosen = [part.strip() for part in text.split(",")]
+    unknown = [part for part in chosen if part not in PARTS]
+    if unknown:
+        raise argparse.ArgumentTypeError(
+            f"expected some of {', '.join(PARTS)}, with commas between them; got {unknown[0]!r}"
+        )
+    return list(dict.fromkeys(chosen))
+
+
+def positions(text: str) -> slice | list[int]:
+    """Positions as people type them."""
+    try:
+        if ":" in text:
+            start, stop = text.split(":")
+            return slice(int(start) if start else None, int(stop) if stop else None)
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"expected token numbers from 0, as in 0,3 or 5: or 2:8; got {text!r}"
+        ) from None
