@@ -190,8 +190,11 @@ def test_answers_outlive_the_run(tmp_path: Path) -> None:
     Answers(judge, folder).put("question \ud800", "answer é \ud800")
     assert Answers(judge, folder).get("question \ud800") == "answer é \ud800"
     assert Answers(judge, folder).get("question") is None
-    assert Answers({**judge, "n": 2}, folder).get("question \ud800") is None
+    other = Answers({**judge, "n": 2}, folder)
+    assert other.get("question \ud800") is None
     assert len(list(folder.iterdir())) == 1
+    other.put("question \ud800", "another")
+    assert Answers(judge, folder).get("question \ud800") == "answer é \ud800"
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[]", "{}", "\x00", '{"answer": 3}', "other"])

@@ -158,7 +158,7 @@ def test_ctrl_c_and_the_same_command_go_on(pairs: Path, tmp_path: Path, script: 
     with serving(slow) as server:
         argv = [sys.executable, "-m", "hyperlens", *command(pairs, server.url, out)]
         process = subprocess.Popen(
-            [*argv, *(["--timeout", "0.2"] if script == "error" else [])],
+            [*argv, *(["--timeout", "1"] if script == "error" else [])],
             env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "default"},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -18,7 +18,7 @@ class FewerRepeatedBigrams:
     has told nothing that counting would not.
     """
 
-    identity = {"kind": "rule", "name": "fewer repeated bigrams win"}
+    identity = {"kind": "rule", "name": "fewer repeated bigrams"}
 
     def answers(self, prompts: Sequence[str]) -> Generator[tuple[int, str], None, None]:
         """An answer in the form that judges are asked for."""
