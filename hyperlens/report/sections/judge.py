@@ -11,7 +11,7 @@ from ..charts import chart, dots
 from ..parts import details, heading, join, note, paragraph, preformatted, table, tag
 from ..words import MISSING, percent, plain
 
-ORDER = 25
+ORDER = 27
 TITLE = "Which text does a judge prefer?"
 READS = "judge"
 LOADS = "hyperlens.judging.finding:JudgeFinding"
