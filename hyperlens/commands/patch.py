@@ -96,7 +96,7 @@ def add(commands: Any) -> None:
         "--no-placebos",
         dest="placebos",
         action="store_false",
-        help="of `blocks`: a quarter of the time, and nothing to hold the patches against",
+        help="of `blocks`: a quarter of the time, nothing to hold it against (default: with them)",
     )
     for option, default, text in (
         ("--n-texts", 64, "texts, drawn at random, that are read"),
