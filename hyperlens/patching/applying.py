@@ -77,9 +77,9 @@ class Reading:
             grouped[cell.side, basis].append(cell)
         self._grouped = dict(grouped)
         self._frames: dict[tuple[Side, str], Frame] = {}
-        self._tallies: dict[Cell | Side, Tally] = {
-            one: Tally(self._n_texts) for one in (*self._plan.changes, "base", "tuned")
-        }
+        sides: tuple[Side, Side] = ("base", "tuned")
+        self._unchanged: dict[Side, Tally] = {side: Tally(self._n_texts) for side in sides}
+        self._changed = {cell: Tally(self._n_texts) for cell in self._plan.changes}
 
     def update(self, pair: StreamPair) -> None:
         """Add one batch, which follows the one before."""
@@ -103,8 +103,8 @@ class Reading:
 
         own = {side: logits(side, x) for side, x in outputs.items()}
         models = reference(own["base"], own["tuned"])
-        for side, found in own.items():
-            self._tallies[side].add(measure(found, models), models.changed, text)
+        for side, tally in self._unchanged.items():
+            tally.add(measure(own[side], models), models.changed, text)
         for (side, basis), cells in self._grouped.items():
             x = outputs[side]
             frame = self._frame(side, basis, x.device)
@@ -112,7 +112,7 @@ class Reading:
             for cell in cells:
                 new = frame.moved(x, coordinates, self._plan.changes[cell].gain)
                 found = measure(logits(side, new), models)
-                self._tallies[cell].add(found, models.changed, text)
+                self._changed[cell].add(found, models.changed, text)
 
     def _frame(self, side: Side, basis: str, device: torch.device) -> Frame:
         if (side, basis) not in self._frames:
@@ -126,7 +126,10 @@ class Reading:
 
     def outcomes(self) -> dict[Cell | Side, Outcome]:
         """What each change did, and the models without any."""
-        return {one: tally.outcome() for one, tally in self._tallies.items()}
+        found: dict[Cell | Side, Outcome] = {}
+        found |= {cell: tally.outcome() for cell, tally in self._changed.items()}
+        found |= {side: tally.outcome() for side, tally in self._unchanged.items()}
+        return found
 
     def state_bytes(self, spec: StreamSpec) -> int:
         """Memory of the bases, and of the logits of some rows with what is made of them."""

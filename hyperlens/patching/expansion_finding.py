@@ -148,6 +148,9 @@ class ExpansionFinding(Finding):
             shares.append(
                 f"{own:.1%} are {EFFECTS[name]} (control {other:.1%}, difference {points(effect)})"
             )
+        effects = self.extras["evidence"][way]["effects"].values()
+        if answer == "contradicted" and any(effect["low"] > 0 for effect in effects):
+            answer += " (there is an effect, too small to be of interest)"
         return f"{NAMES[way]}{count}: {' and '.join(shares)}, {answer}"
 
     def _of_writing(self) -> Iterator[str]:

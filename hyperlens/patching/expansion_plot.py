@@ -46,12 +46,17 @@ def draw(finding: Any) -> matplotlib.figure.Figure:
     figure.axes[0].set_ylabel("changed decisions that are the tuned model's (share)")
     if has_text:
         figure.axes[2].set_ylabel("type-token ratio")
-    named = {}
+    named: dict[str, Any] = {}
     for axes in figure.axes:
         handles, labels = axes.get_legend_handles_labels()
         named |= dict(zip(labels, handles, strict=True))
     figure.legend(
-        named.values(), named.keys(), loc="outside lower center", ncols=3, frameon=False, fontsize=9
+        list(named.values()),
+        list(named),
+        loc="outside lower center",
+        ncols=3,
+        frameon=False,
+        fontsize=9,
     )
     return figure
 

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from .. import significance
 from ..experiments.continuing import METRICS as WRITTEN
 from ..significance import Estimate, holm
@@ -56,7 +58,8 @@ class Found:
         """The mean over the draws of an arm."""
         each = [self.outcomes[cell] for cell in self.draws(way, dose, arm)]
         sums = {
-            metric: sum(one.sums[metric] for one in each) / len(each) for metric in each[0].sums
+            metric: torch.stack([one.sums[metric] for one in each]).mean(0)
+            for metric in each[0].sums
         }
         return Outcome(sums, each[0].decisions, each[0].changed)
 
@@ -186,8 +189,8 @@ def _mean(each: list[dict[str, float]]) -> dict[str, float]:
 def _written_rows(
     way: str, dose: int, arm: str, metrics: Mapping[str, list[float]] | None
 ) -> Iterator[Row]:
-    for metric in WRITTEN if metrics else ():
-        yield _row(way, dose, arm, metric, significance.estimate(metrics[metric]))
+    for metric, values in (metrics or {}).items():
+        yield _row(way, dose, arm, metric, significance.estimate(values))
 
 
 def _written_contrasts(found: Found, way: str) -> Iterator[Row]:

@@ -32,11 +32,15 @@ class Halves:
 
     def open(self, spec: StreamSpec) -> None:
         """Allocate."""
-        d, wide = spec.d_model, {"dtype": torch.float64, "device": spec.device}
-        self._n = torch.zeros(2, **wide)
-        self._origin: list[Tensor | None] = [None, None]
-        self._total = torch.zeros(2, 2, d, **wide)
-        self._outer = torch.zeros(2, 2, d, d, **wide)
+        d = spec.d_model
+
+        def sums(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.float64, device=spec.device)
+
+        # By half, by model.
+        self._n = sums(2)
+        self._total, self._outer = sums(2, 2, d), sums(2, 2, d, d)
+        self._origin: dict[int, Tensor] = {}
 
     def update(self, pair: StreamPair) -> None:
         """Add one batch, which follows the one before in the corpus's order."""
@@ -51,10 +55,8 @@ class Halves:
                 continue
             for i, stream in enumerate((pair.base, pair.tuned)):
                 x = stream.vectors(last, "raw", index).to(pair.device)
-                if self._origin[i] is None:
-                    # Any point near the data will do.
-                    self._origin[i] = x.mean(0)
-                found = moments_of(x, self._origin[i])
+                # Any point near the data will do.
+                found = moments_of(x, self._origin.setdefault(i, x.mean(0)))
                 self._total[half, i] += found.total
                 self._outer[half, i] += found.outer
 
@@ -70,11 +72,10 @@ class Halves:
         """One model's outputs on one half, on the CPU."""
         i = SIDES.index(side)
         n = int(self._n[half])
-        origin = self._origin[i]
-        if not n or origin is None:
+        if not n:
             raise CorpusError(
                 "half of the texts have nothing but BOS and attention sinks: give more texts"
             )
         mean = (self._total[half, i] / n).cpu()
         covariance = self._outer[half, i].cpu() / n - torch.outer(mean, mean)
-        return Cloud(n, mean + origin.cpu().double(), covariance)
+        return Cloud(n, mean + self._origin[i].cpu().double(), covariance)

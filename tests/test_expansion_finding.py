@@ -1,0 +1,188 @@
+"""What an expansion's result says, writes, saves and refuses."""
+
+import copy
+import json
+import re
+
+import pytest
+from conftest import lora, make_tiny, perturbed, token_texts
+from test_expansion import TEXTS, rescaled
+
+from hyperlens.errors import CorpusError, PatchError
+from hyperlens.experiments.contexts import open_pair_and_texts
+from hyperlens.patching.choosing import drawn, only, second_half
+from hyperlens.patching.expansion import expansion
+from hyperlens.patching.expansion_finding import ADDING, CONTROLS, NAMES, REMOVING, ExpansionFinding
+from hyperlens.patching.interventions import ADDING as WAYS_ADDING
+from hyperlens.patching.interventions import REMOVING as WAYS_REMOVING
+from hyperlens.patching.interventions import VARIANCE_CONTROL
+from hyperlens.patching.ratios import p_value
+from hyperlens.report import write_report
+from hyperlens.report.saved import finding_classes
+from hyperlens.report.sections import expansion as section
+from hyperlens.significance import Estimate, holm
+
+WRITING = {"n_prompts": 5, "prompt_tokens": 6, "max_new_tokens": 8}
+
+
+@pytest.fixture(scope="module")
+def found():
+    base = make_tiny("llama")
+    return expansion(
+        base, rescaled(base, 0.35), TEXTS, doses=[2, 4, 8, 16], n_random=2, progress=False,
+        **WRITING,
+    )  # fmt: skip
+
+
+def test_what_is_written_follows_the_changes(found):
+    """Planted: with the base's spectrum the tuned model writes as the base does, and back."""
+    for metric in ("ttr", "rep_2", "rep_3"):
+        own = {side: found.at("none", 0, side, metric) for side in ("base", "tuned")}
+        for way, side in (("base_spectrum", "base"), ("tuned_spectrum", "tuned")):
+            row = found.at(way, 0, "itself", metric)
+            assert [row[k] for k in ("value", "low", "high")] == [
+                own[side][k] for k in ("value", "low", "high")
+            ]
+    assert found.value("none", 0, "base", "ttr") != found.value("none", 0, "tuned", "ttr")
+    written = {(r["way"], r["arm"]) for r in found.table if r["metric"] == "ttr"}
+    assert written == {("none", "base"), ("none", "tuned")} | {
+        (way, arm) for way in NAMES for arm in ("itself", CONTROLS[way])
+    }
+    doses = {r["dose"] for r in found.select(way="new_directions", metric="ttr")}
+    assert len(doses) == 3
+    assert found.judged("new_directions") in doses
+
+
+def test_contrasts_are_paired_and_corrected(found):
+    for way in NAMES:
+        control = CONTROLS[way]
+        for metric in ("to_tuned", "to_base"):
+            rows = [
+                c for c in found.extras["contrasts"]
+                if (c["way"], c["against"], c["metric"]) == (way, control, metric)
+            ]  # fmt: skip
+            assert [row["dose"] for row in rows] == found.doses(way)
+            for row in rows:
+                values = [found.value(way, row["dose"], a, metric) for a in ("itself", control)]
+                assert row["value"] == pytest.approx(values[0] - values[1], abs=1e-12)
+            alone = [p_value(Estimate(*(row[key] for key in Estimate._fields))) for row in rows]
+            assert [row["p"] for row in rows] == pytest.approx(holm(alone))
+
+
+def test_controls_are_means_over_their_draws(found):
+    draws = [d for d in found.extras["draws"] if d["way"] == "tuned_spectrum"]
+    assert [d["draw"] for d in draws] == [0, 1]
+    mean = sum(d["to_tuned"] for d in draws) / 2
+    assert found.value("tuned_spectrum", 0, "dealt_gains", "to_tuned") == pytest.approx(mean)
+
+
+def test_the_names_are_those_of_the_experiment():
+    assert (REMOVING, ADDING) == (WAYS_REMOVING, WAYS_ADDING)
+    assert CONTROLS == VARIANCE_CONTROL
+    assert set(section.WAYS) == set(NAMES)
+    assert finding_classes()["expansion"] is ExpansionFinding
+
+
+def test_the_summary_says_what_the_verdict_rests_on(found):
+    text = " ".join(found.summary().split())
+    assert "SUPPORTS that the expansion causes the reordering" in text
+    assert "That it is needed: supported" in text
+    assert "directions fitted on 24 texts, decisions read on 24 others" in text
+    assert "A claim is supported if one way supports it" in text
+    assert "smallest effect 0.1" in text
+    assert all(len(line) <= 105 for line in found.summary().splitlines())
+    assert f"{found.judged('base_directions')}*" in found.summary()
+
+
+def test_a_result_returns_from_its_folder(found, tmp_path):
+    found.save(tmp_path / "out")
+    again = ExpansionFinding.load(tmp_path / "out")
+    assert again.summary() == found.summary()
+    assert again.to_frame().equals(found.to_frame())
+    assert json.loads((tmp_path / "out" / "expansion.json").read_text())["name"] == "expansion"
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "Is it the extra dimensions?" in page
+    assert "SUPPORTS" in page
+
+
+def test_two_pairs_on_one_page(found, tmp_path):
+    other = copy.copy(found)
+    object.__setattr__(other, "meta", found.meta | {"base": {"name": "<b>other"}})
+    page = write_report(tmp_path / "r.html", [found, other]).read_text(encoding="utf-8")
+    assert "&lt;b&gt;other → LlamaForCausalLM" in page
+    assert "<b>other" not in page
+
+
+def test_the_figure_has_a_panel_per_question(found):
+    figure = found.plot()
+    assert len(figure.axes) == 3
+    assert "dimension" in figure.axes[0].get_xlabel()
+
+
+def test_an_adapter_without_text_written():
+    base = make_tiny("llama")
+    adapted = lora(copy.deepcopy(base), "llama")
+    found = expansion(base, adapted, TEXTS, doses=[4], n_random=1, max_new_tokens=0, progress=False)
+    assert found.at("none", 0, "base", "ttr") is None
+    assert len(found.plot().axes) == 2
+    assert re.search("(CONTRADICTS|SUPPORTS|CANNOT TELL)", found.summary())
+
+
+def test_seeds_choose_halves_and_draws():
+    base = make_tiny("llama")
+    tuned = perturbed(base, 0.1)
+    same, again, other = (
+        expansion(base, tuned, TEXTS, doses=[4], n_random=1, max_new_tokens=0, seed=seed,
+                  progress=False).to_frame()
+        for seed in (3, 3, 4)
+    )  # fmt: skip
+    assert same.equals(again)
+    assert not same.equals(other)
+
+
+def test_halves_and_draws_of_texts():
+    base = make_tiny("llama")
+    opened = open_pair_and_texts(base, base, TEXTS, max_length=64)
+    fewer = drawn(opened, 10, 5)
+    assert len(fewer.corpus.sequences) == fewer.corpus.counts.n_sequences == 10
+    assert fewer.corpus.counts.n_tokens == sum(map(len, fewer.corpus.sequences))
+    assert fewer.corpus.counts.n_bos == 10
+    assert "10 of 48 texts were drawn" in fewer.notes[-1]
+    assert drawn(opened, 48, 5) is opened
+    half = second_half(fewer.corpus, 0)
+    assert int(half.sum()) == 5
+    first, second = only(fewer.corpus, ~half), only(fewer.corpus, half)
+    together = [*first.sequences, *second.sequences]
+    assert sorted(s.tobytes() for s in together) == sorted(
+        s.tobytes() for s in fewer.corpus.sequences
+    )
+
+
+def test_refusals_are_one_line():
+    base = make_tiny("llama")
+    options = {"max_new_tokens": 0, "progress": False}
+    for texts, message in (
+        (token_texts(3), "expected at least 4 texts"),
+        (token_texts(4, longest=6), r"covariance of 32 directions needs 64 at least"),
+    ):
+        with pytest.raises(CorpusError, match=message) as error:
+            expansion(base, base, texts, **options)
+        assert "\n" not in str(error.value)
+    for wrong, message in (
+        ({"doses": [0]}, r"doses\[0\] must be at least 1"),
+        ({"n_random": 0}, "n_random must be at least 1"),
+    ):
+        with pytest.raises(CorpusError, match=message):
+            expansion(base, base, TEXTS, **options, **wrong)
+    for wrong in ({"doses": []}, {"smallest_effect": 0.0}, {"smallest_effect": 2.0}):
+        with pytest.raises(PatchError, match="expected"):
+            expansion(base, base, TEXTS, **options, **wrong)
+
+
+def test_few_tokens_are_said():
+    base = make_tiny("llama")
+    found = expansion(
+        base, perturbed(base, 0.1), TEXTS[:20], doses=[4], n_random=1, max_new_tokens=0,
+        progress=False,
+    )  # fmt: skip
+    assert any("steeper than they are" in note for note in found.meta["notes"])
