@@ -684,8 +684,8 @@ def test_help_can_be_read(command: tuple, capsys: pytest.CaptureFixture[str]) ->
     assert err == ""
     assert "Examples:" in out
     assert "None" not in out.replace("None for all", "")
-    # Every example is a command that parses.
-    for line in out[out.index("Examples:") :].splitlines():
+    # Every example is a command that parses, over as many lines as it takes.
+    for line in out[out.index("Examples:") :].replace("\\\n", " ").splitlines():
         if line.startswith("  hyperlens "):
             build_parser().parse_args(shlex.split(line)[1:])
 
