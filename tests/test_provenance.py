@@ -16,6 +16,7 @@ from hyperlens.errors import CorpusError
 from hyperlens.experiments.contexts import names
 from hyperlens.experiments.decisions import neighbours
 from hyperlens.experiments.token_kinds import FUNCTION_WORDS, kind_of, repeats
+from hyperlens.probes.rank_reordering import rank_bins
 
 TEXTS = token_texts(10, shortest=8, longest=20)
 SHORT = {"prompt_tokens": 6, "max_new_tokens": 8, "n_prompts": 6, "progress": False}
@@ -128,9 +129,24 @@ def test_examples_and_figure() -> None:
         assert example["picked"] != example["base_first"]
         if example["mode"] == "teacher-forced":
             assert example["context"].removeprefix(" <s>").strip() in every
-    left, right = found.plot().axes
-    assert [tick.get_text() for tick in left.get_xticklabels()] == [f"rank {b}" for b in BUCKETS]
-    assert len(right.containers) == 6
+    ranks, buckets, kinds = found.plot().axes
+    assert [tick.get_text() for tick in buckets.get_xticklabels()] == [f"rank {b}" for b in BUCKETS]
+    assert len(kinds.containers) == 6
+    assert [len(bars) for bars in ranks.containers] == [len(rank_bins(4096))] * 2
+
+
+def test_the_histogram_counts_every_decision_in_its_bin() -> None:
+    base = make_tiny("llama")
+    tuned = perturbed(base, 0.3)
+    found = provenance(base, tuned, TEXTS, **SHORT).extras["rank_histogram"]
+    ranks = [rank for text in TEXTS for rank in by_hand(base, tuned, text)]
+    bins = found["teacher-forced"]
+    assert [one["count"] for one in bins] == [
+        sum(one["low"] <= rank <= one["high"] for rank in ranks) for one in bins
+    ]
+    assert sum(one["count"] for one in bins) == len(ranks)
+    assert (bins[0]["low"], bins[-1]["high"]) == (1, D_VOCAB)
+    assert sum(one["count"] for one in found["free-running"]) == 6 * 8
 
 
 def test_a_model_against_itself_picks_what_it_picks() -> None:

@@ -7,6 +7,8 @@ tuned model writes by itself, and what kind of picks those are.
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -14,6 +16,7 @@ import torch
 
 from .. import significance
 from ..pairing import describe_pair
+from ..probes.rank_reordering import rank_bins
 from ..shells import plain_model
 from .contexts import names, open_pair_and_texts, read_contexts
 from .continuing import Continuing, check_counts, check_room, choose_prompts
@@ -100,7 +103,9 @@ def provenance(
         "data": opened.corpus.describe(),
         "notes": list(opened.notes),
     }
-    return ProvenanceFinding(tuple(table), {"examples": examples}, meta)
+    histograms = {mode: _histogram(decisions, meta["d_vocab"]) for mode, decisions in read.items()}
+    extras = {"rank_histogram": histograms, "examples": examples}
+    return ProvenanceFinding(tuple(table), extras, meta)
 
 
 Pick = dict[str, Any]
@@ -124,6 +129,17 @@ def _picks(one: Decisions, near: dict[int, set[int]], tokenizer: Any) -> Iterato
             "falls_into": ours and not theirs,
             "deep": rank >= 200,
         }
+
+
+def _histogram(decisions: Sequence[Decisions], d_vocab: int) -> list[dict[str, int]]:
+    """How many decisions had each base rank, in bins that widen with rank."""
+    lows = rank_bins(d_vocab)
+    highs = [*(low - 1 for low in lows[1:]), d_vocab]
+    found = Counter(bisect_right(lows, rank) - 1 for one in decisions for rank in one.rank)
+    return [
+        {"low": low, "high": high, "count": found[i]}
+        for i, (low, high) in enumerate(zip(lows, highs, strict=True))
+    ]
 
 
 def _rows(mode: str, picks: Sequence[Sequence[Pick]]) -> Iterator[dict[str, Any]]:

@@ -12,10 +12,13 @@ from .token_kinds import KINDS
 
 if TYPE_CHECKING:
     import matplotlib.figure
+    from matplotlib.axes import Axes
 
 # Name, lowest and highest base rank: the paper's Figure 4.
 BUCKETS = (("1", 1.0, 1.0), ("2-10", 2.0, 10.0), (">10", 11.0, math.inf))
 MODES = ("teacher-forced", "free-running")
+# Colour (as in plots, which needs matplotlib) and place of each mode's bars.
+MODE_STYLES = {"teacher-forced": ("#0072B2", -0.2), "free-running": ("#D55E00", 0.2)}
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,9 @@ class ProvenanceFinding(Finding):
     among the base pick's nearest neighbours in the unembedding), of picks that avoid a repeated
     trigram the base's pick would have made (`avoids`), and of the reverse (`falls_into`). Values
     are means over texts.
+
+    Extras: `rank_histogram`, mode to bins of base ranks ("low", "high", "count" of decisions);
+    `examples`, picks of every bucket in their context.
     """
 
     name = "provenance"
@@ -92,22 +98,47 @@ class ProvenanceFinding(Finding):
         return said
 
     def plot(self) -> matplotlib.figure.Figure:
-        """The paper's Figure 4 by bucket, and the kinds of tokens inside, both ways of reading."""
-        from ..plots import BLUE, GREEN, GREY, ORANGE, VERMILION, NotebookFigure, plain_frame
+        """The paper's Figure 4, its buckets, and the kinds of tokens in them, read both ways."""
+        from ..plots import NotebookFigure, plain_frame
 
-        figure = NotebookFigure(figsize=(12, 4.2), layout="constrained")
-        left, right = figure.subplots(1, 2, width_ratios=(1, 1.5))
-        for mode, color, shift in zip(MODES, (BLUE, VERMILION), (-0.2, 0.2), strict=True):
+        figure = NotebookFigure(figsize=(16, 4.4), layout="constrained")
+        left, middle, right = figure.subplots(1, 3, width_ratios=(1.5, 0.8, 1.5))
+        self._draw_ranks(left)
+        self._draw_buckets(middle)
+        self._draw_kinds(right)
+        for axes in (left, middle, right):
+            plain_frame(axes)
+        return figure
+
+    def _draw_ranks(self, axes: Axes) -> None:
+        for (mode, bins), (color, shift) in zip(
+            self.extras["rank_histogram"].items(), MODE_STYLES.values(), strict=True
+        ):
+            total = max(1, sum(one["count"] for one in bins))
+            shares = [100 * one["count"] / total for one in bins]
+            places = [i + shift for i in range(len(bins))]
+            axes.bar(places, shares, 0.38, color=color, label=f"{mode}, {total:,} decisions")
+        axes.set_xticks(range(len(bins)), [_span(one) for one in bins], rotation=45, ha="right")
+        axes.set_xlabel("base model's rank of the token the tuned model puts first")
+        axes.set_ylabel("share of decisions (%)")
+        axes.legend(frameon=False)
+
+    def _draw_buckets(self, axes: Axes) -> None:
+        for mode, (color, shift) in MODE_STYLES.items():
             rows = [self.value(mode, bucket, "share") for bucket, _, _ in BUCKETS]
             values = [100 * row["value"] for row in rows]
             half = [100 * (row["high"] - row["value"]) for row in rows]
             places = [i + shift for i in range(len(BUCKETS))]
-            left.bar(places, values, 0.38, yerr=half, color=color, capsize=3, label=mode)
-        left.set_xticks(range(len(BUCKETS)), [f"rank {bucket}" for bucket, _, _ in BUCKETS])
-        left.set_ylabel("share of decisions (%), mean over texts, 95%")
-        left.legend(frameon=False)
+            axes.bar(places, values, 0.38, yerr=half, color=color, capsize=3)
+        axes.set_xticks(range(len(BUCKETS)), [f"rank {bucket}" for bucket, _, _ in BUCKETS])
+        axes.set_ylabel("share of decisions (%), mean over texts, 95%")
+
+    def _draw_kinds(self, axes: Axes) -> None:
+        from ..plots import BLUE, GREEN, GREY, ORANGE, VERMILION
+
         colors = (GREY, BLUE, ORANGE, GREEN, VERMILION, "#CCCCCC")
-        names = [f"{mode}\nrank {bucket}" for mode in MODES for bucket, _, _ in BUCKETS]
+        short = [mode.partition("-")[0] for mode in MODES]
+        names = [f"{mode}\nrank {bucket}" for mode in short for bucket, _, _ in BUCKETS]
         bottom = [0.0] * len(names)
         for kind, color in zip(KINDS, colors, strict=True):
             shares = [
@@ -115,14 +146,15 @@ class ProvenanceFinding(Finding):
                 for mode in MODES
                 for bucket, _, _ in BUCKETS
             ]
-            right.bar(names, shares, 0.7, bottom=bottom, color=color, label=kind)
+            axes.bar(names, shares, 0.7, bottom=bottom, color=color, label=kind)
             bottom = [b + s for b, s in zip(bottom, shares, strict=True)]
-        right.set_ylabel("kind of token (%), mean over texts")
-        right.tick_params(axis="x", labelsize=8)
-        right.legend(frameon=False, bbox_to_anchor=(1, 1), fontsize=8)
-        for axes in (left, right):
-            plain_frame(axes)
-        return figure
+        axes.set_ylabel("kind of token (%), mean over texts")
+        axes.tick_params(axis="x", labelsize=8)
+        axes.legend(frameon=False, bbox_to_anchor=(1, 1), fontsize=8)
+
+
+def _span(one: Mapping[str, int]) -> str:
+    return f"{one['low']:,}" if one["low"] == one["high"] else f"{one['low']:,}-{one['high']:,}"
 
 
 def percent(row: Mapping[str, Any]) -> str:

@@ -7,7 +7,17 @@ from typing import Any
 
 from markupsafe import Markup
 
-from ..parts import details, join, note, pair_name, paragraph, preformatted, table, tag
+from ..parts import (
+    details,
+    join,
+    note,
+    pair_name,
+    paragraph,
+    picture,
+    preformatted,
+    table,
+    tag,
+)
 from ..words import percent
 
 ORDER = 120
@@ -32,6 +42,8 @@ INSIDE = {
 
 def body(results: Sequence[Any]) -> Markup:
     """Per pair and way of reading: the buckets, what is in them, and examples."""
+    from ...plots import png
+
     parts = [
         paragraph(
             "The base model's rank of every token the tuned model picks, on given texts and along "
@@ -42,6 +54,13 @@ def body(results: Sequence[Any]) -> Markup:
     ]
     for result in results:
         parts.append(tag("p", pair_name(result), class_="pairs"))
+        parts.append(
+            picture(
+                png(result.plot(), dpi=110),
+                f"{pair_name(result)}: share of decisions by base rank, by bucket of ranks, and "
+                "kinds of tokens in each bucket, on given texts and in what the tuned model writes",
+            )
+        )
         for mode in MODES:
             head = [mode, *(f"base rank {bucket}" for bucket in BUCKETS)]
             parts.append(table(head, _rows(result, mode)))
