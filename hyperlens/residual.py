@@ -124,7 +124,7 @@ class ResidualModel(HookedRootModule):
     def forward(
         self,
         input: Int[Tensor, "batch pos"] | str | list[str],
-        attention_mask: Int[Tensor, "batch pos"] | None = None,
+        attention_mask: Int[Tensor, "batch seen"] | None = None,
         position_ids: Int[Tensor, "batch pos"] | None = None,
         return_type: Literal["logits"] | None = "logits",
         resume: tuple[int, Float[Tensor, "batch pos d_model"]] | None = None,
@@ -134,7 +134,8 @@ class ResidualModel(HookedRootModule):
 
         Args:
             input: token ids, or text if the model has a tokenizer.
-            attention_mask: 1 for real tokens; needed whenever there is padding.
+            attention_mask: 1 for real tokens; needed whenever there is padding. Tokens that a
+                cache (`past_key_values`) holds come first.
             position_ids: derived from the mask if not given, so that padding on either side is
                 right.
             return_type: "logits", or None to skip the unembedding.
@@ -144,7 +145,8 @@ class ResidualModel(HookedRootModule):
         if not isinstance(input, Tensor):
             input, attention_mask = self._tokenize(input)
         if attention_mask is not None and position_ids is None:
-            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
+            places = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
+            position_ids = places[:, -input.shape[1] :]
         given: dict[str, Any] = {"attention_mask": attention_mask, "position_ids": position_ids}
         given |= {"use_cache": False}
         if return_type is None:

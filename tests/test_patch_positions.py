@@ -9,9 +9,15 @@ from conftest import ARCHITECTURES, D_VOCAB, lora, make_tiny, perturbed, token_t
 from test_patch_hooks import blocks_perturbed
 
 from hyperlens.errors import HyperlensError, PatchError
-from hyperlens.hooked import run_logits, run_residuals, unembed
+from hyperlens.hooked import run_logits, unembed
 from hyperlens.patching import Site, patch_hooks
-from hyperlens.patching.position_cells import EVERY, patched_before_decisions
+from hyperlens.patching.position_cells import (
+    EVERY,
+    check_reads_on,
+    patched_everywhere,
+    patched_singly,
+    read_ending,
+)
 from hyperlens.patching.positions_finding import PositionsFinding
 from hyperlens.patching.positions_sweep import patch_positions
 from hyperlens.residual import ResidualModel
@@ -35,27 +41,28 @@ def site_of(layer):
 def test_a_cell_equals_a_whole_forward_pass_with_a_hook(name):
     base = make_tiny(name)
     host, donor = ResidualModel(base), ResidualModel(perturbed(base, 0.1))
-    texts = [torch.tensor(ids) for ids in TEXTS[1:3]]
-    tokens = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
-    mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(t) for t in texts], batch_first=True)
-    offsets = (0, 4, EVERY)
+    texts = [torch.tensor(ids) for ids in (*TEXTS[1:3], TEXTS[0][:5])]
+    width = max(map(len, texts))
+    tokens = torch.stack([torch.nn.functional.pad(t, (width - len(t), 0)) for t in texts])
+    mask = torch.stack([torch.arange(width) >= width - len(t) for t in texts]).long()
+    host, donor = (read_ending("", model, tokens, mask, 5) for model in (host, donor))
+    check_reads_on(host)
     with torch.no_grad():
-        own, donated = (run_residuals(model, tokens, mask) for model in (host, donor))
         for layer in range(4):
-            made = patched_before_decisions(
-                host, tokens, mask, own[layer], donated[layer], layer, offsets, 4
-            )
+            donated = donor.stream[layer]
+            made = patched_singly(host, donated, layer, 4)
+            every = patched_everywhere(host, donated, layer)
             for row, ids in enumerate(texts):
                 n = len(ids)
-                for column, offset in enumerate(offsets):
+                for offset, normed in ((0, made[row, 0]), (4, made[row, 4]), (None, every[row])):
                     hooks = patch_hooks(
-                        host,
-                        {site_of(layer): donated[layer][row : row + 1, :n]},
-                        positions=None if offset == EVERY else [n - 1 - offset],
+                        host.model,
+                        {site_of(layer): donated[row : row + 1, width - n :]},
+                        positions=None if offset is None else [n - 1 - offset],
                     )
-                    alone = run_logits(host, ids[None], torch.ones(1, n).long(), hooks)[0, -1]
-                    got = unembed(host, made[row, column][None])[0]
-                    torch.testing.assert_close(got, alone, atol=1e-4, rtol=1e-4)
+                    whole = run_logits(host.model, ids[None], torch.ones(1, n).long(), hooks)
+                    got = unembed(host.model, normed[None])[0]
+                    torch.testing.assert_close(got, whole[0, -1], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -162,6 +169,17 @@ def test_texts_that_do_not_serve_are_counted():
     fewer = patch_positions(base, tuned, TEXTS + short, offsets=6, n_texts=2, progress=False)
     assert fewer.extras["decisions"] == 2
     assert fewer.extras["looked_at"] < 13
+
+
+def test_a_model_that_needs_more_than_keys_and_values_is_found_out():
+    model = make_tiny("llama")
+    tokens = torch.arange(3, 13)[None]
+    ending = (ResidualModel(model), tokens, torch.ones_like(tokens), 4)
+    check_reads_on(read_ending("base", *ending))
+    # A block that looks at all tokens by another way than attention.
+    model.model.layers[2].register_forward_hook(lambda m, given, out: out + out.mean(1, True))
+    with pytest.raises(PatchError, match="does not read on from kept keys"):
+        check_reads_on(read_ending("base", *ending))
 
 
 def test_refusals_say_what_to_do():

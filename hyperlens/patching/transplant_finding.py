@@ -126,8 +126,8 @@ class TransplantFinding(Finding):
         metric = TOWARDS[direction]
         lines = [
             f"{direction}: {BROUGHT[direction]}",
-            f"{'k':>3}  {'blocks alone':<23}{'with norm and unembed':<23}"
-            f"{'the first of them alone':<25}{'greedy TTR':<10}",
+            f"{'k':>3}  {'blocks alone':<25}{'with norm and unembed':<25}"
+            f"{'the first of them alone':<27}{'greedy TTR':<10}",
         ]
         blocks = {row["number"]: row for row in self.at(direction, "block", metric)}
         ttr = {row["number"]: row for row in self.at(direction, "suffix_and_head", "ttr")}
@@ -138,7 +138,7 @@ class TransplantFinding(Finding):
             first = blocks.get(self.depth - k)
             single = f"{self.depth - k}: {share_of(first)}" if first else ""
             text = f"{ttr[k]['value']:.3f}" if k in ttr else ""
-            line = f"{k:>3}  {share_of(plain):<23}{share_of(whole):<23}{single:<25}{text:<10}"
+            line = f"{k:>3}  {share_of(plain):<25}{share_of(whole):<25}{single:<27}{text:<10}"
             lines.append(line.rstrip())
         others = [
             f"{kind.replace('_', ' ')} {share_of(row)}"

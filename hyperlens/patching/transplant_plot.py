@@ -41,7 +41,7 @@ def _suffixes(ax: Axes, finding: Any) -> None:
     enough = finding.meta["options"]["enough"]
     ax.axhline(enough, color=GREY, lw=0.8, ls="--", label=f"enough: {enough:.0%}")
     ax.set_ylim(-0.03, 1.03)
-    ax.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    ax.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}%")
     _blocks_axis(ax)
 
 
@@ -59,7 +59,7 @@ def _alone(ax: Axes, finding: Any) -> None:
     ax.set_xticks(range(len(names)), [name.removeprefix("block ") for name in names])
     ax.tick_params(axis="x", rotation=90 if len(names) > 8 else 45, labelsize=8)
     ax.set_xlabel("block (0-based), or other part")
-    ax.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    ax.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}%")
 
 
 def _written(ax: Axes, finding: Any) -> None:
