@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ..errors import ProbeError
-from ..intervals import SampledTokens, influence_half_width, ratio_influence
+from ..intervals import RatioInfluence, SampledTokens, influence_half_width, ratio_influence
 from ..moments import Moments, corrected_traces, moments_of, naive_traces
 from ..results import ProbeResult, Row
 from ..streams import VIEWS, StreamPair, StreamSpec, TokenSet, View
@@ -165,7 +165,7 @@ class ParticipationRatio(Probe):
         for i, layer in enumerate(self.spec.resolve_layers(self.layers)):
             n = int(self.sums["n"][i])
             for j, view in enumerate(self.views):
-                intervals = self._intervals(i, j)
+                intervals = self._intervals(layer, view)
                 values = {"": corrected[:, i, j], "_naive": naive[:, i, j]}
                 for suffix, (base, tuned) in ((k, v.tolist()) for k, v in values.items()):
                     numbers = {"base": base, "tuned": tuned, "delta": tuned - base}
@@ -173,14 +173,18 @@ class ParticipationRatio(Probe):
                         ends = none if suffix else intervals[metric]
                         yield Row(self.name, metric + suffix, layer, view, value, *ends, n)
 
-    def _intervals(self, i: int, j: int) -> dict[str, tuple[float, float]]:
-        """95% intervals of base, tuned and delta at one layer and view."""
-        none = (float("nan"), float("nan"))
+    def linearised(
+        self, layer: int, view: View
+    ) -> tuple[tuple[RatioInfluence, RatioInfluence], SampledTokens] | None:
+        """How each sampled token moves the base's and the tuned model's ratio at one layer.
+
+        For intervals of any sum of ratios over the same tokens. None if there are too few.
+        """
+        i = self.spec.resolve_layers(self.layers).index(layer)
+        j = self.views.index(view)
         s = self.sums
-        n = float(s["n"][i])
-        sampled_sequences = int((s["sample_valid"][i] > 0).any(-1).sum())
-        if n < 4 or sampled_sequences < 2:
-            return dict.fromkeys(("base", "tuned", "delta"), none)
+        if float(s["n"][i]) < 4 or int((s["sample_valid"][i] > 0).any(-1).sum()) < 2:
+            return None
         found, samples = [], []
         for k in range(2):
             sample = SampledTokens(
@@ -192,12 +196,20 @@ class ParticipationRatio(Probe):
             moments = Moments(n=s["n"][i], **{name: s[name][k, i, j] for name in MOMENTS})
             found.append(ratio_influence(moments, sample))
             samples.append(sample)
-        base, tuned = found
+        return (found[0], found[1]), samples[0]
+
+    def _intervals(self, layer: int, view: View) -> dict[str, tuple[float, float]]:
+        """95% intervals of base, tuned and delta at one layer and view."""
+        linear = self.linearised(layer, view)
+        if linear is None:
+            return dict.fromkeys(("base", "tuned", "delta"), (float("nan"), float("nan")))
+        (base, tuned), sample = linear
+        n = float(self.sums["n"][self.spec.resolve_layers(self.layers).index(layer)])
         change = replace(
             tuned, centre=tuned.centre - base.centre, influence=tuned.influence - base.influence
         )
         return {
-            name: _ends(one.centre, influence_half_width(one.influence, n, samples[0]), relative)
+            name: _ends(one.centre, influence_half_width(one.influence, n, sample), relative)
             for name, one, relative in (
                 ("base", base, True),
                 ("tuned", tuned, True),
