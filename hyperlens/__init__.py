@@ -36,15 +36,23 @@ if TYPE_CHECKING:
     from .loading import load_hooked as load_hooked
     from .patching.blocks import patch_blocks as patch_blocks
     from .patching.blocks_finding import BlocksFinding as BlocksFinding
+    from .patching.expansion import expansion as expansion
+    from .patching.expansion_finding import ExpansionFinding as ExpansionFinding
+    from .patching.final_norm import norm_question as norm_question
+    from .patching.norm_finding import NormFinding as NormFinding
+    from .patching.positions_finding import PositionsFinding as PositionsFinding
+    from .patching.positions_sweep import patch_positions as patch_positions
+    from .patching.transplant_finding import TransplantFinding as TransplantFinding
+    from .patching.transplanting import transplant_weights as transplant_weights
     from .results import Comparison as Comparison
     from .texts import read_texts as read_texts
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "compare_models": ".compare",
     "BehaviourFinding": ".experiments.behaviour_finding",
     "BlocksFinding": ".patching.blocks_finding",
+    "compare_models": ".compare",
     "Comparison": ".results",
     "Corpus": ".corpus",
     "cross_domain": ".experiments.cross_domain",
@@ -52,24 +60,32 @@ _HOME = {
     "decoding_baselines": ".experiments.decoding_baselines",
     "DecodingFinding": ".experiments.decoding_finding",
     "Endpoint": ".judging.endpoint",
+    "expansion": ".patching.expansion",
+    "ExpansionFinding": ".patching.expansion_finding",
     "HyperlensError": ".errors",
-    "JudgeFinding": ".judging.finding",
     "judge_continuations": ".judging.judge",
     "judge_models": ".judging.judge",
+    "JudgeFinding": ".judging.finding",
     "load_hooked": ".loading",
     "mauve_score": ".experiments.mauve",
     "MauveFinding": ".experiments.mauve_finding",
     "measure_behaviour": ".experiments.behaviour",
-    "NullTestFinding": ".experiments.null_test_finding",
+    "norm_question": ".patching.final_norm",
+    "NormFinding": ".patching.norm_finding",
     "null_test": ".experiments.null_test",
+    "NullTestFinding": ".experiments.null_test_finding",
     "patch_blocks": ".patching.blocks",
-    "ProvenanceFinding": ".experiments.provenance_finding",
+    "patch_positions": ".patching.positions_sweep",
+    "PositionsFinding": ".patching.positions_finding",
     "provenance": ".experiments.provenance",
+    "ProvenanceFinding": ".experiments.provenance_finding",
     "read_texts": ".texts",
     "static_bias": ".experiments.static_bias",
     "StaticBiasFinding": ".experiments.static_bias_finding",
     "temperature": ".experiments.temperature",
     "TemperatureFinding": ".experiments.temperature_finding",
+    "transplant_weights": ".patching.transplanting",
+    "TransplantFinding": ".patching.transplant_finding",
 }
 
 __all__ = [
@@ -80,28 +96,36 @@ __all__ = [
     "CrossDomainFinding",
     "DecodingFinding",
     "Endpoint",
+    "ExpansionFinding",
     "HyperlensError",
     "JudgeFinding",
     "MauveFinding",
+    "NormFinding",
     "NullTestFinding",
+    "PositionsFinding",
     "ProvenanceFinding",
     "StaticBiasFinding",
     "TemperatureFinding",
+    "TransplantFinding",
     "__version__",
     "compare_models",
     "cross_domain",
     "decoding_baselines",
+    "expansion",
     "judge_continuations",
     "judge_models",
     "load_hooked",
     "mauve_score",
     "measure_behaviour",
+    "norm_question",
     "null_test",
     "patch_blocks",
+    "patch_positions",
     "provenance",
     "read_texts",
     "static_bias",
     "temperature",
+    "transplant_weights",
 ]
 
 

@@ -55,7 +55,7 @@ PARTS: dict[str, tuple[str, str, tuple[str, ...]]] = {
         (*READS, *WRITES),
     ),
     "dimensions": ("expansion:expansion", "expansion_finding:ExpansionFinding", (*READS, *WRITES)),
-    "norm": ("norm_question:norm_question", "norm_finding:NormFinding", READS),
+    "norm": ("final_norm:norm_question", "norm_finding:NormFinding", ("max_length",)),
 }
 SITES = ("resid_post", "resid_pre", "attn_out", "mlp_out", "final_norm")
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .sites import in_blocks as in_blocks
     from .sites import patch_hooks as patch_hooks
     from .sites import record as record
+    from .transplant import transplanted as transplanted
 
 _HOME = {
     "changing": ".generating",
@@ -20,9 +21,10 @@ _HOME = {
     "patch_hooks": ".sites",
     "record": ".sites",
     "Site": ".sites",
+    "transplanted": ".transplant",
 }
 
-__all__ = ["Site", "changing", "donating", "in_blocks", "patch_hooks", "record"]
+__all__ = ["Site", "changing", "donating", "in_blocks", "patch_hooks", "record", "transplanted"]
 
 
 def __getattr__(name: str) -> Any:

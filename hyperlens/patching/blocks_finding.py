@@ -163,7 +163,7 @@ class BlocksFinding(Finding):
         head = f"{direction}: {BROUGHT[direction]}"
         lines = [
             head,
-            f"{'layer':>5}  {'donor [95%]':<23}{'greatest placebo':<18}{'greedy TTR':<10}",
+            f"{'layer':>5}  {'donor [95%]':<26}{'greatest placebo':<18}{'greedy TTR':<10}",
         ]
         for row in shown(self.at(direction, metric)):
             others = [
@@ -177,18 +177,18 @@ class BlocksFinding(Finding):
             ]
             greatest = f"{max(others):.1%}{beats}" if others else ""
             text = f"{ttr[row['layer']]['value']:.3f}" if row["layer"] in ttr else ""
-            line = f"{place(row):>5}  {share_of(row):<23}{greatest:<18}{text:<10}"
+            line = f"{place(row):>5}  {share_of(row):<26}{greatest:<18}{text:<10}"
             lines.append(line.rstrip())
         return lines
 
     def _cuts(self) -> list[str]:
         lines = [
             "2 x 2 of every cut: effects on the share that are the tuned model's, points",
-            f"{'cut':>5}  {'state before it':<24}{'stack after it':<24}{'interaction':<24}",
+            f"{'cut':>5}  {'state before it':<26}{'stack after it':<26}{'interaction':<26}",
         ]
         columns = [self.effect(name) for name in ("state", "stack", "interaction")]
         for rows in shown(list(zip(*columns, strict=True))):
-            cells = "".join(f"{signed_share(row):<24}" for row in rows)
+            cells = "".join(f"{signed_share(row):<26}" for row in rows)
             lines.append(f"{rows[0]['layer']:>5}  {cells}".rstrip())
         return lines
 
