@@ -165,23 +165,21 @@ def test_every_way_of_a_plan_does_what_it_says(d, seed):
     planned = plan(base, tuned, None, n_random=2, seed=1)
     clouds = {"base": base, "tuned": tuned}
     wide = {name: ratio(one.covariance.numpy()) for name, one in clouds.items()}
+    left = planned.spread(clouds)
     for cell, (basis, gain) in planned.changes.items():
         q, c = planned.bases[basis], clouds[cell.side].covariance
         np.testing.assert_allclose(q.mT @ q, np.eye(d), atol=1e-9)
         brute = after(c, q, gain)
-        dimension, variance = planned.after(cell, clouds[cell.side])
+        dimension, variance = left[cell]
         assert variance == pytest.approx(np.trace(brute) / np.trace(c.numpy()), abs=1e-9)
         if variance > 1e-9:
             assert dimension == pytest.approx(ratio(brute), rel=1e-5)
         itself = Cell(cell.way, cell.dose, ITSELF, -1)
         if cell.arm == VARIANCE_CONTROL[cell.way]:
-            assert variance == pytest.approx(planned.after(itself, clouds[cell.side])[1], abs=1e-9)
+            assert variance == pytest.approx(left[itself].variance, abs=1e-9)
     spectra = {"base_spectrum": "base", "tuned_spectrum": "tuned", "tuned_covariance": "tuned"}
     for way, model in spectra.items():
-        found = planned.after(
-            Cell(way, 0, ITSELF, -1), clouds["tuned" if way == "base_spectrum" else "base"]
-        )
-        assert found[0] == pytest.approx(wide[model], rel=1e-5)
+        assert left[Cell(way, 0, ITSELF, -1)].dimension == pytest.approx(wide[model], rel=1e-5)
     everything = Cell("base_directions", d, ITSELF, -1)
     assert torch.equal(planned.changes[everything].gain, torch.ones(d).double())
 
@@ -193,9 +191,9 @@ def test_a_plan_has_its_matched_doses_and_writes_under_few():
     planned = plan(*clouds, doses=[2, 4, 99], n_random=3, seed=0)
     matched = planned.matched["base_directions"]
     assert planned.doses("base_directions") == sorted({2, 4, 16, matched})
-    assert planned.after(Cell("base_directions", matched, ITSELF, -1), clouds[1])[0] <= ratio(
-        clouds[0].covariance.numpy()
-    )
+    left = planned.spread({"base": clouds[0], "tuned": clouds[1]})
+    wanted = ratio(clouds[0].covariance.numpy())
+    assert left[Cell("base_directions", matched, ITSELF, -1)].dimension <= wanted * (1 + 1e-8)
     cells = written_cells(plan(*clouds, doses=None, n_random=3, seed=0))
     per_way = {way: len([c for c in cells if c.way == way and c.arm == ITSELF]) for way in WAYS}
     assert per_way == {

@@ -188,7 +188,8 @@ class ExpansionFinding(Finding):
         lines += [line for text in self.conclusions() for line in _wrapped(text)]
         lines += ["", *_wrapped(f"Rules, smallest effect {options['smallest_effect']:g}: {RULES}")]
         lines += _wrapped(SCOPE)
-        return "\n".join([*lines, *(f"note: {note}" for note in self.meta["notes"])])
+        lines += [line for note in self.meta["notes"] for line in _wrapped(f"note: {note}")]
+        return "\n".join(lines)
 
     def _block(self, way: str) -> list[str]:
         side = "tuned" if way in REMOVING else "base"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -63,9 +64,21 @@ class Found:
         }
         return Outcome(sums, each[0].decisions, each[0].changed)
 
+    @cached_property
+    def spread(self) -> dict[Cell, dict[str, float]]:
+        """What each change leaves, on both halves; the variance is that of the first."""
+        fitted, read = self.planned.spread(self.fitted), self.planned.spread(self.read)
+        return {
+            cell: dict(
+                zip(SPREAD, (fitted[cell].dimension, read[cell].dimension, fitted[cell].variance),
+                    strict=True)
+            )
+            for cell in self.planned.changes
+        }  # fmt: skip
+
     def dimension(self, cell: Cell) -> float:
         """The participation ratio that a change leaves on the half that decisions are read on."""
-        return self.planned.after(cell, self.read[cell.side])[0]
+        return self.spread[cell]["dimension"]
 
 
 def rows(found: Found) -> Iterator[Row]:
@@ -81,7 +94,7 @@ def rows(found: Found) -> Iterator[Row]:
                 outcome = found.outcome(way, dose, arm)
                 yield from (_row(way, dose, arm, m, outcome.estimate(m)) for m in METRICS)
                 cells = found.draws(way, dose, arm)
-                each = [_spread_after(found, cell) for cell in cells]
+                each = [found.spread[cell] for cell in cells]
                 yield from _spread_rows(way, dose, arm, _mean(each))
                 yield from _written_rows(way, dose, arm, found.written.get(cells[0]))
 
@@ -175,11 +188,6 @@ def _spread_rows(way: str, dose: int, arm: str, values: Mapping[str, float]) -> 
 def _spread(found: Found, side: Side) -> dict[str, float]:
     fitted, read = found.fitted[side].covariance, found.read[side].covariance
     return dict(zip(SPREAD, (participation(fitted), participation(read), 1.0), strict=True))
-
-
-def _spread_after(found: Found, cell: Cell) -> dict[str, float]:
-    fitted, variance = found.planned.after(cell, found.fitted[cell.side])
-    return dict(zip(SPREAD, (fitted, found.dimension(cell), variance), strict=True))
 
 
 def _mean(each: list[dict[str, float]]) -> dict[str, float]:

@@ -8,7 +8,7 @@ the same axes at random, with the same total variance afterwards.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -70,6 +70,13 @@ class Along(NamedTuple):
     gain: Float[Tensor, " d_model"]
 
 
+class Spread(NamedTuple):
+    """Participation ratio of changed outputs, and the share of the variance that is left."""
+
+    dimension: float
+    variance: float
+
+
 @dataclass(frozen=True)
 class Plan:
     """All changes of a pair.
@@ -87,12 +94,19 @@ class Plan:
     matched: dict[str, int | None]
     empty: dict[str, int]
 
-    def after(self, cell: Cell, cloud: Cloud) -> tuple[float, float]:
-        """(participation ratio, share of the variance) that a change leaves of some outputs."""
-        basis, gain = self.changes[cell]
-        seen = seen_along(cloud.covariance, self.bases[basis])
-        left = float(gain.square() @ seen.diagonal()) / float(seen.trace())
-        return participation(seen, gain), left
+    def spread(self, clouds: Mapping[Side, Cloud]) -> dict[Cell, Spread]:
+        """What every change leaves of some outputs: exact, because a change is affine."""
+        seen: dict[tuple[Side, str], list[Cell]] = {}
+        for cell, (basis, _) in self.changes.items():
+            seen.setdefault((cell.side, basis), []).append(cell)
+        found = {}
+        for (side, basis), cells in seen.items():
+            covariance = seen_along(clouds[side].covariance, self.bases[basis])
+            for cell in cells:
+                gain = self.changes[cell].gain
+                left = float(gain.square() @ covariance.diagonal()) / float(covariance.trace())
+                found[cell] = Spread(participation(covariance, gain), left)
+        return found
 
     def doses(self, way: str) -> list[int]:
         """The doses of a way, in order."""

@@ -128,7 +128,8 @@ class NormFinding(Finding):
             sign = "= " if name == "change" else "  "
             lines.append(f"{sign}{words:<40}{signed(self.dimension(name))}")
         lines += ["", *(line for text in self.conclusions() for line in _wrapped(text))]
-        return "\n".join([*lines, *(f"note: {note}" for note in self.meta["notes"])])
+        lines += [line for note in self.meta["notes"] for line in _wrapped(f"note: {note}")]
+        return "\n".join(lines)
 
     def _cell(self, name: str) -> str:
         row = self.dimension(name)
