@@ -8,6 +8,9 @@ from conftest import make_tiny, perturbed, token_texts
 from planted_for_tests import last_outputs, mapped, spread
 
 from hyperlens.compare import compare_models
+from hyperlens.discovery import dissect
+from hyperlens.experiments.contexts import open_pair_and_texts
+from hyperlens.patching.choosing import only, second_half
 from hyperlens.patching.expansion import expansion
 from hyperlens.patching.outcomes import METRICS
 
@@ -90,7 +93,7 @@ def test_an_expansion_beside_the_cause_is_told_from_it():
     assert verdict["whole"] != "supports"
 
 
-def test_no_change_is_said_plainly():
+def test_no_change_is_said_plainly(tmp_path):
     base = make_tiny("llama")
     found = expansion(base, base, TEXTS, **QUICK)
     assert found.extras["changed"] == 0
@@ -102,6 +105,7 @@ def test_no_change_is_said_plainly():
         assert found.value(way, 0, "itself", "agreement_base") == 1
         assert found.value(way, 0, "itself", "kl_base") == 0
     assert found.value("tuned_covariance", 0, "itself", "kl_base") < 1e-9
+    assert "No change:" in (found.save(tmp_path / "out") / "report.html").read_text("utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +155,49 @@ def test_dimensions_are_those_of_the_changed_vectors(found):
         assert found.value("base_directions", m, "itself", "dimension") == pytest.approx(
             expected, rel=1e-4
         )
+
+
+def choices(model, texts, change=None):
+    """The first choice after every token but BOS, one text per forward pass, plain transformers."""
+    found = []
+    block = dissect(model).blocks[-1]
+    hook = block.register_forward_hook(
+        lambda m, a, out: (
+            None if change is None
+            else change(out) if isinstance(out, torch.Tensor) else (change(out[0]), *out[1:])
+        )
+    )  # fmt: skip
+    with torch.no_grad():
+        for ids in texts:
+            logits = model(torch.from_numpy(ids)[None]).logits[0]
+            found.append(logits.argmax(-1)[torch.from_numpy(ids) != 1])
+    hook.remove()
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_decisions_are_those_of_a_model_changed_by_hand(name):
+    base = make_tiny(name)
+    tuned = perturbed(base, 0.1)
+    found = expansion(base, tuned, TEXTS, **QUICK)
+    corpus = open_pair_and_texts(base, base, TEXTS, max_length=256).corpus
+    read = only(corpus, second_half(corpus, 0)).sequences
+    _, own, directions = spread(last_outputs(base, TEXTS)[0])
+    mean, other, axes = spread(last_outputs(tuned, TEXTS)[0])
+    kept = directions[:, :4] @ directions[:, :4].mT
+    respaced = (axes * (own / other).sqrt()) @ axes.mT
+    ours, theirs = choices(base, read), choices(tuned, read)
+    changed = ours != theirs
+    assert found.extras["changed"] == int(changed.sum()) > 20
+    for way, dose, matrix in (("base_directions", 4, kept), ("base_spectrum", 0, respaced)):
+        picked = choices(
+            tuned, read, lambda x, m=matrix: (mean + (x.double() - mean) @ m.mT).to(x.dtype)
+        )
+        for metric, those in (("to_tuned", theirs), ("to_base", ours)):
+            by_hand = float((picked == those)[changed].double().mean())
+            # A decision or two may hang on the last digit of float32.
+            slack = 2.5 / int(changed.sum())
+            assert found.value(way, dose, "itself", metric) == pytest.approx(by_hand, abs=slack)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])

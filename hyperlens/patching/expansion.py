@@ -61,8 +61,9 @@ def expansion(
 ) -> ExpansionFinding:
     """Remove the expansion from the tuned model, add it to the base model, and read decisions.
 
-    Half of the texts, drawn at random, are for means, covariances and directions only; decisions,
-    and the dimension that is left, are read on the other half. Ways and controls are those of
+    Half of the texts, drawn at random, are for means, covariances and directions only (without BOS
+    and attention sinks); decisions, and the dimension that is left, are read on the other half,
+    with the output of every token changed. Ways and controls are those of
     `hyperlens.patching.interventions`, the rules of the verdict those of
     `hyperlens.patching.verdict`.
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..findings import Finding
+from .blocks_finding import share_of, signed_share
 from .verdict import RULES
 
 if TYPE_CHECKING:
@@ -146,7 +147,8 @@ class ExpansionFinding(Finding):
             values = [self.value(way, dose, arm, metric) for arm in ("itself", CONTROLS[way])]
             own, other = (1 - value if name == "lost" else value for value in values)
             shares.append(
-                f"{own:.1%} are {EFFECTS[name]} (control {other:.1%}, difference {points(effect)})"
+                f"{own:.1%} are {EFFECTS[name]} (control {other:.1%}, difference "
+                f"{signed_share(effect)} points)"
             )
         effects = self.extras["evidence"][way]["effects"].values()
         if answer == "contradicted" and any(effect["low"] > 0 for effect in effects):
@@ -185,6 +187,7 @@ class ExpansionFinding(Finding):
         ]
         for way in NAMES:
             lines += self._block(way)
+        lines += ["* the dose that just undoes the expansion; the verdict looks at it", ""]
         lines += [line for text in self.conclusions() for line in _wrapped(text)]
         lines += ["", *_wrapped(f"Rules, smallest effect {options['smallest_effect']:g}: {RULES}")]
         lines += _wrapped(SCOPE)
@@ -204,8 +207,8 @@ class ExpansionFinding(Finding):
             cells = f"{dose if way in DOSES else '':>7}{mark}"
             cells += f"{self.value(way, dose, 'itself', 'dimension'):>11.1f}"
             for metric in ("to_tuned", "to_base"):
-                row = self.at(way, dose, "itself", metric)
-                cells += f"{share(row):>24}{percent(self.value(way, dose, control, metric)):>9}"
+                (row,) = self.select(way=way, dose=dose, arm="itself", metric=metric)
+                cells += f"{share_of(row):>24}{percent(self.value(way, dose, control, metric)):>9}"
             ttr = [self.value(way, dose, arm, "ttr") for arm in ("itself", control)]
             if math.isfinite(ttr[0]):
                 cells += f"{ttr[0]:>8.3f}{ttr[1]:>9.3f}"
@@ -219,26 +222,9 @@ class ExpansionFinding(Finding):
         return draw(self)
 
 
-def share(row: Mapping[str, Any] | None) -> str:
-    """A share with its interval."""
-    if row is None or not math.isfinite(row["value"]):
-        return "n/a"
-    if not math.isfinite(row["low"]):
-        return percent(row["value"])
-    return f"{row['value']:.1%} [{row['low']:.1%}, {row['high']:.1%}]"
-
-
 def percent(value: float) -> str:
     """A share without an interval."""
     return f"{value:.1%}" if math.isfinite(value) else "n/a"
-
-
-def points(row: Mapping[str, Any]) -> str:
-    """A difference of shares in points, with its interval."""
-    if not math.isfinite(row["low"]):
-        return "n/a"
-    value, low, high = (100 * row[key] for key in ("value", "low", "high"))
-    return f"{value:+.1f} points [{low:+.1f}, {high:+.1f}]"
 
 
 def _wrapped(text: str) -> list[str]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..findings import Finding
+from .blocks_finding import share_of
 
 if TYPE_CHECKING:
     import matplotlib.figure
@@ -102,7 +103,7 @@ class NormFinding(Finding):
         for name, (metric, words) in SWAPPED.items():
             if name.startswith("norm"):
                 row = self.decided(name, metric)
-                parts.append(f"{share(row)} {OUTCOME[metric]} in {words}")
+                parts.append(f"{share_of(row)} {OUTCOME[metric]} in {words}")
         return (
             f"Of the {self.extras['changed']:,} decisions that tuning changed (of "
             f"{self.extras['decisions']:,}), {' and '.join(parts)}: what the norm's weights change "
@@ -147,13 +148,6 @@ def signed(row: Mapping[str, Any]) -> str:
     if not math.isfinite(row["low"]):
         return f"{row['value']:+.1f}"
     return f"{row['value']:+.1f} [{row['low']:+.1f}, {row['high']:+.1f}]"
-
-
-def share(row: Mapping[str, Any]) -> str:
-    """A share, with its interval."""
-    if not math.isfinite(row["low"]):
-        return f"{row['value']:.1%}"
-    return f"{row['value']:.1%} [{row['low']:.1%}, {row['high']:.1%}]"
 
 
 def _wrapped(text: str) -> list[str]:
