@@ -12,16 +12,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from .spectrum import random_basis
+
 PLACEBOS = ("other_text", "noise", "rotation")
 
 
 def random_rotation(d_model: int, seed: int) -> Float[Tensor, "d_model d_model"]:
     """A rotation or reflection drawn evenly from all there are (float32, Haar measure)."""
-    generator = torch.Generator().manual_seed(seed)
-    square = torch.randn(d_model, d_model, generator=generator, dtype=torch.float64)
-    q, r = torch.linalg.qr(square)
-    rotation: Tensor = (q * r.diagonal().sign()).float()
-    return rotation
+    return random_basis(d_model, seed).float()
 
 
 def noise(
