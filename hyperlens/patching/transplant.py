@@ -53,8 +53,8 @@ def transplanted(host: Any, donor: Any, parts: Iterable[Part] | Part) -> Iterato
     """Inside, the host has these parts of the donor; afterwards its own again, the same objects.
 
     Args:
-        host, donor: each a `PreTrainedModel`, of one architecture, dtype and device; the donor is left
-            alone.
+        host, donor: each a `PreTrainedModel`, of one architecture, dtype and device. The donor is
+            left alone.
         parts: blocks (0-based numbers, or "last 3"), "final_norm", "unembedding", "embedding",
             and "all" for everything. A tied unembedding is a part of its own: it stays when the
             embedding moves, and the other way round.
