@@ -98,9 +98,20 @@ def add(commands: Any) -> None:
         action="store_false",
         help="of `blocks`: a quarter of the time, nothing to hold it against (default: with them)",
     )
+    group.add_argument(
+        "--n-texts",
+        type=int,
+        metavar="N",
+        help="texts, drawn at random, that are read (default: each part's own, 32 to 128)",
+    )
+    group.add_argument(
+        "--max-length",
+        type=int,
+        metavar="N",
+        help="tokens per text, BOS included; longer texts are cut (default: each part's own, "
+        "128 or 256)",
+    )
     for option, default, text in (
-        ("--n-texts", 64, "texts, drawn at random, that are read"),
-        ("--max-length", 128, "tokens per text, BOS included; longer texts are cut"),
         ("--n-prompts", 16, "texts, drawn at random, that are continued, greedy"),
         ("--prompt-tokens", 17, "their first tokens that are the prompt, BOS included"),
         ("--max-new-tokens", 48, "tokens added to each; 0 writes none, which saves much time"),
@@ -135,6 +146,8 @@ def _part(name: str, args: argparse.Namespace, texts: Sequence[str]) -> Any:
     if place is not None and place.is_dir():
         return _named(result).load(place)
     given = {option: getattr(args, option) for option in (*options, "batch_size", "seed")}
+    # What is left open is decided by the part.
+    given = {option: value for option, value in given.items() if value is not None}
     run_it: Callable[..., Any] = _named(experiment)
     finding = run_it(
         args.base,

@@ -7,20 +7,19 @@ blocks of the tuned model bring about its decisions, and does the base's undo th
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from tqdm.auto import tqdm
 
 from .. import significance
 from ..errors import PatchError
-from ..experiments.contexts import PairAndTexts, open_pair_and_texts
+from ..experiments.contexts import open_pair_and_texts
 from ..experiments.continuing import METRICS as WRITTEN
 from ..experiments.continuing import Continuing, check_counts, check_room, choose_prompts
 from ..pairing import ModelPair, describe_pair
 from .blocks_finding import BlocksFinding
+from .choosing import drawn
 from .generating import donating
 from .outcomes import METRICS, Outcome, p_value
 from .placebos import PLACEBOS, random_rotation, rotated
@@ -130,18 +129,6 @@ def patch_blocks(
         "effects": list(effects(cuts)),
     }
     return BlocksFinding((*_rows(outcomes), *_written_rows(written)), extras, meta)
-
-
-def drawn(opened: PairAndTexts, n_texts: int, seed: int) -> PairAndTexts:
-    """At most so many of the texts, drawn at random; a note says so."""
-    corpus = opened.corpus
-    n = len(corpus.sequences)
-    if n <= n_texts:
-        return opened
-    chosen = sorted(np.random.default_rng(seed).permutation(n)[:n_texts])
-    fewer = replace(corpus, sequences=tuple(corpus.sequences[i] for i in chosen))
-    note = f"{n_texts} of {n} texts were drawn at random (n_texts)"
-    return PairAndTexts(opened.pair, fewer, (*opened.notes, note))
 
 
 def swept_sites(kind: str, n_layers: int) -> list[Site]:

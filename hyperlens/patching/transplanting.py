@@ -22,7 +22,7 @@ from ..experiments.continuing import Continuing, check_counts, check_room, choos
 from ..loading import Loaded, hook
 from ..pairing import describe_pair
 from ..shells import is_peft, merged
-from .blocks import drawn
+from .choosing import drawn
 from .hybrids import Forced, Host, Hybrid, Key, forced, hosts, hybrids, key_of
 from .outcomes import METRICS, p_value
 from .smallest import smallest_suffixes
