@@ -1,0 +1,104 @@
+"""`hyperlens patch`: all parts in one folder, kept as they are done, and refusals in one line."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import D_VOCAB, make_tiny, perturbed
+from test_cli import tokenizer
+
+from hyperlens import cli
+from hyperlens.commands import patch
+from hyperlens.report.saved import read_results
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """base/, tuned/ and texts.jsonl: forty texts of 30 words."""
+    folder = tmp_path_factory.mktemp("patch")
+    base = make_tiny("llama")
+    for name, model in (("base", base), ("tuned", perturbed(base, 0.2))):
+        model.save_pretrained(folder / name)
+        tokenizer().save_pretrained(folder / name)
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(3, D_VOCAB, (40, 30), generator=generator).tolist()
+    lines = [json.dumps({"text": " ".join(f"w{i}" for i in row)}) for row in rows]
+    (folder / "texts.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def command(home: Path, *more: str) -> list[str]:
+    pair = ["patch", str(home / "base"), str(home / "tuned"), "--texts", str(home / "texts.jsonl")]
+    quick = ["--prompt-tokens", "5", "--max-new-tokens", "4", "--n-prompts", "4", "-q"]
+    return [*pair, *quick, *more]
+
+
+def test_every_part_is_saved_and_the_same_command_reads_them_again(
+    home: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out = tmp_path / "patched"
+    first = command(home, "--what", "blocks,norm", "--out", str(out))
+    assert cli.main(first) == cli.OK
+    capsys.readouterr()
+    everything = command(home, "--out", str(out))
+    assert cli.main(everything) == cli.OK
+    printed = capsys.readouterr().out
+    assert {path.name for path in out.iterdir()} == {*patch.PARTS, "patch.json", "report.html"}
+    found = {result.name for result in read_results([out])}
+    assert found == {"patching", "patch_positions", "transplant", "expansion", "final_norm"}
+    page = (out / "report.html").read_text()
+    for section in ("patching", "patch-positions", "transplant", "expansion", "final-norm"):
+        assert f'data-section="{section}"' in page, section
+
+    def again(*_: object, **__: object) -> None:
+        raise AssertionError("a part was run a second time")
+
+    monkeypatch.setattr("hyperlens.patching.blocks.patch_blocks", again)
+    monkeypatch.setattr("hyperlens.patching.transplanting.transplant_weights", again)
+    assert cli.main(everything) == cli.OK
+    assert capsys.readouterr().out == printed
+
+
+def test_other_inputs_are_not_mixed_into_a_folder(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "patched"
+    norm = command(home, "--what", "norm", "--out", str(out))
+    assert cli.main(norm) == cli.OK
+    assert cli.main([*norm, "--seed", "1"]) == cli.FAILED
+    error = capsys.readouterr().err
+    assert "choose a new folder" in error
+    assert error.count("\n") == 1
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "file.txt").write_text("mine")
+    assert cli.main(command(home, "--what", "norm", "--out", str(tmp_path / "mine"))) == cli.FAILED
+    assert "is not empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "code", "words"),
+    [
+        (["--what", "q"], cli.USAGE, "expected some of blocks"),
+        (["--positions", "a:b"], cli.USAGE, "expected token numbers"),
+        (["--what", "blocks", "--positions", "99"], cli.FAILED, "choose from 0 to"),
+        (["--what", "blocks", "--n-texts", "0"], cli.FAILED, "n_texts must be at least 1"),
+        (["--what", "weights", "--prompt-tokens", "900"], cli.FAILED, "lower"),
+    ],
+)
+def test_refusals_are_one_line(
+    home: Path, capsys: pytest.CaptureFixture[str], more: list[str], code: int, words: str
+) -> None:
+    assert cli.main(command(home, *more)) == code
+    error = capsys.readouterr().err
+    assert words in error
+    assert "Traceback" not in error
+
+
+def test_positions_are_read_as_people_type_them() -> None:
+    assert patch.positions("5:") == slice(5, None)
+    assert patch.positions(":3") == slice(None, 3)
+    assert patch.positions("0,3") == [0, 3]
