@@ -40,6 +40,11 @@ def note(*content: Content) -> Markup:
     return tag("p", *content, class_="note")
 
 
+def conclusions(result: Any) -> Markup:
+    """What a finding's intervals allow to say, a paragraph a point."""
+    return tag("div", *(tag("p", said) for said in result.conclusions()), class_="note")
+
+
 def heading(text: str) -> Markup:
     """A heading inside a section."""
     return tag("h3", text)
@@ -74,7 +79,8 @@ def grid(*content: Content) -> Markup:
 def picture(png: bytes, alt: str) -> Markup:
     """A figure, on white in the dark too: its own colours are made for that."""
     data = base64.b64encode(png).decode("ascii")
-    return tag("figure", Markup('<img alt="{}" src="data:image/png;base64,{}">').format(alt, data))
+    image = Markup('<img alt="{}" src="data:image/png;base64,{}">').format(alt, data)
+    return tag("figure", image, class_="picture")
 
 
 def data(value: Any) -> Markup:

@@ -8,7 +8,17 @@ from typing import Any
 
 from markupsafe import Markup
 
-from ..parts import details, heading, interval, join, note, pair_name, paragraph, picture, table
+from ..parts import (
+    conclusions,
+    details,
+    heading,
+    interval,
+    join,
+    pair_name,
+    paragraph,
+    picture,
+    table,
+)
 from ..words import number, percent
 
 ORDER = 80
@@ -36,7 +46,7 @@ def _one(result: Any) -> Markup:
     what = "greedy TTR, base → tuned" + (" / MAUVE, tuned" if result.has_mauve else "")
     parts = [
         heading(pair_name(result)),
-        note(" ".join(result.conclusions())),
+        conclusions(result),
         *(paragraph(f"Note: {line}") for line in result.meta["notes"]),
         table(["", *result.corpora], cells, what),
         picture(

@@ -9,12 +9,12 @@ from markupsafe import Markup
 
 from ..charts import chart, dots
 from ..parts import (
+    conclusions,
     details,
     grid,
     heading,
     interval,
     join,
-    note,
     pair_name,
     paragraph,
     preformatted,
@@ -59,7 +59,7 @@ def _one(result: Any) -> Markup:
     return join(
         [
             heading(pair_name(result)),
-            note(" ".join(result.conclusions())),
+            conclusions(result),
             grid(*(_chart(result, metric, words) for metric, words in DRAWN.items())),
             table(head, _rows(result, metrics)),
             details(

@@ -7,7 +7,17 @@ from typing import Any
 
 from markupsafe import Markup
 
-from ..parts import details, heading, join, note, pair_name, paragraph, picture, preformatted, table
+from ..parts import (
+    conclusions,
+    details,
+    heading,
+    join,
+    pair_name,
+    paragraph,
+    picture,
+    preformatted,
+    table,
+)
 from ..words import number, percent
 
 ORDER = 134
@@ -53,7 +63,7 @@ def _one(result: Any) -> Iterator[Markup]:
 
     pair = pair_name(result)
     yield heading(pair)
-    yield note(" ".join(result.conclusions()))
+    yield conclusions(result)
     yield picture(
         png(result.plot(), dpi=110),
         f"{pair}: share of changed decisions that are the tuned model's, and diversity of greedy "

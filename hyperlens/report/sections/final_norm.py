@@ -8,11 +8,11 @@ from typing import Any
 from markupsafe import Markup
 
 from ..parts import (
+    conclusions,
     details,
     heading,
     interval,
     join,
-    note,
     pair_name,
     paragraph,
     picture,
@@ -68,7 +68,7 @@ def _one(result: Any) -> Iterator[Markup]:
 
     pair = pair_name(result)
     yield heading(pair)
-    yield note(" ".join(result.conclusions()))
+    yield conclusions(result)
     yield picture(
         png(result.plot(), dpi=110),
         f"{pair}: the change of dimension from raw to after the norm in steps, the dimension of "

@@ -8,7 +8,7 @@ from typing import Any
 from markupsafe import Markup
 
 from ..charts import chart, dots
-from ..parts import details, heading, join, note, paragraph, preformatted, table, tag
+from ..parts import conclusions, details, heading, join, paragraph, preformatted, table, tag
 from ..words import MISSING, percent, plain
 
 ORDER = 27
@@ -53,7 +53,7 @@ def _one(result: Any) -> Markup:
     title = f"won and tied pairs, judged by {plain(result.judge)} (shares, 95% interval)"
     parts = [
         heading(f"A: {a}, B: {b}"),
-        note(" ".join(result.conclusions())),
+        conclusions(result),
         paragraph(plain(result.counted()) + "."),
         chart(dots(drawn, "criterion", "share of pairs"), title, f"{a} against {b}", drawn),
         table(["", *OUTCOMES.values(), "A of decided", "p"], _rates(result)),

@@ -8,7 +8,7 @@ from typing import Any
 from markupsafe import Markup
 
 from ..charts import chart, lines
-from ..parts import details, grid, join, note, pair_name, paragraph, preformatted, table, tag
+from ..parts import conclusions, details, grid, join, pair_name, paragraph, preformatted, table, tag
 from ..words import number, percent
 
 ORDER = 130
@@ -54,7 +54,7 @@ def body(results: Sequence[Any]) -> Markup:
         where = "" if options["positions"] is None else f", positions {options['positions']}"
         what = f"{pair_name(result)}: {options['site']}{where}"
         parts.append(tag("p", what, class_="pairs"))
-        parts.append(note(" ".join(result.conclusions())))
+        parts.append(conclusions(result))
         parts.append(grid(*_charts(result)))
         parts += _tables(result)
         parts.append(details("In words", preformatted(result.summary())))

@@ -8,9 +8,9 @@ from typing import Any
 from markupsafe import Markup
 
 from ..parts import (
+    conclusions,
     details,
     join,
-    note,
     pair_name,
     paragraph,
     picture,
@@ -64,7 +64,7 @@ def body(results: Sequence[Any]) -> Markup:
         for mode in MODES:
             head = [mode, *(f"base rank {bucket}" for bucket in BUCKETS)]
             parts.append(table(head, _rows(result, mode)))
-        parts.append(note(" ".join(result.conclusions())))
+        parts.append(conclusions(result))
         parts.append(details("Picks in their context", _examples(result)))
         parts.append(details("In words", preformatted(result.summary())))
     return join(parts)

@@ -7,7 +7,17 @@ from typing import Any
 
 from markupsafe import Markup
 
-from ..parts import details, heading, interval, join, note, pair_name, paragraph, picture, table
+from ..parts import (
+    conclusions,
+    details,
+    heading,
+    interval,
+    join,
+    pair_name,
+    paragraph,
+    picture,
+    table,
+)
 from ..words import number, percent
 
 ORDER = 110
@@ -49,7 +59,7 @@ def _one(result: Any) -> Markup:
     return join(
         [
             heading(pair),
-            note(" ".join(result.conclusions())),
+            conclusions(result),
             paragraph(
                 f"A bias on the {result.extras['k_used']} most promoted tokens, or on all, is "
                 "added to the base model's logits, α times their mean shift. "

@@ -8,7 +8,7 @@ from typing import Any
 from markupsafe import Markup
 
 from ..charts import chart, dots
-from ..parts import details, heading, interval, join, note, pair_name, paragraph, table
+from ..parts import conclusions, details, heading, interval, join, pair_name, paragraph, table
 from ..words import number
 
 ORDER = 100
@@ -47,7 +47,7 @@ def _one(result: Any) -> Markup:
     return join(
         [
             heading(pair),
-            note(" ".join(result.conclusions())),
+            conclusions(result),
             paragraph(
                 f"T* = {number(found['shared'])} gives the base model the tuned model's mean "
                 f"entropy, {number(found['target_entropy'])} nats. For the tuned model's entropy "

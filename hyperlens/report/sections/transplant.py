@@ -8,7 +8,7 @@ from typing import Any
 from markupsafe import Markup
 
 from ..charts import chart, dots, lines
-from ..parts import details, grid, join, note, pair_name, paragraph, preformatted, table, tag
+from ..parts import conclusions, details, grid, join, pair_name, paragraph, preformatted, table, tag
 from ..words import number, percent
 
 ORDER = 132
@@ -37,7 +37,7 @@ def body(results: Sequence[Any]) -> Markup:
     ]
     for result in results:
         parts.append(tag("p", pair_name(result), class_="pairs"))
-        parts.append(note(" ".join(result.conclusions())))
+        parts.append(conclusions(result))
         parts.append(grid(*_charts(result)))
         for direction, (metric, what) in TOWARDS.items():
             parts.append(
