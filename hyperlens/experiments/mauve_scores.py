@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
@@ -90,15 +91,20 @@ def compute_mauve() -> Callable[..., Any]:
         ProbeError: if it is not installed.
     """
     try:
-        # Another package of this name may be installed, which has no such function.
-        from mauve import compute_mauve as compute
+        package = import_module("mauve")
     except ImportError as error:
-        raise ProbeError(
-            f"MAUVE needs the package mauve-text, licensed under the GPL ({error}): "
-            "pip install 'hyperlens[mauve]'"
-        ) from None
-    found: Callable[..., Any] = compute
+        raise _missing(str(error)) from None
+    found: Callable[..., Any] | None = getattr(package, "compute_mauve", None)
+    if found is None:  # another package of this name
+        raise _missing("the installed package 'mauve' has no compute_mauve")
     return found
+
+
+def _missing(reason: str) -> ProbeError:
+    return ProbeError(
+        f"MAUVE needs the package mauve-text, licensed under the GPL ({reason}): "
+        "pip install 'hyperlens[mauve]'"
+    )
 
 
 def check_seeds(seeds: Sequence[Any]) -> None:
