@@ -11,6 +11,7 @@ import torch
 
 from ..adapters import adapter_folder
 from ..decoding.generate import continuations
+from ..decoding.prompts import text_after
 from ..errors import CorpusError, JudgeError
 from ..experiments.contexts import open_pair_and_texts
 from ..experiments.continuing import check_counts, check_room, choose_prompts
@@ -99,7 +100,11 @@ def judge_models(
         for loaded in (pair.base, pair.tuned)
     ]
     pairs = [
-        Pair(_text(tokenizer, [], prompt), _text(tokenizer, prompt, a), _text(tokenizer, prompt, b))
+        Pair(
+            text_after(tokenizer, [], prompt),
+            text_after(tokenizer, prompt, a),
+            text_after(tokenizer, prompt, b),
+        )
         for prompt, a, b in zip(prompts, *written, strict=True)
     ]
     meta = describe_pair(pair) | {
@@ -174,13 +179,6 @@ def _check_asking(judge: Judge, tries: int, cache: Any) -> None:
             "answers of a function cannot be kept without knowing which function gave them: give "
             "it an attribute `identity`, a mapping of JSON values, or leave cache out"
         )
-
-
-def _text(tokenizer: Any, before: list[int], tokens: list[int]) -> str:
-    """Tokens as they read after what stands before them."""
-    start = tokenizer.decode(before, skip_special_tokens=True)
-    whole = tokenizer.decode([*before, *tokens], skip_special_tokens=True)
-    return str(whole[len(start) :])
 
 
 def _judged(
