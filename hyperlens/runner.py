@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from . import hooked, stats
 from .corpus import Batch, Corpus, PaddingSide
 from .errors import ActivationError, HyperlensError, ProbeError, ResourceError
+from .heap import keep_freed_memory
 from .hooked import HookedModel
 from .results import ProbeResult
 from .streams import LOGIT_CHUNK_BYTES, ModelStream, StreamPair, StreamSpec, TokenSample
@@ -91,6 +92,7 @@ def run_pass(
         ProbeError: if a probe fails.
         ResourceError: if the probes' sums or a batch cannot fit in memory.
     """
+    keep_freed_memory()
     device = hooked.input_device(base)
     spec = stream_spec(base, corpus, device)
     _check_memory(spec, probes, corpus, options, base.cfg.dtype)

@@ -98,8 +98,8 @@ def compare_logits_(
     `work` is memory to reuse, of the logits' shape.
     """
     base_winner, tuned_winner = winner(base), winner(tuned)
-    base.sub_(base.amax(-1, keepdim=True)).mul_(BITS_PER_NAT)
-    tuned.sub_(tuned.amax(-1, keepdim=True)).mul_(BITS_PER_NAT)
+    base.sub_(base.gather(-1, base_winner[:, None])).mul_(BITS_PER_NAT)
+    tuned.sub_(tuned.gather(-1, tuned_winner[:, None])).mul_(BITS_PER_NAT)
     weights = torch.exp2(base, out=torch.empty_like(base) if work is None else work)
     base_z = _sum(weights)
     base_entropy = base_z.log2() - _sum(weights.mul_(base)) / base_z

@@ -64,6 +64,7 @@ ALLOWED: dict[str, set[str]] = {
     "hooked": {"errors"},
     "files": {"errors"},
     "hub": set(),
+    "heap": set(),
     "streams": {"errors", "hooked", *MATHS},
     "results": {"errors", "files"},
     # opening models
@@ -89,7 +90,7 @@ ALLOWED: dict[str, set[str]] = {
     "fingerprint": set(),
     "texts": {"errors", "hub"},
     "corpus": {"errors", "texts"},
-    "runner": {"errors", "hooked", "streams", "corpus", "results", "stats"},
+    "runner": {"errors", "heap", "hooked", "streams", "corpus", "results", "stats"},
     "probes": {"errors", "streams", "results", *MATHS},
     # making fine-tuned models; never sees a probe
     "training": {

@@ -46,10 +46,10 @@ def test_both_roads_agree(a, seed):
     torch.testing.assert_close(spearman(here, there), other, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("block_bytes", [1, 300, 2**19])
-def test_blocks_are_invisible(monkeypatch, block_bytes):
+@pytest.mark.parametrize("block_entries", [1, 300, 2**19])
+def test_blocks_are_invisible(monkeypatch, block_entries):
     a, b = torch.randn(2, 37, 50).round(decimals=1)
-    monkeypatch.setattr(rank_correlation, "BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(rank_correlation, "BLOCK_ENTRIES", block_entries)
     np.testing.assert_allclose(spearman(a, b), scipys(a.numpy(), b.numpy()), rtol=1e-12)
 
 
