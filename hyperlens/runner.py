@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import psutil
 import torch
@@ -16,9 +16,11 @@ from tqdm.auto import tqdm
 
 from . import hooked, stats
 from .corpus import Batch, Corpus, PaddingSide
-from .errors import ActivationError, HyperlensError, ProbeError, ResourceError
+from .errors import ActivationError, ResourceError
+from .guarding import guarded
 from .heap import keep_freed_memory
 from .hooked import HookedModel
+from .reading import ReadsLogits, read_logits
 from .results import ProbeResult
 from .streams import LOGIT_CHUNK_BYTES, ModelStream, StreamPair, StreamSpec, TokenSample
 
@@ -97,7 +99,9 @@ def run_pass(
     spec = stream_spec(base, corpus, device)
     _check_memory(spec, probes, corpus, options, base.cfg.dtype)
     for probe in probes:
-        _guarded(probe, "open", spec)
+        guarded(probe, "open", spec)
+    readers = [probe for probe in probes if isinstance(probe, ReadsLogits)]
+    others = [probe for probe in probes if not isinstance(probe, ReadsLogits)]
     sinks = torch.zeros(spec.n_layers + 1, dtype=torch.int64)
     batches = corpus.batches(
         options.batch_size,
@@ -113,8 +117,9 @@ def run_pass(
         for batch in batches:
             try:
                 pair = read_pair(base, tuned, batch, options.sink_threshold, spec.device)
-                for probe in probes:
-                    _guarded(probe, "update", pair)
+                for probe in others:
+                    guarded(probe, "update", pair)
+                read_logits(pair, readers)
             except torch.cuda.OutOfMemoryError:
                 raise ResourceError(
                     f"the GPU ran out of memory with batch_size={options.batch_size}: lower it, "
@@ -123,7 +128,7 @@ def run_pass(
             counted = pair.sinks & (pair.real & ~pair.bos)
             sinks += counted.sum((-1, -2)).cpu()
             bar.update(int(batch.real.sum()))
-    results = {probe.name: _guarded(probe, "compute") for probe in probes}
+    results = {probe.name: guarded(probe, "compute") for probe in probes}
     return PassResult(results, tuple(sinks.tolist()))
 
 
@@ -213,7 +218,7 @@ def _check_memory(
     options: PassOptions,
     dtype: torch.dtype,
 ) -> None:
-    sums = sum(int(_guarded(probe, "state_bytes", spec)) for probe in probes)
+    sums = sum(int(guarded(probe, "state_bytes", spec)) for probe in probes)
     rows = min(options.batch_size, corpus.counts.n_sequences) * len(corpus.sequences[0])
     streams = 2 * len(spec.layers) * rows * spec.d_model * dtype.itemsize
     needed = sums + streams + 8 * LOGIT_CHUNK_BYTES
@@ -237,16 +242,3 @@ def _free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return int(psutil.virtual_memory().available)
-
-
-def _guarded(probe: RunsInAPass, step: str, *args: Any) -> Any:
-    """Run one step of a probe; whatever it raises names the probe."""
-    try:
-        return getattr(probe, step)(*args)
-    except (HyperlensError, torch.cuda.OutOfMemoryError):
-        raise
-    except Exception as error:
-        name = getattr(probe, "name", type(probe).__name__)
-        raise ProbeError(
-            f"probe {name!r} failed in {step}: {type(error).__name__}: {error}"
-        ) from error

@@ -6,6 +6,7 @@ from .audit import ArtefactAudit
 from .base import Probe
 from .drift import ResidualDrift
 from .logit_lens import LogitLens
+from .logit_probe import LogitProbe
 from .means import MeanProbe
 from .participation_ratio import ParticipationRatio
 from .rank_reordering import RankReordering
@@ -13,6 +14,7 @@ from .rank_reordering import RankReordering
 __all__ = [
     "ArtefactAudit",
     "LogitLens",
+    "LogitProbe",
     "MeanProbe",
     "ParticipationRatio",
     "Probe",

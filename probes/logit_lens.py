@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections.abc import Mapping
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int, Shaped
 from torch import Tensor
 
 from .. import stats
 from ..intervals import mean_half_width, quantile_interval
+from ..reading import LogitChunk
 from ..results import ProbeResult, Row
-from ..streams import StreamPair, StreamSpec, TokenSet, View
-from .means import MeanProbe
+from ..streams import StreamPair, StreamSpec
+from .logit_probe import LogitProbe
 
 
-class LogitLens(MeanProbe):
+class LogitLens(LogitProbe):
     """Each model's own final norm, unembedding and soft cap, read at every layer.
 
     Metrics:
@@ -28,8 +29,7 @@ class LogitLens(MeanProbe):
 
     name = "logit_lens"
     metrics = ("top1_agreement", "kl", "base_entropy", "tuned_entropy")
-    views = ("final_norm",)
-    token_set: TokenSet = "decisions"
+    overwrites = True
     bounds = {
         "top1_agreement": (0.0, 1.0),
         "kl": (0.0, float("inf")),
@@ -48,35 +48,23 @@ class LogitLens(MeanProbe):
             "below_yn": edges,
         }
 
-    def update(self, pair: StreamPair) -> None:
-        """Read the lens at every layer, a few rows of logits at a time."""
-        output = pair.n_layers
-        if output not in self.spec.resolve_layers(self.layers):
-            self._winners = torch.cat([stats.winner(t) for _, _, t in pair.logits(output)])
-        super().update(pair)
-        del self._winners
+    def read(self, chunk: LogitChunk) -> dict[str, Shaped[Tensor, " chunk"]]:
+        """Agreement, divergence, entropies and the final winner's rank, overwriting the logits."""
+        work = torch.empty_like(chunk.base)
+        rank = stats.rank_of(chunk.base, chunk.final, work)
+        seen = stats.compare_logits_(chunk.base, chunk.tuned, work)
+        return {
+            "rank": rank,
+            "top1_agreement": (seen.base_winner == seen.tuned_winner).double(),
+            "kl": seen.kl,
+            "base_entropy": seen.base_entropy,
+            "tuned_entropy": seen.tuned_entropy,
+        }
 
-    def measure(self, pair: StreamPair, layer: int, view: View) -> dict[str, Float[Tensor, " n"]]:
-        """Agreement, divergence and entropies of the two lenses; counts ranks on the way."""
-        parts: dict[str, list[Tensor]] = defaultdict(list)
-        work: Tensor | None = None
-        for rows, base, tuned in pair.logits(layer):
-            work = torch.empty_like(base) if work is None else work[: len(base)]
-            # At the output, which is read first, the tuned lens's winner is the final one.
-            final = stats.winner(tuned) if layer == pair.n_layers else self._winners[rows]
-            parts["rank"].append(stats.rank_of(base, final, work))
-            seen = stats.compare_logits_(base, tuned, work)
-            parts["winner"].append(seen.tuned_winner)
-            parts["top1_agreement"].append((seen.base_winner == seen.tuned_winner).double())
-            parts["kl"].append(seen.kl)
-            parts["base_entropy"].append(seen.base_entropy)
-            parts["tuned_entropy"].append(seen.tuned_entropy)
-        measured = {name: torch.cat(values) for name, values in parts.items()}
-        winner = measured.pop("winner")
-        if layer == pair.n_layers:
-            self._winners = winner
-        self._count_ranks(pair, layer, measured.pop("rank"))
-        return measured
+    def finish(self, pair: StreamPair, layer: int, numbers: Mapping[str, Tensor]) -> None:
+        """Add the means, and count the ranks."""
+        super().finish(pair, layer, numbers)
+        self._count_ranks(pair, layer, numbers["rank"])
 
     def _count_ranks(self, pair: StreamPair, layer: int, rank: Int[Tensor, " n"]) -> None:
         i = self.spec.resolve_layers(self.layers).index(layer)

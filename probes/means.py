@@ -16,15 +16,15 @@ from ..streams import StreamPair, StreamSpec, TokenSet, View
 from .base import Probe
 
 
-class MeanProbe(Probe):
-    """A probe whose every metric is the mean of one number per token.
+class TokenMeans(Probe):
+    """Means of one number per token, with the interval of a ratio of per-sequence sums.
 
-    Subclasses name their `metrics` and write `measure`; the sums, the intervals and the rows of
-    the table follow. The interval is that of a ratio of per-sequence sums (cluster-robust).
+    Subclasses get the numbers and hand them to `add`; the sums, the cluster-robust intervals and
+    the rows of the table follow. `MeanProbe` gets them from vectors, `LogitProbe` from logits.
 
     Attributes:
-        metrics: names of the numbers `measure` returns.
-        views: the views `measure` is called for.
+        metrics: names of the numbers.
+        views: the views they are taken in.
         token_set: which tokens are counted.
         bounds: metrics that cannot leave a range, so that their intervals do not either.
         layers: residual layers to measure, None for all; -1 is the last.
@@ -44,12 +44,6 @@ class MeanProbe(Probe):
         if token_set is not None:
             self.token_set = token_set
 
-    @abstractmethod
-    def measure(
-        self, pair: StreamPair, layer: int, view: View
-    ) -> Mapping[str, Float[Tensor, " n"]]:
-        """One number per counted token for each metric, at one layer in one view."""
-
     def sum_shapes(self, spec: StreamSpec) -> dict[str, tuple[int, ...]]:
         """Per-sequence sums y of every metric and their second moments; n counts tokens."""
         n_layers = len(spec.resolve_layers(self.layers))
@@ -63,22 +57,24 @@ class MeanProbe(Probe):
             "sequences": (n_layers,),
         }
 
-    def update(self, pair: StreamPair) -> None:
-        """Measure every layer and view of one batch."""
-        sums = self.sums
-        # Last layer first: what the output decides can serve the layers below it.
-        for i, layer in reversed(list(enumerate(self.spec.resolve_layers(self.layers)))):
-            n = pair.mask(layer, self.token_set).sum(-1).to(self.spec.device, torch.float64)
-            sums["n"][i] += n.sum()
-            sums["nn"][i] += n.square().sum()
-            sums["sequences"][i] += (n > 0).sum()
-            for j, view in enumerate(self.views):
-                measured = self.measure(pair, layer, view)
-                for k, metric in enumerate(self.metrics):
-                    y = pair.per_sequence(measured[metric], layer, self.token_set)
-                    sums["y"][k, i, j] += y.sum()
-                    sums["yy"][k, i, j] += y.square().sum()
-                    sums["yn"][k, i, j] += (y * n).sum()
+    def add(
+        self,
+        pair: StreamPair,
+        layer: int,
+        measured: Mapping[View, Mapping[str, Float[Tensor, " n"]]],
+    ) -> None:
+        """Add one batch's numbers of one layer, one per counted token for each metric and view."""
+        sums, i = self.sums, self.spec.resolve_layers(self.layers).index(layer)
+        n = pair.mask(layer, self.token_set).sum(-1).to(self.spec.device, torch.float64)
+        sums["n"][i] += n.sum()
+        sums["nn"][i] += n.square().sum()
+        sums["sequences"][i] += (n > 0).sum()
+        for j, view in enumerate(self.views):
+            for k, metric in enumerate(self.metrics):
+                y = pair.per_sequence(measured[view][metric], layer, self.token_set)
+                sums["y"][k, i, j] += y.sum()
+                sums["yy"][k, i, j] += y.square().sum()
+                sums["yn"][k, i, j] += (y * n).sum()
 
     def compute(self) -> ProbeResult:
         """One row per metric, layer and view."""
@@ -104,3 +100,21 @@ class MeanProbe(Probe):
                     )
                     rows.append(Row(self.name, metric, layer, view, value, *ends, int(s["n"][i])))
         return rows
+
+
+class MeanProbe(TokenMeans):
+    """A probe whose every metric is the mean of one number per token.
+
+    Subclasses name their `metrics` and write `measure`.
+    """
+
+    @abstractmethod
+    def measure(
+        self, pair: StreamPair, layer: int, view: View
+    ) -> Mapping[str, Float[Tensor, " n"]]:
+        """One number per counted token for each metric, at one layer in one view."""
+
+    def update(self, pair: StreamPair) -> None:
+        """Measure every layer and view of one batch."""
+        for layer in self.spec.resolve_layers(self.layers):
+            self.add(pair, layer, {view: self.measure(pair, layer, view) for view in self.views})

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections.abc import Mapping
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Shaped
 from torch import Tensor
 
 from .. import stats
 from ..rank_correlation import spearman
+from ..reading import LogitChunk
 from ..results import ProbeResult
-from ..streams import StreamPair, StreamSpec, TokenSet, View
-from .means import MeanProbe
+from ..streams import StreamPair, StreamSpec
+from .logit_probe import LogitProbe
 
 
-class RankReordering(MeanProbe):
+class RankReordering(LogitProbe):
     """Ranks at the output, teacher-forced (paper, sections 3.3 and 3.4).
 
     Temperature cannot change a rank: anything but agreement 1 and ρ = 1 is reordering. All of it
@@ -35,8 +36,6 @@ class RankReordering(MeanProbe):
 
     name = "rank_reordering"
     metrics = ("top1_agreement", "spearman", "rank_1", "rank_2_10", "rank_gt_10", "rank_ge_200")
-    views = ("final_norm",)
-    token_set: TokenSet = "decisions"
     bounds = {metric: (-1.0 if metric == "spearman" else 0.0, 1.0) for metric in metrics}
 
     def __init__(self) -> None:
@@ -47,28 +46,30 @@ class RankReordering(MeanProbe):
         bins = (len(rank_bins(spec.d_vocab)),)
         return {**super().sum_shapes(spec), "histogram": bins, "tied": (1,)}
 
-    def measure(self, pair: StreamPair, layer: int, view: View) -> dict[str, Float[Tensor, " n"]]:
+    def read(self, chunk: LogitChunk) -> dict[str, Shaped[Tensor, " chunk"]]:
         """Agreement, correlation and provenance of every next-token decision."""
-        parts: dict[str, list[Tensor]] = defaultdict(list)
-        for _, base, tuned in pair.logits(layer):
-            winner = stats.winner(tuned)
-            parts["top1_agreement"].append((stats.winner(base) == winner).double())
-            parts["spearman"].append(spearman(base, tuned))
-            parts["rank"].append(stats.rank_of(base, winner))
-            best = base.amax(-1, keepdim=True)
-            self.sums["tied"] += ((base == best).to(torch.float32).sum(-1) > 1).sum()
-        measured = {name: torch.cat(values) for name, values in parts.items()}
-        rank = measured.pop("rank")
+        base, winner = chunk.base, stats.winner(chunk.tuned)
+        rank = stats.rank_of(base, winner)
+        best = base.amax(-1, keepdim=True)
+        return {
+            "top1_agreement": (stats.winner(base) == winner).double(),
+            "spearman": spearman(base, chunk.tuned),
+            "rank_1": (rank == 1).double(),
+            "rank_2_10": ((rank >= 2) & (rank <= 10)).double(),
+            "rank_gt_10": (rank > 10).double(),
+            "rank_ge_200": (rank >= 200).double(),
+            "rank": rank,
+            "tied": (base == best).to(torch.float32).sum(-1) > 1,
+        }
+
+    def finish(self, pair: StreamPair, layer: int, numbers: Mapping[str, Tensor]) -> None:
+        """Add the means, and count ranks and ties."""
+        super().finish(pair, layer, numbers)
+        rank = numbers["rank"]
         lows = torch.tensor(rank_bins(self.spec.d_vocab), device=rank.device)
         bins = torch.bucketize(rank, lows, right=True) - 1
         self.sums["histogram"] += torch.bincount(bins, minlength=len(lows))
-        buckets = {
-            "rank_1": rank == 1,
-            "rank_2_10": (rank >= 2) & (rank <= 10),
-            "rank_gt_10": rank > 10,
-            "rank_ge_200": rank >= 200,
-        }
-        return measured | {name: inside.double() for name, inside in buckets.items()}
+        self.sums["tied"] += numbers["tied"].sum()
 
     def compute(self) -> ProbeResult:
         """The rows, and the histogram of base ranks of the tuned model's winners."""

@@ -12,6 +12,7 @@ from hyperlens.errors import ProbeError
 from hyperlens.probes import (
     ArtefactAudit,
     LogitLens,
+    LogitProbe,
     MeanProbe,
     ParticipationRatio,
     RankReordering,
@@ -32,6 +33,16 @@ class NormRatio(MeanProbe):
         return {"ratio": (tuned.norm(dim=-1) / base.norm(dim=-1)).double()}
 
 
+class LogitSpread(LogitProbe):
+    """A user's own probe of logits."""
+
+    name = "logit_spread"
+    metrics = ("spread",)
+
+    def read(self, chunk):
+        return {"spread": (chunk.tuned.std(-1) - chunk.base.std(-1)).double()}
+
+
 REGISTERED = {
     "drift": ResidualDrift,
     "drift of one layer, all tokens": lambda: ResidualDrift(layers=[-1], token_set="all"),
@@ -44,6 +55,7 @@ REGISTERED = {
     "rank reordering": RankReordering,
     "artefact audit": ArtefactAudit,
     "a user's own": NormRatio,
+    "a user's own, of logits": LogitSpread,
 }
 
 
@@ -176,7 +188,7 @@ def test_base_against_base_reads_no_change(make):
         "cosine": 1, "l2": 0, "relative_l2": 0, "delta": 0, "delta_naive": 0, "top1_agreement": 1,
         "kl": 0, "spearman": 1, "rank_1": 1, "rank_2_10": 0, "rank_gt_10": 0, "rank_ge_200": 0,
         "l2_with_sinks": 0, "delta_with_sinks": 0, "l2_with_sinks_and_bos": 0,
-        "delta_with_sinks_and_bos": 0, "ratio": 1,
+        "delta_with_sinks_and_bos": 0, "ratio": 1, "spread": 0,
     }  # fmt: skip
     rows = Streams(same=True).run(make()).compute().rows
     for row in rows:

@@ -28,6 +28,16 @@ def test_the_probe_in_the_readme_works_and_takes_a_dozen_lines(capsys):
     assert "norm_growth" in capsys.readouterr().out
 
 
+def test_the_logit_probe_in_the_readme_works():
+    base = make_tiny("llama")
+    names = {"base": base, "tuned": perturbed(base), "texts": token_texts()}
+    exec("from hyperlens import compare_models", names)
+    exec(compile(block("class Margin"), "README.md", "exec"), names)
+    frame: pd.DataFrame = names["comparison"].to_frame()
+    assert set(frame.probe) == {"margin", "logit_lens"}
+    assert (frame[frame.probe == "margin"].value > 0).all()
+
+
 def test_the_files_the_readme_names_exist():
     tree = README[README.index("## What is where") : README.index("## Development")]
     for name in set(re.findall(r"(\w+\.py)", tree)):
