@@ -12,8 +12,11 @@ from dataclasses import dataclass
 
 import torch
 from einops import einsum
-from jaxtyping import Float
+from jaxtyping import Float, Float64
 from torch import Tensor
+
+# A row is long if its square is this many times the median square.
+LONG = 16.0
 
 
 @dataclass(frozen=True)
@@ -62,22 +65,33 @@ class Moments:
 
 
 def moments_of(x: Float[Tensor, "n d"], origin: Float[Tensor, " d"]) -> Moments:
-    """Moments of the rows of `x` about `origin`, as float64 sums.
-
-    Products are float64 on the CPU, where that costs little, and float32 on accelerators, whose
-    float64 units can be dozens of times slower.
-    """
-    wide = torch.float64 if x.device.type == "cpu" else torch.float32
-    x = x.to(wide) - origin.to(wide)
+    """Moments of the rows of `x` about `origin`, as float64 sums."""
+    x = x.to(torch.float64) - origin.to(torch.float64)
     squares = x.square().sum(-1)
+    # On the CPU float64 products cost little; accelerators can be dozens of times slower at them.
+    outer = x.T @ x if x.device.type == "cpu" else outer_mostly_float32(x, squares)
     return Moments(
         n=torch.tensor(float(len(x)), dtype=torch.float64, device=x.device),
-        total=x.sum(0, dtype=torch.float64),
-        outer=(x.T @ x).to(torch.float64),
-        square=squares.sum(dtype=torch.float64),
-        fourth=squares.to(torch.float64).square().sum(),
-        cubic=(squares @ x).to(torch.float64),
+        total=x.sum(0),
+        outer=outer,
+        square=squares.sum(),
+        fourth=squares.square().sum(),
+        cubic=squares @ x,
     )
+
+
+def outer_mostly_float32(
+    x: Float64[Tensor, "n d"], squares: Float64[Tensor, " n"]
+) -> Float64[Tensor, "d d"]:
+    """Σxxᵀ by float32 products, but float64 ones for rows far longer than most.
+
+    The row estimator takes Σ|x|⁴ away from ‖Σxxᵀ‖². Where one attention sink is a thousand
+    times as long as other tokens, nearly all of both is that token's, and its products rounded
+    to float32 would leave a participation ratio that is wrong by a tenth of a percent or more.
+    """
+    long = squares > LONG * squares.median() if len(x) else squares > 0
+    short = torch.where(long[:, None], 0.0, x).to(torch.float32)
+    return (short.T @ short).to(torch.float64) + x[long].T @ x[long]
 
 
 @dataclass(frozen=True)

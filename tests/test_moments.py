@@ -1,5 +1,7 @@
 """Participation ratio from moments against the eigenvalues and the `dimensionality` package."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,13 @@ from dimensionality import participation_ratio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hyperlens.moments import Moments, corrected_traces, moments_of, naive_traces
+from hyperlens.moments import (
+    Moments,
+    corrected_traces,
+    moments_of,
+    naive_traces,
+    outer_mostly_float32,
+)
 
 FIELDS = ("n", "total", "outer", "square", "fourth", "cubic")
 
@@ -47,6 +55,33 @@ def test_a_mean_a_thousand_deviations_away_does_not_matter():
     expected = participation_ratio(centred, return_all=True)
     assert float(corrected_traces(m).ratio) == pytest.approx(expected["row"], rel=1e-6)
     assert float(naive_traces(m).ratio) == pytest.approx(expected["naive"], rel=1e-6)
+
+
+LENGTHS = {
+    "alike": lambda n: np.ones(n),
+    "one sink": lambda n: np.where(np.arange(n) == 3, 1e3, 1.0),
+    "heavy-tailed": lambda n: np.exp(2 * np.random.default_rng(1).normal(size=n)),
+    "mostly zero": lambda n: np.where(np.arange(n) % 3 == 0, 1.0, 0.0),
+}
+
+
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
+def test_float32_products_do_where_float64_ones_are_dear(lengths):
+    """What accelerators do, done here: one long row must not cost the digits of all others."""
+    x = sample(1000, 48).double() * torch.from_numpy(lengths(1000))[:, None]
+    origin = x.mean(0)
+    exact = moments_of(x, origin)
+    centred = x - origin
+    cheap = replace(exact, outer=outer_mostly_float32(centred, centred.square().sum(-1)))
+    for traces in (corrected_traces, naive_traces):
+        assert float(traces(cheap).ratio) == pytest.approx(float(traces(exact).ratio), rel=2e-6)
+
+
+@pytest.mark.parametrize("n", [0, 1, 2])
+def test_float32_products_of_few_rows(n):
+    x = sample(n, 5).double()
+    outer = outer_mostly_float32(x, x.square().sum(-1))
+    torch.testing.assert_close(outer, x.T @ x, rtol=1e-6, atol=1e-6)
 
 
 def test_moving_the_origin_is_exact_algebra():
