@@ -22,8 +22,8 @@ from compare_speed import models, processor
 from hyperlens import load_hooked
 from hyperlens.hooked import evaluating, layer_hook, unembed
 from hyperlens.patching import Site
-from hyperlens.patching.cells import read, run_patched
-from hyperlens.patching.position_cells import patched_singly, read_ending
+from hyperlens.patching.hooks.cells import read, run_patched
+from hyperlens.patching.position_map.cells import patched_singly, read_ending
 
 
 def whole_passes(models, tokens, offsets):

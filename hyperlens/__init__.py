@@ -34,16 +34,16 @@ if TYPE_CHECKING:
     from .judging.judge import judge_continuations as judge_continuations
     from .judging.judge import judge_models as judge_models
     from .loading import load_hooked as load_hooked
-    from .patching.blocks import patch_blocks as patch_blocks
-    from .patching.blocks_finding import BlocksFinding as BlocksFinding
-    from .patching.expansion import expansion as expansion
-    from .patching.expansion_finding import ExpansionFinding as ExpansionFinding
-    from .patching.final_norm import norm_question as norm_question
-    from .patching.norm_finding import NormFinding as NormFinding
-    from .patching.positions_finding import PositionsFinding as PositionsFinding
-    from .patching.positions_sweep import patch_positions as patch_positions
-    from .patching.transplant_finding import TransplantFinding as TransplantFinding
-    from .patching.transplanting import transplant_weights as transplant_weights
+    from .patching.expansion.experiment import expansion as expansion
+    from .patching.expansion.finding import ExpansionFinding as ExpansionFinding
+    from .patching.layer_sweep.experiment import patch_blocks as patch_blocks
+    from .patching.layer_sweep.finding import BlocksFinding as BlocksFinding
+    from .patching.norm.experiment import norm_question as norm_question
+    from .patching.norm.finding import NormFinding as NormFinding
+    from .patching.position_map.experiment import patch_positions as patch_positions
+    from .patching.position_map.finding import PositionsFinding as PositionsFinding
+    from .patching.weights.experiment import transplant_weights as transplant_weights
+    from .patching.weights.finding import TransplantFinding as TransplantFinding
     from .results import Comparison as Comparison
     from .texts import read_texts as read_texts
 
@@ -51,7 +51,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "BehaviourFinding": ".experiments.behaviour_finding",
-    "BlocksFinding": ".patching.blocks_finding",
+    "BlocksFinding": ".patching.layer_sweep.finding",
     "compare_models": ".compare",
     "Comparison": ".results",
     "Corpus": ".corpus",
@@ -60,8 +60,8 @@ _HOME = {
     "decoding_baselines": ".experiments.decoding_baselines",
     "DecodingFinding": ".experiments.decoding_finding",
     "Endpoint": ".judging.endpoint",
-    "expansion": ".patching.expansion",
-    "ExpansionFinding": ".patching.expansion_finding",
+    "expansion": ".patching.expansion.experiment",
+    "ExpansionFinding": ".patching.expansion.finding",
     "HyperlensError": ".errors",
     "judge_continuations": ".judging.judge",
     "judge_models": ".judging.judge",
@@ -70,13 +70,13 @@ _HOME = {
     "mauve_score": ".experiments.mauve",
     "MauveFinding": ".experiments.mauve_finding",
     "measure_behaviour": ".experiments.behaviour",
-    "norm_question": ".patching.final_norm",
-    "NormFinding": ".patching.norm_finding",
+    "norm_question": ".patching.norm.experiment",
+    "NormFinding": ".patching.norm.finding",
     "null_test": ".experiments.null_test",
     "NullTestFinding": ".experiments.null_test_finding",
-    "patch_blocks": ".patching.blocks",
-    "patch_positions": ".patching.positions_sweep",
-    "PositionsFinding": ".patching.positions_finding",
+    "patch_blocks": ".patching.layer_sweep.experiment",
+    "patch_positions": ".patching.position_map.experiment",
+    "PositionsFinding": ".patching.position_map.finding",
     "provenance": ".experiments.provenance",
     "ProvenanceFinding": ".experiments.provenance_finding",
     "read_texts": ".texts",
@@ -84,8 +84,8 @@ _HOME = {
     "StaticBiasFinding": ".experiments.static_bias_finding",
     "temperature": ".experiments.temperature",
     "TemperatureFinding": ".experiments.temperature_finding",
-    "transplant_weights": ".patching.transplanting",
-    "TransplantFinding": ".patching.transplant_finding",
+    "transplant_weights": ".patching.weights.experiment",
+    "TransplantFinding": ".patching.weights.finding",
 }
 
 __all__ = [

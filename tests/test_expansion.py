@@ -11,7 +11,7 @@ from hyperlens.compare import compare_models
 from hyperlens.discovery import dissect
 from hyperlens.experiments.contexts import open_pair_and_texts
 from hyperlens.patching.choosing import only, second_half
-from hyperlens.patching.expansion import expansion
+from hyperlens.patching.expansion.experiment import expansion
 from hyperlens.patching.outcomes import METRICS
 
 TEXTS = token_texts(48, shortest=10, longest=24)

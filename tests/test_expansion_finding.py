@@ -11,11 +11,11 @@ from test_expansion import TEXTS, rescaled
 from hyperlens.errors import CorpusError, PatchError
 from hyperlens.experiments.contexts import open_pair_and_texts
 from hyperlens.patching.choosing import drawn, only, second_half
-from hyperlens.patching.expansion import expansion
-from hyperlens.patching.expansion_finding import ADDING, CONTROLS, NAMES, REMOVING, ExpansionFinding
-from hyperlens.patching.interventions import ADDING as WAYS_ADDING
-from hyperlens.patching.interventions import REMOVING as WAYS_REMOVING
-from hyperlens.patching.interventions import VARIANCE_CONTROL
+from hyperlens.patching.expansion.experiment import expansion
+from hyperlens.patching.expansion.finding import ADDING, CONTROLS, NAMES, REMOVING, ExpansionFinding
+from hyperlens.patching.expansion.interventions import ADDING as WAYS_ADDING
+from hyperlens.patching.expansion.interventions import REMOVING as WAYS_REMOVING
+from hyperlens.patching.expansion.interventions import VARIANCE_CONTROL
 from hyperlens.patching.ratios import p_value
 from hyperlens.report import write_report
 from hyperlens.report.saved import finding_classes

@@ -13,9 +13,9 @@ from test_intervals import D_MODEL, LENGTH, SPECTRUM, as_pair, clustered, true_r
 from hyperlens.compare import compare_models
 from hyperlens.discovery import dissect
 from hyperlens.errors import CorpusError, HyperlensError
-from hyperlens.patching.final_norm import norm_question, quantities
-from hyperlens.patching.norm_finding import NormFinding
-from hyperlens.patching.norm_ratios import CrossedNorms
+from hyperlens.patching.norm.experiment import norm_question, quantities
+from hyperlens.patching.norm.finding import NormFinding
+from hyperlens.patching.norm.ratios import CrossedNorms
 from hyperlens.probes import ParticipationRatio
 from hyperlens.report import write_report
 from hyperlens.report.saved import finding_classes

@@ -14,9 +14,9 @@ from hyperlens.corpus import build_corpus
 from hyperlens.errors import HyperlensError, PatchError
 from hyperlens.hooked import run_logits
 from hyperlens.pairing import open_pair
+from hyperlens.patching.hooks.sites import in_blocks
+from hyperlens.patching.layer_sweep.sweep import INTO_BASE, INTO_TUNED, Cell, Sweep, run_sweep
 from hyperlens.patching.outcomes import METRICS
-from hyperlens.patching.sites import in_blocks
-from hyperlens.patching.sweep import INTO_BASE, INTO_TUNED, Cell, Sweep, run_sweep
 from hyperlens.residual import ResidualModel
 
 TEXTS = token_texts(14, shortest=6, longest=20)

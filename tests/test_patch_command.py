@@ -57,8 +57,8 @@ def test_every_part_is_saved_and_the_same_command_reads_them_again(
     def again(*_: object, **__: object) -> None:
         raise AssertionError("a part was run a second time")
 
-    monkeypatch.setattr("hyperlens.patching.blocks.patch_blocks", again)
-    monkeypatch.setattr("hyperlens.patching.transplanting.transplant_weights", again)
+    monkeypatch.setattr("hyperlens.patching.layer_sweep.experiment.patch_blocks", again)
+    monkeypatch.setattr("hyperlens.patching.weights.experiment.transplant_weights", again)
     assert cli.main(everything) == cli.OK
     assert capsys.readouterr().out == printed
 

@@ -12,8 +12,8 @@ from hyperlens.decoding.generate import continuations
 from hyperlens.errors import HyperlensError, PatchError
 from hyperlens.hooked import resid_post, resid_pre, site_hook
 from hyperlens.patching import Site, changing, donating, in_blocks, patch_hooks, record
-from hyperlens.patching.cells import check_resumes, read, resume, run_patched
-from hyperlens.patching.positions import positions_mask
+from hyperlens.patching.hooks.cells import check_resumes, read, resume, run_patched
+from hyperlens.patching.hooks.positions import positions_mask
 from hyperlens.residual import ResidualModel
 
 IN_A_BLOCK = ("resid_pre", "attn_out", "mlp_out", "resid_post")

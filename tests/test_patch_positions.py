@@ -12,15 +12,15 @@ from test_patch_hooks import blocks_perturbed
 from hyperlens.errors import HyperlensError, PatchError
 from hyperlens.hooked import run_logits, unembed
 from hyperlens.patching import Site, patch_hooks
-from hyperlens.patching.position_cells import (
+from hyperlens.patching.position_map.cells import (
     EVERY,
     check_reads_on,
     patched_everywhere,
     patched_singly,
     read_ending,
 )
-from hyperlens.patching.positions_finding import PositionsFinding
-from hyperlens.patching.positions_sweep import patch_positions
+from hyperlens.patching.position_map.experiment import patch_positions
+from hyperlens.patching.position_map.finding import PositionsFinding
 from hyperlens.residual import ResidualModel
 
 INTO_BASE, INTO_TUNED = "tuned into base", "base into tuned"

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hyperlens.patching import spectrum
-from hyperlens.patching.interventions import (
+from hyperlens.patching.expansion.interventions import (
     ITSELF,
     VARIANCE_CONTROL,
     WAYS,

@@ -8,7 +8,13 @@ from conftest import ARCHITECTURES, lora, make_tiny, perturbed
 from test_hooked_models import padded
 
 from hyperlens.errors import PatchError
-from hyperlens.patching.transplant import NAMED, changed_parts, chosen_parts, matched, transplanted
+from hyperlens.patching.weights.parts import (
+    NAMED,
+    changed_parts,
+    chosen_parts,
+    matched,
+    transplanted,
+)
 
 PARTS = (0, 1, 2, *NAMED)
 

@@ -13,13 +13,13 @@ from hyperlens.errors import HyperlensError, PatchError
 from hyperlens.hooked import evaluating, run_logits
 from hyperlens.pairing import open_pair
 from hyperlens.patching import Site
-from hyperlens.patching.cells import read, run_patched
-from hyperlens.patching.hybrids import HEAD, hosts, last_residual, logits_of
+from hyperlens.patching.hooks.cells import read, run_patched
 from hyperlens.patching.outcomes import METRICS
-from hyperlens.patching.smallest import close, smallest_suffixes
-from hyperlens.patching.transplant import moved
-from hyperlens.patching.transplant_finding import TransplantFinding
-from hyperlens.patching.transplanting import transplant_weights
+from hyperlens.patching.weights.experiment import transplant_weights
+from hyperlens.patching.weights.finding import TransplantFinding
+from hyperlens.patching.weights.hybrids import HEAD, hosts, last_residual, logits_of
+from hyperlens.patching.weights.parts import moved
+from hyperlens.patching.weights.smallest import close, smallest_suffixes
 
 INTO_BASE, INTO_TUNED = "tuned into base", "base into tuned"
 TOWARDS = {INTO_BASE: "to_tuned", INTO_TUNED: "to_base"}

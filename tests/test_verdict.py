@@ -4,8 +4,15 @@ import math
 
 import pytest
 
+from hyperlens.patching.expansion.verdict import (
+    Evidence,
+    expanded,
+    jointly,
+    judge,
+    of_claim,
+    of_way,
+)
 from hyperlens.patching.ratios import NOTHING
-from hyperlens.patching.verdict import Evidence, expanded, jointly, judge, of_claim, of_way
 from hyperlens.significance import Estimate
 
 GROWN, SHRUNK = Estimate(30, 25, 35, math.nan, 9), Estimate(-3, -5, -1, math.nan, 9)

@@ -44,18 +44,26 @@ READS = ("n_texts", "max_length")
 WRITES = ("n_prompts", "prompt_tokens", "max_new_tokens")
 PARTS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "blocks": (
-        "blocks:patch_blocks",
-        "blocks_finding:BlocksFinding",
+        "layer_sweep.experiment:patch_blocks",
+        "layer_sweep.finding:BlocksFinding",
         ("site", "positions", "placebos", *READS, *WRITES),
     ),
-    "positions": ("positions_sweep:patch_positions", "positions_finding:PositionsFinding", READS),
+    "positions": (
+        "position_map.experiment:patch_positions",
+        "position_map.finding:PositionsFinding",
+        READS,
+    ),
     "weights": (
-        "transplanting:transplant_weights",
-        "transplant_finding:TransplantFinding",
+        "weights.experiment:transplant_weights",
+        "weights.finding:TransplantFinding",
         (*READS, *WRITES),
     ),
-    "dimensions": ("expansion:expansion", "expansion_finding:ExpansionFinding", (*READS, *WRITES)),
-    "norm": ("final_norm:norm_question", "norm_finding:NormFinding", ("max_length",)),
+    "dimensions": (
+        "expansion.experiment:expansion",
+        "expansion.finding:ExpansionFinding",
+        (*READS, *WRITES),
+    ),
+    "norm": ("norm.experiment:norm_question", "norm.finding:NormFinding", ("max_length",)),
 }
 SITES = ("resid_post", "resid_pre", "attn_out", "mlp_out", "final_norm")
 

@@ -6,22 +6,22 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .generating import changing as changing
-    from .generating import donating as donating
-    from .sites import Site as Site
-    from .sites import in_blocks as in_blocks
-    from .sites import patch_hooks as patch_hooks
-    from .sites import record as record
-    from .transplant import transplanted as transplanted
+    from .hooks.generating import changing as changing
+    from .hooks.generating import donating as donating
+    from .hooks.sites import Site as Site
+    from .hooks.sites import in_blocks as in_blocks
+    from .hooks.sites import patch_hooks as patch_hooks
+    from .hooks.sites import record as record
+    from .weights.parts import transplanted as transplanted
 
 _HOME = {
-    "changing": ".generating",
-    "donating": ".generating",
-    "in_blocks": ".sites",
-    "patch_hooks": ".sites",
-    "record": ".sites",
-    "Site": ".sites",
-    "transplanted": ".transplant",
+    "changing": ".hooks.generating",
+    "donating": ".hooks.generating",
+    "in_blocks": ".hooks.sites",
+    "patch_hooks": ".hooks.sites",
+    "record": ".hooks.sites",
+    "Site": ".hooks.sites",
+    "transplanted": ".weights.parts",
 }
 
 __all__ = ["Site", "changing", "donating", "in_blocks", "patch_hooks", "record", "transplanted"]

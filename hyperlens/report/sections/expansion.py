@@ -23,7 +23,7 @@ from ..words import number, percent
 ORDER = 134
 TITLE = "Is it the extra dimensions?"
 READS = "expansion"
-LOADS = "hyperlens.patching.expansion_finding:ExpansionFinding"
+LOADS = "hyperlens.patching.expansion.finding:ExpansionFinding"
 
 WAYS = {
     "base_directions": "The tuned model, kept to the base model's first directions",

@@ -24,7 +24,7 @@ from ..words import number, percent
 ORDER = 136
 TITLE = "Is the expansion in the block, or in the final norm?"
 READS = "final_norm"
-LOADS = "hyperlens.patching.norm_finding:NormFinding"
+LOADS = "hyperlens.patching.norm.finding:NormFinding"
 
 CELLS = {
     "raw": ("raw_base", "raw_tuned"),

@@ -14,7 +14,7 @@ from ..words import plain
 ORDER = 131
 TITLE = "From which token does a changed decision come?"
 READS = "patch_positions"
-LOADS = "hyperlens.patching.positions_finding:PositionsFinding"
+LOADS = "hyperlens.patching.position_map.finding:PositionsFinding"
 
 DIRECTIONS = {
     "tuned into base": "tuned into base: what brings the decision about",

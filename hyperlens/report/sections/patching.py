@@ -14,7 +14,7 @@ from ..words import number, percent
 ORDER = 130
 TITLE = "Does it cause the behaviour?"
 READS = "patching"
-LOADS = "hyperlens.patching.blocks_finding:BlocksFinding"
+LOADS = "hyperlens.patching.layer_sweep.finding:BlocksFinding"
 
 TOWARDS = {
     "tuned into base": ("to_tuned", "changed decisions that become the tuned model's"),

@@ -14,7 +14,7 @@ from ..words import number, percent
 ORDER = 132
 TITLE = "Whose weights does it take?"
 READS = "transplant"
-LOADS = "hyperlens.patching.transplant_finding:TransplantFinding"
+LOADS = "hyperlens.patching.weights.finding:TransplantFinding"
 
 TOWARDS = {
     "tuned into base": ("to_tuned", "changed decisions that become the tuned model's"),

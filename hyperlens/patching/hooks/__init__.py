@@ -1,0 +1,1 @@
+"""Put activations in, at any site, while a model reads or writes."""

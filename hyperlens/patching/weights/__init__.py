@@ -1,0 +1,1 @@
+"""The weight transplant: whole parts of one model in the other."""
