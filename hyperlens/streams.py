@@ -33,6 +33,12 @@ next-token decision counts once however large its vector. `all`: every real toke
 LOGIT_CHUNK_BYTES = 8 * 2**20
 
 
+def logit_rows(n: int, d_vocab: int) -> Iterator[slice]:
+    """Slices of n tokens, each of as many rows of logits as exist at a time."""
+    step = max(16, LOGIT_CHUNK_BYTES // (4 * d_vocab))
+    return (slice(start, min(start + step, n)) for start in range(0, n, step))
+
+
 @dataclass(frozen=True)
 class StreamSpec:
     """The sizes a probe allocates its sums from.
@@ -194,9 +200,7 @@ class StreamPair:
         Yields (rows, base logits, tuned logits), `rows` being the slice of the set's tokens.
         """
         index = self.index(layer, "decisions")
-        step = max(16, LOGIT_CHUNK_BYTES // (4 * self.base.d_vocab))
-        for start in range(0, len(index), step):
-            rows = slice(start, min(start + step, len(index)))
+        for rows in logit_rows(len(index), self.base.d_vocab):
             yield (
                 rows,
                 self.base.logits(layer, index[rows]).to(self.device),

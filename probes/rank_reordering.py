@@ -48,7 +48,7 @@ class RankReordering(LogitProbe):
 
     def read(self, chunk: LogitChunk) -> dict[str, Shaped[Tensor, " chunk"]]:
         """Agreement, correlation and provenance of every next-token decision."""
-        base, winner = chunk.base, stats.winner(chunk.tuned)
+        base, winner = chunk.base, chunk.final  # at the output, the tuned model's own winner
         rank = stats.rank_of(base, winner)
         best = base.amax(-1, keepdim=True)
         return {

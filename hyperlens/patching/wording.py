@@ -10,6 +10,18 @@ from typing import Any
 MAX_ROWS = 12
 
 
+NOTHING_CHANGED = "Tuning changed no decision on these texts: there is nothing to bring about."
+
+
+def changed_share(extras: Mapping[str, Any]) -> str:
+    """How many decisions tuning changed, which shares are of."""
+    changed, decisions = extras["changed"], extras["decisions"]
+    return (
+        f"Tuning changed {changed:,} of {decisions:,} decisions "
+        f"({changed / decisions:.1%}); shares below are of these."
+    )
+
+
 def shown(rows: Sequence[Any]) -> list[Any]:
     """All rows, or so many of them spread over all, the last two among them."""
     if len(rows) <= MAX_ROWS:

@@ -6,12 +6,12 @@ from collections import defaultdict
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from ...results import ProbeResult
 from ...streams import LOGIT_CHUNK_BYTES, ModelStream, StreamPair, StreamSpec
 from ..outcomes import Outcome, Tally, measure, reference
+from ..outputs import OutputReader
 from .interventions import Cell, Plan, Side
 
 
@@ -51,7 +51,7 @@ def change_of(
     return lambda x: frame.moved(x, frame.coordinates(x), gain)
 
 
-class Reading:
+class Reading(OutputReader):
     """Every change on every decision of the texts of a pass.
 
     Args:
@@ -65,10 +65,9 @@ class Reading:
     def __init__(
         self, planned: Plan, means: dict[Side, Float[Tensor, " d_model"]], n_texts: int
     ) -> None:
+        super().__init__(n_texts)
         self._plan = planned
         self._means = means
-        self._n_texts = n_texts
-        self._seen = 0
 
     def open(self, spec: StreamSpec) -> None:
         """Put the bases where the outputs are, and begin to count."""
@@ -81,17 +80,8 @@ class Reading:
         self._unchanged: dict[Side, Tally] = {side: Tally(self._n_texts) for side in sides}
         self._changed = {cell: Tally(self._n_texts) for cell in self._plan.changes}
 
-    def update(self, pair: StreamPair) -> None:
-        """Add one batch, which follows the one before."""
-        index = pair.index(pair.n_layers, "decisions")
-        text = index // pair.tokens.shape[1] + self._seen
-        self._seen += pair.n_sequences
-        step = max(16, LOGIT_CHUNK_BYTES // (4 * pair.base.d_vocab))
-        for start in range(0, len(index), step):
-            rows = slice(start, start + step)
-            self._decide(pair, index[rows], text[rows])
-
-    def _decide(self, pair: StreamPair, index: Tensor, text: Tensor) -> None:
+    def decide(self, pair: StreamPair, index: Int[Tensor, " n"], text: Int[Tensor, " n"]) -> None:
+        """Put in every change, and count what is decided."""
         streams: dict[Side, ModelStream] = {"base": pair.base, "tuned": pair.tuned}
         outputs = {
             side: stream.residuals[-1].flatten(0, 1)[index] for side, stream in streams.items()
@@ -119,10 +109,6 @@ class Reading:
             frame = Frame(self._means[side], self._plan.bases[basis], device)
             self._frames[side, basis] = frame
         return self._frames[side, basis]
-
-    def compute(self) -> ProbeResult:
-        """A pass asks for rows; the outcomes are what is wanted."""
-        return ProbeResult(())
 
     def outcomes(self) -> dict[Cell | Side, Outcome]:
         """What each change did, and the models without any."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...findings import Finding
 from ..directions import BROUGHT, INTO_BASE, INTO_TUNED, TOWARDS
-from ..wording import share_of, shown, signed_share
+from ..wording import NOTHING_CHANGED, changed_share, share_of, shown, signed_share
 
 if TYPE_CHECKING:
     import matplotlib.figure
@@ -72,12 +72,8 @@ class BlocksFinding(Finding):
     def conclusions(self) -> list[str]:
         """What the intervals allow to say."""
         if not self.extras["changed"]:
-            return ["Tuning changed no decision on these texts: there is nothing to bring about."]
-        share = self.extras["changed"] / self.extras["decisions"]
-        said = [
-            f"Tuning changed {self.extras['changed']:,} of {self.extras['decisions']:,} decisions "
-            f"({share:.1%}); shares below are of these."
-        ]
+            return [NOTHING_CHANGED]
+        said = [changed_share(self.extras)]
         said += self._of_the_cut()
         said += self._of_generation()
         return said

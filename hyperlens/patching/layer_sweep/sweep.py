@@ -13,14 +13,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ...corpus import Corpus
-from ...errors import ActivationError
-from ...hooked import HookedModel, evaluating, final_norm, first_bad_layer, input_device, unembed
+from ...hooked import HookedModel, evaluating, final_norm, input_device
 from ...pairing import ModelPair
-from ...streams import LOGIT_CHUNK_BYTES
+from ...streams import logit_rows
 from ..directions import INTO_BASE, INTO_TUNED
 from ..hooks.cells import Activations, check_resumes, read, run_patched
 from ..hooks.positions import Positions, chosen_so_far, positions_mask
 from ..hooks.sites import Site
+from ..logits import check_stream, float_logits
 from ..outcomes import Outcome, Tally, measure, reference
 from ..pending import pieces
 from .placebos import PLACEBOS, noise, of_other_text, random_rotation, rotated
@@ -151,12 +151,7 @@ def _batches(pair: ModelPair, corpus: Corpus, batch_size: int) -> Iterator[_Batc
 
 def _read(name: str, model: HookedModel, batch: _Batch, sweep: Sweep) -> _Side:
     stream, here = read(model, batch.tokens, batch.mask, sweep.sites)
-    layer = first_bad_layer(stream, batch.mask.bool())
-    if layer is not None:
-        raise ActivationError(
-            f"the {name} model has NaN or infinite activations at layer {layer}: load it in a "
-            "wider dtype, as in dtype='float32'"
-        )
+    check_stream(name, stream, batch.mask.bool())
     elsewhere: Activations = {}
     if sweep.with_placebos:
         elsewhere = read(model, batch.other_tokens, batch.other_mask, sweep.sites)[1]
@@ -201,12 +196,10 @@ def _compare(
     """Logits of some cells beside the unpatched models', a few rows at a time."""
     text = batch.number[:, None].expand_as(batch.counted)[batch.counted]
     last = {name: side.stream[-1][batch.counted] for name, side in sides.items()}
-    size = max(1, LOGIT_CHUNK_BYTES // (4 * pair.base.hooked.cfg.d_vocab))
     with evaluating(sides["base"].model), evaluating(sides["tuned"].model):  # type: ignore[arg-type]
-        for start in range(0, len(text), size):
-            rows = slice(start, start + size)
+        for rows in logit_rows(len(text), pair.base.hooked.cfg.d_vocab):
             logits = {
-                name: _logits(side.model, final_norm(side.model, last[name][rows]))
+                name: float_logits(side.model, final_norm(side.model, last[name][rows]))
                 for name, side in sides.items()
             }
             known = reference(logits["base"], logits["tuned"])
@@ -214,11 +207,5 @@ def _compare(
                 tally.add(measure(logits[name], known), known.changed, text[rows])
             for cell, normed in piece:
                 host = sides["base" if cell.direction == INTO_BASE else "tuned"].model
-                found = measure(_logits(host, normed[rows]), known)
+                found = measure(float_logits(host, normed[rows]), known)
                 cells[cell].add(found, known.changed, text[rows])
-
-
-def _logits(model: HookedModel, normed: Normed) -> Float[Tensor, "n d_vocab"]:
-    logits = unembed(model, normed).float()
-    # Statistics are float64, which Apple's accelerator does not have.
-    return logits.cpu() if logits.device.type == "mps" else logits

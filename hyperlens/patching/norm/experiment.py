@@ -11,16 +11,17 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from ...experiments.contexts import open_pair_and_texts
 from ...experiments.continuing import check_counts
 from ...pairing import describe_pair
 from ...probes import ParticipationRatio
-from ...results import ProbeResult
 from ...runner import PassOptions, run_pass
 from ...streams import LOGIT_CHUNK_BYTES, VIEWS, ModelStream, StreamPair, StreamSpec, View
 from ..outcomes import METRICS, Outcome, Tally, measure, reference
+from ..outputs import OutputReader
 from .finding import NormFinding
 from .ratios import CrossedNorms, Dimension, Side, dimensions, less, total
 
@@ -138,34 +139,18 @@ def quantities(plain: ParticipationRatio, crossed: CrossedNorms) -> dict[str, Di
     return found
 
 
-class Swapped:
-    """What each model decides with the other's final norm, or the other's last output.
-
-    Runs in a pass over `n_texts` texts.
-    """
+class Swapped(OutputReader):
+    """What each model decides with the other's final norm, or the other's last output."""
 
     name = "swapped norms"
-
-    def __init__(self, n_texts: int) -> None:
-        self._n_texts = n_texts
 
     def open(self, spec: StreamSpec) -> None:
         """Begin to count."""
         keys = [*SIDES, *(f"{swap} into {side}" for side in SIDES for swap in SWAPS)]
         self._tallies = {key: Tally(self._n_texts) for key in keys}
-        self._seen = 0
 
-    def update(self, pair: StreamPair) -> None:
-        """Add one batch, which follows the one before."""
-        index = pair.index(pair.n_layers, "decisions")
-        text = index // pair.tokens.shape[1] + self._seen
-        self._seen += pair.n_sequences
-        step = max(16, LOGIT_CHUNK_BYTES // (4 * pair.base.d_vocab))
-        for start in range(0, len(index), step):
-            rows = slice(start, start + step)
-            self._decide(pair, index[rows], text[rows])
-
-    def _decide(self, pair: StreamPair, index: Tensor, text: Tensor) -> None:
+    def decide(self, pair: StreamPair, index: Int[Tensor, " n"], text: Int[Tensor, " n"]) -> None:
+        """Swap norms and outputs, and count what is decided."""
         streams = {"base": pair.base, "tuned": pair.tuned}
         x = {side: stream.residuals[-1].flatten(0, 1)[index] for side, stream in streams.items()}
 
@@ -181,10 +166,6 @@ class Swapped:
             made[f"stream into {side}"] = logits(host, host, x[guest])
         for key, found in made.items():
             self._tallies[key].add(measure(found, models), models.changed, text)
-
-    def compute(self) -> ProbeResult:
-        """A pass asks for rows; the outcomes are what is wanted."""
-        return ProbeResult(())
 
     def outcomes(self) -> dict[str, Outcome]:
         """By what was swapped into whom, and of both models as they are."""

@@ -16,17 +16,17 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ...errors import ActivationError, PatchError
+from ...errors import PatchError
 from ...hooked import (
     HookedModel,
     evaluating,
     final_norm,
-    first_bad_layer,
     resid_post,
     run_residuals,
 )
 from ...shells import plain_model
 from ..hooks.cells import EXACT, NEARLY, resume
+from ..logits import check_stream
 
 EVERY = -1
 """Stands for an offset: all positions up to the decision are patched."""
@@ -82,12 +82,7 @@ def read_ending(
     """
     with evaluating(model):  # type: ignore[arg-type]
         stream = run_residuals(model, tokens, mask)
-        layer = first_bad_layer(stream, mask.bool())
-        if layer is not None:
-            raise ActivationError(
-                f"the {name} model has NaN or infinite activations at layer {layer}: load it in a "
-                "wider dtype, as in dtype='float32'"
-            )
+        check_stream(name, stream, mask.bool())
         past = _past(model, tokens[:, :-n_last], mask[:, :-n_last])
     return Ending(model, tokens, mask, stream, n_last, past)
 

@@ -16,7 +16,7 @@ from ...errors import ActivationError, PatchError
 from ...hooked import HookedModel, evaluating, final_norm, input_device, run_last_residual, unembed
 from ...pairing import ModelPair
 from ...stats import winner
-from ...streams import LOGIT_CHUNK_BYTES
+from ...streams import logit_rows
 
 
 class Drawn(NamedTuple):
@@ -136,8 +136,7 @@ def _picks(
                 f"the {name} model has NaN or infinite activations: load it in a wider dtype, as "
                 "in dtype='float32'"
             )
-        size = max(1, LOGIT_CHUNK_BYTES // (4 * model.cfg.d_vocab))
-        pieces = (last[start : start + size] for start in range(0, len(last), size))
+        pieces = (last[rows] for rows in logit_rows(len(last), model.cfg.d_vocab))
         return torch.cat(
             [winner(unembed(model, final_norm(model, piece)).float()).cpu() for piece in pieces]
         )

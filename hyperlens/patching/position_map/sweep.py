@@ -11,11 +11,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ...hooked import evaluating, input_device, unembed
+from ...hooked import evaluating, input_device
 from ...pairing import ModelPair
 from ...stats import winner
 from ..directions import DIRECTIONS, INTO_BASE, INTO_TUNED
 from ..hooks.cells import check_resumes
+from ..logits import float_logits
 from .cells import (
     EVERY,
     Ending,
@@ -147,8 +148,7 @@ def _padded(
 
 def _logits(one: Ending, normed: Float[Tensor, "text d_model"]) -> Float[Tensor, "text d_vocab"]:
     with evaluating(one.model):  # type: ignore[arg-type]
-        logits = unembed(one.model, normed).float()
-    return logits.cpu() if logits.device.type == "mps" else logits
+        return float_logits(one.model, normed)
 
 
 def _gap(

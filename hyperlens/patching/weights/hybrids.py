@@ -22,16 +22,15 @@ from ...hooked import (
     HookedModel,
     evaluating,
     final_norm,
-    first_bad_layer,
     input_device,
     run_last_residual,
     run_residuals,
-    unembed,
 )
 from ...loading import Loaded
-from ...streams import LOGIT_CHUNK_BYTES
+from ...streams import logit_rows
 from ..directions import INTO_BASE, INTO_TUNED
 from ..hooks.cells import check_resumes, resume
+from ..logits import check_stream, float_logits
 from ..outcomes import Outcome, Tally, measure, reference
 from ..pending import pieces
 from .parts import NAMED, Part, Slots, changed_parts, matched, moved
@@ -188,13 +187,7 @@ def _batches(corpus: Corpus, batch_size: int, device: torch.device) -> Iterator[
 def _stream(direction: str, host: Host, batch: _Batch) -> list[Float[Tensor, "batch pos d_model"]]:
     with evaluating(host.model):  # type: ignore[arg-type]
         stream = run_residuals(host.model, batch.tokens, batch.mask)
-    layer = first_bad_layer(stream, batch.mask.bool())
-    if layer is not None:
-        name = "base" if direction == INTO_BASE else "tuned"
-        raise ActivationError(
-            f"the {name} model has NaN or infinite activations at layer {layer}: load it in a "
-            "wider dtype, as in dtype='float32'"
-        )
+    check_stream("base" if direction == INTO_BASE else "tuned", stream, batch.mask.bool())
     return stream
 
 
@@ -256,10 +249,8 @@ def _compare(
     """Logits of some hybrids beside the two models', a few rows at a time."""
     text = batch.number[:, None].expand_as(batch.counted)[batch.counted]
     own = {way: streams[way][-1][batch.counted] for way in sides}
-    size = max(1, LOGIT_CHUNK_BYTES // (4 * sides[INTO_BASE].model.cfg.d_vocab))
     none: Parts = frozenset()
-    for start in range(0, len(text), size):
-        rows = slice(start, start + size)
+    for rows in logit_rows(len(text), sides[INTO_BASE].model.cfg.d_vocab):
         logits = {way: logits_of(sides[way], none, own[way][rows]) for way in sides}
         known = reference(logits[INTO_BASE], logits[INTO_TUNED])
         for name, way in (("base", INTO_BASE), ("tuned", INTO_TUNED)):
@@ -276,6 +267,4 @@ def logits_of(
 ) -> Float[Tensor, "n d_vocab"]:
     """What the host, with these parts of the donor, makes of what leaves its last block."""
     with moved(host.slots, parts & HEAD), evaluating(host.model):  # type: ignore[arg-type]
-        logits = unembed(host.model, final_norm(host.model, last)).float()
-    # Statistics are float64, which Apple's accelerator does not have.
-    return logits.cpu() if logits.device.type == "mps" else logits
+        return float_logits(host.model, final_norm(host.model, last))
