@@ -4,7 +4,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -80,6 +80,27 @@ def after(seconds: float, act: Act) -> Act:
     return wait
 
 
+class Busy:
+    """The most requests that waited for an answer at the same moment."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.now = self.most = 0
+
+    def during(self, seconds: float, act: Act) -> Act:
+        def wait(handler: BaseHTTPRequestHandler) -> None:
+            with self.lock:
+                self.now += 1
+                self.most = max(self.most, self.now)
+            time.sleep(seconds)
+            # Counted out before the reply leaves: who has it may ask again at once.
+            with self.lock:
+                self.now -= 1
+            act(handler)
+
+        return wait
+
+
 def hangs_up(handler: BaseHTTPRequestHandler) -> None:
     """Promise twice as much as is sent, though what is sent could be read."""
     body = completion(verdict())
@@ -109,7 +130,6 @@ class Server:
     def __init__(self, script: Callable[[int, str], Act]) -> None:
         self.script = script
         self.requests: list[dict[str, Any]] = []
-        self.at_once = self.most_at_once = 0
         self.lock = threading.Lock()
         self.url = ""
 
@@ -124,15 +144,8 @@ class Server:
             self.requests.append(
                 {"path": handler.path, "headers": dict(handler.headers), "body": body}
             )
-            self.at_once += 1
-            self.most_at_once = max(self.most_at_once, self.at_once)
-        try:
+        with suppress(BrokenPipeError, ConnectionResetError):  # the other side has given up
             self.script(number, body["messages"][0]["content"])(handler)
-        except (BrokenPipeError, ConnectionResetError):
-            pass  # the other side has given up
-        finally:
-            with self.lock:
-                self.at_once -= 1
 
 
 @contextmanager

@@ -165,7 +165,7 @@ def test_values_show_when_hovered_over(chromium: Any, page_file: Path) -> None:
     opened = Opened(chromium, page_file)
     page = opened.page
     page.locator("#where .chart svg .mark-symbol path").nth(2).hover(force=True)
-    page.wait_for_selector("#vg-tooltip-element.visible", timeout=3000)
+    page.wait_for_selector("#vg-tooltip-element.visible")
     assert "95%" in page.locator("#vg-tooltip-element").inner_text()
     page.locator("#token-by-token .tokens span").nth(3).hover(force=True)
     assert opened.complaints == []
