@@ -16,7 +16,8 @@ from .hooked import Backend
 from .pairing import ModelPair, check_tokenizers, describe_pair, open_pair
 from .probes import Probe, default_probes
 from .results import Comparison
-from .runner import PassOptions, PassResult, run_pass
+from .rounds import run_passes
+from .runner import PassOptions, PassResult
 from .shells import plain_model
 from .texts import read_texts
 
@@ -42,9 +43,10 @@ def compare_models(
 ) -> Comparison:
     """Compare a base causal LM with a fine-tuned one on some text, at every block.
 
-    Both models read the same tokens in one streaming pass; memory does not grow with the number
-    of texts. The statistics are those of arXiv 2605.22579 (sections 3 and 4), each in three
-    views so that what a block does can be told from what the final norm does.
+    Both models read the same tokens in one streaming pass, or in several where the sums of all
+    layers do not fit in memory, which does not grow with the number of texts. The statistics are
+    those of arXiv 2605.22579 (sections 3 and 4), each in three views so that what a block does can
+    be told from what the final norm does.
 
     Args:
         base, tuned: hub id, local folder, `PreTrainedModel`, `PeftModel`, hooked model, or a
@@ -79,8 +81,10 @@ def compare_models(
     texts = texts if are_token_ids(texts) else read_texts(texts)
     pair = open_pair(base, tuned, backend=backend, device=device, dtype=dtype)
     corpus, notes = _corpus(pair, texts, max_length, include_bos)
-    outcome = run_pass(pair.base.hooked, pair.tuned.hooked, corpus, chosen, options)
+    outcome = run_passes(pair.base.hooked, pair.tuned.hooked, corpus, chosen, options)
     meta = _meta(pair, corpus, outcome, options, chosen)
+    if outcome.n_passes > 1:
+        notes += (f"read {outcome.n_passes} times: the sums of all layers did not fit in memory",)
     meta["notes"] = [*pair.notes, *corpus.notes, *notes]
     meta["options"] |= {"max_length": max_length, "include_bos": include_bos}
     return Comparison(

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol, runtime_checkable
 
-import psutil
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -20,9 +19,10 @@ from .errors import ActivationError, ResourceError
 from .guarding import guarded
 from .heap import keep_freed_memory
 from .hooked import HookedModel
+from .memory import MemoryNeeded, free_bytes, memory_needed
 from .reading import ReadsLogits, read_logits
 from .results import ProbeResult
-from .streams import LOGIT_CHUNK_BYTES, ModelStream, StreamPair, StreamSpec, TokenSample
+from .streams import ModelStream, StreamPair, StreamSpec, TokenSample
 
 # Tokens are kept for intervals in at most this many bytes per layer, view and model, or in as
 # many as the moments of that stream take.
@@ -63,6 +63,7 @@ class PassOptions:
         seed: of the token sample.
         progress: show a progress bar.
         padding_side: where pads go.
+        title: what the bar is called.
     """
 
     batch_size: int
@@ -70,14 +71,22 @@ class PassOptions:
     seed: int
     progress: bool
     padding_side: PaddingSide = "right"
+    title: str = "comparing"
 
 
 @dataclass(frozen=True)
 class PassResult:
-    """Results by probe name, and how many tokens were masked as sinks at each layer."""
+    """Results by probe name, and what they rest on.
+
+    Attributes:
+        results: by the name of the probe.
+        sinks_per_layer: how many tokens were masked as sinks at each layer.
+        n_passes: how often the texts were read.
+    """
 
     results: dict[str, ProbeResult]
     sinks_per_layer: tuple[int, ...]
+    n_passes: int = 1
 
 
 def run_pass(
@@ -97,11 +106,9 @@ def run_pass(
     keep_freed_memory()
     device = hooked.input_device(base)
     spec = stream_spec(base, corpus, device)
-    _check_memory(spec, probes, corpus, options, base.cfg.dtype)
+    _check_memory(pass_memory(base, corpus, probes, options), device, options.progress)
     for probe in probes:
         guarded(probe, "open", spec)
-    readers = [probe for probe in probes if isinstance(probe, ReadsLogits)]
-    others = [probe for probe in probes if not isinstance(probe, ReadsLogits)]
     sinks = torch.zeros(spec.n_layers + 1, dtype=torch.int64)
     batches = corpus.batches(
         options.batch_size,
@@ -111,25 +118,45 @@ def run_pass(
         padding_side=options.padding_side,
     )
     bar = tqdm(
-        total=corpus.counts.n_tokens, unit="tok", desc="comparing", disable=not options.progress
+        total=corpus.counts.n_tokens, unit="tok", desc=options.title, disable=not options.progress
     )
     with bar, hooked.evaluating(base), hooked.evaluating(tuned):  # type: ignore[arg-type]
         for batch in batches:
             try:
                 pair = read_pair(base, tuned, batch, options.sink_threshold, spec.device)
-                for probe in others:
-                    guarded(probe, "update", pair)
-                read_logits(pair, readers)
+                sinks += _update(probes, pair)
             except torch.cuda.OutOfMemoryError:
                 raise ResourceError(
                     f"the GPU ran out of memory with batch_size={options.batch_size}: lower it, "
                     "or measure fewer views or layers"
                 ) from None
-            counted = pair.sinks & (pair.real & ~pair.bos)
-            sinks += counted.sum((-1, -2)).cpu()
+            # Its streams are let go before the next ones, or the results, are made.
+            del pair
             bar.update(int(batch.real.sum()))
     results = {probe.name: guarded(probe, "compute") for probe in probes}
     return PassResult(results, tuple(sinks.tolist()))
+
+
+def _update(probes: Sequence[RunsInAPass], pair: StreamPair) -> Int[Tensor, " layer"]:
+    """Show a batch to all probes, and count its sinks."""
+    for probe in probes:
+        if not isinstance(probe, ReadsLogits):
+            guarded(probe, "update", pair)
+    read_logits(pair, [probe for probe in probes if isinstance(probe, ReadsLogits)])
+    return (pair.sinks & (pair.real & ~pair.bos)).sum((-1, -2)).cpu()
+
+
+def pass_memory(
+    base: HookedModel, corpus: Corpus, probes: Sequence[RunsInAPass], options: PassOptions
+) -> MemoryNeeded:
+    """What `run_pass` takes besides the weights.
+
+    Raises:
+        ProbeError: if a probe cannot say what it takes.
+    """
+    spec = stream_spec(base, corpus, hooked.input_device(base))
+    rows = min(options.batch_size, corpus.counts.n_sequences) * len(corpus.sequences[0])
+    return memory_needed(spec, probes, rows, base.cfg.dtype)
 
 
 def stream_spec(model: HookedModel, corpus: Corpus, device: torch.device) -> StreamSpec:
@@ -211,34 +238,18 @@ def _check_finite(
         )
 
 
-def _check_memory(
-    spec: StreamSpec,
-    probes: Sequence[RunsInAPass],
-    corpus: Corpus,
-    options: PassOptions,
-    dtype: torch.dtype,
-) -> None:
-    sums = sum(int(guarded(probe, "state_bytes", spec)) for probe in probes)
-    rows = min(options.batch_size, corpus.counts.n_sequences) * len(corpus.sequences[0])
-    streams = 2 * len(spec.layers) * rows * spec.d_model * dtype.itemsize
-    needed = sums + streams + 8 * LOGIT_CHUNK_BYTES
-    free = _free_bytes(spec.device)
-    if needed > free:
+def _check_memory(needed: MemoryNeeded, device: torch.device, progress: bool) -> None:
+    free = free_bytes(device)
+    sums, streams = needed.sums / 2**30, needed.streams / 2**30
+    if needed.total > free:
         raise ResourceError(
-            f"this comparison needs about {needed / 2**30:.1f} GiB ({sums / 2**30:.1f} for the "
-            f"probes' sums, {streams / 2**30:.1f} for a batch) and {free / 2**30:.1f} GiB is "
+            f"this comparison needs about {needed.total / 2**30:.1f} GiB ({sums:.1f} for the "
+            f"probes' sums, {streams:.1f} for a batch) and {free / 2**30:.1f} GiB is "
             "free: give probes fewer views or layers, e.g. ParticipationRatio(views=['raw']), "
             "or lower batch_size"
         )
-    if options.progress and needed > 2**30:
+    if progress and needed.total > 2**30:
         tqdm.write(
-            f"memory besides the weights: {sums / 2**30:.1f} GiB of sums, "
-            f"{streams / 2**30:.1f} GiB per batch",
+            f"memory besides the weights: {sums:.1f} GiB of sums, {streams:.1f} GiB per batch",
             file=sys.stderr,
         )
-
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)

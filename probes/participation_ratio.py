@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
 from typing import cast
@@ -35,7 +36,7 @@ class ParticipationRatio(Probe):
     or short sequences they can therefore lie to one side of the value.
 
     The moments are the largest state of a comparison, d_model² numbers per layer, view and
-    model: choose fewer `views` or `layers` where they do not fit.
+    model: where they do not fit, `compare_models` takes them in several passes.
     """
 
     name = "participation_ratio"
@@ -73,6 +74,15 @@ class ParticipationRatio(Probe):
             "sample_valid": (n_layers, *sampled),
             "sample_length": (n_layers, sampled[0]),
         }
+
+    def split(self, spec: StreamSpec, n: int) -> list[ParticipationRatio]:
+        """At most n unopened probes of some layers each, the first of as many as any."""
+        layers = spec.resolve_layers(self.layers)
+        size = -(-len(layers) // n)
+        parts = [copy.copy(self) for _ in range(0, len(layers), size)]
+        for i, part in enumerate(parts):
+            part.layers = layers[i * size : (i + 1) * size]
+        return parts
 
     def update(self, pair: StreamPair) -> None:
         """Add one batch's moments and put its sampled tokens in their places."""
@@ -154,20 +164,27 @@ class ParticipationRatio(Probe):
             n=s["n"][None, :, None].expand_as(s["square"]), **{name: s[name] for name in MOMENTS}
         )
 
+    def _moments_at(self, model: int, i: int, j: int) -> Moments:
+        s = self.sums
+        return Moments(n=s["n"][i], **{name: s[name][model, i, j] for name in MOMENTS})
+
     def compute(self) -> ProbeResult:
         """Six rows per layer and view."""
-        moments = self._moments()
-        corrected, naive = corrected_traces(moments).ratio, naive_traces(moments).ratio
-        return ProbeResult(tuple(self._rows(corrected, naive)))
+        return ProbeResult(tuple(self._rows()))
 
-    def _rows(self, corrected: Tensor, naive: Tensor) -> Iterator[Row]:
+    def _rows(self) -> Iterator[Row]:
         none = (float("nan"), float("nan"))
         for i, layer in enumerate(self.spec.resolve_layers(self.layers)):
             n = int(self.sums["n"][i])
             for j, view in enumerate(self.views):
                 intervals = self._intervals(layer, view)
-                values = {"": corrected[:, i, j], "_naive": naive[:, i, j]}
-                for suffix, (base, tuned) in ((k, v.tolist()) for k, v in values.items()):
+                # One set at a time: the squares of all moments would double the memory.
+                moments = [self._moments_at(k, i, j) for k in range(2)]
+                values = {
+                    "": [corrected_traces(m).ratio for m in moments],
+                    "_naive": [naive_traces(m).ratio for m in moments],
+                }
+                for suffix, (base, tuned) in ((k, map(float, v)) for k, v in values.items()):
                     numbers = {"base": base, "tuned": tuned, "delta": tuned - base}
                     for metric, value in numbers.items():
                         ends = none if suffix else intervals[metric]
@@ -193,8 +210,7 @@ class ParticipationRatio(Probe):
                 length=s["sample_length"][i],
                 sum_nn=float(s["nn"][i]),
             )
-            moments = Moments(n=s["n"][i], **{name: s[name][k, i, j] for name in MOMENTS})
-            found.append(ratio_influence(moments, sample))
+            found.append(ratio_influence(self._moments_at(k, i, j), sample))
             samples.append(sample)
         return (found[0], found[1]), samples[0]
 

@@ -18,7 +18,8 @@ from ..loading import Loaded, hook
 from ..pairing import ModelPair, describe_pair
 from ..probes import LogitLens, ParticipationRatio, Probe, RankReordering, ResidualDrift
 from ..results import Row
-from ..runner import PassOptions, run_pass
+from ..rounds import run_passes
+from ..runner import PassOptions
 from ..shells import merged
 from ..significance import estimate
 from ..sources import Opened
@@ -143,7 +144,7 @@ def _measure(
         RankReordering(),
         LogitLens(layers=(-1,)),
     ]
-    outcome = run_pass(
+    outcome = run_passes(
         opened.pair.base.hooked, model.hooked, opened.corpus, probes, options
     ).results
     rows: Iterator[Row] = (row for result in outcome.values() for row in result.rows)

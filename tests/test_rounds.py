@@ -1,0 +1,140 @@
+"""What does not fit in memory at once is measured in several passes: same numbers, less memory."""
+
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_tiny, perturbed, token_texts
+from memory_for_tests import PROC
+
+from hyperlens import compare_models, rounds, runner
+from hyperlens.corpus import build_corpus
+from hyperlens.errors import ResourceError
+from hyperlens.loading import load_hooked
+from hyperlens.probes import ParticipationRatio, ResidualDrift, default_probes
+from hyperlens.rounds import run_passes
+from hyperlens.runner import PassOptions, pass_memory
+from hyperlens.streams import StreamSpec
+
+OPTIONS = PassOptions(batch_size=4, sink_threshold=10.0, seed=0, progress=False)
+
+
+@pytest.fixture(scope="module")
+def work():
+    base = make_tiny("llama", num_hidden_layers=4)
+    texts = token_texts()
+    corpus = build_corpus(
+        texts, None, max_length=64, context_length=None, d_vocab=base.config.vocab_size,
+        include_bos=False, bos_id=None,
+    )  # fmt: skip
+    return (
+        load_hooked(base, backend="residual"),
+        load_hooked(perturbed(base), backend="residual"),
+        corpus,
+    )
+
+
+def room_for(monkeypatch, work, n_layers):
+    """Just enough memory for all probes, the participation ratio at some layers only."""
+    probes = default_probes()
+    (ratio,) = (probe for probe in probes if isinstance(probe, ParticipationRatio))
+    ratio.layers = tuple(range(n_layers))
+    allowed = pass_memory(work[0], work[2], probes, OPTIONS).total
+    for module in (runner, rounds):
+        monkeypatch.setattr(module, "free_bytes", lambda device: allowed)
+
+
+@pytest.mark.parametrize(("n_layers", "n_passes"), [(5, 1), (4, 2), (3, 2), (2, 3), (1, 5)])
+def test_several_passes_give_the_numbers_of_one(work, monkeypatch, n_layers, n_passes):
+    once = run_passes(*work, default_probes(), OPTIONS)
+    assert once.n_passes == 1
+    room_for(monkeypatch, work, n_layers)
+    apart = run_passes(*work, default_probes(), OPTIONS)
+    assert apart.n_passes == n_passes
+    assert list(apart.results) == list(once.results)
+    assert repr(apart.results) == repr(once.results)  # bit for bit, NaN included
+    assert apart.sinks_per_layer == once.sinks_per_layer
+
+
+def test_a_pass_holds_no_sums_of_the_one_before(work, monkeypatch):
+    room_for(monkeypatch, work, 2)
+    held, run_pass = [], runner.run_pass
+
+    def spying(base, tuned, corpus, probes, options):
+        assert not any(sums() is not None for sums in held)
+        result = run_pass(base, tuned, corpus, probes, options)
+        held.extend(weakref.ref(p.sums["outer"]) for p in probes if hasattr(p, "split"))
+        return result
+
+    monkeypatch.setattr(rounds, "run_pass", spying)
+    assert run_passes(*work, default_probes(), OPTIONS).n_passes == len(held) == 3
+
+
+def test_chosen_layers_and_views_stay_chosen(work, monkeypatch):
+    def rows(n):
+        probe = ParticipationRatio(["unit_rms"], (0, 2, -1))
+        return run_passes(*work, [probe, ResidualDrift()], OPTIONS).results
+
+    whole = rows(1)
+    spec = runner.stream_spec(work[0], work[2], torch.device("cpu"))
+    parts = ParticipationRatio(["unit_rms"], (0, 2, -1)).split(spec, 2)
+    assert [part.layers for part in parts] == [(0, 2), (4,)]
+    room_for(monkeypatch, work, 1)
+    assert repr(rows(1)) == repr(whole)
+
+
+def test_one_layer_that_does_not_fit_is_refused(work, monkeypatch):
+    monkeypatch.setattr(runner, "free_bytes", lambda device: 1000)
+    monkeypatch.setattr(rounds, "free_bytes", lambda device: 1000)
+    with pytest.raises(ResourceError, match="fewer views or layers"):
+        run_passes(*work, default_probes(), OPTIONS)
+    with pytest.raises(ResourceError, match="fewer views or layers"):
+        run_passes(*work, [ResidualDrift()], OPTIONS)
+
+
+def test_the_reader_is_told(monkeypatch, work):
+    room_for(monkeypatch, work, 3)
+    base = make_tiny("llama", num_hidden_layers=4)
+    comparison = compare_models(base, perturbed(base), token_texts(), batch_size=4, progress=False)
+    assert "read 2 times: the sums of all layers did not fit in memory" in comparison.meta["notes"]
+
+
+@pytest.mark.parametrize("n_layers", range(1, 9))
+@pytest.mark.parametrize("n", range(1, 9))
+def test_parts_are_even_and_leave_nothing_out(n_layers, n):
+    spec = StreamSpec(n_layers - 1, 4, 5, torch.device("cpu"))
+    parts = ParticipationRatio().split(spec, n)
+    assert len(parts) <= n
+    assert sum((part.layers for part in parts), ()) == tuple(range(n_layers))
+    assert max(len(part.layers) for part in parts) == len(parts[0].layers) == -(-n_layers // n)
+
+
+COMPUTING = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+from memory_for_tests import forget_peak, peak
+from hyperlens.probes import ParticipationRatio
+from hyperlens.streams import StreamSpec
+torch.set_num_threads(1)
+for n_layers in (0, 7):  # first a small one, which loads what has to be loaded
+    probe = ParticipationRatio()
+    probe.open(StreamSpec(n_layers, 512, 5, torch.device("cpu")))
+    for value in probe.sums.values():
+        value.add_(1)
+    before = forget_peak()
+    probe.compute()
+sums = sum(value.nbytes for value in probe.sums.values())
+print((peak() - before) / sums)
+"""
+
+
+@pytest.mark.skipif(not PROC.exists(), reason="peak memory is read as Linux gives it")
+def test_reading_the_result_takes_little_more_than_the_sums():
+    here = str(Path(__file__).parent)
+    done = subprocess.run(
+        [sys.executable, "-c", COMPUTING, here], capture_output=True, text=True, check=True
+    )
+    assert float(done.stdout) < 0.25
