@@ -170,3 +170,22 @@ def check_adapter_kind(model: Any) -> None:
             "change weights, so streams cannot be compared token by token: give an adapter that "
             "changes weights, such as LoRA"
         )
+
+
+def check_not_injected(model: Any) -> None:
+    """Refuse the inside of a PeftModel, which reads as the tuned model whatever it is called.
+
+    `get_peft_model` puts its layers into the very model it is given. (What transformers' own
+    `load_adapter` made says so, and is a tuned model like any other.)
+
+    Raises:
+        LoadingError: if a plain model holds adapter layers that it does not know of.
+    """
+    if getattr(model, "_hf_peft_config_loaded", False):
+        return
+    names = {kind.__name__ for m in model.modules() for kind in type(m).__mro__}
+    if "BaseTunerLayer" in names:
+        raise LoadingError(
+            f"this {type(model).__name__} holds adapter layers: peft changes the model that it is "
+            "given. Pass the PeftModel as the tuned model, and load the base anew"
+        )

@@ -6,11 +6,12 @@ import copy
 import json
 import math
 from collections.abc import Sequence
+from numbers import Integral, Real
 from typing import Any
 
 import torch
 
-from .corpus import Corpus, are_token_ids, build_corpus, check_max_length
+from .corpus import Corpus, build_corpus, check_max_length
 from .errors import CorpusError, ProbeError
 from .hooked import Backend
 from .pairing import ModelPair, check_tokenizers, describe_pair, open_pair
@@ -20,6 +21,7 @@ from .rounds import run_passes
 from .runner import PassOptions, PassResult
 from .shells import plain_model
 from .texts import read_texts
+from .token_ids import are_token_ids
 
 # Tokenizers are held against each other on this many texts.
 COMPARED_TEXTS = 64
@@ -107,6 +109,7 @@ def _checked_probes(probes: Sequence[Probe] | None) -> list[Probe]:
             )
         if not isinstance(getattr(probe, "name", None), str):
             raise ProbeError(f"{type(probe).__name__} has no name: give its class name = '...'")
+        _json_options(probe)  # now rather than after the run
     # Copies: a run leaves the caller's probes as they were.
     chosen = [copy.deepcopy(probe) for probe in probes]
     names = [probe.name for probe in chosen]
@@ -116,18 +119,29 @@ def _checked_probes(probes: Sequence[Probe] | None) -> list[Probe]:
     return chosen
 
 
+def _json_options(probe: Probe) -> Any:
+    try:
+        return json.loads(json.dumps(probe.options(), default=str))
+    except (TypeError, ValueError) as error:
+        raise ProbeError(
+            f"the options of probe {probe.name!r} cannot be recorded ({error}): keep what is no "
+            "option in an attribute whose name begins with an underscore"
+        ) from None
+
+
 def _checked_options(
-    batch_size: Any, sink_threshold: float, seed: int, progress: bool
+    batch_size: Any, sink_threshold: Any, seed: Any, progress: bool
 ) -> PassOptions:
-    if not isinstance(batch_size, int) or batch_size < 1:
+    if not isinstance(batch_size, Integral) or batch_size < 1:
         raise CorpusError(f"batch_size must be at least 1 (a whole number), got {batch_size}")
-    if not (math.isfinite(sink_threshold) and (sink_threshold == 0 or sink_threshold > 1)):
+    number = isinstance(sink_threshold, Real) and math.isfinite(sink_threshold)
+    if not number or not (sink_threshold == 0 or sink_threshold > 1):
         raise CorpusError(
             f"sink_threshold must be 0 (off) or more than 1 median norm, got {sink_threshold}"
         )
-    if seed < 0:
-        raise CorpusError(f"seed must not be negative, got {seed}")
-    return PassOptions(batch_size, sink_threshold, seed, progress)
+    if not isinstance(seed, Integral) or seed < 0:
+        raise CorpusError(f"seed must be a whole number and not negative, got {seed}")
+    return PassOptions(int(batch_size), float(sink_threshold), int(seed), progress)
 
 
 def _corpus(
@@ -172,7 +186,5 @@ def _meta(
             "bos": corpus.counts.n_bos,
             "sinks_per_layer": list(outcome.sinks_per_layer),
         },
-        "probes": {
-            probe.name: json.loads(json.dumps(probe.options(), default=str)) for probe in probes
-        },
+        "probes": {probe.name: _json_options(probe) for probe in probes},
     }

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from numbers import Integral
 from typing import Any, Literal
 
 import numpy as np
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from .errors import CorpusError
 from .texts import read_texts
+from .token_ids import are_token_ids, check_ids, read_token_ids
 
 PaddingSide = Literal["right", "left"]
 
@@ -174,7 +176,11 @@ def build_corpus(
     notes = []
     if tokenizer is not None:
         bos_id = tokenizer.bos_token_id
-    raw = _token_ids(texts) if are_token_ids(texts) else tokenize(read_texts(texts), tokenizer)
+    raw = (
+        read_token_ids(texts, getattr(tokenizer, "pad_token_id", None))
+        if are_token_ids(texts)
+        else tokenize(read_texts(texts), tokenizer)
+    )
     kept = [ids for ids in raw if _content_length(ids, bos_id) >= 2]
     n_empty = sum(_content_length(ids, bos_id) == 0 for ids in raw)
     if not kept:
@@ -183,7 +189,7 @@ def build_corpus(
             f"({n_empty} are empty): give longer texts"
         )
     cut = [ids[:longest] for ids in kept]
-    _check_ids(cut, d_vocab)
+    check_ids(cut, d_vocab)
     ordered = sorted(cut, key=lambda ids: (-len(ids), ids.tobytes()))
     contents = [ids.tobytes() for ids in ordered]
     is_bos = [] if bos_id is None or include_bos else [int((s == bos_id).sum()) for s in ordered]
@@ -228,7 +234,7 @@ def check_max_length(max_length: Any) -> None:
     Raises:
         CorpusError: below two tokens.
     """
-    if not isinstance(max_length, int) or max_length < 2:
+    if not isinstance(max_length, Integral) or max_length < 2:
         raise CorpusError(
             f"max_length must be at least 2 tokens (a whole number), got {max_length}"
         )
@@ -253,45 +259,8 @@ def tokenize(texts: Sequence[str], tokenizer: Any) -> list[np.ndarray]:
     return [np.array(start + list(ids) if ids else [], dtype=np.int64) for ids in encoded]
 
 
-def are_token_ids(texts: Any) -> bool:
-    """Whether texts came tokenised: a list of id sequences, or a tensor of them."""
-    if isinstance(texts, Tensor):
-        return True
-    if isinstance(texts, np.ndarray):
-        return texts.dtype.kind not in "OUST" or are_token_ids(list(texts))
-    if not isinstance(texts, list | tuple) or not texts:
-        return False
-    return not isinstance(texts[0], str) and isinstance(texts[0], Sequence | Tensor | np.ndarray)
-
-
-def _token_ids(texts: Any) -> list[np.ndarray]:
-    sequences = []
-    for i, given in enumerate(texts):
-        try:
-            ids = np.asarray(given.cpu() if isinstance(given, Tensor) else given)
-        except (TypeError, ValueError):  # ragged, or of a kind that numpy does not know
-            ids = np.zeros((1, 1))
-        if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
-            raise CorpusError(
-                f"text {i}: expected a flat list of integer token ids, as every text in a list of "
-                "token ids must be"
-            )
-        sequences.append(ids.astype(np.int64))
-    return sequences
-
-
 def _content_length(ids: np.ndarray, bos_id: int | None) -> int:
     return len(ids) - (1 if len(ids) and ids[0] == bos_id else 0)
-
-
-def _check_ids(sequences: list[np.ndarray], d_vocab: int | None) -> None:
-    lowest, highest = min(int(s.min()) for s in sequences), max(int(s.max()) for s in sequences)
-    if lowest < 0 or (d_vocab is not None and highest >= d_vocab):
-        bad = lowest if lowest < 0 else highest
-        raise CorpusError(
-            f"token id {bad} is outside the model's vocabulary of {d_vocab}: "
-            "give the texts, or the token ids, of this model's own tokenizer"
-        )
 
 
 def _hash(sequence: np.ndarray, seed: int) -> int:

@@ -16,6 +16,9 @@ from torch import Tensor, nn
 
 from .errors import LoadingError
 
+# Two sums, each rounded once, are at most one machine epsilon off; more than a few are others.
+ROUNDINGS = 4.0
+
 
 @dataclass(frozen=True)
 class Anatomy:
@@ -91,6 +94,11 @@ def dissect(model: Any) -> Anatomy:
         tail = _tail(calls, outputs[-1], head, inside)
         if tail is not None:
             final_norm, unembedded = tail
+            if head.weight.shape[-1] != outputs[-1].shape[-1]:
+                raise LoadingError(
+                    f"{kind} unembeds vectors of {head.weight.shape[-1]} numbers from a stream of "
+                    f"{outputs[-1].shape[-1]}: not supported"
+                )
             scale, cap = _logit_map(unembedded, logits, config)
             by_module = {id(call.module): call for call in calls}
             return Anatomy(
@@ -163,10 +171,25 @@ def _added_pair(block: nn.Module, calls: dict[int, _Call]) -> tuple[nn.Module, n
         and call.returned is not None
         and call.returned.shape == own.returned.shape
     ]
-    for (first, one), (second, two) in combinations(added, 2):
-        if _close(own.given + one + two, own.returned):
-            return first, second
-    return None
+    fits = {
+        (first, second): _misfit(own.given, one, two, own.returned)
+        for (first, one), (second, two) in combinations(added, 2)
+    }
+    best = min(fits, key=fits.__getitem__, default=None)  # the first of several
+    return best if best is not None and fits[best] <= ROUNDINGS else None
+
+
+def _misfit(given: Tensor, one: Tensor, two: Tensor, returned: Tensor) -> float:
+    """How far given + one + two is from what was returned, in roundings of its largest term.
+
+    Element by element: beside a single huge activation, everything else would look alike.
+    """
+    terms = torch.stack([given, one, two]).double()
+    gap = (terms.sum(0) - returned.double()).abs()
+    rounding = torch.finfo(returned.dtype).eps * terms.abs().sum(0)
+    finite = torch.isfinite(gap) & torch.isfinite(rounding)
+    gap, rounding = gap[finite], rounding[finite]
+    return float((gap / rounding.clamp_min(1e-300)).max()) if len(gap) else 0.0
 
 
 def _tail(
@@ -198,11 +221,12 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 def _logit_map(unembedded: Tensor, logits: Tensor, config: Any) -> tuple[float, float]:
     """(scale, soft cap) that turn the unembedding's output into the logits."""
-    if _close(unembedded, logits):
-        return 1.0, 0.0
+    # A cap that is configured comes first: it hardly moves small logits, which look uncapped.
     cap = float(getattr(config, "final_logit_softcapping", None) or 0.0)
     if cap and _close(cap * torch.tanh(unembedded / cap), logits):
         return 1.0, cap
+    if _close(unembedded, logits):
+        return 1.0, 0.0
     flat, target = unembedded.double().flatten(), logits.double().flatten()
     scale = float((flat @ target) / (flat @ flat))
     if _close(unembedded * scale, logits):

@@ -18,6 +18,7 @@ from .shells import merged
 from .sources import Opened, open_source
 
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     parsed = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if parsed is None and dtype is None:
         return None
-    if not isinstance(parsed, torch.dtype) or not parsed.is_floating_point:
+    if parsed not in DTYPES:
         raise LoadingError(f"dtype must be float32, bfloat16, float16 or float64; got {dtype!r}")
     return parsed
 
@@ -182,10 +183,10 @@ def _hooked_transformer(opened: Opened) -> HookedModel:
     with tempfile.TemporaryDirectory(prefix="model-") as folder:
         config = copy.deepcopy(plain.config)
         config.architectures = [type(plain).__name__]
-        # transformers 5 dropped GPT-2's n_ctx, which the conversion still reads.
-        config.n_ctx = getattr(config, "n_ctx", config.max_position_embeddings)
-        config.save_pretrained(folder)
         try:
+            # transformers 5 dropped GPT-2's n_ctx, which the conversion still reads.
+            config.n_ctx = getattr(config, "n_ctx", None) or config.max_position_embeddings
+            config.save_pretrained(folder)
             cfg = registry.get_pretrained_model_config(
                 str(Path(folder)), device=str(weight.device), dtype=weight.dtype
             )

@@ -73,8 +73,13 @@ def _aligned(first: Opened, second: Opened) -> tuple[Opened, Opened, tuple[str, 
     wider = torch.promote_types(_dtype(first), _dtype(second))
     if _dtype(first) != _dtype(second):
         notes.append(f"dtypes differ ({_dtype(first)}, {_dtype(second)}): both run in {wider}")
+    if _device(second) != _device(first):
+        second = replace(second, model=converted(second.model, _device(first), None))
+    # A model that runs in this dtype already keeps what it has in others, such as an adapter's
+    # float32 on a half-precision base.
     first, second = (
-        replace(o, model=converted(o.model, _device(first), wider)) for o in (first, second)
+        o if _dtype(o) == wider else replace(o, model=converted(o.model, None, wider))
+        for o in (first, second)
     )
     attention = [plain_model(o.model).config._attn_implementation for o in (first, second)]
     if attention[0] != attention[1]:

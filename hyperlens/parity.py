@@ -35,17 +35,20 @@ def check_parity(model: HookedModel, plain: Any | None) -> None:
     device = hooked.input_device(model)
     tolerance = TOLERANCE.get(model.cfg.dtype, HALF_TOLERANCE)
     reference = partial(hooked.run_logits, model) if plain is None else partial(_plain, plain)
+    residual = hooked.backend_of(model) == "residual"
+    advice = "its architecture is not supported" if residual else "use backend='residual'"
     with hooked.evaluating(model):  # type: ignore[arg-type]
         for side in ("right", "left"):
             tokens, mask = _padded_batch(model.cfg.d_vocab, side, device)
             logits = hooked.run_logits(model, tokens, mask)
             expected = _alone(reference, tokens, mask)
             what = f"logits on a {side}-padded batch"
-            _difference(what, logits[mask.bool()], expected, tolerance)
+            _difference(what, logits[mask.bool()], expected, tolerance, advice)
         residuals = hooked.run_residuals(model, tokens, mask)
         last = residuals[-1][mask.bool()]
         lens = hooked.unembed(model, hooked.final_norm(model, last))
-        _difference("the logit lens at the last layer", lens, logits[mask.bool()], tolerance)
+        what = "the logit lens at the last layer"
+        _difference(what, lens, logits[mask.bool()], tolerance, advice)
         _check_causal(model, tokens, mask, logits)
         _check_output(residuals, logits, mask)
 
@@ -99,12 +102,13 @@ def _difference(
     got: Float[Tensor, "n d_vocab"],
     expected: Float[Tensor, "n d_vocab"],
     tolerance: float,
+    advice: str,
 ) -> None:
     gap, span = _gap_and_span(got, expected)
     if not gap <= tolerance * max(span, 1e-6):
         raise ParityError(
             f"the hooked model does not reproduce its source: {what} differ by {gap:.2g} "
-            f"(largest logit {span:.2g}, allowed {tolerance:g} of it); use backend='residual'"
+            f"(largest logit {span:.2g}, allowed {tolerance:g} of it); {advice}"
         )
 
 

@@ -150,7 +150,8 @@ class ResidualModel(HookedRootModule):
         given: dict[str, Any] = {"attention_mask": attention_mask, "position_ids": position_ids}
         given |= {"use_cache": False}
         if return_type is None:
-            given["logits_to_keep"] = 1
+            # A position, not a number of them, for which some models cut the stream itself short.
+            given["logits_to_keep"] = torch.tensor([-1])
         passed = {k: v for k, v in given.items() if k in self._accepts and v is not None}
         with ExitStack() as changes:
             if resume is not None:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from .errors import LoadingError
+from .hub import first_line
 
 
 def shell_of(model: nn.Module) -> Any:
@@ -38,10 +39,55 @@ def shell_of(model: nn.Module) -> Any:
 
 
 def converted(shell: Any, device: torch.device | None, dtype: torch.dtype | None) -> Any:
-    """Move and cast a shell; tensors are copied only where something changes."""
+    """Move and cast a shell; tensors are copied only where something changes.
+
+    Cast is what a checkpoint stores, as `from_pretrained` does: buffers that the model computes
+    for itself, such as rotary frequencies, keep the precision that they were computed in.
+
+    Raises:
+        LoadingError: if the model is spread over several devices, or quantised.
+    """
     if device is not None:
-        shell = shell.to(device)
-    return shell if dtype is None else shell.to(dtype)
+        shell = _moved(shell, device)
+    if dtype is not None:
+        _cast(shell, dtype)
+    return shell
+
+
+def _moved(shell: Any, device: torch.device) -> Any:
+    places = {tensor.device for tensor in (*shell.parameters(), *shell.buffers())}
+    wanted = torch.empty(0, device=device).device  # "cuda" is a name for one of several
+    if places <= {wanted}:
+        return shell
+    if len({parameter.device for parameter in shell.parameters()}) > 1:
+        raise LoadingError(
+            f"{type(shell).__name__} is spread over several devices, so it cannot be moved to "
+            f"{device}: leave device out, and give both models spread in the same way"
+        )
+    try:
+        # The class's own method: accelerate puts one on the model that moves the original.
+        return type(shell).to(shell, device)
+    except (ValueError, RuntimeError) as error:
+        raise LoadingError(
+            f"cannot move {type(shell).__name__} to {device} ({first_line(error)}): load it there"
+        ) from error
+
+
+def _cast(shell: Any, dtype: torch.dtype) -> None:
+    quantised = getattr(plain_model(shell), "quantization_method", None) is not None
+    if quantised or any(type(parameter) is not nn.Parameter for parameter in shell.parameters()):
+        raise LoadingError(
+            f"{type(shell).__name__} is quantised and cannot be cast to {dtype}: leave dtype out"
+        )
+    for parameter in shell.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    done: dict[int, torch.Tensor] = {}  # a buffer that two modules share stays shared
+    for module in shell.modules():
+        for name, buffer in module._buffers.items():
+            computed = buffer is None or name in module._non_persistent_buffers_set
+            if not computed and buffer.is_floating_point():
+                module._buffers[name] = done.setdefault(id(buffer), buffer.to(dtype))
 
 
 def is_peft(model: object) -> bool:

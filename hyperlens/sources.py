@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+import os
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,15 @@ from .adapters import (
     ADAPTER_CONFIG,
     adapter_folder,
     check_adapter_kind,
+    check_not_injected,
     named_base,
     put_on,
     read_adapter_config,
 )
+from .checkpoints import check_causal, check_checkpoint_folder, read_checkpoint
 from .errors import LoadingError, PairError
 from .hooked import backend_of
-from .hub import HUB_ID, first_line
+from .hub import HUB_ID
 from .shells import converted, is_peft, plain_model, shell_of
 from .tokenizers import read_tokenizer, tokenizer_of_object
 
@@ -68,8 +69,9 @@ def open_source(
         PairError: if an adapter does not fit its base.
     """
     if isinstance(source, tuple) and len(source) == 2:
+        check_source(source)
         opened = open_source(source[0], device=device, dtype=dtype, base=base)
-        return Opened(opened.model, source[1], opened.name, opened.kind, opened.notes)
+        return replace(opened, tokenizer=source[1])
     if isinstance(source, nn.Module):
         return _open_object(source, device, dtype)
     check_source(source)
@@ -77,9 +79,11 @@ def open_source(
     if adapter is not None:
         return _open_adapter(adapter, str(source), base, device, dtype)
     folder = Path(source).expanduser()
-    if folder.is_dir():
-        return _from_pretrained(str(folder), "folder", device, dtype)
-    return _from_pretrained(str(source), "hub", device, dtype)
+    is_folder = folder.is_dir()
+    name, kind = (str(folder), "folder") if is_folder else (str(source), "hub")
+    model, notes = read_checkpoint(name, kind, dtype)
+    model = converted(model, device or best_device(), None)
+    return Opened(model, read_tokenizer(name, local=is_folder), name, kind, notes)
 
 
 def check_source(source: Any) -> None:
@@ -89,6 +93,11 @@ def check_source(source: Any) -> None:
         LoadingError: if it is of the wrong kind, or a folder that is missing or holds no model.
     """
     if isinstance(source, tuple) and len(source) == 2:
+        if source[1] is not None and not hasattr(source[1], "get_vocab"):
+            raise LoadingError(
+                "in a pair (model, tokenizer) the second must be a Hugging Face tokenizer, got "
+                f"{type(source[1]).__name__}: open it with AutoTokenizer.from_pretrained"
+            )
         return check_source(source[0])
     if isinstance(source, nn.Module):
         return None
@@ -116,34 +125,10 @@ def best_device() -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def check_checkpoint_folder(folder: Path) -> None:
-    """Refuse a folder that holds no readable safetensors checkpoint of a causal LM.
-
-    Raises:
-        LoadingError: naming what is missing and what to do.
-    """
-    if not (folder / "config.json").exists():
-        raise LoadingError(
-            f"{folder} has no config.json: expected a folder written by save_pretrained "
-            f"(or an adapter folder with {ADAPTER_CONFIG})"
-        )
-    if any(folder.glob("*.safetensors")):
-        return
-    pickles = [p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern)]
-    if pickles:
-        raise LoadingError(
-            f"{folder} has only pickled weights ({sorted(pickles)[0]}), which can run code when "
-            "loaded: convert them to safetensors with save_pretrained and pass that folder"
-        )
-    raise LoadingError(
-        f"{folder} has no weights: expected *.safetensors beside config.json, as save_pretrained "
-        "writes them"
-    )
-
-
 def _open_object(
     model: nn.Module, device: torch.device | None, dtype: torch.dtype | None
 ) -> Opened:
+    model = getattr(model, "_orig_mod", model)  # inside a compiled one
     if backend_of(model) is not None:
         name = getattr(model.cfg, "model_name", None) or type(model).__name__
         return Opened(model, getattr(model, "tokenizer", None), str(name), "hooked")
@@ -157,43 +142,14 @@ def _open_object(
         )
     # The class tells, not config.architectures: that is of the checkpoint it was read from.
     headless = plain.get_output_embeddings() is None
-    _check_causal(config, kind, [kind] if headless or "Masked" in kind else [])
+    check_causal(config, kind, [kind] if headless or "Masked" in kind else [])
     if is_peft(model):
         check_adapter_kind(model)
+    else:
+        check_not_injected(model)
     name = getattr(config, "_name_or_path", "") or kind
     tokenizer = getattr(model, "tokenizer", None) or tokenizer_of_object(name)
     return Opened(converted(shell_of(model), device, dtype), tokenizer, name, "object")
-
-
-def _from_pretrained(
-    name: str, kind: str, device: torch.device | None, dtype: torch.dtype | None
-) -> Opened:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    loaded: Any
-    with _readable_errors(name, kind):
-        # Without code from a checkpoint, which would be asked about on the terminal.
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-        _check_causal(config, name, config.architectures or [])
-        with _quiet_loading():
-            loaded = AutoModelForCausalLM.from_pretrained(
-                name,
-                config=config,
-                dtype="auto" if dtype is None else dtype,
-                trust_remote_code=False,
-                use_safetensors=True,
-                # Both are refused below, in one line rather than a report.
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-            )
-    model, info = loaded
-    _check_complete(name, info)
-    notes: tuple[str, ...] = ()
-    if info["unexpected_keys"]:
-        keys = sorted(info["unexpected_keys"])
-        notes = (f"{name}: {len(keys)} weights of the checkpoint are not used ({keys[0]}, …)",)
-    model = converted(model.eval(), device or best_device(), None)
-    return Opened(model, read_tokenizer(name, local=kind == "folder"), name, kind, notes)
 
 
 def _open_adapter(
@@ -211,7 +167,7 @@ def _open_adapter(
             base = open_source(named_base(folder, config), device=device, dtype=dtype)
         except LoadingError as error:
             raise LoadingError(f"adapter {name}, its base: {error}") from error
-    elif named and named != base.name:
+    elif named and not _same_source(named, base.name):
         notes = (f"adapter {Path(name).name} names {named} as its base; it was put on {base.name}",)
     if is_peft(base.model) or backend_of(base.model) is not None:
         raise PairError(
@@ -223,71 +179,7 @@ def _open_adapter(
     return Opened(converted(model, device, dtype), tokenizer, name, "adapter", notes)
 
 
-def _check_complete(name: str, info: dict[str, Any]) -> None:
-    """Refuse a checkpoint that would leave weights at random values."""
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise LoadingError(
-            f"the checkpoint {name} lacks {len(missing)} weights that the model needs "
-            f"({', '.join(missing[:3])}{', …' if len(missing) > 3 else ''}); they would be "
-            "random: save the whole model again"
-        )
-    for key, stored, expected in sorted(info["mismatched_keys"]):
-        raise LoadingError(
-            f"{key} in the checkpoint {name} is {tuple(stored)}, its config.json asks for "
-            f"{tuple(expected)}: save the model and its configuration again"
-        )
-
-
-def _check_causal(config: Any, name: str, declared: Sequence[str]) -> None:
-    """Refuse what its configuration, or its declared class, says is no causal language model."""
-    if getattr(config, "is_encoder_decoder", False):
-        raise LoadingError(
-            f"{name} is an encoder-decoder model ({config.model_type}): expected a …ForCausalLM"
-        )
-    if declared and not any("LM" in a and "Masked" not in a for a in declared):
-        shown = name if declared[0] == name else f"{name} ({declared[0]})"
-        raise LoadingError(f"{shown} is no causal language model: expected a …ForCausalLM")
-
-
-@contextmanager
-def _readable_errors(name: str, kind: str) -> Iterator[None]:
-    """Turn the many errors of loading into one line that says what to do."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except LoadingError:
-        raise
-    except SafetensorError as error:
-        raise LoadingError(
-            f"the safetensors of {name} are corrupt ({first_line(error)}): copy or download "
-            "them again"
-        ) from error
-    except Exception as error:
-        reason = first_line(error)
-        if kind == "hub":
-            raise LoadingError(
-                f"no model {name}: there is no such folder, and the model hub has none or cannot "
-                f"be reached ({reason}); check the name"
-            ) from error
-        raise LoadingError(
-            f"cannot load {name} ({reason}): expected a causal language model as save_pretrained "
-            "writes it"
-        ) from error
-
-
-@contextmanager
-def _quiet_loading() -> Iterator[None]:
-    """No weight-loading bar and no report of what is refused here; both settings are put back."""
-    from transformers.utils import logging
-
-    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if shown:
-            logging.enable_progress_bar()
+def _same_source(one: str, other: str) -> bool:
+    """Whether two names are the same hub id, or lead to the same folder."""
+    one, other = (os.path.realpath(name) if os.path.isdir(name) else name for name in (one, other))
+    return one == other

@@ -6,9 +6,10 @@ output of block l - 1, layer L the output of the last block.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from numbers import Integral
+from typing import Any, Literal, cast, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -27,15 +28,60 @@ TokenSet = Literal["geometry", "decisions", "all"]
 dominate every distance and every covariance. `decisions`: without BOS only, because each
 next-token decision counts once however large its vector. `all`: every real token.
 """
+TOKEN_SETS: tuple[TokenSet, ...] = get_args(TokenSet)
+
+
+def checked_views(views: Any) -> tuple[View, ...]:
+    """Views of the stream, known to exist.
+
+    Raises:
+        ProbeError: if there are none, or others than `VIEWS`.
+    """
+    if isinstance(views, str) or not views or not set(views) <= set(VIEWS):
+        raise ProbeError(f"views must be some of {VIEWS}, got {views!r}")
+    return tuple(views)
+
+
+def checked_token_set(token_set: Any) -> TokenSet:
+    """A token set, known to exist.
+
+    Raises:
+        ProbeError: if it is none of `TOKEN_SETS`.
+    """
+    if token_set not in TOKEN_SETS:
+        raise ProbeError(f"token_set must be one of {TOKEN_SETS}, got {token_set!r}")
+    return cast(TokenSet, token_set)
+
+
+def checked_layers(layers: Any) -> tuple[int, ...] | None:
+    """Layers as they may be asked for; whether a model has them, `StreamSpec` tells.
+
+    Raises:
+        ProbeError: if they are neither None nor one or more whole numbers.
+    """
+    if layers is None:
+        return None
+    given = list(layers) if isinstance(layers, Iterable) else []
+    if not given or not all(isinstance(layer, Integral) for layer in given):
+        raise ProbeError(f"layers must be whole numbers, as in (0, -1), or None; got {layers!r}")
+    return tuple(int(layer) for layer in given)
+
 
 # Logits exist for this many bytes' worth of rows at a time, per model; a chunk that stays in
 # the processor's cache is also the fastest.
 LOGIT_CHUNK_BYTES = 8 * 2**20
+# An accelerator reads the whole unembedding for every chunk, however few its rows.
+ACCELERATOR_CHUNK_BYTES = 128 * 2**20
 
 
-def logit_rows(n: int, d_vocab: int) -> Iterator[slice]:
+def logit_chunk_bytes(device: torch.device) -> int:
+    """Size of the largest chunk of logits on a device."""
+    return LOGIT_CHUNK_BYTES if device.type == "cpu" else ACCELERATOR_CHUNK_BYTES
+
+
+def logit_rows(n: int, d_vocab: int, device: torch.device) -> Iterator[slice]:
     """Slices of n tokens, each of as many rows of logits as exist at a time."""
-    step = max(16, LOGIT_CHUNK_BYTES // (4 * d_vocab))
+    step = max(16, logit_chunk_bytes(device) // (4 * d_vocab))
     return (slice(start, min(start + step, n)) for start in range(0, n, step))
 
 
@@ -102,6 +148,7 @@ class ModelStream:
         self, layer: int, view: View, tokens: Int[Tensor, " n"]
     ) -> Float[Tensor, "n d_model"]:
         """The chosen tokens' vectors at one layer in one view, as float32."""
+        (view,) = checked_views([view])
         x = self.residuals[layer].flatten(0, 1)[tokens]
         if view == "final_norm":
             return self.final_norm(x).float()
@@ -161,6 +208,7 @@ class StreamPair:
 
     def mask(self, layer: int, token_set: TokenSet) -> Bool[Tensor, "batch pos"]:
         """True where a token belongs to the set at this layer."""
+        token_set = checked_token_set(token_set)
         if token_set == "all":
             return self.real
         decisions = self.real & ~self.bos
@@ -177,9 +225,18 @@ class StreamPair:
 
         Written into place and summed along a row, not scattered: the same on every run, also on
         an accelerator.
+
+        Raises:
+            ProbeError: if there are more or fewer numbers than tokens.
         """
+        index = self.index(layer, token_set)
+        if values.shape != index.shape:
+            raise ProbeError(
+                f"expected one number for each of the {len(index)} tokens of the set "
+                f"{token_set!r}, got a tensor of shape {tuple(values.shape)}"
+            )
         spread = torch.zeros(self.tokens.numel(), dtype=torch.float64, device=self.device)
-        spread[self.index(layer, token_set).to(self.device)] = values.to(self.device, torch.float64)
+        spread[index.to(self.device)] = values.to(self.device, torch.float64)
         return spread.view(self.tokens.shape).sum(-1)
 
     def vectors(
@@ -200,7 +257,7 @@ class StreamPair:
         Yields (rows, base logits, tuned logits), `rows` being the slice of the set's tokens.
         """
         index = self.index(layer, "decisions")
-        for rows in logit_rows(len(index), self.base.d_vocab):
+        for rows in logit_rows(len(index), self.base.d_vocab, index.device):
             yield (
                 rows,
                 self.base.logits(layer, index[rows]).to(self.device),

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain, islice
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,8 +60,9 @@ def read_texts(
     Raises:
         CorpusError: if there is no such source, or no text in it.
     """
-    if limit is not None and limit < 1:
-        raise CorpusError(f"limit must be at least 1 text, got {limit}")
+    at_most: Any = limit
+    if limit is not None and not (isinstance(at_most, Integral) and limit >= 1):
+        raise CorpusError(f"limit must be at least 1 text (a whole number), got {limit}")
     streaming = limit is not None
     texts = Texts(islice(_texts(source, column, split, streaming), limit), {})
     texts.source = _origin(source, column, split, limit)
@@ -114,7 +116,7 @@ def _strings(source: Iterable[Any]) -> Iterator[str]:
     for i, text in enumerate(source):
         if not isinstance(text, str):
             raise CorpusError(f"text {i} is a {type(text).__name__}: expected strings")
-        yield text
+        yield _encodable(text, f"text {i}")
 
 
 def _named(source: str | Path, column: str | None, split: str, streaming: bool) -> Iterator[str]:
@@ -243,7 +245,18 @@ def _string_in(record: Mapping[str, Any], column: str, place: str) -> str:
             f"{place} has no string in {column!r}: remove it or put a text there "
             f"(found {type(value).__name__})"
         )
-    return value
+    return _encodable(value, place)
+
+
+def _encodable(text: str, place: str) -> str:
+    """Half of a character, as a cut emoji leaves it, is nothing that a tokenizer can read."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise CorpusError(
+            f"{place} is no valid Unicode (half of a character at {error.start}): mend or remove it"
+        ) from None
+    return text
 
 
 def _dataset(dataset: Any, column: str | None) -> Iterator[str]:

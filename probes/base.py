@@ -84,7 +84,8 @@ class Probe(ABC):
             )
         if other.spec != self.spec:
             raise ProbeError(
-                f"cannot merge probes opened for different models: {other.spec} and {self.spec}"
+                "cannot merge probes opened for different models or token samples: "
+                f"{other.spec} and {self.spec}"
             )
 
     def _dtype(self, name: str) -> torch.dtype:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -91,7 +92,10 @@ class LogitLens(LogitProbe):
             float(s["sequences"]), share, s["n"], s["below_yy"], s["below_yn"], s["nn"]
         )
         nearest = int((share - 0.5).abs().nan_to_num(1.0).argmin())
-        ends = quantile_interval(s["rank_counts"], float(half[nearest]))
+        width, below = float(half[nearest]), float(share[nearest])
+        if 0 < below < 1:  # scaled from the spread of that share to that of one half
+            width *= 0.5 / math.sqrt(below * (1 - below))
+        ends = quantile_interval(s["rank_counts"], width)
         return Row(self.name, "median_base_rank", layer, "final_norm", *ends, int(s["n"]))
 
 

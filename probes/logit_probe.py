@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 from jaxtyping import Shaped
 from torch import Tensor
 
+from ..errors import ProbeError
 from ..reading import LogitChunk, read_logits
 from ..streams import StreamPair, TokenSet, View
 from .means import TokenMeans
@@ -27,6 +28,16 @@ class LogitProbe(TokenMeans):
     views: ClassVar[tuple[View, ...]] = ("final_norm",)
     token_set: TokenSet = "decisions"
     overwrites: bool = False
+
+    def __init__(
+        self, layers: Sequence[int] | None = None, token_set: TokenSet | None = None
+    ) -> None:
+        super().__init__(layers, token_set)
+        if self.token_set != "decisions":
+            raise ProbeError(
+                f"a probe of logits counts next-token decisions: token_set must be 'decisions', "
+                f"got {self.token_set!r}"
+            )
 
     @abstractmethod
     def read(self, chunk: LogitChunk) -> Mapping[str, Shaped[Tensor, " chunk"]]:

@@ -12,7 +12,14 @@ from torch import Tensor
 
 from ..intervals import mean_half_width
 from ..results import ProbeResult, Row
-from ..streams import StreamPair, StreamSpec, TokenSet, View
+from ..streams import (
+    StreamPair,
+    StreamSpec,
+    TokenSet,
+    View,
+    checked_layers,
+    checked_token_set,
+)
 from .base import Probe
 
 
@@ -39,10 +46,8 @@ class TokenMeans(Probe):
     def __init__(
         self, layers: Sequence[int] | None = None, token_set: TokenSet | None = None
     ) -> None:
-        if layers is not None:
-            self.layers = tuple(layers)
-        if token_set is not None:
-            self.token_set = token_set
+        self.layers = checked_layers(layers) or self.layers
+        self.token_set = checked_token_set(token_set or self.token_set)
 
     def sum_shapes(self, spec: StreamSpec) -> dict[str, tuple[int, ...]]:
         """Per-sequence sums y of every metric and their second moments; n counts tokens."""

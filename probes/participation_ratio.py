@@ -15,7 +15,16 @@ from ..errors import ProbeError
 from ..intervals import RatioInfluence, SampledTokens, influence_half_width, ratio_influence
 from ..moments import Moments, corrected_traces, moments_of, naive_traces
 from ..results import ProbeResult, Row
-from ..streams import VIEWS, StreamPair, StreamSpec, TokenSet, View
+from ..streams import (
+    VIEWS,
+    StreamPair,
+    StreamSpec,
+    TokenSet,
+    View,
+    checked_layers,
+    checked_token_set,
+    checked_views,
+)
 from .base import Probe
 
 MOMENTS = tuple(f.name for f in fields(Moments) if f.name != "n")
@@ -48,12 +57,9 @@ class ParticipationRatio(Probe):
         layers: Sequence[int] | None = None,
         token_set: TokenSet = "geometry",
     ) -> None:
-        unknown = set(views) - set(VIEWS)
-        if unknown or not views:
-            raise ProbeError(f"views must be some of {VIEWS}, got {tuple(views)}")
-        self.views = tuple(views)
-        self.layers = None if layers is None else tuple(layers)
-        self.token_set = token_set
+        self.views = checked_views(views)
+        self.layers = checked_layers(layers)
+        self.token_set = checked_token_set(token_set)
 
     def sum_shapes(self, spec: StreamSpec) -> dict[str, tuple[int, ...]]:
         """Moments of every (model, layer, view) about an origin, and the sampled tokens."""
@@ -122,8 +128,18 @@ class ParticipationRatio(Probe):
             s["sample"][at][slot] += (x - origin.to(x.dtype))[row] * valid[..., None]
 
     def merge(self, other: Probe) -> None:
-        """Add another shard's sums, first moved to this shard's origin (exact algebra)."""
+        """Add another shard's sums, first moved to this shard's origin (exact algebra).
+
+        Raises:
+            ProbeError: if the other shard is none of the same texts.
+        """
         self._check_mergeable(other)
+        filled = [(probe.sums["sample_valid"] > 0).any(-1) for probe in (self, other)]
+        if bool((filled[0] & filled[1]).any()):
+            raise ProbeError(
+                "both shards sampled tokens for the same places: they are not two parts of one "
+                "corpus; compare each corpus by itself"
+            )
         if not bool(self.sums["n"].any()):
             self.sums["origin"].copy_(other.sums["origin"])
         moved = cast(ParticipationRatio, other)._about(self.sums["origin"])
@@ -149,6 +165,8 @@ class ParticipationRatio(Probe):
         """The same sums taken about another origin."""
         s = self.sums
         step = s["origin"] - origin
+        if not bool(step.any()):
+            return dict(s)
         moved = self._moments().shifted(step)
         sample_step = step[..., None, None, :] * s["sample_valid"][None, :, None, :, :, None]
         return {

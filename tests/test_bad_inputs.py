@@ -389,6 +389,27 @@ def test_prompt_learning_adapters(base, tmp_path: Path, kind: str) -> None:
         refused(LoadingError, comparing(base, source), "prompt-learning", "such as LoRA")
 
 
+def test_a_base_that_peft_has_put_layers_into() -> None:
+    model = make_tiny("llama")
+    around = lora(model, "llama")
+    for base in (model, around.get_base_model()):
+        refused(LoadingError, comparing(base, around), "holds adapter layers", "load the base anew")
+    # What transformers puts in itself, and knows of, is a tuned model like any other.
+    tuned = make_tiny("llama")
+    tuned.add_adapter(around.peft_config["default"])
+    tuned.load_state_dict(
+        {k.replace("base_model.model.", ""): v for k, v in around.state_dict().items()}
+    )
+    fresh = make_tiny("llama")
+    found, expected = (comparing(fresh, other)().rows for other in (tuned, around))
+    assert [row.value for row in found] == [row.value for row in expected]
+
+
+def test_a_tokenizer_given_by_name(base, tuned) -> None:
+    message = "must be a Hugging Face tokenizer, got str"
+    refused(LoadingError, comparing((base, "folder"), tuned), message, "AutoTokenizer")
+
+
 def test_an_adapter_needs_a_plain_base(base, adapter: Path, saved: Path, tmp_path: Path) -> None:
     wrapped = lora(copy.deepcopy(base), "llama")
     hooked = load_hooked(base, backend="residual")
@@ -442,6 +463,28 @@ def test_what_is_no_text(unchecked, base, tuned) -> None:
     refused(CorpusError, comparing(base, tuned, [1, 2]), "text 0 is a int", "expected strings")
     encoded = {"input_ids": [[1, 2, 3]], "attention_mask": [[1, 1, 1]]}
     refused(CorpusError, comparing(base, tuned, encoded), "expected a list of strings", "dict")
+
+
+@pytest.mark.parametrize("cut", ["\ud83d", "an emoji cut in two \ud83d", "\udc4b?"])
+def test_half_characters(base, tuned, tmp_path: Path, cut: str) -> None:
+    expected = "is no valid Unicode", "mend or remove"
+    refused(CorpusError, comparing(base, tuned, ["fine", cut]), "text 1", *expected)
+    path = tmp_path / "texts.jsonl"
+    path.write_text(json.dumps({"text": cut}))
+    refused(CorpusError, comparing(base, tuned, str(path)), "texts.jsonl, line 1", *expected)
+
+
+@pytest.mark.parametrize("rows", [[[1, 5, 6, 7], [1, 8, 0, 0]], [[1, 5, 6, 7], [0, 0, 1, 8]]])
+def test_padded_rectangles(base, tuned, rows: list[list[int]]) -> None:
+    tokenizer = tokenizer_of([f"w{i}" for i in range(D_VOCAB)])
+    tokenizer.pad_token = "w0"
+    for texts in (torch.tensor(rows), torch.tensor(rows).numpy()):
+        refused(
+            CorpusError, comparing((base, tokenizer), tuned, texts), "text 1 is padded", "without"
+        )
+    # Lists are as long as they are meant to be, and a single id may be meant.
+    comparing((base, tokenizer), tuned, rows)()
+    comparing((base, tokenizer), tuned, torch.tensor([[1, 5, 6, 0]]))()
 
 
 @pytest.mark.parametrize("bad", [-1, D_VOCAB, 2**40])
@@ -508,7 +551,11 @@ def test_logits_that_overflow_are_not_hidden(base, tuned) -> None:
         ),
         ({"sink_threshold": 0.5}, CorpusError, "sink_threshold must be 0 (off) or more than 1"),
         ({"sink_threshold": float("nan")}, CorpusError, "sink_threshold"),
-        ({"seed": -1}, CorpusError, "seed must not be negative"),
+        ({"sink_threshold": "10"}, CorpusError, "sink_threshold must be 0 (off)"),
+        ({"sink_threshold": None}, CorpusError, "sink_threshold must be 0 (off)"),
+        ({"seed": -1}, CorpusError, "seed must be a whole number and not negative"),
+        ({"seed": 1.5}, CorpusError, "seed must be a whole number"),
+        ({"seed": None}, CorpusError, "seed must be a whole number"),
         ({"device": "gpu"}, LoadingError, "device 'gpu' cannot be used here"),
         ({"dtype": "f32"}, LoadingError, "dtype must be float32, bfloat16, float16 or float64"),
         ({"dtype": "int8"}, LoadingError, "got 'int8'"),

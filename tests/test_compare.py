@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -280,6 +281,18 @@ def test_the_seed_moves_only_sampled_intervals():
     np.testing.assert_array_equal(numbers(a)[:, 0], numbers(b)[:, 0])
     ratio = [[r.low for r in c.rows if r.metric == "delta"] for c in (a, b)]
     assert ratio[0] != ratio[1]
+
+
+def test_numbers_may_be_numpys(pair):
+    plain = compare(*pair, batch_size=2, max_length=12, seed=3, sink_threshold=8.0)
+    made = {"batch_size": np.int64(2), "max_length": np.int32(12), "seed": np.int64(3)}
+    jaxtyping.config.update("jaxtyping_disable", True)  # as outside the tests
+    try:
+        found = compare(*pair, **made, sink_threshold=np.float32(8))
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)
+    assert numbers(found).tobytes() == numbers(plain).tobytes()
+    assert found.meta["options"] == plain.meta["options"]
 
 
 def test_the_memory_of_the_sums_is_refused_before_the_run(pair, monkeypatch):

@@ -40,6 +40,7 @@ EXPERIMENTS_MAY_USE = {
     "pairing",
     "texts",
     "corpus",
+    "token_ids",
     "findings",
     "fingerprint",
     "plots",
@@ -71,10 +72,11 @@ ALLOWED: dict[str, set[str]] = {
     "reading": {"guarding", "stats", "streams"},
     "results": {"errors", "files"},
     # opening models
-    "shells": {"errors"},
+    "shells": {"errors", "hub"},
     "tokenizers": {"errors", "hub"},
     "adapters": {"errors", "hub", "shells"},
-    "sources": {"errors", "hooked", "hub", "shells", "tokenizers", "adapters"},
+    "checkpoints": {"errors", "hub", "adapters"},
+    "sources": {"errors", "hooked", "hub", "shells", "tokenizers", "adapters", "checkpoints"},
     "discovery": {"errors", "hooked"},
     "attaching": {"errors", "hooked", "discovery"},
     "residual": {"errors", "hooked", "discovery", "attaching"},
@@ -92,7 +94,8 @@ ALLOWED: dict[str, set[str]] = {
     },
     "fingerprint": set(),
     "texts": {"errors", "hub"},
-    "corpus": {"errors", "texts"},
+    "token_ids": {"errors"},
+    "corpus": {"errors", "texts", "token_ids"},
     "memory": {"guarding", "streams"},
     "rounds": {"corpus", "guarding", "hooked", "memory", "results", "runner", "streams"},
     "runner": {
@@ -112,8 +115,10 @@ ALLOWED: dict[str, set[str]] = {
     "training": {
         "errors",
         "files",
+        "hub",
         "texts",
         "corpus",
+        "token_ids",
         "loading",
         "sources",
         "hooked",
@@ -140,7 +145,7 @@ ALLOWED: dict[str, set[str]] = {
     "report": {"errors", "files", "results", "findings", "audit", "plots", "stats"},
     # the command line
     "recipe_options": {"training"},
-    "options": {"texts"},
+    "options": {"files", "texts"},
     "__main__": {"cli"},
 }
 

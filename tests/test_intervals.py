@@ -4,12 +4,13 @@ import math
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hyperlens.intervals import mean_half_width, quantile_interval, t_factor
-from hyperlens.probes import ParticipationRatio, ResidualDrift
+from hyperlens.probes import LogitLens, ParticipationRatio, ResidualDrift
 from hyperlens.streams import ModelStream, StreamPair, StreamSpec, TokenSample
 
 D_MODEL, LENGTH, REPEATS = 24, 24, 400
@@ -125,6 +126,25 @@ def test_mean_intervals_cover_with_clusters():
         half = mean_half_width(30.0, value, torch.tensor(float(n.sum())), *sums)
         inside += abs(float(value) - 1) <= float(half)
     assert 0.915 <= inside / REPEATS <= 0.985
+
+
+def test_median_rank_intervals_cover_where_the_share_jumps_between_tracked_ranks():
+    # 10% of the ranks are 64 or lower and 100% are 128 or lower: neither is near one half. How much
+    # tokens of a sequence resemble each other is known at 10% only, where it is a little less.
+    rng, inside, median = np.random.default_rng(0), 0, 93
+    for _ in range(REPEATS):
+        own, shared = rng.normal(size=(40, LENGTH)), rng.normal(size=(40, 1))
+        level = scipy.stats.norm.cdf(math.sqrt(0.8) * own + math.sqrt(0.2) * shared)
+        rank = np.where(level < 0.1, 1 + 640 * level, 65 + 64 * (level - 0.1) / 0.9).astype(int)
+        probe = LogitLens()
+        probe.open(StreamSpec(0, D_MODEL, 256, torch.device("cpu")))
+        numbers = dict.fromkeys(LogitLens.metrics, torch.zeros(rank.size))
+        nothing = np.zeros((40, LENGTH, D_MODEL))
+        pair = as_pair(nothing, nothing, 1)
+        probe.finish(pair, 0, {**numbers, "rank": torch.from_numpy(rank.flatten())})
+        (row,) = (row for row in probe.compute().rows if row.metric == "median_base_rank")
+        inside += row.low <= median <= row.high
+    assert inside / REPEATS >= 0.90
 
 
 def test_a_constant_has_no_width():

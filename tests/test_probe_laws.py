@@ -215,6 +215,12 @@ def test_rank_bins_have_their_edges_where_the_shares_have_theirs():
     assert rank_bins(1) == [1]
 
 
+def test_shards_that_are_no_parts_of_one_corpus_do_not_merge(streams):
+    shard = streams.run(ParticipationRatio(), range(5))
+    with pytest.raises(ProbeError, match="not two parts of one corpus"):
+        shard.merge(streams.run(ParticipationRatio(), range(4, 9)))
+
+
 def test_probes_with_other_settings_do_not_merge(streams):
     with pytest.raises(ProbeError, match="same settings"):
         streams.run(ResidualDrift()).merge(streams.run(ResidualDrift(layers=[0])))

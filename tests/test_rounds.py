@@ -10,7 +10,7 @@ import torch
 from conftest import make_tiny, perturbed, token_texts
 from memory_for_tests import PROC
 
-from hyperlens import compare_models, rounds, runner
+from hyperlens import compare_models, memory, rounds, runner
 from hyperlens.corpus import build_corpus
 from hyperlens.errors import ResourceError
 from hyperlens.loading import load_hooked
@@ -138,3 +138,31 @@ def test_reading_the_result_takes_little_more_than_the_sums():
         [sys.executable, "-c", COMPUTING, here], capture_output=True, text=True, check=True
     )
     assert float(done.stdout) < 0.25
+
+
+@pytest.mark.parametrize(
+    ("groups", "free"),
+    [
+        ({}, sys.maxsize),
+        ({"": ("max", 5, 0)}, sys.maxsize),
+        ({"": ("1000", 700, 100)}, 400),
+        ({"": ("1000", 700, 100), "job": ("max", 5, 0), "job/step": ("500", 200, 0)}, 300),
+        ({"": ("1000", 1200, 100)}, 0),
+        ({"": ("1000", 700, None)}, sys.maxsize),  # of a kind that is not known
+    ],
+)
+def test_a_container_leaves_what_its_tightest_group_does(tmp_path, monkeypatch, groups, free):
+    for name, (limit, current, inactive) in groups.items():
+        group = tmp_path / "fs" / name
+        group.mkdir(parents=True, exist_ok=True)
+        (group / "memory.max").write_text(f"{limit}\n")
+        (group / "memory.current").write_text(f"{current}\n")
+        kept = "anon 3\n" if inactive is None else f"anon 3\ninactive_file {inactive}\n"
+        (group / "memory.stat").write_text(kept)
+    (tmp_path / "own").write_text("0::/job/step\n")
+    monkeypatch.setattr(memory, "CGROUPS", tmp_path / "fs")
+    monkeypatch.setattr(memory, "OWN_CGROUP", tmp_path / "own")
+    assert memory._free_in_container() == free
+    assert memory.free_bytes(torch.device("cpu")) <= free
+    monkeypatch.setattr(memory, "OWN_CGROUP", tmp_path / "none")
+    assert memory._free_in_container() == sys.maxsize
