@@ -5,17 +5,16 @@ import json
 import re
 
 import pytest
+import torch
 from conftest import lora, make_tiny, perturbed, token_texts
 from test_expansion import TEXTS, rescaled
 
-from hyperlens.errors import CorpusError, PatchError
+from hyperlens.errors import ActivationError, CorpusError, PatchError
 from hyperlens.experiments.contexts import open_pair_and_texts
 from hyperlens.patching.choosing import drawn, only, second_half
 from hyperlens.patching.expansion.experiment import expansion
-from hyperlens.patching.expansion.finding import ADDING, CONTROLS, NAMES, REMOVING, ExpansionFinding
-from hyperlens.patching.expansion.interventions import ADDING as WAYS_ADDING
-from hyperlens.patching.expansion.interventions import REMOVING as WAYS_REMOVING
-from hyperlens.patching.expansion.interventions import VARIANCE_CONTROL
+from hyperlens.patching.expansion.finding import DOSES, NAMES, ExpansionFinding
+from hyperlens.patching.expansion.interventions import DOSED, VARIANCE_CONTROL, WAYS
 from hyperlens.patching.ratios import p_value
 from hyperlens.report import write_report
 from hyperlens.report.saved import finding_classes
@@ -46,7 +45,7 @@ def test_what_is_written_follows_the_changes(found):
     assert found.value("none", 0, "base", "ttr") != found.value("none", 0, "tuned", "ttr")
     written = {(r["way"], r["arm"]) for r in found.table if r["metric"] == "ttr"}
     assert written == {("none", "base"), ("none", "tuned")} | {
-        (way, arm) for way in NAMES for arm in ("itself", CONTROLS[way])
+        (way, arm) for way in NAMES for arm in ("itself", VARIANCE_CONTROL[way])
     }
     doses = {r["dose"] for r in found.select(way="new_directions", metric="ttr")}
     assert len(doses) == 3
@@ -55,7 +54,7 @@ def test_what_is_written_follows_the_changes(found):
 
 def test_contrasts_are_paired_and_corrected(found):
     for way in NAMES:
-        control = CONTROLS[way]
+        control = VARIANCE_CONTROL[way]
         for metric in ("to_tuned", "to_base"):
             rows = [
                 c for c in found.extras["contrasts"]
@@ -76,9 +75,21 @@ def test_controls_are_means_over_their_draws(found):
     assert found.value("tuned_spectrum", 0, "dealt_gains", "to_tuned") == pytest.approx(mean)
 
 
+def test_a_change_that_overflows_is_refused():
+    """In float16: a large mean, about which one axis is to spread sixty times as far."""
+    base = make_tiny("gpt2").half()
+    with torch.no_grad():
+        base.transformer.h[-1].mlp.c_proj.weight[:, 0] *= 500
+        tuned = copy.deepcopy(base)
+        base.transformer.h[-1].mlp.c_proj.bias[0] = 60_000
+        tuned.transformer.h[-1].mlp.c_proj.weight[:, 0] *= 60
+    with pytest.raises(ActivationError, match=r"the base model \(tuned_spectrum, itself\) has NaN"):
+        expansion(base, tuned, TEXTS, doses=[4], n_random=1, max_new_tokens=0, progress=False)
+
+
 def test_the_names_are_those_of_the_experiment():
-    assert (REMOVING, ADDING) == (WAYS_REMOVING, WAYS_ADDING)
-    assert CONTROLS == VARIANCE_CONTROL
+    assert tuple(NAMES) == WAYS
+    assert tuple(DOSES) == DOSED
     assert set(section.WAYS) == set(NAMES)
     assert finding_classes()["expansion"] is ExpansionFinding
 

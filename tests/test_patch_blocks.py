@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, make_tiny, perturbed, token_texts
-from test_patch_hooks import blocks_perturbed
+from conftest import ARCHITECTURES, SIZES, make_tiny, perturbed, token_texts
+from test_patch_hooks import blocks_perturbed, overflowing_together, state_space
+from transformers import AutoModelForCausalLM, GraniteConfig
 
 from hyperlens import BlocksFinding, patch_blocks
 from hyperlens.corpus import build_corpus
-from hyperlens.errors import HyperlensError, PatchError
+from hyperlens.errors import ActivationError, HyperlensError, PatchError
 from hyperlens.hooked import run_logits
 from hyperlens.pairing import open_pair
 from hyperlens.patching.hooks.sites import in_blocks
@@ -206,6 +207,44 @@ def test_it_comes_back_from_disk_and_draws(tmp_path: Path) -> None:
     assert metrics == {*METRICS, "ttr", "rep_2", "rep_3"}
 
 
+@pytest.mark.parametrize("n_layers", [1, 3])
+def test_the_last_cut_is_the_same_whichever_end_of_a_block_is_patched(n_layers):
+    base = make_tiny("llama", num_hidden_layers=n_layers)
+    tuned = perturbed(base, 0.15)
+    post, pre = (
+        patch_blocks(base, tuned, TEXTS, site=site, placebos=False, **SHORT)
+        for site in ("resid_post", "resid_pre")
+    )
+    said = {
+        name: [text for text in found.conclusions() if "Free-running" not in text]
+        for name, found in (("post", post), ("pre", pre))
+    }
+    assert said["pre"] == said["post"]
+    assert f"cut before the last block (layer {n_layers - 1})" in said["pre"][1]
+    # What enters the last block is the layer before the last.
+    assert f"tuned into base at layer {n_layers - 1}:" in pre.summary()
+    assert "tuned into base at the last layer:" in post.summary()
+
+
+def test_a_state_that_overflows_in_the_other_model_is_refused():
+    with pytest.raises(ActivationError, match=r"tuned into base, donor at resid_post of block 0"):
+        patch_blocks(*overflowing_together(), TEXTS, placebos=False, **QUICK)
+
+
+def test_models_that_keep_their_past_in_another_way_are_read_but_not_written_with(monkeypatch):
+    base = state_space("mamba")
+    tuned = perturbed(base, 0.1)
+    found = patch_blocks(base, tuned, TEXTS, placebos=False, **QUICK)
+    assert along(found, INTO_BASE, "agreement_tuned")[-1] > 0
+
+    def not_yet(*_):
+        raise AssertionError("what cannot be finished must not be begun")
+
+    monkeypatch.setattr("hyperlens.patching.layer_sweep.experiment.run_sweep", not_yet)
+    with pytest.raises(PatchError, match=r"takes no past_key_values.*max_new_tokens=0"):
+        patch_blocks(base, tuned, TEXTS, **SHORT)
+
+
 def test_refusals_say_what_to_do() -> None:
     base = make_tiny("llama")
     tuned = perturbed(base)
@@ -215,5 +254,11 @@ def test_refusals_say_what_to_do() -> None:
         patch_blocks(base, tuned, TEXTS, positions=[-1], progress=False)
     with pytest.raises(HyperlensError, match="n_texts"):
         patch_blocks(base, tuned, TEXTS, n_texts=0, **QUICK)
+    scaled = GraniteConfig(**SIZES, residual_multiplier=0.5)
+    without_branches = AutoModelForCausalLM.from_config(scaled)
+    with pytest.raises(
+        PatchError, match=r"no hook for attn_out .*: choose resid_pre or resid_post"
+    ):
+        patch_blocks(without_branches, perturbed(without_branches), TEXTS, site="attn_out", **QUICK)
     with pytest.raises(HyperlensError, match="hooked model"):
         patch_blocks(ResidualModel(base), tuned, TEXTS, **QUICK)

@@ -4,7 +4,8 @@ import copy
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, lora, make_tiny, perturbed
+import transformers
+from conftest import ARCHITECTURES, GPT_SIZES, SIZES, lora, make_tiny, perturbed
 from test_hooked_models import BACKENDS, padded, supported
 
 from hyperlens import load_hooked
@@ -16,6 +17,20 @@ from hyperlens.patching.hooks.cells import check_resumes, read, resume, run_patc
 from hyperlens.patching.hooks.positions import positions_mask
 from hyperlens.residual import ResidualModel
 
+# Whose blocks keep states only; a state or keys and values; and both in one block.
+STATE_SPACE = {
+    "mamba": (
+        "MambaConfig",
+        GPT_SIZES | {"hidden_size": 32, "num_hidden_layers": 3, "state_size": 4},
+    ),
+    "lfm2": ("Lfm2Config", SIZES | {"layer_types": ["conv", "full_attention", "conv"]}),
+    "falcon_h1": (
+        "FalconH1Config",
+        SIZES
+        | {"mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1}
+        | {"mamba_d_state": 8, "head_dim": 8},
+    ),
+}
 IN_A_BLOCK = ("resid_pre", "attn_out", "mlp_out", "resid_post")
 
 
@@ -29,6 +44,29 @@ def blocks_perturbed(model, blocks=range(3), scale=0.1, seed=5):
             for parameter in stack[block].parameters():
                 parameter += scale * torch.randn_like(parameter)
     return tuned
+
+
+def overflowing_together():
+    """Two models in float16, each of which fits; one's state in the other's blocks does not."""
+    base = make_tiny("gpt2").half()
+    tuned = copy.deepcopy(base)
+    with torch.no_grad():
+        base.transformer.h[1].mlp.c_proj.bias[0] = 40_000
+        tuned.transformer.h[0].mlp.c_proj.bias[0] = 40_000
+        tuned.transformer.h[1].mlp.c_proj.bias[0] = -40_000
+    return base, tuned
+
+
+def state_space(name, **changes):
+    """A tiny model that keeps states of what it has read, alone or beside keys and values."""
+    kind, options = STATE_SPACE[name]
+    torch.manual_seed(0)
+    config = getattr(transformers, kind)(**(options | changes))
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    return model
 
 
 def has(model, site):
@@ -182,6 +220,23 @@ def test_blocks_that_hand_on_more_are_found_out():
         check_resumes(host, tokens, mask, stream)
 
 
+@pytest.mark.parametrize("without", ["nothing comes", "it fails"])
+def test_what_late_blocks_leave_for_the_last_is_found_out(without):
+    """Half-way nothing is missing: the block that leaves it still runs."""
+    model = make_tiny("llama", num_hidden_layers=6)
+    memory = {}
+    third, last = model.model.layers[3], model.model.layers[5]
+    third.register_forward_hook(lambda m, a, out: memory.update(x=out.detach().mean()))
+    default = [0.0] if without == "nothing comes" else []
+    last.register_forward_hook(lambda m, a, out: out + memory.pop("x", *default))
+    host = ResidualModel(model)
+    tokens, mask = padded("right")
+    stream, _ = read(host, tokens, mask, [])
+    assert torch.equal(resume(host, tokens, mask, 3, stream[3]), stream[-1])
+    with pytest.raises(PatchError, match=r"hand on more than the residual .*at block 5"):
+        check_resumes(host, tokens, mask, stream)
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "gemma2"])
 @pytest.mark.parametrize("kind", [*IN_A_BLOCK, "final_norm"])
 def test_a_cell_equals_a_whole_forward_pass_with_hooks(name, kind):
@@ -256,6 +311,59 @@ def test_an_adapter_can_donate_to_the_base_it_sits_on():
     assert got == written(adapted)
 
 
+@pytest.mark.parametrize("name", ["lfm2", "falcon_h1"])
+def test_a_copy_lends_what_the_host_has(name):
+    base = state_space(name)
+    with donating(base, copy.deepcopy(base), [Site("resid_post", 2)]):
+        got = written(base)
+    assert got == written(base)
+
+
+def test_a_donor_that_keeps_its_past_in_another_way_is_refused():
+    base = state_space("mamba")
+    with (
+        pytest.raises(PatchError, match="MambaForCausalLM takes no past_key_values"),
+        donating(base, perturbed(base), [Site("resid_post", 2)]),
+    ):
+        pass
+
+
+def test_a_model_does_not_lend_to_itself():
+    base = make_tiny("llama")
+    for donor in (base, lora(base, "llama")):
+        with (
+            pytest.raises(PatchError, match="host and donor are one model"),
+            donating(base, donor, [Site("resid_post", 1)]),
+        ):
+            pass
+
+
+def test_beams_are_refused_and_nothing_is_left():
+    base = make_tiny("llama")
+    prompt = {"input_ids": torch.tensor(PROMPTS[:1]), "attention_mask": torch.ones(1, 4).long()}
+    options = {"max_new_tokens": 4, "num_beams": 3, "do_sample": False}
+    with (
+        pytest.raises(PatchError, match="cannot follow beams"),
+        donating(base, perturbed(base), [Site("resid_post", 1)]),
+    ):
+        base.generate(**prompt, **options)
+    assert base.generate(**prompt, **options).shape == (1, 8)
+
+
+def test_a_host_goes_on_only_from_what_the_donor_has_read():
+    base = make_tiny("llama")
+    tokens = torch.tensor(PROMPTS[:1])
+    with torch.no_grad():
+        past = base(input_ids=tokens, use_cache=True).past_key_values
+    with donating(base, perturbed(base), [Site("resid_post", 1)]), torch.no_grad():
+        with pytest.raises(PatchError, match="after 4 tokens, of which the donor has kept 0"):
+            base(input_ids=tokens[:, :1], past_key_values=past, use_cache=True)
+        past = base(input_ids=tokens, use_cache=True).past_key_values
+        past.crop(-2)
+        with pytest.raises(PatchError, match="after 2 tokens, of which the donor has kept 4"):
+            base(input_ids=tokens[:, 2:], past_key_values=past, use_cache=True)
+
+
 @pytest.mark.parametrize("interrupt", [RuntimeError, KeyboardInterrupt])
 def test_hooks_are_gone_after_whatever_happens(interrupt):
     base = make_tiny("llama")
@@ -285,7 +393,7 @@ def test_positions_of_a_text_being_written_count_from_its_start():
         pass
     with (
         pytest.raises(HyperlensError, match="blocks 0 to 2"),
-        donating(base, base, [Site("resid_post", 7)]),
+        donating(base, perturbed(base), [Site("resid_post", 7)]),
     ):
         pass
     assert resid_pre(0) == site_hook("resid_pre", 0)

@@ -7,20 +7,19 @@ import numpy as np
 import pytest
 import torch
 from conftest import ARCHITECTURES, D_VOCAB, lora, make_tiny, perturbed, token_texts
-from test_patch_hooks import blocks_perturbed
+from test_patch_hooks import STATE_SPACE, blocks_perturbed, overflowing_together, state_space
 
-from hyperlens.errors import HyperlensError, PatchError
+from hyperlens.errors import ActivationError, HyperlensError, PatchError
 from hyperlens.hooked import run_logits, unembed
 from hyperlens.patching import Site, patch_hooks
 from hyperlens.patching.position_map.cells import (
-    EVERY,
     check_reads_on,
     patched_everywhere,
     patched_singly,
     read_ending,
 )
 from hyperlens.patching.position_map.experiment import patch_positions
-from hyperlens.patching.position_map.finding import PositionsFinding
+from hyperlens.patching.position_map.finding import EVERY, PositionsFinding
 from hyperlens.residual import ResidualModel
 
 INTO_BASE, INTO_TUNED = "tuned into base", "base into tuned"
@@ -181,6 +180,21 @@ def test_a_model_that_needs_more_than_keys_and_values_is_found_out():
     model.model.layers[2].register_forward_hook(lambda m, given, out: out + out.mean(1, True))
     with pytest.raises(PatchError, match="does not read on from kept keys"):
         check_reads_on(read_ending("base", *ending))
+
+
+@pytest.mark.parametrize("name", STATE_SPACE)
+def test_states_that_are_no_keys_and_values_are_refused(name):
+    host = ResidualModel(state_space(name))
+    tokens = torch.arange(3, 13)[None]
+    with pytest.raises(PatchError, match="something other than keys and values"):
+        read_ending("base", host, tokens, torch.ones_like(tokens), 4)
+    # Nothing is kept where every token is patched.
+    check_reads_on(read_ending("base", host, tokens, torch.ones_like(tokens), 10))
+
+
+def test_a_state_that_overflows_in_the_other_model_is_refused():
+    with pytest.raises(ActivationError, match=r"tuned into base, layer 1\) has NaN or infinite"):
+        patch_positions(*overflowing_together(), TEXTS, **FEW)
 
 
 def test_refusals_say_what_to_do():

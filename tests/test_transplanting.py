@@ -7,9 +7,9 @@ import pytest
 import torch
 from conftest import ARCHITECTURES, lora, make_tiny, perturbed, token_texts
 from test_hooked_models import padded
-from test_patch_hooks import blocks_perturbed
+from test_patch_hooks import blocks_perturbed, overflowing_together
 
-from hyperlens.errors import HyperlensError, PatchError
+from hyperlens.errors import ActivationError, HyperlensError, PatchError
 from hyperlens.hooked import evaluating, run_logits
 from hyperlens.pairing import open_pair
 from hyperlens.patching import Site
@@ -297,3 +297,8 @@ def test_it_comes_back_from_its_folder_and_has_a_section(tmp_path):
     assert 'data-section="transplant"' in page
     assert "Whose weights does it take?" in page
     assert (folder / "transplant.png").stat().st_size > 10_000
+
+
+def test_a_mixed_model_that_overflows_is_refused():
+    with pytest.raises(ActivationError, match=r"mixed model \(tuned into base, parts 0\) has NaN"):
+        transplant_weights(*overflowing_together(), TEXTS, **SILENT)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -28,7 +29,21 @@ def check_stream(
     """
     layer = first_bad_layer(stream, real)
     if layer is not None:
-        raise ActivationError(
-            f"the {name} model has NaN or infinite activations at layer {layer}: load it in a "
-            "wider dtype, as in dtype='float32'"
-        )
+        raise _overflow(f"the {name} model", f" at layer {layer}")
+
+
+def check_finite(whose: str, x: Float[Tensor, "*rows d_model"]) -> None:
+    """Refuse vectors that overflowed, of a model that mixing or patching has made, too.
+
+    Raises:
+        ActivationError: if one holds NaN or infinity.
+    """
+    if not bool(torch.isfinite(x).all()):
+        raise _overflow(whose)
+
+
+def _overflow(whose: str, where: str = "") -> ActivationError:
+    return ActivationError(
+        f"{whose} has NaN or infinite activations{where}: load both models in a wider dtype, as in "
+        "dtype='float32'"
+    )

@@ -23,7 +23,7 @@ class OutputReader(ABC):
         index = pair.index(pair.n_layers, "decisions")
         text = index // pair.tokens.shape[1] + self._seen
         self._seen += pair.n_sequences
-        for rows in logit_rows(len(index), pair.base.d_vocab):
+        for rows in logit_rows(len(index), pair.base.d_vocab, index.device):
             self.decide(pair, index[rows], text[rows])
 
     @abstractmethod

@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ...streams import LOGIT_CHUNK_BYTES, ModelStream, StreamPair, StreamSpec
+from ...streams import ModelStream, StreamPair, StreamSpec, logit_chunk_bytes
+from ..logits import check_finite
 from ..outcomes import Outcome, Tally, measure, reference
 from ..outputs import OutputReader
 from .interventions import Cell, Plan, Side
@@ -81,7 +82,7 @@ class Reading(OutputReader):
         self._changed = {cell: Tally(self._n_texts) for cell in self._plan.changes}
 
     def decide(self, pair: StreamPair, index: Int[Tensor, " n"], text: Int[Tensor, " n"]) -> None:
-        """Put in every change, and count what is decided."""
+        """Put in every change, and count what is decided; `ActivationError` if one overflows."""
         streams: dict[Side, ModelStream] = {"base": pair.base, "tuned": pair.tuned}
         outputs = {
             side: stream.residuals[-1].flatten(0, 1)[index] for side, stream in streams.items()
@@ -101,6 +102,7 @@ class Reading(OutputReader):
             coordinates = frame.coordinates(x)
             for cell in cells:
                 new = frame.moved(x, coordinates, self._plan.changes[cell].gain)
+                check_finite(f"the {side} model ({cell.way}, {cell.arm})", new)
                 found = measure(logits(side, new), models)
                 self._changed[cell].add(found, models.changed, text)
 
@@ -119,4 +121,4 @@ class Reading(OutputReader):
 
     def state_bytes(self, spec: StreamSpec) -> int:
         """Memory of the bases, and of the logits of some rows with what is made of them."""
-        return 4 * len(self._plan.bases) * spec.d_model**2 + 16 * LOGIT_CHUNK_BYTES
+        return 4 * len(self._plan.bases) * spec.d_model**2 + 16 * logit_chunk_bytes(spec.device)

@@ -86,6 +86,7 @@ def expansion(
     Raises:
         CorpusError: if there are too few texts, or too few tokens to fit directions on.
         PatchError: if a dose or the smallest effect makes no sense.
+        ActivationError: if a model, or what a change makes of it, overflows.
         HyperlensError: if a source cannot be opened, or the texts do not fit the models.
     """
     check_counts(batch_size=batch_size, n_random=n_random, n_texts=n_texts)

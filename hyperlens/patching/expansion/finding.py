@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...findings import Finding
 from ..wording import share_of, signed_share
+from .interventions import ADDING, REMOVING, VARIANCE_CONTROL, side_of
 from .verdict import RULES
 
 if TYPE_CHECKING:
@@ -23,8 +24,6 @@ NAMES = {
     "tuned_covariance": "given the tuned model's covariance",
 }
 DOSES = {"base_directions": "kept", "new_directions": "removed"}
-REMOVING, ADDING = tuple(NAMES)[:3], tuple(NAMES)[3:]
-CONTROLS = {way: "same_variance" if way in DOSES else "dealt_gains" for way in NAMES}
 ARMS = {
     "same_dimension": "random directions, as many",
     "same_variance": "random directions, as much variance",
@@ -145,7 +144,9 @@ class ExpansionFinding(Finding):
         shares = []
         for name, effect in self.extras["evidence"][way]["effects"].items():
             metric = "to_base" if name == "returned" else "to_tuned"
-            values = [self.value(way, dose, arm, metric) for arm in ("itself", CONTROLS[way])]
+            values = [
+                self.value(way, dose, arm, metric) for arm in ("itself", VARIANCE_CONTROL[way])
+            ]
             own, other = (1 - value if name == "lost" else value for value in values)
             shares.append(
                 f"{own:.1%} are {EFFECTS[name]} (control {other:.1%}, difference "
@@ -165,8 +166,8 @@ class ExpansionFinding(Finding):
             dose = self.judged(way)
             row = None if dose is None else self.at(way, dose, "itself", "ttr")
             if row is not None and dose is not None:
-                control = self.value(way, dose, CONTROLS[way], "ttr")
-                side = "tuned" if way in REMOVING else "base"
+                control = self.value(way, dose, VARIANCE_CONTROL[way], "ttr")
+                side = side_of(way)
                 parts.append(
                     f"the {side} model {NAMES[way]} {row['value']:.3f} [{row['low']:.3f}, "
                     f"{row['high']:.3f}] (control {control:.3f})"
@@ -196,8 +197,8 @@ class ExpansionFinding(Finding):
         return "\n".join(lines)
 
     def _block(self, way: str) -> list[str]:
-        side = "tuned" if way in REMOVING else "base"
-        control = CONTROLS[way]
+        side = side_of(way)
+        control = VARIANCE_CONTROL[way]
         lines = [
             f"the {side} model {NAMES[way]}",
             f"{DOSES.get(way, ''):>8}{'dimension':>11}{'tuned model’s [95%]':>24}{'control':>9}"

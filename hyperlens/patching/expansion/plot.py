@@ -6,7 +6,8 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from ...plots import BLUE, GREEN, GREY, ORANGE, VERMILION, NotebookFigure, plain_frame
-from .finding import ADDING, CONTROLS, NAMES, REMOVING
+from .finding import NAMES
+from .interventions import ADDING, REMOVING, VARIANCE_CONTROL
 
 if TYPE_CHECKING:
     import matplotlib.figure
@@ -64,7 +65,7 @@ def draw(finding: Any) -> matplotlib.figure.Figure:
 def _draw_way(axes: Axes, finding: Any, way: str, metric: str) -> None:
     """The way itself, filled, with intervals, and its control, hollow, at the same doses."""
     colour, mark = STYLES[way]
-    for arm, filled in (("itself", True), (CONTROLS[way], False)):
+    for arm, filled in (("itself", True), (VARIANCE_CONTROL[way], False)):
         rows = [
             (finding.value(way, dose, arm, "dimension"), row)
             for dose in finding.doses(way)

@@ -116,20 +116,28 @@ def check_resumes(
     attention_mask: Int[Tensor, "batch pos"],
     stream: Sequence[Float[Tensor, "batch pos d_model"]],
 ) -> None:
-    """Resumed half-way with its own residual, a model must end where it ended.
+    """Resumed with its own residual, half-way or at its last block, a model ends where it ended.
 
     Raises:
         PatchError: where blocks hand on more than the residual stream.
     """
     n_layers = model.cfg.n_layers
-    middle = (n_layers + 1) // 2
-    again = resume(model, tokens, attention_mask, middle, stream[middle])
     real = attention_mask.bool()
-    gap = float((again - stream[-1])[real].abs().max())
     span = float(stream[-1][real].abs().max())
-    if not gap <= EXACT.get(model.cfg.dtype, NEARLY) * span:
-        raise PatchError(
-            f"{model.cfg.model_name}'s blocks hand on more than the residual stream (resumed at "
-            f"block {middle}, it ends {gap:.2g} away from where it ended): use patch_hooks with "
-            "whole forward passes"
-        )
+    # The last block uses what any block may have left for later ones, as shared keys and values.
+    for block in sorted({(n_layers + 1) // 2, n_layers - 1}):
+        try:
+            again = resume(model, tokens, attention_mask, block, stream[block])
+        except (LookupError, AttributeError, TypeError) as error:
+            raise PatchError(_hands_on_more(model, block, "it does not run")) from error
+        gap = float((again - stream[-1])[real].abs().max())
+        if not gap <= EXACT.get(model.cfg.dtype, NEARLY) * span:
+            away = f"it ends {gap:.2g} away from where it ended"
+            raise PatchError(_hands_on_more(model, block, away))
+
+
+def _hands_on_more(model: HookedModel, block: int, what: str) -> str:
+    return (
+        f"{model.cfg.model_name}'s blocks hand on more than the residual stream (resumed at block "
+        f"{block}, {what}): use patch_hooks with whole forward passes"
+    )

@@ -5,11 +5,12 @@
 
 Whatever the host is given, the donor is given too, with a cache of its own; what the donor has at
 the sites takes the place of what the host has. Works with transformers' `generate`, greedy or
-sampled, any batch with any padding; not with beams, whose caches are reordered.
+sampled, any batch with any padding; beams, whose caches are reordered, are refused.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -52,7 +53,9 @@ def donating(
         mix: what is put there, from (own, donated); None puts the donated activation.
 
     Raises:
-        PatchError: if positions count from an end that is not known yet.
+        PatchError: if positions count from an end that is not known yet, the two are one model,
+            or a model takes no `past_key_values`; inside, if the host writes with beams, or goes
+            on from a text that the donor has not read.
         LoadingError: if an architecture has no such site.
     """
     if counts_from_the_end(positions):
@@ -60,6 +63,13 @@ def donating(
             f"positions {positions} count from the end of a text that is still being written: "
             "count from its start"
         )
+    if plain_model(host) is plain_model(donor):
+        raise PatchError(
+            "host and donor are one model, which cannot read along with itself: give a copy "
+            "(copy.deepcopy), or load it twice"
+        )
+    for model in (host, donor):
+        check_keeps(model)
     lent = _Lending(plain_model(donor), positions)
     with ExitStack() as changes:
         changes.enter_context(evaluating(donor))
@@ -69,7 +79,26 @@ def donating(
             changes.enter_context(_attached(to, site, partial(lent.put, site, mix)))
         plain = plain_model(host)
         changes.enter_context(plain.register_forward_pre_hook(lent.read, with_kwargs=True))
+        changes.enter_context(_without_beams(plain))
         yield
+
+
+def check_keeps(model: Any) -> None:
+    """Refuse a model that keeps what it has read in a way of its own.
+
+    Raises:
+        PatchError: if its forward pass takes no `past_key_values`.
+    """
+    if not takes_past(model):
+        raise PatchError(
+            f"{type(plain_model(model)).__name__} takes no past_key_values, in which a donor keeps "
+            "what it has read: patch while texts are read (patch_hooks, or max_new_tokens=0)"
+        )
+
+
+def takes_past(model: Any) -> bool:
+    """Whether a model can be given what it has read before; state-space models often cannot."""
+    return "past_key_values" in inspect.signature(plain_model(model).forward).parameters
 
 
 @contextmanager
@@ -79,6 +108,26 @@ def changing(
     """Inside, a function of the model's own activation takes its place; no donor is needed."""
     with _attached(dissect(model), site, change):
         yield
+
+
+@contextmanager
+def _without_beams(plain: Any) -> Iterator[None]:
+    """Inside, `generate` cannot reorder what the model has kept: the donor's would stay behind."""
+
+    def refuse(*_: Any) -> None:
+        raise PatchError(
+            "the donor cannot follow beams, whose caches are reordered: write greedily, or sample "
+            "(num_beams=1)"
+        )
+
+    before = vars(plain).get("_reorder_cache")
+    plain._reorder_cache = refuse  # before all others, `generate` asks the model
+    try:
+        yield
+    finally:
+        del plain._reorder_cache
+        if before is not None:
+            plain._reorder_cache = before
 
 
 def _attached(anatomy: Anatomy, site: Site, change: Any) -> Any:
@@ -111,6 +160,12 @@ class _Lending:
         read = 0 if theirs is None else int(theirs.get_seq_length())
         if read == 0:
             self.cache = DynamicCache(config=self.donor.config)
+        own = 0 if self.cache is None else int(self.cache.get_seq_length())
+        if own != read:
+            raise PatchError(
+                f"the host goes on after {read} tokens, of which the donor has kept {own}: let the "
+                "host read the text from its start, and take back nothing that it has read"
+            )
         shared = {
             name: given[name]
             for name in ("attention_mask", "position_ids")

@@ -97,8 +97,8 @@ def hook_name(model: HookedModel, site: Site) -> str:
     name = site_hook(site.kind, site.block)
     if name not in model.hook_dict:
         raise PatchError(
-            f"{type(model).__name__} has no hook for {site} ({name}): load this model with "
-            "backend='bridge', or choose another site"
+            f"{type(model).__name__} has no hook for {site} ({name}): choose resid_pre or "
+            "resid_post, or, for hooks of your own, another backend of load_hooked"
         )
     return name
 

@@ -20,7 +20,7 @@ from ...experiments.continuing import Continuing, check_counts, check_room, choo
 from ...pairing import ModelPair, describe_pair
 from ..choosing import drawn
 from ..directions import DIRECTIONS, INTO_BASE, INTO_TUNED
-from ..hooks.generating import donating
+from ..hooks.generating import check_keeps, donating
 from ..hooks.positions import Positions, counts_from_the_end
 from ..hooks.sites import Site, check_kind, in_blocks
 from ..outcomes import METRICS, Outcome, p_value
@@ -81,7 +81,9 @@ def patch_blocks(
         progress: show progress bars.
 
     Raises:
-        PatchError: if the models lack the site, or blocks hand on more than the residual stream.
+        PatchError: if the models lack the site, blocks hand on more than the residual stream, or
+            text is to be written and the models keep no `past_key_values`.
+        ActivationError: if a model, or what a patch makes of it, overflows.
         HyperlensError: if a source cannot be opened, or the texts do not fit the models.
     """
     check_kind(site)
@@ -101,6 +103,8 @@ def patch_blocks(
     prompts: list[list[int]] = []
     if max_new_tokens:
         check_room(pair, prompt_tokens, max_new_tokens)
+        for loaded in (pair.base, pair.tuned):
+            check_keeps(loaded.opened.model)
         prompts = choose_prompts(opened.corpus, n_prompts, prompt_tokens, seed)
     outcomes = run_sweep(pair, opened.corpus, sweep, batch_size, progress)
     continuing = Continuing(prompts, max_new_tokens, max(batch_size, 16), seed, False)

@@ -79,10 +79,9 @@ class BlocksFinding(Finding):
         return said
 
     def _of_the_cut(self) -> list[str]:
-        cuts = sorted({e["layer"] for e in self.extras["effects"]})
-        if len(cuts) < 2:
+        cut = self.meta["n_layers"] - 1
+        if cut not in {e["layer"] for e in self.extras["effects"]}:
             return []
-        cut = cuts[-2]
         four = {c["cell"]: c for c in self.extras["two_by_two"]
                 if c["layer"] == cut and c["metric"] == "to_tuned"}  # fmt: skip
         (gap,) = [e for e in self.effect("stack - state") if e["layer"] == cut]
@@ -118,11 +117,17 @@ class BlocksFinding(Finding):
             if rows and own and theirs:
                 last = rows[-1]
                 said.append(
-                    f"Free-running, {direction} at the last layer: type-token ratio "
+                    f"Free-running, {direction} at {self._where(last)}: type-token ratio "
                     f"{last['value']:.3f} [{last['low']:.3f}, {last['high']:.3f}]; the {host} "
                     f"model by itself {own['value']:.3f}, the {donor} model {theirs['value']:.3f}."
                 )
         return said
+
+    def _where(self, row: Mapping[str, Any]) -> str:
+        if row["layer"] < 0:
+            return "the final norm"
+        is_last = row["layer"] == self.meta["n_layers"]
+        return "the last layer" if is_last else f"layer {row['layer']}"
 
     def summary(self) -> str:
         """Both directions along the layers, the 2 x 2, and what they allow to say."""

@@ -20,7 +20,7 @@ from ..directions import INTO_BASE, INTO_TUNED
 from ..hooks.cells import Activations, check_resumes, read, run_patched
 from ..hooks.positions import Positions, chosen_so_far, positions_mask
 from ..hooks.sites import Site
-from ..logits import check_stream, float_logits
+from ..logits import check_finite, check_stream, float_logits
 from ..outcomes import Outcome, Tally, measure, reference
 from ..pending import pieces
 from .placebos import PLACEBOS, noise, of_other_text, random_rotation, rotated
@@ -101,7 +101,7 @@ def run_sweep(
     """Patch every cell on every text; only what comes after a patch is run again.
 
     Raises:
-        ActivationError: if a model overflows.
+        ActivationError: if a model, or what a patch makes of it, overflows.
         PatchError: if a model's blocks cannot be resumed, or lack a site, or no text has the
             positions.
     """
@@ -120,8 +120,7 @@ def run_sweep(
                 for side in sides.values():
                     check_resumes(side.model, batch.tokens, batch.mask, side.stream)
             patched = _patched(sides, batch, sweep, rotation, corpus.max_length)
-            counted = ((cell, normed[batch.counted]) for cell, normed in patched)
-            waiting = pieces(counted, lambda one: one[1].nbytes)
+            waiting = pieces(patched, lambda one: one[1].nbytes)
             # The models themselves are compared once, with the first cells.
             _compare(pair, sides, batch, next(waiting), cells, models)
             for piece in waiting:
@@ -164,8 +163,8 @@ def _patched(
     sweep: Sweep,
     rotation: Float[Tensor, "d_model d_model"],
     longest: int,
-) -> Iterator[tuple[Cell, Float[Tensor, "batch pos d_model"]]]:
-    """What leaves the final norm, cell by cell."""
+) -> Iterator[tuple[Cell, Normed]]:
+    """What leaves the final norm at the counted tokens, cell by cell."""
     chosen = chosen_so_far(sweep.positions, batch.mask)[..., None]
     for direction, host, donor in (
         (INTO_BASE, sides["base"], sides["tuned"]),
@@ -181,7 +180,9 @@ def _patched(
                 else:
                     put = value if activation == DONOR else rotated(own, value, rotation)
                 put = torch.where(chosen, put.to(own), own)
-                normed = run_patched(host.model, batch.tokens, batch.mask, host.stream, site, put)
+                read_by = host.model, batch.tokens, batch.mask, host.stream
+                normed = run_patched(*read_by, site, put)[batch.counted]
+                check_finite(f"the patched model ({direction}, {activation} at {site})", normed)
                 yield Cell(direction, site, activation), normed
 
 
@@ -197,7 +198,7 @@ def _compare(
     text = batch.number[:, None].expand_as(batch.counted)[batch.counted]
     last = {name: side.stream[-1][batch.counted] for name, side in sides.items()}
     with evaluating(sides["base"].model), evaluating(sides["tuned"].model):  # type: ignore[arg-type]
-        for rows in logit_rows(len(text), pair.base.hooked.cfg.d_vocab):
+        for rows in logit_rows(len(text), pair.base.hooked.cfg.d_vocab, text.device):
             logits = {
                 name: float_logits(side.model, final_norm(side.model, last[name][rows]))
                 for name, side in sides.items()

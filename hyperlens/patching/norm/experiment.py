@@ -19,7 +19,7 @@ from ...experiments.continuing import check_counts
 from ...pairing import describe_pair
 from ...probes import ParticipationRatio
 from ...runner import PassOptions, run_pass
-from ...streams import LOGIT_CHUNK_BYTES, VIEWS, ModelStream, StreamPair, StreamSpec, View
+from ...streams import VIEWS, ModelStream, StreamPair, StreamSpec, View, logit_chunk_bytes
 from ..outcomes import METRICS, Outcome, Tally, measure, reference
 from ..outputs import OutputReader
 from .finding import NormFinding
@@ -173,7 +173,7 @@ class Swapped(OutputReader):
 
     def state_bytes(self, spec: StreamSpec) -> int:
         """Memory of the logits of some rows, and of what is made of them."""
-        return 16 * LOGIT_CHUNK_BYTES
+        return 16 * logit_chunk_bytes(spec.device)
 
 
 def same_norm(base: Any, tuned: Any) -> bool:

@@ -26,10 +26,8 @@ from ...hooked import (
 )
 from ...shells import plain_model
 from ..hooks.cells import EXACT, NEARLY, resume
+from ..hooks.generating import takes_past
 from ..logits import check_stream
-
-EVERY = -1
-"""Stands for an offset: all positions up to the decision are patched."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +77,7 @@ def read_ending(
 
     Raises:
         ActivationError: if the model overflows.
+        PatchError: if it keeps something other than keys and values.
     """
     with evaluating(model):  # type: ignore[arg-type]
         stream = run_residuals(model, tokens, mask)
@@ -139,10 +138,17 @@ def check_reads_on(host: Ending) -> None:
 
 def _past(model: Any, tokens: Int[Tensor, "text pos"], mask: Int[Tensor, "text pos"]) -> Any:
     from transformers import DynamicCache
+    from transformers.cache_utils import LinearAttentionCacheLayerMixin as State
 
     if not tokens.shape[1]:
         return None
-    past = DynamicCache(config=plain_model(model.model).config)
+    plain = plain_model(model.model)
+    past = DynamicCache(config=plain.config)
+    if not takes_past(plain) or any(isinstance(layer, State) for layer in past.layers):
+        raise PatchError(
+            f"{type(plain).__name__} keeps something other than keys and values of what it has "
+            "read: use patch_hooks with whole forward passes"
+        )
     model.run_with_hooks(tokens, attention_mask=mask, return_type=None, past_key_values=past)
     return past
 

@@ -12,11 +12,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ...corpus import Corpus
-from ...errors import ActivationError, PatchError
+from ...errors import PatchError
 from ...hooked import HookedModel, evaluating, final_norm, input_device, run_last_residual, unembed
 from ...pairing import ModelPair
 from ...stats import winner
 from ...streams import logit_rows
+from ..logits import check_finite
 
 
 class Drawn(NamedTuple):
@@ -131,12 +132,8 @@ def _picks(
     device = input_device(model)
     with evaluating(model):  # type: ignore[arg-type]
         last = run_last_residual(model, tokens.to(device), mask.to(device))[mask.bool().to(device)]
-        if not bool(torch.isfinite(last).all()):
-            raise ActivationError(
-                f"the {name} model has NaN or infinite activations: load it in a wider dtype, as "
-                "in dtype='float32'"
-            )
-        pieces = (last[rows] for rows in logit_rows(len(last), model.cfg.d_vocab))
+        check_finite(f"the {name} model", last)
+        pieces = (last[rows] for rows in logit_rows(len(last), model.cfg.d_vocab, last.device))
         return torch.cat(
             [winner(unembed(model, final_norm(model, piece)).float()).cpu() for piece in pieces]
         )

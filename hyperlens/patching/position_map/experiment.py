@@ -20,9 +20,8 @@ from ...pairing import describe_pair
 from ...significance import Estimate, holm, wilson
 from ..directions import DIRECTIONS, INTO_BASE
 from ..outcomes import p_value, ratio
-from .cells import EVERY
 from .changed import Drawn, draw_changed
-from .finding import PositionsFinding
+from .finding import EVERY, PositionsFinding
 from .sweep import Cells, map_positions
 
 # Tokens of the example that are shown before those that were patched.
@@ -66,8 +65,9 @@ def patch_positions(
         progress: show progress bars.
 
     Raises:
-        PatchError: if tuning changed too few decisions, or blocks hand on more than the residual
-            stream.
+        PatchError: if tuning changed too few decisions, blocks hand on more than the residual
+            stream, or the models keep something other than keys and values.
+        ActivationError: if a model, or what a patch makes of it, overflows.
         HyperlensError: if a source cannot be opened, or the texts do not fit the models.
     """
     check_counts(offsets=offsets, n_texts=n_texts, batch_size=batch_size)

@@ -14,8 +14,9 @@ from ..wording import share_of, shown
 if TYPE_CHECKING:
     import matplotlib.figure
 
-# All positions up to the decision.
 EVERY = -1
+"""Stands for an offset: all positions up to the decision are patched."""
+
 # Less than this of the way reads as nothing.
 SEEN = 0.005
 

@@ -16,15 +16,9 @@ from ...pairing import ModelPair
 from ...stats import winner
 from ..directions import DIRECTIONS, INTO_BASE, INTO_TUNED
 from ..hooks.cells import check_resumes
-from ..logits import float_logits
-from .cells import (
-    EVERY,
-    Ending,
-    check_reads_on,
-    patched_everywhere,
-    patched_singly,
-    read_ending,
-)
+from ..logits import check_finite, float_logits
+from .cells import Ending, check_reads_on, patched_everywhere, patched_singly, read_ending
+from .finding import EVERY
 
 
 @dataclass(frozen=True)
@@ -76,7 +70,7 @@ def map_positions(
         progress: show a progress bar.
 
     Raises:
-        ActivationError: if a model overflows.
+        ActivationError: if a model, or what a patch makes of it, overflows.
         PatchError: if a model's blocks hand on more than the residual stream, or it keeps something
             other than keys and values.
     """
@@ -130,6 +124,7 @@ def _fill(
                 patched_everywhere(host, pair[1], layer),
             ]
             for column, normed in enumerate(columns):
+                check_finite(f"the patched model ({way}, layer {layer})", normed)
                 made = _logits(host, normed)
                 found.picks[way][text, layer, column] = winner(made).cpu()
                 found.gaps[way][text, layer, column] = _gap(made, base_pick, tuned_pick)

@@ -27,7 +27,8 @@ from ..directions import DIRECTIONS, INTO_BASE
 from ..outcomes import METRICS, p_value
 from .finding import TransplantFinding
 from .hybrids import Forced, Host, Hybrid, Key, forced, hosts, hybrids, key_of
-from .parts import NAMED, moved
+from .named import NAMED
+from .parts import moved
 from .smallest import smallest_suffixes
 
 Written = Mapping[Key | str, Mapping[str, list[float]]]

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 from ...findings import Finding
 from ..directions import BROUGHT, INTO_BASE, INTO_TUNED, TOWARDS
 from ..wording import NOTHING_CHANGED, changed_share, share_of, shown
+from .named import NAMED
 
 if TYPE_CHECKING:
     import matplotlib.figure
 
 HOST = {INTO_BASE: "base", INTO_TUNED: "tuned"}
 DONOR = {INTO_BASE: "tuned", INTO_TUNED: "base"}
-NAMED = ("embedding", "final_norm", "unembedding")
 WITH = {
     "suffix": "without final norm and unembedding",
     "suffix_and_head": "with final norm and unembedding",

@@ -17,7 +17,6 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ...corpus import Corpus
-from ...errors import ActivationError
 from ...hooked import (
     HookedModel,
     evaluating,
@@ -30,10 +29,11 @@ from ...loading import Loaded
 from ...streams import logit_rows
 from ..directions import INTO_BASE, INTO_TUNED
 from ..hooks.cells import check_resumes, resume
-from ..logits import check_stream, float_logits
+from ..logits import check_finite, check_stream, float_logits
 from ..outcomes import Outcome, Tally, measure, reference
 from ..pending import pieces
-from .parts import NAMED, Part, Slots, changed_parts, matched, moved
+from .named import NAMED
+from .parts import Part, Slots, changed_parts, matched, moved
 
 HEAD: frozenset[Part] = frozenset({"final_norm", "unembedding"})
 
@@ -226,11 +226,7 @@ def _made(
         stream = streams[direction]
         last = last_residual(sides[direction], parts, batch.tokens, batch.mask, stream)
         last = last[batch.counted]
-        if not bool(torch.isfinite(last).all()):
-            raise ActivationError(
-                f"{direction}, parts {_listed(parts)}: the mixed model has NaN or infinite "
-                "activations; load both in a wider dtype, as in dtype='float32'"
-            )
+        check_finite(f"the mixed model ({direction}, parts {_listed(parts)})", last)
         yield _Body(direction, last, keys)
 
 
@@ -250,7 +246,7 @@ def _compare(
     text = batch.number[:, None].expand_as(batch.counted)[batch.counted]
     own = {way: streams[way][-1][batch.counted] for way in sides}
     none: Parts = frozenset()
-    for rows in logit_rows(len(text), sides[INTO_BASE].model.cfg.d_vocab):
+    for rows in logit_rows(len(text), sides[INTO_BASE].model.cfg.d_vocab, text.device):
         logits = {way: logits_of(sides[way], none, own[way][rows]) for way in sides}
         known = reference(logits[INTO_BASE], logits[INTO_TUNED])
         for name, way in (("base", INTO_BASE), ("tuned", INTO_TUNED)):

@@ -20,12 +20,10 @@ from torch import nn
 from ...discovery import dissect
 from ...errors import PatchError
 from ...shells import is_peft
+from .named import NAMED
 
 Part: TypeAlias = int | str
 """A block (0-based), or one of `NAMED`."""
-
-NAMED = ("embedding", "final_norm", "unembedding")
-"""The parts that are no blocks; "embedding" is whatever else there is, positions included."""
 
 LAST = re.compile(r"last (\d+)")
 
