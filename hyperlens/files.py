@@ -14,8 +14,16 @@ from typing import Any
 from .errors import ResultsError
 
 
+def at_home(path: str | Path) -> Path:
+    """A path as people type it; the home of nobody stays as it is, as in a shell."""
+    return Path(os.path.expanduser(path))
+
+
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text through a temporary file in the same folder.
+
+    Halves of characters, as in names of files that are not UTF-8 and in what models write, become
+    question marks: no file can hold them.
 
     Raises:
         ResultsError: if the folder cannot be written.
@@ -23,7 +31,7 @@ def write_text(path: Path, text: str) -> None:
     temporary = _beside(path)
     try:
         try:
-            with temporary.open("x", encoding="utf-8") as file:
+            with temporary.open("x", encoding="utf-8", errors="replace") as file:
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
@@ -43,6 +51,7 @@ def check_new_folder(folder: Path) -> None:
     Raises:
         ResultsError: if it exists and is not empty, or cannot be created or replaced.
     """
+    folder = at_home(folder)
     try:
         # An empty folder is replaced, which cannot be done under a running program's feet.
         if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
@@ -60,35 +69,74 @@ def check_new_folder(folder: Path) -> None:
         )
 
 
+def check_claim(folder: Path, name: str, stamp: Mapping[str, Any], what: str) -> bool:
+    """Refuse early a folder that `claim_folder` would refuse; writes nothing.
+
+    Args:
+        folder, name, stamp, what: as for `claim_folder`.
+
+    Returns:
+        Whether the folder bears the stamp already.
+
+    Raises:
+        ResultsError: if the folder holds something else, or cannot be written.
+    """
+    try:
+        if not os.path.lexists(folder):
+            check_new_folder(folder)
+            return False
+        names = {file.name for file in folder.iterdir()}
+        if not names:
+            return False
+        if name not in names:
+            raise ResultsError(f"{folder} is not empty and not {what}: choose a new folder")
+        held = (folder / name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ResultsError(f"cannot use {folder} ({reason}): choose another folder") from None
+    same = held == _stamped(stamp)
+    # A stamp with nothing beside it is of work that came to nothing, such as a mistyped command.
+    if not same and not (names == {name} and _is_stamp(held)):
+        raise ResultsError(
+            f"{folder} is {what} of another version of hyperlens or with other inputs: "
+            "choose a new folder"
+        )
+    return same
+
+
 def claim_folder(folder: Path, name: str, stamp: Mapping[str, Any], what: str) -> None:
     """Take a folder for work in steps: a new one, or the one that the same work began.
 
     Args:
         folder: made if it does not exist.
         name: of the file in it that holds the stamp.
-        stamp: everything that decides the results, as JSON values.
+        stamp: everything that decides the results, as JSON values; one is `hyperlens`, the version.
         what: the work, for messages.
 
     Raises:
         ResultsError: if the folder holds something else, or cannot be written.
     """
-    text = json.dumps(stamp, indent=1) + "\n"
-    path = folder / name
+    if check_claim(folder, name, stamp, what):
+        return
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if path.is_file():
-            if path.read_text(encoding="utf-8") != text:
-                raise ResultsError(
-                    f"{folder} is {what} of another version of hyperlens or with other inputs: "
-                    "choose a new folder"
-                )
-        elif any(folder.iterdir()):
-            raise ResultsError(f"{folder} is not empty and not {what}: choose a new folder")
-        else:
-            write_text(path, text)
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ResultsError(f"cannot use {folder} ({reason}): choose another folder") from None
+    except OSError as error:
+        raise ResultsError(
+            f"cannot use {folder} ({error.strerror or error}): choose another folder"
+        ) from None
+    write_text(folder / name, _stamped(stamp))
+
+
+def _stamped(stamp: Mapping[str, Any]) -> str:
+    return json.dumps(stamp, indent=1) + "\n"
+
+
+def _is_stamp(text: str) -> bool:
+    try:
+        stamp = json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(stamp, dict) and "hyperlens" in stamp
 
 
 @contextmanager
@@ -98,6 +146,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
     Raises:
         ResultsError: if `folder` exists and is not empty, or cannot be written.
     """
+    folder = at_home(folder)
     check_new_folder(folder)
     staging = _beside(folder)
     try:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from .errors import ResultsError
-from .files import new_folder, write_text
+from .files import at_home, new_folder, write_text
 
 if TYPE_CHECKING:
     import matplotlib.figure
@@ -82,7 +82,8 @@ class Finding(ABC):
         """
         from .report import write_report
 
-        with new_folder(Path(folder)) as staging:
+        folder = at_home(folder)
+        with new_folder(folder) as staging:
             self.write(staging)
             self.to_frame().to_csv(staging / f"{self.name}.csv", index=False)
             write_text(staging / "summary.txt", self.summary() + "\n")
@@ -90,7 +91,7 @@ class Finding(ABC):
             figure.savefig(staging / f"{self.name}.png", dpi=150)
             figure.savefig(staging / f"{self.name}.svg")
             write_report(staging / "report.html", [self])
-        return Path(folder)
+        return folder
 
     def write(self, folder: Path) -> Path:
         """Write only <name>.json into a folder that exists; atomic."""
@@ -119,7 +120,7 @@ class Finding(ABC):
         Raises:
             ResultsError: if the folder holds no readable result of this experiment.
         """
-        path = Path(folder) / f"{cls.name}.json"
+        path = at_home(folder) / f"{cls.name}.json"
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
             if data["format"] != FORMAT or data["name"] != cls.name:

@@ -1,11 +1,17 @@
-"""Options that several commands share; light to import, so that --help answers at once."""
+"""What several commands share, options and what is done with them.
+
+Light to import, so that --help answers at once.
+"""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from .files import at_home, check_new_folder
 
 DEBUG = "HYPERLENS_DEBUG"
 
@@ -30,6 +36,16 @@ def add_out(parser: argparse.ArgumentParser, what: str, required: bool = False) 
     )
 
 
+def add_pair(parser: argparse.ArgumentParser) -> None:
+    """The two models, the texts and --out."""
+    parser.add_argument("base", metavar="BASE", help="the model before: a folder or hub id")
+    parser.add_argument(
+        "tuned", metavar="TUNED", help="the model after: a folder, hub id or adapter folder"
+    )
+    add_reading(parser)
+    add_out(parser, "the results (default: print only)")
+
+
 def add_reading(parser: argparse.ArgumentParser, unless: str = "") -> Any:
     """--texts, required unless something is said, and how to read them.
 
@@ -43,6 +59,12 @@ def add_reading(parser: argparse.ArgumentParser, unless: str = "") -> Any:
         help="a .txt, .jsonl, .csv or .parquet file, or the name of a hub dataset"
         + (f" (default: none; needed {unless})" if unless else ""),
     )
+    add_how_to_read(group)
+    return group
+
+
+def add_how_to_read(group: Any) -> None:
+    """Which texts of a source are read."""
     group.add_argument(
         "--text-column",
         metavar="NAME",
@@ -52,9 +74,26 @@ def add_reading(parser: argparse.ArgumentParser, unless: str = "") -> Any:
         "--split", default="train", metavar="NAME", help="of a hub dataset (default: train)"
     )
     group.add_argument(
-        "--limit", type=int, metavar="N", help="read only the first N texts (default: all)"
+        "--limit",
+        type=int,
+        metavar="N",
+        help="read only the first N texts of a source (default: all)",
     )
-    return group
+
+
+def add_counts(group: Any, counts: Iterable[tuple[str, int, str]], asked: bool = False) -> None:
+    """Options that are whole numbers: (option, default, what it is).
+
+    With `asked`, those that nobody asked for are not in the parsed arguments at all.
+    """
+    for option, default, text in counts:
+        group.add_argument(
+            option,
+            type=int,
+            default=argparse.SUPPRESS if asked else default,
+            metavar="N",
+            help=f"{text} (default: {default})",
+        )
 
 
 def add_running(parser: argparse.ArgumentParser, dtype: str) -> Any:
@@ -95,7 +134,14 @@ def add_debug(group: Any) -> None:
 
 def folder(text: str) -> Path:
     """A folder as people type it."""
-    return Path(text).expanduser()
+    return at_home(text)
+
+
+def texts_for(args: argparse.Namespace) -> list[str]:
+    """The texts of a command with `add_pair`, once it is clear that --out can be written."""
+    if args.out is not None:
+        check_new_folder(args.out)
+    return read(args, args.texts, args.split)
 
 
 def read(args: argparse.Namespace, source: str, split: str) -> list[str]:
@@ -108,3 +154,22 @@ def read(args: argparse.Namespace, source: str, split: str) -> list[str]:
 def shows_progress(args: argparse.Namespace) -> bool:
     """Whether a progress bar is wanted and somebody looks."""
     return args.progress and sys.stderr.isatty()
+
+
+def given(
+    args: argparse.Namespace, *names: str, counts: Iterable[tuple[Any, ...]] = ()
+) -> dict[str, Any]:
+    """These options, those of `counts` and of `add_running`, as arguments of an experiment."""
+    counted = (option.removeprefix("--").replace("-", "_") for option, *_ in counts)
+    chosen = {name: getattr(args, name) for name in (*names, *counted, "device", "dtype")}
+    return chosen | {"progress": shows_progress(args)}
+
+
+def saved(result: Any, args: argparse.Namespace) -> str:
+    """The summary; with --out, after saving everything."""
+    summary: str = result.summary()
+    if args.out is None:
+        return summary
+    folder = result.save(args.out)
+    files = ", ".join(sorted(file.name for file in folder.iterdir()))
+    return f"{summary}\n\nsaved in {folder}: {files}"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from .errors import ResultsError
-from .files import new_folder, write_text
+from .files import at_home, new_folder, write_text
 
 if TYPE_CHECKING:
     import matplotlib.figure
@@ -128,7 +128,8 @@ class Comparison:
         """
         from .report import write_report
 
-        with new_folder(Path(folder)) as staging:
+        folder = at_home(folder)
+        with new_folder(folder) as staging:
             write_text(staging / "comparison.json", self._to_json())
             self.to_frame().to_csv(staging / "layers.csv", index=False)
             write_text(staging / "summary.txt", self.summary() + "\n")
@@ -138,7 +139,7 @@ class Comparison:
                 if figure is not None:
                     figure.savefig(staging / f"{stem}.png", dpi=150)
                     figure.savefig(staging / f"{stem}.svg")
-        return Path(folder)
+        return folder
 
     @classmethod
     def load(cls, folder: str | Path) -> Comparison:
@@ -147,7 +148,7 @@ class Comparison:
         Raises:
             ResultsError: if the folder holds no readable comparison.
         """
-        path = Path(folder) / "comparison.json"
+        path = at_home(folder) / "comparison.json"
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
             if data["format"] != FORMAT:

@@ -1,5 +1,6 @@
 """Whole or not at all: what a reader finds after success, failure and interruption."""
 
+import json
 import os
 import stat
 from pathlib import Path
@@ -7,7 +8,14 @@ from pathlib import Path
 import pytest
 
 from hyperlens.errors import ResultsError
-from hyperlens.files import check_new_folder, new_folder, write_text
+from hyperlens.files import (
+    at_home,
+    check_claim,
+    check_new_folder,
+    claim_folder,
+    new_folder,
+    write_text,
+)
 
 
 def fails(call, *expected: str) -> None:
@@ -42,9 +50,24 @@ def test_text_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     fails(lambda: write_text(tmp_path / "a", "x"), "cannot write", "choose another")
     fails(lambda: write_text(tmp_path / "none" / "b", "x"), "cannot write", "No such file")
-    with pytest.raises(UnicodeEncodeError):
-        write_text(tmp_path / "c", "\ud800")
     assert os.listdir(tmp_path) == ["a"]
+
+
+def test_half_characters_become_question_marks(tmp_path: Path) -> None:
+    write_text(tmp_path / "a.txt", "a name \udcff of ü\ud800\n")
+    assert (tmp_path / "a.txt").read_bytes() == "a name ? of ü?\n".encode()
+
+
+def test_home_is_meant_as_in_a_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert at_home("~/a") == tmp_path / "a"
+    assert at_home("a/~") == Path("a/~")
+    assert at_home("~nobody-of-this-name/a") == Path("~nobody-of-this-name/a")
+    with new_folder(Path("~/out")) as staging:
+        (staging / "a").touch()
+    assert os.listdir(tmp_path) == ["out"]
+    fails(lambda: check_new_folder(Path("~/out")), "already exists")
 
 
 def test_a_folder_appears_whole(tmp_path: Path) -> None:
@@ -155,3 +178,46 @@ def test_no_write_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(os, "access", lambda *_: False)
     fails(lambda: check_new_folder(tmp_path / "out"), "not a writable folder")
     assert os.listdir(tmp_path) == []
+
+
+STAMP = {"hyperlens": "1", "seed": 0}
+
+
+def claim(folder: Path, seed: int = 0) -> None:
+    claim_folder(folder, "stamp.json", STAMP | {"seed": seed}, "a run")
+
+
+def test_the_same_work_goes_on_and_other_work_is_refused(tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "out"
+    assert not check_claim(out, "stamp.json", STAMP, "a run")
+    assert os.listdir(tmp_path) == []
+    claim(out)
+    assert json.loads((out / "stamp.json").read_text()) == STAMP
+    assert check_claim(out, "stamp.json", STAMP, "a run")
+    (out / "part").mkdir()
+    when = (out / "stamp.json").stat().st_mtime_ns
+    claim(out)
+    assert (out / "stamp.json").stat().st_mtime_ns == when
+    fails(lambda: claim(out, seed=1), "with other inputs", "choose a new folder")
+    fails(lambda: claim(tmp_path / "deep"), "is not empty and not a run")
+    assert json.loads((out / "stamp.json").read_text()) == STAMP
+
+
+def test_a_stamp_with_nothing_beside_it_is_replaced(tmp_path: Path) -> None:
+    claim(tmp_path)
+    claim(tmp_path, seed=1)
+    assert json.loads((tmp_path / "stamp.json").read_text()) == STAMP | {"seed": 1}
+
+
+@pytest.mark.parametrize("content", [b"{}", b"[1]", b"mine", b"\xff", b"[" * 99_999])
+def test_a_file_of_someone_elses_is_no_stamp(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "stamp.json").write_bytes(content)
+    fails(lambda: claim(tmp_path), "choose")
+    assert (tmp_path / "stamp.json").read_bytes() == content
+
+
+@pytest.mark.parametrize("case", ["a file", "a link to nowhere", "below a file"])
+def test_a_folder_that_cannot_be_claimed_is_one_line(tmp_path: Path, case: str) -> None:
+    folder, _ = refused(tmp_path)[case]
+    for call in (check_claim, claim_folder):
+        fails(lambda call=call: call(folder, "stamp.json", STAMP, "a run"), "choose another folder")

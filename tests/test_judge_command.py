@@ -1,5 +1,6 @@
 """`hyperlens judge` against a real server: goes on after an interruption, keeps keys to itself."""
 
+import inspect
 import json
 import os
 import re
@@ -14,7 +15,8 @@ from typing import Any
 import pytest
 from judge_for_tests import KEY, Act, after, fails, longer, says, serving, verdict
 
-from hyperlens import Endpoint, JudgeFinding, cli, judge_continuations
+from hyperlens import Endpoint, JudgeFinding, cli, judge_continuations, judge_models
+from hyperlens.commands.judge import WRITTEN
 from hyperlens.errors import JudgeError
 from hyperlens.report import write_report
 
@@ -206,6 +208,12 @@ def test_ctrl_c_and_the_same_command_go_on(pairs: Path, tmp_path: Path, script: 
         (["--pairs", "PAIRS", "--judge-folder", "./none"], "./none does not exist"),
         (["--pairs", "PAIRS", "--judge-rule", "--tries", "0"], "tries must be at least 1"),
         (["--pairs", "PAIRS", "--judge-rule", "--cache", "PAIRS"], "cannot keep answers in"),
+        (["--pairs", "PAIRS", "--judge-rule", "--limit", "3"], "--limit is for models that write"),
+        (["--pairs", "PAIRS", "--judge-rule", "--n-prompts", "100"], "--n-prompts is for"),
+        (["--pairs", "PAIRS", "--judge-rule", "--seed", "0"], "--seed is for"),
+        (["--pairs", "PAIRS", "--judge-rule", "--split", "test"], "--split is for"),
+        (["--pairs", "PAIRS", "--judge-rule", "--text-column", "a"], "--text-column is for"),
+        (["--pairs", "PAIRS", "--judge-rule", "--dtype", "float32"], "--dtype is for"),
     ],
 )
 def test_errors_are_one_line(
@@ -217,6 +225,29 @@ def test_errors_are_one_line(
     assert out == ""
     (line,) = err.splitlines()
     assert said in line
+
+
+def test_what_models_write_is_as_the_command_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def spy(*_: Any, **options: Any) -> None:
+        asked.append(options)
+        raise JudgeError("enough")
+
+    monkeypatch.setattr("hyperlens.judging.judge.judge_models", spy)
+    (tmp_path / "texts.txt").write_text("one\ntwo\n")
+    command = ["judge", "a", "b", "--texts", str(tmp_path / "texts.txt"), "--judge-rule"]
+    cli.main([*command, "--n-prompts", "7", "--seed", "0", "--tries", "2"])
+    cli.main(command)
+    first, second = asked
+    assert (first["n_prompts"], first["seed"], first["tries"]) == (7, 0, 2)
+    # Who does not ask gets the library's defaults, which --help names.
+    names = {option.removeprefix("--").replace("-", "_"): n for option, n, _ in WRITTEN}
+    assert not names.keys() & second.keys()
+    parameters = inspect.signature(judge_models).parameters
+    assert names == {name: parameters[name].default for name in names}
 
 
 def test_wrong_usage(pairs: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -77,6 +78,53 @@ def test_other_inputs_are_not_mixed_into_a_folder(
     (tmp_path / "mine" / "file.txt").write_text("mine")
     assert cli.main(command(home, "--what", "norm", "--out", str(tmp_path / "mine"))) == cli.FAILED
     assert "is not empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_a_command_that_failed_leaves_its_folder_to_the_corrected_one(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], earlier: bool
+) -> None:
+    out = tmp_path / "patched"
+    good = command(home, "--what", "norm", "--out", str(out))
+    typo = [part.replace(f"{home / 'tuned'}", f"{home / 'tund'}") for part in good]
+    assert cli.main(typo) == cli.FAILED
+    assert "tund" in capsys.readouterr().err
+    assert not out.exists()
+    if earlier:  # what earlier versions left, and what a full disk leaves
+        out.mkdir()
+        (out / patch.STAMP).write_text(json.dumps({"hyperlens": "0", "tuned": "tund"}))
+    assert cli.main(good) == cli.OK
+    assert {path.name for path in out.iterdir()} == {"norm", patch.STAMP, "report.html"}
+
+
+def test_a_folder_taken_meanwhile_is_not_mixed(
+    home: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out = tmp_path / "patched"
+    one = command(home, "--what", "norm", "--out", str(out))
+    found = patch._found
+
+    def slowly(*args: Any) -> Any:
+        monkeypatch.setattr(patch, "_found", found)
+        assert cli.main([*one, "--seed", "1"]) == cli.OK
+        return found(*args)
+
+    monkeypatch.setattr(patch, "_found", slowly)
+    assert cli.main(one) == cli.FAILED
+    assert "with other inputs" in capsys.readouterr().err
+    assert json.loads((out / patch.STAMP).read_text())["options"]["seed"] == "1"
+
+
+def test_the_page_has_the_parts_of_earlier_calls(home: Path, tmp_path: Path) -> None:
+    out = tmp_path / "patched"
+    for what in ("norm", "positions"):
+        assert cli.main(command(home, "--what", what, "--out", str(out))) == cli.OK
+    page = (out / "report.html").read_text()
+    for section in ("final-norm", "patch-positions"):
+        assert page.count(f'data-section="{section}"') == 1, section
 
 
 @pytest.mark.parametrize(

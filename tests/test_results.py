@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import random
 import struct
 from collections.abc import Callable, Collection
@@ -221,6 +222,23 @@ def test_a_result_of_another_shape_is_one_error(tmp_path: Path, change: dict[str
     (tmp_path / "comparison.json").write_text(json.dumps(good | change))
     with pytest.raises(ResultsError, match="not a readable comparison"):
         Comparison.load(tmp_path)
+
+
+def test_a_home_is_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    comparison = make_comparison(2)
+    assert comparison.save("~/out") == tmp_path / "out"
+    assert os.listdir(tmp_path) == ["out"]
+    assert Comparison.load("~/out").meta == comparison.meta
+
+
+def test_a_name_that_is_not_utf8_loses_nothing(tmp_path: Path) -> None:
+    # What Python makes of a folder's name in another encoding.
+    comparison = make_comparison(2, names=("b\udcffase", "tuned"))
+    folder = comparison.save(tmp_path / "out")
+    assert Comparison.load(folder).meta["base"]["name"] == "b\udcffase"
+    assert (folder / "summary.txt").read_text(encoding="utf-8").startswith("base   b?ase")
 
 
 def test_saving_twice_writes_the_same_files(tmp_path: Path) -> None:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from ..files import check_new_folder
-from ..options import BACKENDS, STYLE, add_out, add_reading, add_running, read, shows_progress
+from ..options import BACKENDS, STYLE, add_pair, add_running, given, saved, texts_for
 from ..recipe_options import names
 
 ORDER = 10
@@ -39,11 +38,7 @@ def add(commands: Any) -> None:
         **STYLE,
     )
     parser.set_defaults(command="compare", run=run)
-    add = parser.add_argument
-    add("base", metavar="BASE", help="the model before: a folder or hub id")
-    add("tuned", metavar="TUNED", help="the model after: a folder, hub id or adapter folder")
-    add_reading(parser)
-    add_out(parser, "the results (default: print only)")
+    add_pair(parser)
     how = parser.add_argument_group("what is measured")
     how.add_argument(
         "--probes",
@@ -81,9 +76,7 @@ def add(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> str:
     """Compare, save and return what to print."""
-    if args.out is not None:
-        check_new_folder(args.out)
-    texts = read(args, args.texts, args.split)
+    texts = texts_for(args)
     from ..compare import compare_models
     from ..probes import default_probes
 
@@ -96,21 +89,11 @@ def run(args: argparse.Namespace) -> str:
         args.tuned,
         texts,
         probes=probes,
-        max_length=args.max_length,
-        batch_size=args.batch_size,
-        include_bos=args.include_bos,
-        sink_threshold=args.sink_threshold,
-        backend=args.backend,
-        device=args.device,
-        dtype=args.dtype,
-        seed=args.seed,
-        progress=shows_progress(args),
+        **given(
+            args, "max_length", "batch_size", "include_bos", "sink_threshold", "backend", "seed"
+        ),
     )
-    if args.out is None:
-        return comparison.summary()
-    folder = comparison.save(args.out)
-    files = ", ".join(sorted(file.name for file in folder.iterdir()))
-    return f"{comparison.summary()}\n\nsaved in {folder}: {files}"
+    return saved(comparison, args)
 
 
 def _probe_names(text: str) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import CorpusError, HyperlensError, PairError
 from ..files import check_new_folder
-from ..options import STYLE, add_out, add_running, read, shows_progress
+from ..options import STYLE, add_counts, add_how_to_read, add_out, add_running, given, read
 
 ORDER = 58
 
@@ -26,6 +26,15 @@ Examples:
       --texts stories stories.txt --texts news owner/news --out cross-domain
   hyperlens cross-domain --pair mine ./base ./tuned --texts a a.txt --texts b b.jsonl \\
       --n-prompts 1000 --mauve-features openai-community/gpt2-large"""
+
+COUNTS = (
+    ("--n-prompts", 32, "texts of each corpus that are continued, greedy"),
+    ("--prompt-tokens", 17, "their first tokens that are the prompt, BOS included"),
+    ("--max-new-tokens", 96, "tokens added to each"),
+    ("--max-length", 256, "tokens per text, BOS included; longer texts are cut"),
+    ("--batch-size", 16, "texts per forward pass"),
+    ("--seed", 0, "of the choice of prompts"),
+)
 
 
 def add(commands: Any) -> None:
@@ -56,30 +65,10 @@ def add(commands: Any) -> None:
         help="what to call a corpus, and a .txt, .jsonl, .csv or .parquet file or a hub dataset; "
         "once for each corpus",
     )
-    parser.add_argument(
-        "--text-column",
-        metavar="NAME",
-        help='the column that holds the texts (default: "text", or the only one with strings)',
-    )
-    parser.add_argument(
-        "--split", default="train", metavar="NAME", help="of hub datasets (default: train)"
-    )
-    parser.add_argument(
-        "--limit", type=int, metavar="N", help="read only the first N texts of each (default: all)"
-    )
+    add_how_to_read(parser)
     add_out(parser, "the results (default: print only, keep nothing)")
     how = parser.add_argument_group("what is measured")
-    for option, default, text in (
-        ("--n-prompts", 32, "texts of each corpus that are continued, greedy"),
-        ("--prompt-tokens", 17, "their first tokens that are the prompt, BOS included"),
-        ("--max-new-tokens", 96, "tokens added to each"),
-        ("--max-length", 256, "tokens per text, BOS included; longer texts are cut"),
-        ("--batch-size", 16, "texts per forward pass"),
-        ("--seed", 0, "of the choice of prompts"),
-    ):
-        how.add_argument(
-            option, type=int, default=default, metavar="N", help=f"{text} (default: {default})"
-        )
+    add_counts(how, COUNTS)
     how.add_argument(
         "--mauve-features",
         metavar="MODEL",
@@ -91,8 +80,8 @@ def add(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> str:
     """Measure, save and return what to print."""
-    for given, error in ((args.pairs, PairError), (args.texts, CorpusError)):
-        _check_names([name for name, *_ in given], error)
+    for named, error in ((args.pairs, PairError), (args.texts, CorpusError)):
+        _check_names([name for name, *_ in named], error)
     pairs = {name: (base, tuned) for name, base, tuned in args.pairs}
     if args.out is not None:
         check_new_folder(args.out)
@@ -107,17 +96,7 @@ def run(args: argparse.Namespace) -> str:
     finding = cross_domain(
         pairs,
         corpora,
-        n_prompts=args.n_prompts,
-        prompt_tokens=args.prompt_tokens,
-        max_new_tokens=args.max_new_tokens,
-        max_length=args.max_length,
-        mauve_features=args.mauve_features,
-        batch_size=args.batch_size,
-        seed=args.seed,
-        out=args.out,
-        device=args.device,
-        dtype=args.dtype,
-        progress=shows_progress(args),
+        **given(args, "mauve_features", "out", counts=COUNTS),
     )
     if args.out is None:
         return finding.summary()

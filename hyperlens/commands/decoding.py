@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from ..files import check_new_folder
-from ..options import STYLE, add_out, add_reading, add_running, read, shows_progress
+from ..options import STYLE, add_counts, add_pair, add_running, given, saved, texts_for
 from ..recipe_options import names
 
 ORDER = 44
@@ -51,17 +50,9 @@ def add(commands: Any) -> None:
         **STYLE,
     )
     parser.set_defaults(command="decoding", run=run)
-    parser.add_argument("base", metavar="BASE", help="the model before: a folder or hub id")
-    parser.add_argument(
-        "tuned", metavar="TUNED", help="the model after: a folder, hub id or adapter folder"
-    )
-    add_reading(parser)
-    add_out(parser, "the results (default: print only)")
+    add_pair(parser)
     how = parser.add_argument_group("what is written")
-    for option, default, text in COUNTS:
-        how.add_argument(
-            option, type=int, default=default, metavar="N", help=f"{text} (default: {default})"
-        )
+    add_counts(how, COUNTS)
     how.add_argument(
         "--stop-at-eos",
         action="store_true",
@@ -94,25 +85,13 @@ def add(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> str:
     """Measure, save and return what to print."""
-    if args.out is not None:
-        check_new_folder(args.out)
-    texts = read(args, args.texts, args.split)
+    texts = texts_for(args)
     from ..experiments.decoding_baselines import decoding_baselines
 
-    options = [option for option, *_ in (*COUNTS, *PARAMETERS)]
-    given = {name: getattr(args, name) for name in (o[2:].replace("-", "_") for o in options)}
     finding = decoding_baselines(
         args.base,
         args.tuned,
         texts,
-        methods=args.methods,
-        stop_at_eos=args.stop_at_eos,
-        mauve_features=args.mauve_features,
-        device=args.device,
-        dtype=args.dtype,
-        progress=shows_progress(args),
-        **given,
+        **given(args, "methods", "stop_at_eos", "mauve_features", counts=(*COUNTS, *PARAMETERS)),
     )
-    if args.out is None:
-        return finding.summary()
-    return f"{finding.summary()}\n\nsaved in {finding.save(args.out)}"
+    return saved(finding, args)

@@ -9,7 +9,16 @@ from typing import Any
 
 from ..errors import JudgeError
 from ..files import check_new_folder
-from ..options import STYLE, add_out, add_reading, add_running, folder, read, shows_progress
+from ..options import (
+    STYLE,
+    add_counts,
+    add_out,
+    add_reading,
+    add_running,
+    folder,
+    read,
+    shows_progress,
+)
 
 ORDER = 42
 
@@ -27,6 +36,19 @@ Examples:
   hyperlens judge ./a ./b --texts t.txt --judge-folder ./chat-model --out judged
   hyperlens judge --pairs written.jsonl --judge-url https://host/v1 --judge-model m --key-env KEY
   hyperlens judge ./a ./b --texts t.txt --judge-rule"""
+
+# The defaults of `judge_models`.
+WRITTEN = (
+    ("--n-prompts", 100, "texts that are continued"),
+    ("--prompt-tokens", 17, "their first tokens that are the prompt, BOS included"),
+    ("--max-new-tokens", 96, "tokens added to each at most"),
+    ("--batch-size", 16, "prompts per forward pass"),
+    ("--seed", 0, "of the choice of prompts"),
+)
+ASKED = (
+    ("--tries", 3, "times to ask until an answer can be read"),
+    ("--n-examples", 4, "pairs kept as text"),
+)
 
 
 def add(commands: Any) -> None:
@@ -55,19 +77,8 @@ def add(commands: Any) -> None:
     )
     add_out(parser, "the results (default: print only)")
     _add_judge(parser)
-    how = parser.add_argument_group("what is written and asked")
-    for option, default, text in (
-        ("--n-prompts", 100, "texts that are continued"),
-        ("--prompt-tokens", 17, "their first tokens that are the prompt, BOS included"),
-        ("--max-new-tokens", 96, "tokens added to each at most"),
-        ("--tries", 3, "times to ask until an answer can be read"),
-        ("--n-examples", 4, "pairs kept as text"),
-        ("--batch-size", 16, "prompts per forward pass"),
-        ("--seed", 0, "of the choice of prompts"),
-    ):
-        how.add_argument(
-            option, type=int, default=default, metavar="N", help=f"{text} (default: {default})"
-        )
+    add_counts(parser.add_argument_group("what two models write"), WRITTEN, asked=True)
+    add_counts(parser.add_argument_group("what is asked"), ASKED)
     add_running(parser, "the checkpoint's own")
 
 
@@ -139,11 +150,7 @@ def run(args: argparse.Namespace) -> str:
             args.a,
             args.b,
             texts,
-            n_prompts=args.n_prompts,
-            prompt_tokens=args.prompt_tokens,
-            max_new_tokens=args.max_new_tokens,
-            batch_size=args.batch_size,
-            seed=args.seed,
+            **_of_writing(args),
             dtype=args.dtype,
             **shared,
         )
@@ -168,6 +175,24 @@ def _check_sources(args: argparse.Namespace) -> None:
     given = [source is not None for source in (args.a, args.b, args.texts)]
     if not (all(given) if args.pairs is None else not any(given)):
         raise JudgeError("expected two models and --texts, or --pairs alone: give one or the other")
+    if args.pairs is None:
+        return
+    reading = {name: getattr(args, name) for name in ("text_column", "limit", "dtype")}
+    useless = [*_of_writing(args), *(name for name, value in reading.items() if value is not None)]
+    if args.split != "train":
+        useless.append("split")
+    if useless:
+        option = useless[0].replace("_", "-")
+        raise JudgeError(
+            f"--{option} is for models that write, and every pair of --pairs is judged as it "
+            "stands: leave it out"
+        )
+
+
+def _of_writing(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of `WRITTEN` that were asked for, as arguments."""
+    names = [option.removeprefix("--").replace("-", "_") for option, *_ in WRITTEN]
+    return {name: getattr(args, name) for name in names if name in args}
 
 
 def _judge(args: argparse.Namespace) -> Any:

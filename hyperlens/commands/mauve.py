@@ -6,7 +6,16 @@ import argparse
 from typing import Any
 
 from ..files import check_new_folder
-from ..options import STYLE, add_out, add_running, read, shows_progress
+from ..options import (
+    STYLE,
+    add_counts,
+    add_how_to_read,
+    add_out,
+    add_running,
+    given,
+    read,
+    saved,
+)
 
 ORDER = 60
 
@@ -20,6 +29,11 @@ EXAMPLES = """\
 Examples:
   hyperlens mauve human.txt written.jsonl --features openai-community/gpt2-large --out mauve
   hyperlens mauve human.txt written.txt --features ./base --seeds 0,1,2"""
+
+COUNTS = (
+    ("--max-length", 1024, "tokens per text; longer ones are read up to there"),
+    ("--batch-size", 16, "texts per forward pass"),
+)
 
 
 def add(commands: Any) -> None:
@@ -42,15 +56,7 @@ def add(commands: Any) -> None:
         metavar="MODEL",
         help="the model that reads the texts: a folder or hub id",
     )
-    parser.add_argument(
-        "--text-column", metavar="NAME", help='the column that holds the texts (default: "text")'
-    )
-    parser.add_argument(
-        "--split", default="train", metavar="NAME", help="of a hub dataset (default: train)"
-    )
-    parser.add_argument(
-        "--limit", type=int, metavar="N", help="read only the first N texts (default: all)"
-    )
+    add_how_to_read(parser)
     add_out(parser, "the results (default: print only)")
     how = parser.add_argument_group("how it is computed")
     how.add_argument(
@@ -60,13 +66,7 @@ def add(commands: Any) -> None:
         metavar="N[,N]",
         help="of its clustering (default: 0,1,2,3,4)",
     )
-    for option, default, text in (
-        ("--max-length", 1024, "tokens per text; longer ones are read up to there"),
-        ("--batch-size", 16, "texts per forward pass"),
-    ):
-        how.add_argument(
-            option, type=int, default=default, metavar="N", help=f"{text} (default: {default})"
-        )
+    add_counts(how, COUNTS)
     add_running(parser, "the checkpoint's own")
 
 
@@ -90,17 +90,5 @@ def run(args: argparse.Namespace) -> str:
     p, q = (read(args, source, args.split) for source in (args.p, args.q))
     from ..experiments.mauve import mauve_score
 
-    finding = mauve_score(
-        p,
-        q,
-        args.features,
-        seeds=args.seeds,
-        max_length=args.max_length,
-        batch_size=args.batch_size,
-        device=args.device,
-        dtype=args.dtype,
-        progress=shows_progress(args),
-    )
-    if args.out is None:
-        return finding.summary()
-    return f"{finding.summary()}\n\nsaved in {finding.save(args.out)}"
+    finding = mauve_score(p, q, args.features, **given(args, "seeds", counts=COUNTS))
+    return saved(finding, args)

@@ -5,15 +5,13 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..files import claim_folder
-from ..options import STYLE, add_running, read, shows_progress
-from .temperature import add_pair
+from ..files import check_claim, claim_folder
+from ..options import STYLE, add_counts, add_pair, add_running, given, read
 
 ORDER = 56
 
@@ -37,7 +35,7 @@ Examples:
 
 With --out, a part that is done is kept: after Ctrl-C the same command goes on."""
 
-STAMP = "patch.json"
+STAMP, WORK = "patch.json", "a run of hyperlens patch"
 
 # Each part: where its function is, where its result's class is, and the options it takes.
 READS = ("n_texts", "max_length")
@@ -119,56 +117,57 @@ def add(commands: Any) -> None:
         help="tokens per text, BOS included; longer texts are cut (default: each part's own, "
         "128 or 256)",
     )
-    for option, default, text in (
-        ("--n-prompts", 16, "texts, drawn at random, that are continued, greedy"),
-        ("--prompt-tokens", 17, "their first tokens that are the prompt, BOS included"),
-        ("--max-new-tokens", 48, "tokens added to each; 0 writes none, which saves much time"),
-        ("--batch-size", 8, "texts per forward pass"),
-        ("--seed", 0, "of everything drawn at random"),
-    ):
-        group.add_argument(
-            option, type=int, default=default, metavar="N", help=f"{text} (default: {default})"
-        )
+    add_counts(
+        group,
+        (
+            ("--n-prompts", 16, "texts, drawn at random, that are continued, greedy"),
+            ("--prompt-tokens", 17, "their first tokens that are the prompt, BOS included"),
+            ("--max-new-tokens", 48, "tokens added to each; 0 writes none, which saves much time"),
+            ("--batch-size", 8, "texts per forward pass"),
+            ("--seed", 0, "of everything drawn at random"),
+        ),
+    )
     add_running(parser, "the checkpoint's own")
 
 
 def run(args: argparse.Namespace) -> str:
     """Run every part, save it when it is done, and return what to print."""
     texts = read(args, args.texts, args.split)
-    if args.out is not None:
-        claim_folder(args.out, STAMP, _stamp(args, texts), "a run of hyperlens patch")
-    findings = [_part(name, args, texts) for name in args.what]
-    said = "\n\n".join(finding.summary() for finding in findings)
     if args.out is None:
-        return said
+        return "\n\n".join(_found(name, args, texts).summary() for name in args.what)
+    stamp = _stamp(args, texts)
+    check_claim(args.out, STAMP, stamp, WORK)
+    said = [_kept(name, args, texts, stamp).summary() for name in args.what]
     from ..report import write_report
+    from ..report.saved import read_results
 
-    page = write_report(args.out / "report.html", findings)
-    return f"{said}\n\nsaved in {args.out}; report: {page}"
+    # Parts of earlier calls belong on the page too.
+    page = write_report(args.out / "report.html", read_results([args.out]))
+    return "\n\n".join([*said, f"saved in {args.out}; report: {page}"])
 
 
-def _part(name: str, args: argparse.Namespace, texts: Sequence[str]) -> Any:
-    """The result of one part, from the folder if it is there already."""
-    experiment, result, options = PARTS[name]
-    place: Path | None = None if args.out is None else args.out / name
-    if place is not None and place.is_dir():
-        return _named(result).load(place)
-    given = {option: getattr(args, option) for option in (*options, "batch_size", "seed")}
-    # What is left open is decided by the part.
-    given = {option: value for option, value in given.items() if value is not None}
-    run_it: Callable[..., Any] = _named(experiment)
-    finding = run_it(
-        args.base,
-        args.tuned,
-        texts,
-        **given,
-        device=args.device,
-        dtype=args.dtype,
-        progress=shows_progress(args),
-    )
-    if place is not None:
-        finding.save(place)
+def _kept(
+    name: str, args: argparse.Namespace, texts: Sequence[str], stamp: Mapping[str, Any]
+) -> Any:
+    """The result of one part, from the folder if it is there already, else saved there."""
+    place = args.out / name
+    if place.is_dir():
+        return _named(PARTS[name][1]).load(place)
+    finding = _found(name, args, texts)
+    # Only now, so that a command that fails leaves the folder to the corrected one.
+    claim_folder(args.out, STAMP, stamp, WORK)
+    finding.save(place)
     return finding
+
+
+def _found(name: str, args: argparse.Namespace, texts: Sequence[str]) -> Any:
+    """The result of one part."""
+    experiment, _, options = PARTS[name]
+    run_it: Callable[..., Any] = _named(experiment)
+    chosen = given(args, *options, "batch_size", "seed")
+    # What is left open is decided by the part.
+    chosen = {option: value for option, value in chosen.items() if value is not None}
+    return run_it(args.base, args.tuned, texts, **chosen)
 
 
 def _named(where: str) -> Any:

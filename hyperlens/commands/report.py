@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
-from ..options import STYLE, add_debug
+from ..options import STYLE, add_debug, folder
 
 ORDER = 90
 
@@ -32,10 +31,14 @@ def add(commands: Any) -> None:
     )
     parser.set_defaults(command="report", run=run)
     parser.add_argument(
-        "folders", nargs="+", type=Path, metavar="FOLDER", help="results, or a folder of results"
+        "folders", nargs="+", type=folder, metavar="FOLDER", help="results, or a folder of results"
     )
     parser.add_argument(
-        "--out", type=Path, required=True, metavar="FILE", help="the page; an older one is replaced"
+        "--out",
+        type=folder,
+        required=True,
+        metavar="FILE",
+        help="the page; an older one is replaced",
     )
     parser.add_argument("--title", metavar="TEXT", help="of the page (default: the models' names)")
     add_debug(parser)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from ..files import check_new_folder
-from ..options import STYLE, add_running, read
-from .temperature import add_continuations, add_pair, measuring, saved
+from ..options import STYLE, add_pair, add_running, saved, texts_for
+from .temperature import add_continuations, measuring
 
 ORDER = 52
 
@@ -58,9 +57,7 @@ def add(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> str:
     """Measure, save and return what to print."""
-    if args.out is not None:
-        check_new_folder(args.out)
-    texts = read(args, args.texts, args.split)
+    texts = texts_for(args)
     from ..experiments.static_bias import static_bias
 
     finding = static_bias(

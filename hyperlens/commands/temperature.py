@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from ..files import check_new_folder
-from ..options import STYLE, add_out, add_reading, add_running, read, shows_progress
+from ..options import STYLE, add_counts, add_pair, add_running, given, saved, texts_for
 
 ORDER = 50
 
@@ -48,48 +47,21 @@ def add(commands: Any) -> None:
     add_running(parser, "the checkpoint's own")
 
 
-def add_pair(parser: argparse.ArgumentParser) -> None:
-    """The two models, the texts and --out."""
-    parser.add_argument("base", metavar="BASE", help="the model before: a folder or hub id")
-    parser.add_argument(
-        "tuned", metavar="TUNED", help="the model after: a folder, hub id or adapter folder"
-    )
-    add_reading(parser)
-    add_out(parser, "the results (default: print only)")
-
-
 def add_continuations(parser: argparse.ArgumentParser) -> Any:
     """How prompts are made and continued; returns the group, for more options."""
     group = parser.add_argument_group("what is measured")
-    for name, default, text in CONTINUATIONS:
-        group.add_argument(
-            name, type=int, default=default, metavar="N", help=f"{text} (default: {default})"
-        )
+    add_counts(group, CONTINUATIONS)
     return group
 
 
 def measuring(args: argparse.Namespace) -> dict[str, Any]:
     """The same options as arguments of an experiment."""
-    chosen = ("n_prompts", "prompt_tokens", "max_new_tokens", "max_length", "batch_size", "seed")
-    given = {name: getattr(args, name) for name in (*chosen, "device", "dtype")}
-    return given | {"progress": shows_progress(args)}
-
-
-def saved(finding: Any, args: argparse.Namespace) -> str:
-    """The summary; with --out, after saving everything."""
-    summary: str = finding.summary()
-    if args.out is None:
-        return summary
-    folder = finding.save(args.out)
-    files = ", ".join(sorted(file.name for file in folder.iterdir()))
-    return f"{summary}\n\nsaved in {folder}: {files}"
+    return given(args, counts=CONTINUATIONS)
 
 
 def run(args: argparse.Namespace) -> str:
     """Measure, save and return what to print."""
-    if args.out is not None:
-        check_new_folder(args.out)
-    texts = read(args, args.texts, args.split)
+    texts = texts_for(args)
     from ..experiments.temperature import temperature
 
     return saved(temperature(args.base, args.tuned, texts, **measuring(args)), args)

@@ -8,9 +8,10 @@ A page is made of sections, one file each in `sections/`. A section module has
 - `LOADS`: "module:Class" of that finding, for reading it back from a folder (not for comparisons);
 - `body(results)`: the section from all results of that name, as `Markup`.
 
-Bodies are built from `parts` (`paragraph`, `table`, `details`, ...) and `charts`, which escape
-whatever text they are given. A finding without a section of its own is shown by `plain`: its
-summary, figure and table.
+On a page no two results of one name have the same `pair_name`: series of charts and columns of
+tables go by it, and `labels` sees to it. Bodies are built from `parts` (`paragraph`, `table`,
+`details`, ...) and `charts`, which escape whatever text they are given. A finding without a section
+of its own is shown by `plain`: its summary, figure and table.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import pkgutil
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -15,10 +15,11 @@ from markupsafe import Markup
 
 from .. import __version__
 from ..errors import ResultsError
-from ..files import write_text
+from ..files import at_home, write_text
 from ..findings import Finding
 from ..results import Comparison
 from . import plain, sections
+from .labels import told_apart
 from .parts import join, pair_name, paragraph, tag
 
 HERE = Path(__file__).resolve().parent
@@ -55,6 +56,7 @@ def write_report(path: str | Path, results: Sequence[Result], title: str | None 
     """
     if not results:
         raise ResultsError("expected at least one result to report on, got none")
+    results = told_apart(results)
     by_name: dict[str, list[Result]] = defaultdict(list)
     for result in results:
         by_name[result.name].append(result)
@@ -82,10 +84,9 @@ def write_report(path: str | Path, results: Sequence[Result], title: str | None 
         body=body,
         scripts=_scripts(body),
     )
-    # Model output may hold halves of characters, which no file can.
-    clean = str(page).encode("utf-8", "replace").decode("utf-8")
-    write_text(Path(path), clean)
-    return Path(path)
+    path = at_home(path)
+    write_text(path, str(page))
+    return path
 
 
 def section_modules() -> list[ModuleType]:
@@ -100,17 +101,28 @@ def _shown(by_name: Mapping[str, list[Result]]) -> Iterator[tuple[str, str, Mark
     modules = section_modules()
     for module in modules:
         if results := by_name.get(module.READS):
-            body = module.body(results)
+            body = _whole(module.READS, module.body, results)
             if body:
                 yield module.__name__.rsplit(".", 1)[-1].replace("_", "-"), module.TITLE, body
     with_section = {module.READS for module in modules}
     for name, results in by_name.items():
         if name not in with_section:
-            yield (
-                name.replace("_", "-"),
-                name.replace("_", " ").capitalize(),
-                plain.body([result for result in results if isinstance(result, Finding)]),
-            )
+            findings = [result for result in results if isinstance(result, Finding)]
+            if body := _whole(name, plain.body, findings):
+                yield name.replace("_", "-"), name.replace("_", " ").capitalize(), body
+
+
+def _whole(
+    name: str, body: Callable[[Any], Markup | None], results: Sequence[Result]
+) -> Markup | None:
+    """A section's body; what a result lacks, because somebody else wrote it, is one error."""
+    try:
+        return body(results)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise ResultsError(
+            f"a result of {name} cannot be shown, it lacks something or has it in another form "
+            f"({type(error).__name__}: {error}): expected it as save() wrote it"
+        ) from error
 
 
 def _footer(results: Sequence[Result]) -> Markup:

@@ -10,7 +10,7 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
-from .words import number, plain
+from .words import number, percent, plain
 
 Content = str | Markup
 
@@ -38,6 +38,12 @@ def paragraph(*content: Content) -> Markup:
 def note(*content: Content) -> Markup:
     """What a reader should not overlook."""
     return tag("p", *content, class_="note")
+
+
+def notes(*results: Any) -> Markup:
+    """What to know of these results' data and limits, each once, a paragraph a note."""
+    lines = dict.fromkeys(line for result in results for line in result.meta.get("notes", []))
+    return join(paragraph("Note: ", plain(line)) for line in lines)
 
 
 def conclusions(result: Any) -> Markup:
@@ -98,6 +104,25 @@ def interval(row: Mapping[str, Any], unit: str = "") -> str:
     scale = max(abs(value), abs(low), abs(high))
     ends = ", ".join(number(end, scale) for end in (low, high))
     return f"{number(value, scale)} [{ends}] {unit}".strip()
+
+
+def share(row: Mapping[str, Any]) -> str:
+    """A share and, where there is one, its interval, in per cent; no end is below none or over all.
+
+    Args:
+        row: `value`, `low` and `high`, of 1; NaN ends where there is no interval.
+    """
+    if not math.isfinite(row["low"]):
+        return percent(row["value"])
+    ends = max(row["low"], 0.0), min(row["high"], 1.0)
+    return f"{percent(row['value'])} [{percent(ends[0])}, {percent(ends[1])}]"
+
+
+def p_in_words(p: float) -> str:
+    """A p value, or nothing where there is no test."""
+    if math.isnan(p):
+        return ""
+    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
 
 
 def pair_name(result: Any) -> str:

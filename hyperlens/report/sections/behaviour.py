@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,7 +10,20 @@ from markupsafe import Markup
 
 from ...findings import Finding
 from ..charts import chart, dots
-from ..parts import cell, details, heading, interval, join, pair_name, paragraph, table, tag
+from ..parts import (
+    cell,
+    details,
+    heading,
+    interval,
+    join,
+    notes,
+    p_in_words,
+    pair_name,
+    paragraph,
+    table,
+    tag,
+)
+from ..words import MISSING
 
 ORDER = 20
 TITLE = "Did behaviour change?"
@@ -27,106 +41,128 @@ NAMES = {
     "loop": "longest loop",
 }
 STRATEGIES = {"greedy": "Greedy decoding", "sample": "Sampling at temperature 1"}
+SIDES = ("base", "tuned")
 SHOWN_AT_ONCE = 2
 
 
 def body(results: Sequence[Finding]) -> Markup:
     """Measures of all pairs per strategy, then examples."""
-    options = results[0].meta["options"]
     parts = [
         paragraph(
-            f"Each model continued {options['n_prompts']} prompts of {options['prompt_tokens']} "
-            f"tokens by {options['max_new_tokens']} tokens. TTR, the type-token ratio: distinct "
-            "tokens / tokens, 1 repeats nothing. Repeated n-grams: the share that occurred before. "
-            "Longest loop: the share of a continuation that only repeats itself. No units; means "
-            "over prompts with 95% intervals."
-        )
+            f"{_continued(results)}. TTR, the type-token ratio: distinct tokens / tokens, 1 "
+            "repeats nothing. Repeated n-grams: the share that occurred before. Longest loop: the "
+            "share of a continuation that only repeats itself. No units; means over prompts with "
+            "95% intervals."
+        ),
+        notes(*results),
     ]
     strategies = dict.fromkeys(row["strategy"] for result in results for row in result.table)
     for strategy in strategies:
-        rows = [_marked(row, result) for result in results for row in _in_order(result, strategy)]
-        drawn = _once([row for row in rows if row["kind"] != "difference"])
+        drawn = _drawn(results, strategy)
         alt = f"{STRATEGIES[strategy]}: mean of every measure for each model, with intervals"
         title = f"{STRATEGIES[strategy]}: mean over prompts, 95% interval (0 to 1, no unit)"
         parts.append(chart(dots(drawn, "measure", "mean over prompts"), title, alt, drawn))
         parts.append(_differences(results, strategy))
-        if all("distinct" in result.extras for result in results):
-            parts.append(details("distinct n-grams over all prompts", _together(results, strategy)))
+        if together := _together(results, strategy):
+            parts.append(details("distinct n-grams over all prompts", together))
     parts.append(heading("The texts"))
     parts.append(
         paragraph(
-            "Diversity is not quality. The same prompt, continued by each model, greedy; the first "
-            "ones of a random choice, not picked."
+            "Diversity is not quality. The same prompt, continued by each model; the first ones of "
+            "a random choice, not picked."
         )
     )
     for result in results:
-        parts.append(tag("p", pair_name(result), class_="pairs"))
-        shown = [_example(example) for example in _greedy(result)]
+        examples = _examples(result)
+        how = [STRATEGIES[example["strategy"]] for example in examples[:1]]
+        parts.append(tag("p", ": ".join([pair_name(result), *how]), class_="pairs"))
+        shown = [_example(example) for example in examples]
         parts += shown[:SHOWN_AT_ONCE]
         if shown[SHOWN_AT_ONCE:]:
             parts.append(details("more", *shown[SHOWN_AT_ONCE:]))
     return join(parts)
 
 
-def _marked(row: Mapping[str, Any], result: Finding) -> dict[str, Any]:
-    model = result.meta.get(row["model"], {}).get("name", row["model"])
-    return {
-        "measure": NAMES[row["metric"]],
-        "model": str(model),
-        "value": row["value"],
-        "low": row["low"],
-        "high": row["high"],
-        "prompts": row["n"],
-        "kind": row["model"],
-    }
+def _continued(results: Sequence[Finding]) -> str:
+    """How much was written: once if it is the same for all pairs, else of each."""
+    how = "{n_prompts} prompts of {prompt_tokens} tokens by {max_new_tokens} tokens"
+    told = {pair_name(result): how.format_map(result.meta["options"]) for result in results}
+    if len(set(told.values())) == 1:
+        return f"Each model continued {next(iter(told.values()))}"
+    return "Each model continued " + "; ".join(f"{said} ({pair})" for pair, said in told.items())
 
 
-def _in_order(result: Finding, strategy: str) -> list[Mapping[str, Any]]:
-    rows = result.select(strategy=strategy)
+def _drawn(results: Sequence[Finding], strategy: str) -> list[dict[str, Any]]:
+    """Rows of the chart; a base that pairs share, with the same numbers, is drawn once."""
+    series = [
+        (result, side, rows)
+        for result in results
+        for side in SIDES
+        if (rows := _in_order(result.select(strategy=strategy, model=side)))
+    ]
+    meanings: dict[str, set[str]] = defaultdict(set)
+    for result, side, rows in series:
+        meanings[_name(result, side)].add(repr((side, rows)))
+    drawn: dict[str, list[dict[str, Any]]] = {}
+    for result, side, rows in series:
+        name = _name(result, side)
+        if len(meanings[name]) > 1:  # one name would stand for several texts or models
+            name = f"{side} of {pair_name(result)}"
+        drawn[name] = [
+            {
+                "measure": NAMES[row["metric"]],
+                "model": name,
+                **{key: row[key] for key in ("value", "low", "high")},
+                "prompts": row["n"],
+                "kind": side,
+            }
+            for row in rows
+        ]
+    return [row for rows in drawn.values() for row in rows]
+
+
+def _name(result: Finding, side: str) -> str:
+    return str(result.meta.get(side, {}).get("name", side))
+
+
+def _in_order(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return [row for metric in NAMES for row in rows if row["metric"] == metric]
 
 
-def _once(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Several pairs may share their base: draw it once."""
-    return list({repr(sorted(row.items())): row for row in rows}.values())
-
-
 def _differences(results: Sequence[Finding], strategy: str) -> Markup:
-    found = [result.select(strategy=strategy, model="difference") for result in results]
-    measured = {row["metric"] for row in found[0]}
-    metrics = [metric for metric in NAMES if metric in measured]
-    body_rows = [
-        [NAMES[metric]]
-        + [
-            f"{interval(row)}{_p(row['p'])}"
-            for rows in found
-            for row in rows
-            if row["metric"] == metric
-        ]
-        for metric in metrics
-    ]
-    head = ["tuned − base, paired by prompt [95%]", *map(pair_name, results)]
-    return table(head, body_rows, "p: paired t test, Holm-corrected over all measures of a pair")
-
-
-def _together(results: Sequence[Any], strategy: str) -> Markup:
-    """One number for all continuations of a model: how much they resemble each other, too."""
-    rows = [
-        [f"{pair_name(result)}, {model}", *map(cell, result.distinct(strategy, model).values())]
+    found = [
+        {row["metric"]: row for row in result.select(strategy=strategy, model="difference")}
         for result in results
-        for model in ("base", "tuned")
     ]
+    rows = (
+        [NAMES[metric], *(_difference(of_pair.get(metric)) for of_pair in found)]
+        for metric in NAMES
+        if any(metric in of_pair for of_pair in found)
+    )
+    head = ["tuned − base, paired by prompt [95%]", *map(pair_name, results)]
+    return table(head, rows, "p: paired t test, Holm-corrected over all measures of a pair")
+
+
+def _difference(row: Mapping[str, Any] | None) -> str:
+    return MISSING if row is None else f"{interval(row)}  {p_in_words(row['p'])}".rstrip()
+
+
+def _together(results: Sequence[Any], strategy: str) -> Markup | None:
+    """One number for all continuations of a model: how much they resemble each other, too."""
+    found = [
+        (f"{pair_name(result)}, {model}", result.distinct(strategy, model))
+        for result in results
+        for model in SIDES
+    ]
+    rows = [[name, *map(cell, shares.values())] for name, shares in found if shares]
+    if not rows:
+        return None
     head = ["distinct n-grams / n-grams", "n = 1", "n = 2", "n = 3"]
     return table(head, rows, "over all continuations together; falls with their number")
 
 
-def _p(p: float) -> str:
-    if p != p:
-        return ""
-    return "  p < 0.001" if p < 0.001 else f"  p = {p:.3f}"
-
-
-def _greedy(result: Finding) -> list[Mapping[str, Any]]:
+def _examples(result: Finding) -> list[Mapping[str, Any]]:
+    """The greedy ones, or if nothing was written greedily all."""
     examples: list[Mapping[str, Any]] = list(result.extras.get("examples", []))
     return [e for e in examples if e["strategy"] == "greedy"] or examples
 
@@ -138,6 +174,6 @@ def _example(example: Mapping[str, Any]) -> Markup:
             tag("h4", side),
             tag("p", tag("span", example["prompt"], class_="prompt"), example[side]["text"]),
         )
-        for side in ("base", "tuned")
+        for side in SIDES
     )
     return tag("div", *sides, class_="texts")

@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from ...audit import unchanged
 from ...results import Comparison
-from ..parts import details, join, note, pair_name, paragraph, preformatted, table
+from ..parts import details, join, note, notes, pair_name, paragraph, preformatted, table
 from ..words import NO_CHANGE, headline, plain, summary
 
 ORDER = 10
@@ -30,7 +30,7 @@ def body(results: Sequence[Comparison]) -> Markup:
                 "about large ones."
             )
         )
-    rows = [_headline_row(result, results) for result in results]
+    rows = [_headline_row(result) for result in results]
     columns = list(dict.fromkeys(name for _, found in rows for name in found))
     parts.append(
         table(
@@ -45,7 +45,7 @@ def body(results: Sequence[Comparison]) -> Markup:
     return join(parts)
 
 
-def _headline_row(result: Comparison, results: Sequence[Comparison]) -> tuple[str, dict[str, str]]:
+def _headline_row(result: Comparison) -> tuple[str, dict[str, str]]:
     found = {_in_full(what): number for what, number in headline(result)}
     return pair_name(result), found
 
@@ -65,7 +65,23 @@ def _inputs(results: Sequence[Comparison]) -> Markup:
             name = plain(model.get("name", side))
             sha = str(model.get("sha256", ""))[:16]
             models.setdefault(name + sha, (side, name, str(model.get("kind", "")), sha))
-    meta = results[0].meta
+    told = [(pair_name(result), _sizes(result)) for result in results]
+    if len({sizes for _, sizes in told}) == 1:
+        lines = [told[0][1]]
+    else:
+        lines = [f"{pair}: {sizes}" for pair, sizes in told]
+    return join(
+        [
+            table(["", "model", "opened as", "SHA-256 of its weights"], models.values()),
+            *map(paragraph, lines),
+            notes(*results),
+        ]
+    )
+
+
+def _sizes(result: Comparison) -> str:
+    """How large models and texts are, and how they were read."""
+    meta = result.meta
     corpus = meta.get("corpus", {})
     sizes = [
         f"{meta[key]:,} {words}"
@@ -77,16 +93,7 @@ def _inputs(results: Sequence[Comparison]) -> Markup:
         if key in meta
     ]
     texts = [f"{corpus[f'n_{k}']:,} {k}" for k in ("sequences", "tokens") if f"n_{k}" in corpus]
+    if "sha256" in corpus:
+        texts.append(f"SHA-256 of the texts {plain(corpus['sha256'])[:16]}")
     how = [f"{key} {plain(meta[key])}" for key in ("backend", "device", "dtype") if key in meta]
-    notes = [
-        plain(line) for line in dict.fromkeys(n for r in results for n in r.meta.get("notes", []))
-    ]
-    return join(
-        [
-            table(["", "model", "opened as", "SHA-256 of its weights"], models.values()),
-            paragraph(
-                "; ".join(filter(None, [", ".join(sizes), ", ".join(texts), ", ".join(how)]))
-            ),
-            *(paragraph("Note: ", line) for line in notes),
-        ]
-    )
+    return "; ".join(filter(None, [", ".join(sizes), ", ".join(texts), ", ".join(how)]))

@@ -14,12 +14,14 @@ from ..parts import (
     heading,
     interval,
     join,
+    notes,
     pair_name,
     paragraph,
     picture,
+    share,
     table,
 )
-from ..words import number, percent
+from ..words import number
 
 ORDER = 80
 TITLE = "Does it hold on other texts?"
@@ -47,7 +49,7 @@ def _one(result: Any) -> Markup:
     parts = [
         heading(pair_name(result)),
         conclusions(result),
-        *(paragraph(f"Note: {line}") for line in result.meta["notes"]),
+        notes(result),
         table(["", *result.corpora], cells, what),
         picture(
             png(result.plot(), dpi=110),
@@ -104,16 +106,12 @@ def _inside(result: Any) -> Markup:
         cells = [_names(row), f"{row['n_texts']:,}"]
         for name in words:
             one = {end or "value": row[f"{name}_{end}" if end else name] for end in ENDS}
-            cells.append(_share(one) if name == "top1_agreement" else interval(one))
+            cells.append(share(one) if name == "top1_agreement" else interval(one))
         rows.append(cells)
     return table(["", "texts", *words.values()], rows, "teacher-forced, at the last layer")
 
 
 ENDS = ("", "low", "high")
-
-
-def _share(one: Mapping[str, float]) -> str:
-    return f"{percent(one['value'])} [{percent(one['low'])}, {percent(one['high'])}]"
 
 
 def _mauve(result: Any) -> Markup:

@@ -15,6 +15,8 @@ from ..parts import (
     heading,
     interval,
     join,
+    notes,
+    p_in_words,
     pair_name,
     paragraph,
     preformatted,
@@ -60,6 +62,7 @@ def _one(result: Any) -> Markup:
         [
             heading(pair_name(result)),
             conclusions(result),
+            notes(result),
             grid(*(_chart(result, metric, words) for metric, words in DRAWN.items())),
             table(head, _rows(result, metrics)),
             details(
@@ -106,9 +109,7 @@ def _differences(result: Any, metrics: Sequence[str]) -> Iterator[list[str]]:
 def _difference(row: Any) -> str:
     ends = {"value": "difference", "low": "difference_low", "high": "difference_high"}
     text = interval({end: row[column] for end, column in ends.items()})
-    if row["p"] != row["p"]:
-        return text
-    return text + ("  p < 0.001" if row["p"] < 0.001 else f"  p = {row['p']:.3f}")
+    return f"{text}  {p_in_words(row['p'])}".rstrip()
 
 
 def _examples(result: Any) -> Iterator[Markup]:

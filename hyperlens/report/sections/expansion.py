@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from markupsafe import Markup
@@ -12,13 +12,15 @@ from ..parts import (
     details,
     heading,
     join,
+    notes,
     pair_name,
     paragraph,
     picture,
     preformatted,
+    share,
     table,
 )
-from ..words import number, percent
+from ..words import number
 
 ORDER = 134
 TITLE = "Is it the extra dimensions?"
@@ -64,6 +66,7 @@ def _one(result: Any) -> Iterator[Markup]:
     pair = pair_name(result)
     yield heading(pair)
     yield conclusions(result)
+    yield notes(result)
     yield picture(
         png(result.plot(), dpi=110),
         f"{pair}: share of changed decisions that are the tuned model's, and diversity of greedy "
@@ -89,13 +92,7 @@ def _rows(result: Any, way: str) -> Iterator[list[str]]:
                 str(dose) if dose else "all",
                 words,
                 number(result.value(way, dose, arm, "dimension")),
-                *(_share(result.at(way, dose, arm, metric)) for metric in SHARES),
+                *(share(result.at(way, dose, arm, metric)) for metric in SHARES),
                 number(result.value(way, dose, arm, "kl_tuned")),
                 "" if ttr is None else number(ttr["value"]),
             ]
-
-
-def _share(row: Mapping[str, Any]) -> str:
-    if row["low"] != row["low"]:
-        return percent(row["value"])
-    return f"{percent(row['value'])} [{percent(row['low'])}, {percent(row['high'])}]"

@@ -13,13 +13,15 @@ from ..parts import (
     heading,
     interval,
     join,
+    notes,
     pair_name,
     paragraph,
     picture,
     preformatted,
+    share,
     table,
 )
-from ..words import number, percent
+from ..words import number
 
 ORDER = 136
 TITLE = "Is the expansion in the block, or in the final norm?"
@@ -69,6 +71,7 @@ def _one(result: Any) -> Iterator[Markup]:
     pair = pair_name(result)
     yield heading(pair)
     yield conclusions(result)
+    yield notes(result)
     yield picture(
         png(result.plot(), dpi=110),
         f"{pair}: the change of dimension from raw to after the norm in steps, the dimension of "
@@ -82,7 +85,7 @@ def _one(result: Any) -> Iterator[Markup]:
     effects = ([words, _both(result.dimension(name))] for name, words in EFFECTS.items())
     yield details("steps and effects", table(["tuned − base, dimensions", ""], effects))
     swaps = (
-        [words, *(_share(result.decided(name, metric)) for metric in ("to_tuned", "to_base"))]
+        [words, *(share(result.decided(name, metric)) for metric in ("to_tuned", "to_base"))]
         for name, words in SWAPS.items()
     )
     head = ["changed decisions that are", "the tuned model's", "the base model's"]
@@ -92,9 +95,3 @@ def _one(result: Any) -> Iterator[Markup]:
 
 def _both(row: Mapping[str, Any]) -> str:
     return f"{interval(row)}, naive {number(row['naive'])}"
-
-
-def _share(row: Mapping[str, Any]) -> str:
-    if row["low"] != row["low"]:
-        return percent(row["value"])
-    return f"{percent(row['value'])} [{percent(row['low'])}, {percent(row['high'])}]"

@@ -8,8 +8,20 @@ from typing import Any
 from markupsafe import Markup
 
 from ..charts import chart, dots
-from ..parts import conclusions, details, heading, join, paragraph, preformatted, table, tag
-from ..words import MISSING, percent, plain
+from ..parts import (
+    conclusions,
+    details,
+    heading,
+    join,
+    notes,
+    p_in_words,
+    paragraph,
+    preformatted,
+    share,
+    table,
+    tag,
+)
+from ..words import MISSING, plain
 
 ORDER = 27
 TITLE = "Which text does a judge prefer?"
@@ -54,9 +66,10 @@ def _one(result: Any) -> Markup:
     parts = [
         heading(f"A: {a}, B: {b}"),
         conclusions(result),
+        notes(result),
         paragraph(plain(result.counted()) + "."),
         chart(dots(drawn, "criterion", "share of pairs"), title, f"{a} against {b}", drawn),
-        table(["", *OUTCOMES.values(), "A of decided", "p"], _rates(result)),
+        table(["", *OUTCOMES.values(), "A of decided", "against half"], _rates(result)),
         table(
             ["the judge's leanings", *CRITERIA],
             _leanings(result),
@@ -79,16 +92,14 @@ def _rates(result: Any) -> list[list[str]]:
     rows = []
     for criterion in CRITERIA:
         tested = result.value(criterion, "a_of_decided")
-        cells = [_cell(result.value(criterion, metric)) for metric in OUTCOMES]
-        p = tested["p"]
-        in_words = MISSING if p != p else "< 0.001" if p < 0.001 else f"{p:.3f}"
-        rows.append([criterion, *cells, _cell(tested), in_words])
+        cells = [share(result.value(criterion, metric)) for metric in OUTCOMES]
+        rows.append([criterion, *cells, share(tested), p_in_words(tested["p"]) or MISSING])
     return rows
 
 
 def _leanings(result: Any) -> list[list[str]]:
     return [
-        [words, *(_cell(result.value(criterion, metric)) for criterion in CRITERIA)]
+        [words, *(share(result.value(criterion, metric)) for criterion in CRITERIA)]
         for metric, words in LEANINGS.items()
     ]
 
@@ -103,12 +114,6 @@ def _scores(result: Any) -> list[list[str]]:
         for criterion in CRITERIA
         if result.select(criterion=criterion, metric="score_a")
     ]
-
-
-def _cell(row: Mapping[str, Any]) -> str:
-    if not row["n"]:
-        return MISSING
-    return f"{percent(row['value'])} [{percent(row['low'])}, {percent(row['high'])}]"
 
 
 def _score(row: Mapping[str, Any], sign: str = "") -> str:

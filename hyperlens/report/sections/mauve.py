@@ -7,7 +7,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from ..parts import details, heading, join, note, pair_name, paragraph, picture, table
+from ..parts import details, heading, join, notes, pair_name, paragraph, picture, table
 from ..words import number
 
 ORDER = 25
@@ -43,7 +43,7 @@ def _one(result: Any) -> Markup:
     return join(
         [
             heading(pair_name(result)),
-            *(note(line) for line in result.meta["notes"]),
+            notes(result),
             table(["", "value"], rows),
             picture(
                 png(result.plot(), dpi=110),

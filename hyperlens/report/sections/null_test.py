@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from ...findings import Finding
 from ..charts import chart, lines
-from ..parts import details, grid, join, pair_name, paragraph, preformatted, table, tag
+from ..parts import details, grid, join, notes, pair_name, paragraph, preformatted, table, tag
 from ..words import number
 
 ORDER = 50
@@ -35,7 +35,7 @@ def body(results: Sequence[Any]) -> Markup:
         )
     ]
     for result in results:
-        parts.append(tag("p", pair_name(result), class_="pairs"))
+        parts += [tag("p", pair_name(result), class_="pairs"), notes(result)]
         rows = [
             [
                 words,

@@ -8,7 +8,17 @@ from typing import Any
 from markupsafe import Markup
 
 from ..charts import chart
-from ..parts import conclusions, details, grid, join, pair_name, paragraph, preformatted, tag
+from ..parts import (
+    conclusions,
+    details,
+    grid,
+    join,
+    notes,
+    pair_name,
+    paragraph,
+    preformatted,
+    tag,
+)
 from ..words import plain
 
 ORDER = 131
@@ -37,7 +47,7 @@ def body(results: Sequence[Any]) -> Markup:
     ]
     for result in results:
         parts.append(tag("p", pair_name(result), class_="pairs"))
-        parts.append(conclusions(result))
+        parts += [conclusions(result), notes(result)]
         parts.append(grid(*(_map(result, way, words) for way, words in DIRECTIONS.items())))
         example = result.extras["example"]
         text = f"{example['before']}{''.join(example['tokens'])}"

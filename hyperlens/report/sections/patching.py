@@ -8,7 +8,19 @@ from typing import Any
 from markupsafe import Markup
 
 from ..charts import chart, lines
-from ..parts import conclusions, details, grid, join, pair_name, paragraph, preformatted, table, tag
+from ..parts import (
+    conclusions,
+    details,
+    grid,
+    join,
+    notes,
+    pair_name,
+    paragraph,
+    preformatted,
+    share,
+    table,
+    tag,
+)
 from ..words import number, percent
 
 ORDER = 130
@@ -54,7 +66,7 @@ def body(results: Sequence[Any]) -> Markup:
         where = "" if options["positions"] is None else f", positions {options['positions']}"
         what = f"{pair_name(result)}: {options['site']}{where}"
         parts.append(tag("p", what, class_="pairs"))
-        parts.append(conclusions(result))
+        parts += [conclusions(result), notes(result)]
         parts.append(grid(*_charts(result)))
         parts += _tables(result)
         parts.append(details("In words", preformatted(result.summary())))
@@ -103,7 +115,7 @@ def _tables(result: Any) -> list[Markup]:
         head = ["layer", what, *(f"{NAMES[p]} (p of the difference)" for p in placebos)]
         body = []
         for row in result.at(direction, metric):
-            cells = [str(row["layer"]), _share(row)]
+            cells = [str(row["layer"]), share(row)]
             for name in placebos:
                 (other,) = [
                     o for o in result.at(direction, metric, name) if o["layer"] == row["layer"]
@@ -121,11 +133,5 @@ def _two_by_two(result: Any) -> Markup:
         (c["layer"], c["cell"]): c for c in result.extras["two_by_two"] if c["metric"] == "to_tuned"
     }
     cuts = sorted({layer for layer, _ in found})
-    rows = [[str(cut), *(_share(found[cut, cell]) for cell in CELLS)] for cut in cuts]
+    rows = [[str(cut), *(share(found[cut, cell]) for cell in CELLS)] for cut in cuts]
     return table(["cut before block", *CELLS.values()], rows)
-
-
-def _share(row: Mapping[str, Any]) -> str:
-    if row["low"] != row["low"]:
-        return percent(row["value"])
-    return f"{percent(row['value'])} [{percent(row['low'])}, {percent(row['high'])}]"

@@ -11,14 +11,15 @@ from ..parts import (
     conclusions,
     details,
     join,
+    notes,
     pair_name,
     paragraph,
     picture,
     preformatted,
+    share,
     table,
     tag,
 )
-from ..words import percent
 
 ORDER = 120
 TITLE = "Where do the winners come from?"
@@ -64,7 +65,7 @@ def body(results: Sequence[Any]) -> Markup:
         for mode in MODES:
             head = [mode, *(f"base rank {bucket}" for bucket in BUCKETS)]
             parts.append(table(head, _rows(result, mode)))
-        parts.append(conclusions(result))
+        parts += [conclusions(result), notes(result)]
         parts.append(details("Picks in their context", _examples(result)))
         parts.append(details("In words", preformatted(result.summary())))
     return join(parts)
@@ -76,16 +77,9 @@ def _rows(result: Any, mode: str) -> list[list[str]]:
         cells = []
         for bucket in BUCKETS:
             found = result.select(mode=mode, bucket=bucket, metric=metric)
-            cells.append(_cell(found[0]) if found else "")
+            cells.append(share(found[0]) if found else "")
         rows.append([words, *cells])
     return rows
-
-
-def _cell(row: Any) -> str:
-    ends = (max(row["low"], 0.0), min(row["high"], 1.0))
-    if ends[0] != ends[0]:
-        return percent(row["value"])
-    return f"{percent(row['value'])} [{percent(ends[0])}, {percent(ends[1])}]"
 
 
 def _examples(result: Any) -> Markup:

@@ -13,6 +13,7 @@ from ..parts import (
     heading,
     interval,
     join,
+    notes,
     pair_name,
     paragraph,
     picture,
@@ -60,6 +61,7 @@ def _one(result: Any) -> Markup:
         [
             heading(pair),
             conclusions(result),
+            notes(result),
             paragraph(
                 f"A bias on the {result.extras['k_used']} most promoted tokens, or on all, is "
                 "added to the base model's logits, α times their mean shift. "

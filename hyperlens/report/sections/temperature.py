@@ -8,7 +8,17 @@ from typing import Any
 from markupsafe import Markup
 
 from ..charts import chart, dots
-from ..parts import conclusions, details, heading, interval, join, pair_name, paragraph, table
+from ..parts import (
+    conclusions,
+    details,
+    heading,
+    interval,
+    join,
+    notes,
+    pair_name,
+    paragraph,
+    table,
+)
 from ..words import number
 
 ORDER = 100
@@ -42,14 +52,17 @@ def _one(result: Any) -> Markup:
     found = result.extras["temperature"]
     pair = pair_name(result)
     rows = list(_shares(result))
+    # The entropy may lie beyond what any temperature reaches.
+    gives = "gives" if found["shared_reached"] else "comes nearest to giving"
     title = "greedy and sampled continuations, means over prompts with 95% intervals"
     tests = [t for t in result.extras["tests"] if t["first"] == "tuned"]
     return join(
         [
             heading(pair),
             conclusions(result),
+            notes(result),
             paragraph(
-                f"T* = {number(found['shared'])} gives the base model the tuned model's mean "
+                f"T* = {number(found['shared'])} {gives} the base model the tuned model's mean "
                 f"entropy, {number(found['target_entropy'])} nats. For the tuned model's entropy "
                 f"in each single context, half of all T* lie between "
                 f"{number(found['own_quantiles']['0.25'])} and "

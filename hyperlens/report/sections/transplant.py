@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from markupsafe import Markup
 
 from ..charts import chart, dots, lines
-from ..parts import conclusions, details, grid, join, pair_name, paragraph, preformatted, table, tag
-from ..words import number, percent
+from ..parts import (
+    conclusions,
+    details,
+    grid,
+    join,
+    notes,
+    pair_name,
+    paragraph,
+    preformatted,
+    share,
+    table,
+    tag,
+)
+from ..words import number
 
 ORDER = 132
 TITLE = "Whose weights does it take?"
@@ -37,7 +49,7 @@ def body(results: Sequence[Any]) -> Markup:
     ]
     for result in results:
         parts.append(tag("p", pair_name(result), class_="pairs"))
-        parts.append(conclusions(result))
+        parts += [conclusions(result), notes(result)]
         parts.append(grid(*_charts(result)))
         for direction, (metric, what) in TOWARDS.items():
             parts.append(
@@ -89,13 +101,7 @@ def _lines(rows: list[dict[str, Any]], y: str, title: str, alt: str) -> Markup:
 def _table(result: Any, direction: str, metric: str, what: str) -> Markup:
     columns = [result.at(direction, kind, metric) for kind in KINDS]
     rows = [
-        [str(first["number"]), *map(_share, (first, second))]
+        [str(first["number"]), *map(share, (first, second))]
         for first, second in zip(*columns, strict=True)
     ]
     return table(["last k blocks", *KINDS.values()], rows, what)
-
-
-def _share(row: Mapping[str, Any]) -> str:
-    if row["low"] != row["low"]:
-        return percent(row["value"])
-    return f"{percent(row['value'])} [{percent(row['low'])}, {percent(row['high'])}]"
