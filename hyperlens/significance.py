@@ -6,13 +6,15 @@ The units are prompts or whole sequences: tokens of one sequence are not indepen
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import stats
 
 CONFIDENCE = 0.95
+# Numbers that differ by less than this share of their size are the same but for rounding.
+ROUNDING = 1e-12
 
 
 class Estimate(NamedTuple):
@@ -54,26 +56,51 @@ def difference(tuned: Sequence[float], base: Sequence[float]) -> Estimate:
 
 
 def paired_p(a: Sequence[float], b: Sequence[float]) -> float:
-    """Two-sided p of the paired t test; 1 where every pair is equal, NaN below two pairs."""
-    gaps = np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)
-    gaps = gaps[~np.isnan(gaps)]
-    if len(gaps) < 2:
+    """Two-sided p of the paired t test; pairs with a NaN are left out.
+
+    NaN below two pairs, and where all pairs are equal but for rounding: there is nothing to test
+    then, and such a test does not count in Holm's correction. Gaps that are all the same have no
+    spread for a t test to go by, whatever their number: p is then that of the sign test, 2^(1 - n),
+    so that two equal gaps are no evidence and thirty are.
+    """
+    first, second = (np.asarray(x, dtype=np.float64) for x in (a, b))
+    both = ~np.isnan(first - second)
+    first, second = first[both], second[both]
+    if len(first) < 2:
         return math.nan
-    if not gaps.std():
-        # The test statistic is 0/0 or infinite.
-        return 1.0 if gaps[0] == 0 else 0.0
+    gaps = first - second
+    rounding = _rounding(first, second)
+    if np.abs(gaps).max() <= rounding:
+        return math.nan
+    if np.ptp(gaps) <= rounding:
+        return float(2.0 ** (1 - len(gaps)))
     return float(stats.ttest_1samp(gaps, 0.0).pvalue)
 
 
 def welch_p(a: Sequence[float], b: Sequence[float]) -> float:
-    """Two-sided p of Welch's test, for units that are not pairs; NaN below two on a side."""
+    """Two-sided p of Welch's test, for units that are not pairs; NaNs are left out.
+
+    NaN below two units on a side, and where all units of both sides are equal but for rounding.
+    Two sides that differ and do not vary within themselves have no spread to go by: p is then the
+    share of all ways to deal the units out to two such sides that part them as far.
+    """
     first, second = (np.asarray(x, dtype=np.float64) for x in (a, b))
     first, second = first[~np.isnan(first)], second[~np.isnan(second)]
     if min(len(first), len(second)) < 2:
         return math.nan
-    if not first.std() and not second.std():
-        return 1.0 if first[0] == second[0] else 0.0
-    return float(stats.ttest_ind(first, second, equal_var=False).pvalue)
+    rounding = _rounding(first, second)
+    if np.ptp(np.concatenate([first, second])) <= rounding:
+        return math.nan
+    if max(np.ptp(first), np.ptp(second)) <= rounding:
+        n, m = len(first), len(second)
+        return (1 + (n == m)) / math.comb(n + m, n)
+    # From means and deviations: scipy warns of a side that does not vary, which is no fault here.
+    moments = (x for side in (first, second) for x in (side.mean(), side.std(ddof=1), len(side)))
+    return float(stats.ttest_ind_from_stats(*moments, equal_var=False).pvalue)
+
+
+def _rounding(*sides: np.ndarray) -> float:
+    return ROUNDING * float(max(np.abs(side).max() for side in sides))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -85,6 +112,14 @@ def holm(p_values: Sequence[float]) -> list[float]:
         largest = max(largest, min(1.0, p * (len(order) - rank)))
         corrected[i] = largest
     return corrected
+
+
+def holm_rows(
+    rows: Sequence[Mapping[str, Any]], p: str = "p", to: str = "p"
+) -> list[dict[str, Any]]:
+    """The same rows, the p values of a column corrected over all of them, in the column `to`."""
+    corrected = holm([row[p] for row in rows])
+    return [{**row, to: one} for row, one in zip(rows, corrected, strict=True)]
 
 
 def wilson(successes: int, trials: int) -> tuple[float, float]:

@@ -1,5 +1,6 @@
 """What both models write: means over prompts, paired tests, examples with ranks."""
 
+import json
 import math
 import re
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import torch
 from conftest import ARCHITECTURES, D_VOCAB, make_tiny, perturbed, token_texts
 from scipy import stats as scipy_stats
+from test_prompts import one_token_per_byte
 from transformers import AutoTokenizer
 
 from hyperlens import BehaviourFinding, cli, load_hooked, measure_behaviour
@@ -16,6 +18,7 @@ from hyperlens.decoding.diversity import type_token_ratio
 from hyperlens.decoding.generate import continuations
 from hyperlens.embedded import embedded_base, embedded_tales
 from hyperlens.errors import CorpusError, LoadingError, ResultsError
+from hyperlens.experiments.continuing import Continued, Continuing, choose_examples
 
 TEXTS = token_texts(10, shortest=8, longest=20)
 SHORT = {"prompt_tokens": 6, "max_new_tokens": 12, "n_examples": 2, "progress": False}
@@ -25,7 +28,8 @@ def test_a_model_against_itself_is_exactly_the_same(tiny) -> None:
     found = measure_behaviour(tiny, tiny, TEXTS, **SHORT)
     assert found.strategies == ["greedy", "sample"]
     for row in found.select(model="difference"):
-        assert (row["value"], row["low"], row["high"], row["p"]) == (0, 0, 0, 1), row
+        assert (row["value"], row["low"], row["high"]) == (0, 0, 0), row
+        assert math.isnan(row["p"]), row
     assert "equally diverse" in found.summary()
 
 
@@ -60,10 +64,11 @@ def test_means_and_tests_are_those_of_the_continuations(name: str) -> None:
 def test_the_bases_own_greedy_tokens_have_rank_one(name: str) -> None:
     base = make_tiny(name)
     found = measure_behaviour(base, perturbed(base, 0.5), TEXTS, strategies=("greedy",), **SHORT)
-    for example in found.extras["examples"]:
+    examples = found.extras["examples"]
+    for example in examples:
         assert example["base"]["base_rank"] == [1] * 12
-        assert max(example["tuned"]["base_rank"]) > 1
         assert len(example["tuned"]["tokens"]) == 12
+    assert max(rank for example in examples for rank in example["tuned"]["base_rank"]) > 1
 
 
 def test_ranks_are_those_of_the_plain_model(tiny) -> None:
@@ -122,10 +127,62 @@ def test_words_and_all_prompts_together_against_the_definitions(tmp_path: Path) 
     assert "over all continuations together" in page
 
 
+def test_examples_are_drawn_from_all_prompts_and_change_no_number(tiny) -> None:
+    few, many = (
+        measure_behaviour(tiny, tiny, TEXTS, **(SHORT | {"n_examples": n})) for n in (3, 9)
+    )
+    assert json.dumps(few.table) == json.dumps(many.table)
+    shown = [
+        [e["prompt"] for e in f.extras["examples"] if e["strategy"] == "greedy"]
+        for f in (few, many)
+    ]
+    assert shown[0] == shown[1][:3]
+    prompts = sorted(text[:6] for text in TEXTS)
+    expected = [prompts[i] for i in choose_examples(len(prompts), 9, 0)]
+    assert [[int(i) for i in prompt.split()] for prompt in shown[1]] == expected != prompts[:9]
+    # Texts are read in the order of their tokens, of which the first few are no fair choice.
+    drawn = [choose_examples(100, 8, seed) for seed in range(20)]
+    assert max(min(one) for one in drawn) > 0
+    assert np.mean(drawn) == pytest.approx(49.5, abs=3 * 29 / math.sqrt(160))
+    assert sorted(choose_examples(5, 9, 0)) == list(range(5))
+
+
+def test_a_prompt_that_ends_inside_a_character_loses_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    reads = one_token_per_byte()
+    texts = ["你好吗, she said", "它们在哪里? he asked"]
+    ids = [reads(text)["input_ids"] for text in texts]
+
+    def run(self: Continuing, *_: object, **__: object) -> Continued:
+        """Both models write what the text itself has."""
+        return Continued([next(i[5:17] for i in ids if i[:5] == p) for p in self.prompts], {})
+
+    monkeypatch.setattr(Continuing, "run", run)
+    model = make_tiny("llama", vocab_size=256)
+    options = SHORT | {"prompt_tokens": 5, "strategies": ("greedy",)}
+    found = measure_behaviour((model, reads), (model, reads), texts, **options)
+    shown = {e["prompt"]: (e["base"]["text"], e["tuned"]["text"]) for e in found.extras["examples"]}
+    expected = (reads.decode(i[:17]) for i in ids)
+    assert shown == {whole[0]: (whole[1:], whole[1:]) for whole in expected}
+
+
+def test_one_prompt_is_too_few_to_tell(tiny) -> None:
+    found = measure_behaviour(tiny, perturbed(tiny, 0.5), TEXTS, n_prompts=1, **SHORT)
+    said = " ".join(found.conclusion())
+    assert "Greedy: whether diversity differs cannot be told from so few prompts." in said
+    assert "no clear difference" not in said
+
+
 def test_refusals_say_what_to_do(tiny) -> None:
     for options, said in (
         ({"strategies": "greedy"}, "list of greedy and sample"),
         ({"strategies": ["beam"]}, "list of greedy and sample"),
+        ({"strategies": ["greedy", "greedy"]}, "each once at most"),
+        ({"n_examples": -1}, "n_examples must be at least 0"),
+        ({"seed": -1}, "seed must be a whole number from 0"),
+        ({"seed": 2**64}, "seed must be a whole number from 0"),
+        ({"seed": True}, "seed must be a whole number from 0"),
         ({"max_new_tokens": 0}, "max_new_tokens"),
         ({"max_new_tokens": 90}, "context"),
         ({"prompt_tokens": 30}, "longer texts"),

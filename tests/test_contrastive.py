@@ -155,6 +155,7 @@ def test_texts_end_at_eos_each_in_its_own_time(batch_size: int) -> None:
     )
     assert through == [by_hand(model, prompt, ByHand(), 8, None) for prompt in PROMPTS]
     model.config.eos_token_id = [through[0][0], through[2][3]]
+    model.generation_config.eos_token_id = None
     ended = adaptive_contrastive_search(
         model, None, PROMPTS, max_new_tokens=8, batch_size=batch_size, progress=False
     )

@@ -21,6 +21,7 @@ from hyperlens import (
 from hyperlens.embedded import embedded_base, embedded_tales
 from hyperlens.errors import CorpusError, HyperlensError, LoadingError, PairError
 from hyperlens.experiments import cross_domain as module
+from hyperlens.experiments.continuing import Continuing
 from hyperlens.experiments.cross_domain_finding import READ
 from hyperlens.loading import load_hooked
 
@@ -87,7 +88,7 @@ def test_a_model_against_itself_has_not_changed(name: str) -> None:
     for row in found.table:
         assert row["ttr_base"] == row["ttr_tuned"]
         assert (row["ttr_difference"], row["ttr_low"], row["ttr_high"]) == (0, 0, 0)
-        assert row["ttr_p"] == 1
+        assert math.isnan(row["ttr_p"])
         assert (row["top1_agreement"], row["spearman"]) == (1, 1)
         assert (row["delta_raw"], row["delta_final_norm"]) == (0, 0)
         assert math.isnan(row["mauve_base"])
@@ -132,6 +133,7 @@ BASE = make_tiny("llama")
         ({"x": (BASE, BASE)}, {}, {}, CorpusError, "one at least"),
         ({"x": (BASE, BASE)}, {"y": "no.txt"}, {}, CorpusError, "corpus 'y': no text file"),
         ({"x": (BASE, BASE)}, CORPORA, {"n_prompts": 0}, CorpusError, "n_prompts"),
+        ({"x": (BASE, BASE)}, CORPORA, {"seed": -1}, CorpusError, "seed must be"),
         ({"x": (BASE, BASE)}, CORPORA, {"max_length": 4}, CorpusError, "raise max_length to 5"),
     ],
 )
@@ -170,6 +172,12 @@ def test_words_figure_and_page(finding, tmp_path: Path) -> None:
     assert "MAUVE, tuned" not in page
 
 
+def test_names_that_look_like_mathematics_are_names(tmp_path: Path) -> None:
+    names = {"$\\foo$": CORPORA["a"]}
+    cross_domain({"$\\bar$": (BASE, BASE)}, names, out=tmp_path / "out", **SMALL)
+    assert (tmp_path / "out" / "cross_domain.png").stat().st_size > 0
+
+
 TALES = {"odd": embedded_tales()[1:12:2], "even": embedded_tales()[:12:2]}
 
 
@@ -199,6 +207,31 @@ def test_mauve_gets_the_texts_own_continuations(monkeypatch) -> None:
     assert found.meta["mauve"]["seeds"] == [0, 1, 2, 3, 4]
     assert "0.700 (0.500 to 0.900)" in found.summary()
     assert max(map(len, found.summary().splitlines())) <= 100
+
+
+@pytest.mark.parametrize("readable", [4, 1, 0])
+def test_a_model_that_writes_nothing_to_read_has_no_mauve(readable: int, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "mauve", Stub())
+    original, calls = Continuing.run, []
+
+    def run(self, *given, **options):
+        """Every second model to write, the tuned one, writes special tokens."""
+        made = original(self, *given, **options)
+        calls.append(1)
+        if len(calls) % 2 == 0:
+            made.tokens[readable:] = [[0] * 10] * (6 - readable)
+        return made
+
+    monkeypatch.setattr(Continuing, "run", run)
+    base = str(embedded_base())
+    found = cross_domain({"x": (base, base)}, {"odd": TALES["odd"]}, mauve_features=base, **SMALL)
+    (row,) = found.table
+    assert row["mauve_base"] == pytest.approx(0.7)
+    assert math.isnan(row["mauve_tuned"]) == (readable < 2)
+    notes = " ".join(found.meta["notes"])
+    assert f"x on odd: MAUVE of tuned: {6 - readable} of 6 texts have no token" in notes
+    assert ("MAUVE of tuned is unknown" in notes) == (readable < 2)
+    assert ("n/a" in found.summary()) == (readable < 2)
 
 
 def test_mauve_needs_texts_and_room(monkeypatch) -> None:

@@ -1,5 +1,6 @@
 """Ways of decoding side by side: every number is that of the continuations, one by one."""
 
+import itertools
 import math
 import sys
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import lora, make_tiny, perturbed, token_texts
+from conftest import D_VOCAB, lora, make_tiny, perturbed, token_texts
 from scipy import stats as scipy_stats
 from test_mauve import Stub
 
@@ -18,7 +19,9 @@ from hyperlens.decoding.generate import continuations
 from hyperlens.decoding.guard import Guard
 from hyperlens.embedded import embedded_base, embedded_tales
 from hyperlens.errors import CorpusError, DecodingError, HyperlensError, LoadingError
+from hyperlens.experiments.continuing import choose_examples
 from hyperlens.experiments.decoding_finding import METHODS, REFERENCE, WORDS
+from hyperlens.experiments.decoding_methods import Writing, Written
 from hyperlens.experiments.mauve_scores import few_texts
 
 TEXTS = token_texts(10, shortest=8, longest=20)
@@ -40,9 +43,16 @@ def finding(models) -> DecodingFinding:
     return decoding_baselines(*models, TEXTS, n_examples=len(TEXTS), **SHORT)
 
 
+def examples_of(found: DecodingFinding) -> list[tuple[list[int], list[str]]]:
+    """Prompts and texts in the order of the corpus, on which sampled text depends."""
+    return sorted(
+        ([int(i) for i in one["prompt"].split()], [text["text"] for text in one["texts"]])
+        for one in found.extras["examples"]
+    )
+
+
 def prompts_of(found: DecodingFinding) -> list[list[int]]:
-    """In their order, on which sampled text depends."""
-    return [[int(i) for i in one["prompt"].split()] for one in found.extras["examples"]]
+    return [prompt for prompt, _ in examples_of(found)]
 
 
 def written(
@@ -67,14 +77,16 @@ def written(
 def test_every_row_is_that_of_the_continuations(models, finding) -> None:
     prompts = prompts_of(finding)
     assert sorted(prompts) == sorted(text[:6] for text in TEXTS)
+    drawn = [[int(i) for i in one["prompt"].split()] for one in finding.extras["examples"]]
+    assert drawn == [prompts[i] for i in choose_examples(10, 10, 0)] != prompts
     reference = written(models, prompts, *REFERENCE)
     assert len(finding.table) == 7 * 7
     assert finding.ways == [*(("base", name) for name in METHODS), REFERENCE]
     p_values = []
     for way in finding.ways:
         texts = written(models, prompts, *way)
-        examples = [e["texts"][finding.ways.index(way)] for e in finding.extras["examples"]]
-        assert [one["text"] for one in examples] == [" ".join(map(str, t)) for t in texts]
+        shown = [of_all[finding.ways.index(way)] for _, of_all in examples_of(finding)]
+        assert shown == [" ".join(map(str, t)) for t in texts]
         for metric, measure in MEASURES.items():
             row = finding.value(*way, metric)
             values, others = ([measure(t) for t in side] for side in (texts, reference))
@@ -89,7 +101,8 @@ def test_every_row_is_that_of_the_continuations(models, finding) -> None:
             if gaps.std():
                 half = scipy_stats.t.ppf(0.975, len(gaps) - 1) * scipy_stats.sem(gaps)
                 assert row["difference_high"] == pytest.approx(gaps.mean() + half)
-                p_values.append((scipy_stats.ttest_rel(values, others).pvalue, row["p"]))
+                if metric != "windowed_ttr":  # of texts this short the same test as TTR's
+                    p_values.append((scipy_stats.ttest_rel(values, others).pvalue, row["p"]))
         together = finding.value(*way, "distinct_2")
         assert together["value"] == pytest.approx(distinct(texts, 2))
         if way != REFERENCE:
@@ -135,17 +148,22 @@ def test_samples_are_averaged_by_prompt(models) -> None:
 def test_texts_may_end_and_some_have_no_token(models) -> None:
     base, tuned = models
     prompts = [text[:6] for text in TEXTS]
-    through = written(models, prompts, "base", "greedy")
-    first = through[0][0]
+    through, others = (written(models, prompts, side, "greedy") for side in ("base", "tuned"))
+    # Each model has an end of its own, beside the one in its generation settings.
+    first, second = through[0][0], others[0][1]
+    assert first != second
     before = base.config.eos_token_id
-    base.config.eos_token_id = tuned.config.eos_token_id = first
+    base.config.eos_token_id, tuned.config.eos_token_id = first, second
     try:
         options = {"methods": ["greedy", "guard", "contrastive"], **SHORT}
         found = decoding_baselines(base, tuned, TEXTS, stop_at_eos=True, **options)
         whole = decoding_baselines(base, tuned, TEXTS, **options)
     finally:
         base.config.eos_token_id = tuned.config.eos_token_id = before
-    ended = [row[: row.index(first)] if first in row else row for row in through]
+    ended, others_ended = (
+        [list(itertools.takewhile(lambda t, own=own: t not in (own, 2), row)) for row in rows]
+        for own, rows in ((first, through), (second, others))
+    )
     assert [] in ended
     kept = [row for row in ended if row]
     row = found.value("base", "greedy", "ttr")
@@ -155,14 +173,18 @@ def test_texts_may_end_and_some_have_no_token(models) -> None:
         # Where text ends is the same whether what follows is written or not.
         a, b = (f.value("base", method, "length")["value"] for f in (found, whole))
         assert a == b
-    assert found.value("base", "greedy", "length")["value"] == np.mean([len(t) for t in ended])
+    for side, texts in (("base", ended), ("tuned", others_ended)):
+        length = found.value(side, "greedy", "length")["value"]
+        assert length == np.mean([len(t) for t in texts])
+        assert length == whole.value(side, "greedy", "length")["value"]
 
 
 def test_a_model_beside_itself_differs_in_nothing(models) -> None:
     found = decoding_baselines(models[0], models[0], TEXTS, **SHORT)
     for metric in found.metrics:
         row = found.value("base", "greedy", metric)
-        assert (row["difference"], row["difference_low"], row["p"]) == (0, 0, 1)
+        assert (row["difference"], row["difference_low"]) == (0, 0)
+        assert math.isnan(row["p"])
     assert "not clearly different: greedy" in " ".join(found.summary().split())
 
 
@@ -180,6 +202,9 @@ def test_an_adapter_is_read_as_one() -> None:
         ({"methods": []}, DecodingError, "methods must be some of greedy"),
         ({"methods": ["beam"]}, DecodingError, "methods must be some of greedy"),
         ({"methods": ["greedy", "greedy"]}, DecodingError, "once"),
+        ({"methods": "greedy"}, DecodingError, "as a list"),
+        ({"n_examples": -1}, CorpusError, "n_examples must be at least 0"),
+        ({"seed": -1}, CorpusError, "seed must be"),
         ({"temperature": 0.0}, DecodingError, "temperature"),
         ({"top_p": 1.2}, DecodingError, "top_p"),
         ({"min_p": 0.0}, DecodingError, "min_p"),
@@ -215,6 +240,34 @@ def test_words_figure_and_what_is_written_returns(finding, tmp_path: Path) -> No
     assert finding.metrics == [metric for metric in WORDS if metric != "mauve"]
 
 
+def test_nothing_written_is_not_called_no_difference(models) -> None:
+    base, tuned = models
+    ends = list(range(D_VOCAB))
+    before = base.generation_config.eos_token_id
+    base.generation_config.eos_token_id = tuned.generation_config.eos_token_id = ends
+    try:
+        found = decoding_baselines(
+            base, tuned, TEXTS, methods=["greedy", "top_p"], stop_at_eos=True, **SHORT
+        )
+    finally:
+        base.generation_config.eos_token_id = tuned.generation_config.eos_token_id = before
+    assert math.isnan(found.value("base", "greedy", "ttr")["value"])
+    said = " ".join(found.conclusions())
+    assert said.count("cannot be told: greedy, top-p") == 2
+    assert "not clearly different" not in said
+
+
+def test_a_measure_under_two_names_is_one_test(finding, models) -> None:
+    # No text is longer than a window.
+    for way in finding.ways[:-1]:
+        ttr, windowed = (finding.value(*way, metric) for metric in ("ttr", "windowed_ttr"))
+        assert windowed["difference"] == ttr["difference"]
+        assert math.isnan(windowed["p"])
+    long = SHORT | {"max_new_tokens": 51, "methods": ["top_p"]}
+    found = decoding_baselines(*models, TEXTS, **long)
+    assert not math.isnan(found.value("base", "top_p", "windowed_ttr")["p"])
+
+
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base, file = str(embedded_base()), tmp_path / "texts.txt"
     file.write_text("\n\n".join(f"The {who} went into the wood." for who in ("king", "cat", "fox")))
@@ -234,6 +287,36 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         assert words in page
     assert cli.main([*command, "--top-p", "7"]) == cli.FAILED
     assert "top_p must be above 0 and at most 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("readable", "mauve"), [(5, 0.7), (3, 0.7), (1, math.nan), (0, math.nan)])
+def test_mauve_says_what_it_could_not_read(
+    readable: int, mauve: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stub, base = Stub(), str(embedded_base())
+    monkeypatch.setitem(sys.modules, "mauve", stub)
+    real, calls = Writing.run, []
+
+    def run(self: Writing, loaded: object, method: str, seeds: object) -> Written:
+        """The tuned model writes nothing but special tokens after some prompts."""
+        made = real(self, loaded, method, seeds)
+        calls.append(method)
+        if len(calls) > 1:
+            made.samples[0][readable:] = [[0] * 12] * (5 - readable)
+        return made
+
+    monkeypatch.setattr(Writing, "run", run)
+    options = {"methods": ["greedy"], "mauve_features": base, **SHORT}
+    found = decoding_baselines(base, base, embedded_tales()[:5], **options)
+    assert found.value("base", "greedy", "mauve")["value"] == pytest.approx(0.7)
+    assert found.value("tuned", "greedy", "mauve")["value"] == pytest.approx(mauve, nan_ok=True)
+    assert {len(one["q_features"]) for one in stub.given} == {5, readable} - {0, 1}
+    notes = "; ".join(found.meta["notes"])
+    left_out = f"MAUVE of tuned, greedy: {5 - readable} of 5 texts have no token and are left out"
+    assert (left_out in notes) == (readable < 5)
+    assert ("MAUVE of tuned, greedy is unknown" in notes) == (readable < 2)
+    found.summary()
+    found.plot()
 
 
 def test_mauve_stands_beside_the_rest(models, monkeypatch: pytest.MonkeyPatch) -> None:

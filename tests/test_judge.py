@@ -11,8 +11,11 @@ from scipy import stats as scipy_stats
 
 from hyperlens import JudgeFinding, judge_continuations
 from hyperlens.errors import CorpusError, JudgeError, LoadingError
+from hyperlens.judging.pairs import Pair
 from hyperlens.judging.prompt import read_prompt
 from hyperlens.judging.rule import FewerRepeatedBigrams, repeated_bigrams
+from hyperlens.judging.tally import Judged, leanings
+from hyperlens.judging.verdict import Verdict
 from hyperlens.significance import binomial_p, holm, wilson
 
 QUIET = {"progress": False}
@@ -39,8 +42,8 @@ def test_a_judge_that_looks_at_the_place_decides_nothing() -> None:
         assert [row["value"] for row in share.values()] == [0, 0, 1]
         assert (share["tie"]["low"], share["tie"]["high"]) == wilson(9, 9)
         place = found.value(criterion, "first_position")
-        assert (place["value"], place["n"]) == (1, 18)
-        assert (place["low"], place["high"]) == wilson(18, 18)
+        assert (place["value"], place["n"]) == (1, 9)
+        assert (place["low"], place["high"]) == wilson(9, 9)
         assert found.value(criterion, "orders_disagree")["value"] == 1
         assert found.value(criterion, "a_of_decided")["n"] == 0
         assert math.isnan(found.value(criterion, "a_of_decided")["p"])
@@ -53,7 +56,7 @@ def test_a_judge_that_prefers_the_longer_text_always_does() -> None:
     found = judge_continuations(pairs(12), judge=longer, names=("short", "long"), **QUIET)
     for criterion in ("coherence", "diversity", "overall"):
         assert found.value(criterion, "b_wins")["value"] == 1
-        assert found.value(criterion, "first_position")["value"] == 0.5
+        assert found.value(criterion, "first_position")["n"] == 0  # no pair is judged by place
         assert found.value(criterion, "orders_disagree")["value"] == 0
         assert found.value(criterion, "longer_wins")["value"] == 1
         p = found.value(criterion, "a_of_decided")["p"]
@@ -92,9 +95,9 @@ def test_rates_intervals_and_tests_are_those_of_scipy() -> None:
     found = judge_continuations(pairs(n), judge=by_side(decide), **QUIET)
     p_values = {}
     for criterion in ("coherence", "diversity", "overall"):
-        sides, firsts = [], []
+        sides, leaning = [], []
         for i in range(n):
-            pair = []
+            pair, places_named = [], []
             for order, shown in enumerate(("ab", "ba")):
                 if criterion == "overall":
                     place = str(winners[i, order])
@@ -104,7 +107,8 @@ def test_rates_intervals_and_tests_are_those_of_scipy() -> None:
                     )
                     place = "tie" if x == y else places[int(x < y)]
                 pair.append("tie" if place == "tie" else shown[places.index(place)])
-                firsts += [] if place == "tie" else [place == "first"]
+                places_named.append({"first": 1, "second": -1, "tie": 0}[place])
+            leaning.append(np.sign(sum(places_named)))
             sides.append(pair[0] if pair[0] == pair[1] else "tie")
         assert found.extras["outcomes"][criterion] == sides
         for metric, side in (("a_wins", "a"), ("b_wins", "b"), ("tie", "tie")):
@@ -113,7 +117,9 @@ def test_rates_intervals_and_tests_are_those_of_scipy() -> None:
             assert row["value"] == count / n
             assert (row["low"], row["high"]) == (expected.low, expected.high)
         place = found.value(criterion, "first_position")
-        assert (place["value"], place["n"]) == (sum(firsts) / len(firsts), len(firsts))
+        first, second = leaning.count(1), leaning.count(-1)
+        assert (place["value"], place["n"]) == (first / (first + second), first + second)
+        assert (place["low"], place["high"]) == wilson(first, first + second)
         decided = sides.count("a") + sides.count("b")
         p_values[criterion] = scipy_stats.binomtest(sides.count("a"), decided, 0.5).pvalue
     corrected = dict(zip(p_values, holm(list(p_values.values())), strict=True))
@@ -123,6 +129,22 @@ def test_rates_intervals_and_tests_are_those_of_scipy() -> None:
     gap = found.value("coherence", "score_difference")
     expected = scipy_stats.ttest_rel(a, b).confidence_interval()
     assert (gap["low"], gap["high"]) == pytest.approx((expected.low, expected.high))
+
+
+def test_a_judge_that_leans_nowhere_is_seldom_said_to() -> None:
+    """It judges every pair by a place, which differs from pair to pair: all is chance."""
+    rng, n, runs, alarms = np.random.default_rng(0), 50, 200, 0
+    pair, verdicts = Pair("c", "a", "b"), {}
+    for winner in ("first", "second", "tie"):
+        verdicts[winner] = Verdict((5, 5), (5, 5), winner, "")
+    for _ in range(runs):
+        favoured = rng.choice(["first", "second"], n)
+        answers = np.where(rng.random((2, n)) < 0.1, "tie", favoured)
+        judged = [Judged(pair, (verdicts[x], verdicts[y])) for x, y in answers.T.tolist()]
+        (place,) = (row for row in leanings(judged, "overall") if row["metric"] == "first_position")
+        alarms += not place["low"] <= 0.5 <= place["high"]
+    # Nominally 5%; had the 2n answers been taken for independent, one in five or six.
+    assert scipy_stats.binomtest(alarms, runs, 0.05, alternative="greater").pvalue > 0.01
 
 
 @pytest.mark.parametrize(("wins", "n"), [(0, 1), (3, 10), (5, 10), (57, 98)])
@@ -144,7 +166,7 @@ def test_equal_texts_are_ties_that_nobody_is_asked_about() -> None:
     found = judge_continuations([*same, *pairs(2), *pairs(2)], judge=judge, **QUIET)
     assert len(asked) == len(set(asked)) == 4  # nor twice about the same
     assert found.value("overall", "tie")["n"] == 7
-    assert found.value("overall", "first_position")["n"] == 8
+    assert found.value("overall", "first_position")["n"] == 4
     counts = {"pairs": 7, "judged": 4, "identical": 3, "left_out": 0}
     assert found.extras["counts"] == counts
     assert "3 of two equal texts" in found.summary()
@@ -205,5 +227,7 @@ def test_what_cannot_be_a_judge() -> None:
         judge_continuations(pairs(1), judge=Path("none"), **QUIET)
     with pytest.raises(CorpusError, match="tries"):
         judge_continuations(pairs(1), judge=longer, tries=0, **QUIET)
+    with pytest.raises(CorpusError, match="n_examples must be at least 0"):
+        judge_continuations(pairs(1), judge=longer, n_examples=-1, **QUIET)
     with pytest.raises(JudgeError, match="two sides"):
         judge_continuations(pairs(1), judge=longer, names=("one",), **QUIET)

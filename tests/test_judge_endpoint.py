@@ -288,6 +288,8 @@ def test_the_usual_key_is_not_sent_in_the_clear(monkeypatch: pytest.MonkeyPatch)
         ("https://host/v1", {"workers": 0}, "workers must be at least 1"),
         ("https://host/v1", {"retries": -1}, "retries must be at least 0"),
         ("https://host/v1", {"timeout": 0.0}, "timeout must be at least"),
+        ("https://host/v1", {"timeout": float("inf")}, "timeout must be at most 86400 s, got inf"),
+        ("https://host/v1", {"timeout": 1e300}, "timeout must be at most 86400 s"),
         ("https://host/v1", {"model": " "}, "no name"),
     ],
 )

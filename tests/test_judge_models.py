@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from hyperlens import JudgeFinding, cli, judge_continuations, judge_models
 from hyperlens.decoding.generate import continuations
 from hyperlens.errors import CorpusError, JudgeError
+from hyperlens.experiments.continuing import choose_examples
 from hyperlens.judging.local import LocalJudge
 from hyperlens.judging.prompt import read_prompt
 from hyperlens.report import write_report
@@ -56,6 +57,36 @@ def test_two_models_write_and_a_judge_reads(tmp_path: Path) -> None:
     write_report(tmp_path / "page.html", [found])
 
 
+def test_each_model_ends_its_own_texts() -> None:
+    base = (make_tiny("llama"), tokenizer())
+    tuned = (perturbed(base[0], 0.5), tokenizer())
+
+    def texts() -> dict[str, tuple[list[str], list[str]]]:
+        found = judge_models(base, tuned, TEXTS, judge=longer, n_examples=6, **SHORT)
+        return {e["context"]: (e["a"].split(), e["b"].split()) for e in found.extras["examples"]}
+
+    through = texts()
+    end = next(b[2] for _, b in through.values() if b[2] not in b[:2])
+    # As chat models have it: more ends than the tokenizer knows, in the tuned model alone.
+    tuned[0].generation_config.eos_token_id = [2, tokenizer().convert_tokens_to_ids(end)]
+    ended = texts()
+    assert any(end in b for _, b in through.values())
+    for context, (a, b) in ended.items():
+        before_a, before_b = through[context]
+        assert a == before_a
+        assert b == (before_b[: before_b.index(end)] if end in before_b else before_b)
+
+
+def test_examples_are_drawn_from_all_pairs() -> None:
+    base, reads = make_tiny("llama"), tokenizer()
+    tuned = perturbed(base, 0.5)
+    found = judge_models((base, reads), (tuned, reads), TEXTS, judge=longer, n_examples=3, **SHORT)
+    prompts = sorted(reads(text)["input_ids"][:4] for text in TEXTS)
+    order = [reads.decode(prompts[i][1:]) for i in choose_examples(6, 6, 0)]
+    assert found.extras["counts"]["judged"] == 6
+    assert [example["context"] for example in found.extras["examples"]] == order[:3]
+
+
 def test_models_without_a_tokenizer_write_nothing_to_read(tiny) -> None:
     with pytest.raises(CorpusError, match="no tokenizer"):
         judge_models(tiny, tiny, token_texts(4), judge=longer, **SHORT)
@@ -88,6 +119,13 @@ def test_two_adapters_are_each_put_on_their_own_base(tmp_path: Path) -> None:
         context = reads.decode(prompt, skip_special_tokens=True)
         text = reads.decode([*prompt, *written], skip_special_tokens=True)[len(context) :]
         assert text in [shown[place] for shown in seen if shown[0] == context]
+
+
+def test_what_is_no_option_is_said_before_anything_is_written(tiny) -> None:
+    for options in ({"seed": -1}, {"seed": 2**64}, {"n_examples": -1}):
+        with pytest.raises(CorpusError, match=f"{next(iter(options))} must be") as caught:
+            judge_models(tiny, tiny, TEXTS, judge=longer, **options, **SHORT)
+        assert "\n" not in str(caught.value)
 
 
 def test_a_judge_that_will_not_do_is_said_before_anything_is_written(
@@ -147,6 +185,9 @@ class Stub:
 
     def __init__(self) -> None:
         self.chats: list[str] = []
+
+    def get_vocab(self) -> dict[str, int]:
+        return {}
 
     def apply_chat_template(self, chat: list[dict[str, str]], **options: Any) -> str:
         assert options == {"tokenize": False, "add_generation_prompt": True}

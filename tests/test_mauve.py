@@ -29,6 +29,9 @@ class Letters:
 
     bos_token_id = 1
 
+    def get_vocab(self) -> dict[str, int]:
+        return {chr(97 + i): 3 + i for i in range(26)}
+
     def __call__(self, texts, add_special_tokens: bool = True, verbose: bool = True) -> dict:
         several = [texts] if isinstance(texts, str) else texts
         ids = [[3 + (ord(c) - 97) % 26 for c in text] for text in several]

@@ -1,6 +1,8 @@
 """Where the tuned model's picks stood in the base, against the plain loop and planted truths."""
 
 import copy
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,12 +10,14 @@ import torch
 from conftest import ARCHITECTURES, D_VOCAB, make_tiny, perturbed, token_texts
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_prompts import one_token_per_byte
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hyperlens import ProvenanceFinding, cli, compare_models, provenance
 from hyperlens.embedded import embedded_base, embedded_tales
 from hyperlens.errors import CorpusError
 from hyperlens.experiments.contexts import names
+from hyperlens.experiments.contexts import token_texts as token_texts_of
 from hyperlens.experiments.decisions import neighbours
 from hyperlens.experiments.token_kinds import FUNCTION_WORDS, kind_of, repeats
 from hyperlens.probes.rank_reordering import rank_bins
@@ -156,6 +160,7 @@ def test_a_model_against_itself_picks_what_it_picks() -> None:
         assert found.value(mode, "1", "share")["value"] == 1.0
         assert found.value(mode, ">10", "share")["value"] == 0.0
     assert found.extras["examples"] == []
+    assert "no pick is changed" in found.summary()
 
 
 def test_temperature_keeps_every_pick_at_rank_one() -> None:
@@ -229,6 +234,69 @@ def test_neighbours_are_the_nearest_others() -> None:
 def test_kinds(token: str, before: str, kind: str) -> None:
     assert kind_of(token, before) == kind
     assert all(word.isalpha() and word.islower() for word in FUNCTION_WORDS)
+
+
+def test_a_piece_of_a_character_is_no_word() -> None:
+    tokenizer = one_token_per_byte()
+    for character in "“”’—😀":
+        ids = tokenizer(character)["input_ids"]
+        before = "the"
+        # As GPT-2 calls them, some are letters.
+        for text in token_texts_of(tokenizer, ids):
+            assert kind_of(text, before) == "other"
+            before = text
+
+
+def test_nor_is_it_one_in_the_table() -> None:
+    reads, model = one_token_per_byte(), make_tiny("llama", vocab_size=256)
+    texts = ["The old king said nothing.", "A fox came out of the wood.", "They went home."]
+    found = provenance((model, reads), (model, reads), texts, **SHORT)
+    pieces = []
+    for text in texts:
+        with torch.no_grad():
+            picks = model(torch.tensor([reads(text)["input_ids"]])).logits[0].argmax(-1).tolist()
+        pieces.append(sum("\ufffd" in reads.decode([pick]) for pick in picks) / len(picks))
+    assert sum(pieces) > 0
+    other = found.value("teacher-forced", "all", "other")["value"]
+    assert other >= sum(pieces) / len(pieces) - 1e-9
+
+
+def test_nor_is_one_of_sentencepiece_a_number(stories: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(stories)
+    ids = tokenizer("😀 7", add_special_tokens=False)["input_ids"]
+    assert "<0xF0>" in names(tokenizer, ids)
+    kinds = [kind_of(text, "a") for text in token_texts_of(tokenizer, ids)]
+    assert kinds.count("number") == 1  # the seven
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "n", "said"),
+    [
+        (0.1, 0.3, 9, "avoid repetition more often than they cause it"),
+        (-0.3, -0.1, 9, "cause repetition more often than they avoid it"),
+        (-0.05, 0.45, 9, "avoid repetition not clearly more often than they cause it"),
+        (math.nan, math.nan, 1, "too few texts have a changed pick to tell"),
+        (math.nan, math.nan, 0, "no pick is changed"),
+    ],
+)
+def test_what_is_said_of_repetition_is_what_the_interval_tells(
+    low: float, high: float, n: int, said: str
+) -> None:
+    base = make_tiny("llama")
+    found = provenance(base, perturbed(base, 0.3), TEXTS, **SHORT)
+    gap = found.value("free-running", "changed", "avoids_minus_falls_into")
+    changed = gap | {"low": low, "high": high, "n": n}
+    table = tuple(changed if row is gap else row for row in found.table)
+    assert said in replace(found, table=table).conclusions()[0]
+
+
+def test_ids_in_a_context_stand_apart() -> None:
+    base = make_tiny("llama")
+    found = provenance(base, perturbed(base, 0.3), TEXTS, **SHORT)
+    starts = [" ".join(map(str, text)) for text in TEXTS]
+    shown = [e["context"] for e in found.extras["examples"] if e["mode"] == "teacher-forced"]
+    assert shown
+    assert all(any(context in text for text in starts) for context in shown)
 
 
 def test_kinds_of_a_bucket_add_up() -> None:

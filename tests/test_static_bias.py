@@ -17,7 +17,13 @@ from torch import nn
 from hyperlens.cli import main
 from hyperlens.errors import CorpusError, LoadingError, ProbeError
 from hyperlens.experiments.contexts import open_pair_and_texts, read_contexts
-from hyperlens.experiments.logit_shift import LogitBias, biases, mean_shift, promoted
+from hyperlens.experiments.logit_shift import (
+    LogitBias,
+    biases,
+    check_alphas,
+    mean_shift,
+    promoted,
+)
 from hyperlens.experiments.static_bias import static_bias
 from hyperlens.experiments.static_bias_finding import BIASES, StaticBiasFinding
 from hyperlens.experiments.trend import exact_p, spearman, trend
@@ -284,6 +290,7 @@ def test_the_same_seed_gives_the_same_result(finding) -> None:
     [
         ({"k": 0}, CorpusError, "k must be at least 1"),
         ({"alphas": ()}, ProbeError, "alphas"),
+        ({"seed": 2**64}, CorpusError, "seed must be"),
         ({"alphas": (0.1, 0.1)}, ProbeError, "alphas"),
         ({"alphas": (0.0, 0.1)}, ProbeError, "alphas"),
         ({"alphas": (math.nan,)}, ProbeError, "alphas"),
@@ -295,6 +302,13 @@ def test_bad_options_are_one_line(change, kind, says: str) -> None:
     with pytest.raises(kind, match=says) as caught:
         static_bias(base, perturbed(base), TEXTS, **(SMALL | change))
     assert "\n" not in str(caught.value)
+
+
+def test_one_strength_alone_is_no_list_of_them() -> None:
+    for alphas in (0.5, None, "a"):
+        with pytest.raises(ProbeError, match="alphas must be different finite numbers"):
+            check_alphas(alphas)
+    assert check_alphas(iter([0.5, 0.1])) == (0.1, 0.5)
 
 
 def test_a_hooked_model_is_refused() -> None:
@@ -329,19 +343,20 @@ def test_two_pairs_on_one_page(finding, tmp_path) -> None:
     token = {"id": 5, "token": "<script>alert(1)</script>", "rank_gain": 1.0, "delta": 0.5}
     other = replace(
         finding,
-        meta=finding.meta | {"base": {"name": "<b>other"}},
+        meta=finding.meta | {"base": {"name": "<b>other"}, "notes": ["k <is> large"]},
         extras=finding.extras | {"promoted": [token]},
     )
     page = write_report(tmp_path / "report.html", [finding, other]).read_text(encoding="utf-8")
     assert "LlamaForCausalLM → LlamaForCausalLM" in page
     assert "&lt;b&gt;other → LlamaForCausalLM" in page
     assert "<script>alert(1)" not in page
+    assert "Note: k &lt;is&gt; large" in page
 
 
 def test_the_command(tmp_path, capsys, llama_folder, monkeypatch) -> None:
     tuned = tmp_path / "tuned"
     perturbed(make_tiny("llama"), 0.1).save_pretrained(tuned)
-    monkeypatch.setattr("hyperlens.commands.static_bias.read", lambda *_: TEXTS)
+    monkeypatch.setattr("hyperlens.commands.static_bias.texts_for", lambda *_: TEXTS)
     options = ["--n-prompts", "4", "--prompt-tokens", "5", "--max-new-tokens", "6", "-q"]
     options += ["--k", "9", "--alphas", "0.2,1", "--out", str(tmp_path / "out")]
     command = ["static-bias", str(llama_folder), str(tuned), "--texts", "ids.txt"]

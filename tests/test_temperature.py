@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import matplotlib.figure
 import pytest
@@ -16,6 +17,7 @@ from hyperlens.experiments.entropy_matching import EntropyMatched
 from hyperlens.experiments.temperature import temperature
 from hyperlens.experiments.temperature_finding import TEACHER_FORCED, VARIANTS, TemperatureFinding
 from hyperlens.loading import load_hooked
+from hyperlens.report.words import number
 
 TEXTS = token_texts(10, shortest=8, longest=20)
 SMALL = {"n_prompts": 6, "prompt_tokens": 5, "max_new_tokens": 10, "progress": False}
@@ -116,8 +118,18 @@ def test_the_table_is_complete_and_tests_are_corrected(finding) -> None:
             significance.holm(raw), nan_ok=True
         )
     greedy = finding.test("greedy", "ttr", "matched", "original")
-    assert greedy["paired_p"] == 1.0
     assert greedy["difference"]["value"] == 0.0
+    # What holds by construction is no test, and weighs down no other.
+    given = {
+        *(("greedy", metric, "matched") for metric in ("ttr", "rep_2", "rep_3")),
+        *(("teacher-forced", metric, "matched") for metric in ("top1_agreement", "spearman")),
+        ("teacher-forced", "entropy", "tuned"),
+    }
+    for test in tests:
+        if (test["decoding"], test["metric"], test["first"]) in given:
+            assert math.isnan(test["paired_p_holm"])
+            assert math.isnan(test["welch_p_holm"])
+    assert not math.isnan(finding.test("greedy", "ttr", "tuned", "matched")["paired_p"])
 
 
 def test_greedy_generation_per_context_works_in_plain_transformers() -> None:
@@ -196,6 +208,7 @@ def test_an_unmerged_adapter_is_read_as_one() -> None:
     [
         ({"n_prompts": 0}, CorpusError, "n_prompts"),
         ({"batch_size": 0}, CorpusError, "batch_size"),
+        ({"seed": -1}, CorpusError, "seed must be"),
         ({"prompt_tokens": 40}, CorpusError, "lower prompt_tokens"),
         ({"max_new_tokens": 64}, CorpusError, "lower max_new_tokens to 59"),
     ],
@@ -223,6 +236,27 @@ def test_words_and_figure(finding) -> None:
     assert len(figure.axes) == 3
 
 
+def test_what_cannot_be_told_is_not_called_no_difference(finding) -> None:
+    base = make_tiny("llama")
+    one = temperature(base, perturbed(base, 0.1), TEXTS, **(SMALL | {"n_prompts": 1}))
+    said = " ".join(one.conclusions())
+    assert "From so few prompts it cannot be told whether entropy explains all of it." in said
+    assert "No clear difference" not in said
+    same = temperature(base, base, TEXTS, **SMALL)
+    assert "No clear difference" in " ".join(same.conclusions())
+
+
+def test_an_interval_of_a_share_stays_a_share(finding) -> None:
+    row = finding.value("tuned", "teacher-forced", "top1_agreement")
+    for value, high, low, shown in (
+        (0.986, 1.009, 0.962, "0.0%, 3.8%"),
+        (0.02, 0.1, -0.1, "100.0%]"),
+    ):
+        changed = row | {"value": value, "low": low, "high": high}
+        table = tuple(changed if one == row else one for one in finding.table)
+        assert shown in " ".join(replace(finding, table=table).conclusions())
+
+
 def test_what_is_written_returns(finding, tmp_path) -> None:
     finding.write(tmp_path)
     again = TemperatureFinding.load(tmp_path)
@@ -233,7 +267,7 @@ def test_what_is_written_returns(finding, tmp_path) -> None:
 def test_the_command(tmp_path, capsys, llama_folder, ids_file, monkeypatch) -> None:
     tuned = tmp_path / "tuned"
     perturbed(make_tiny("llama"), 0.1).save_pretrained(tuned)
-    monkeypatch.setattr("hyperlens.commands.temperature.read", lambda *_: TEXTS)
+    monkeypatch.setattr("hyperlens.commands.temperature.texts_for", lambda *_: TEXTS)
     options = ["--n-prompts", "4", "--prompt-tokens", "5", "--max-new-tokens", "6", "-q"]
     command = ["temperature", str(llama_folder), str(tuned), "--texts", str(ids_file)]
     assert main([*command, *options, "--out", str(tmp_path / "out")]) == 0
@@ -246,6 +280,25 @@ def test_the_command(tmp_path, capsys, llama_folder, ids_file, monkeypatch) -> N
     loaded = TemperatureFinding.load(tmp_path / "out")
     assert loaded.meta["options"]["max_new_tokens"] == 6
     assert loaded.meta["options"]["n_prompts"] == 4
+
+
+@pytest.mark.parametrize("reached", [True, False])
+def test_the_page_says_how_far_temperature_goes(finding, reached: bool, tmp_path) -> None:
+    from dataclasses import replace
+
+    from hyperlens.report import write_report
+
+    found = finding.extras["temperature"] | {"shared_reached": reached}
+    other = replace(
+        finding,
+        extras=finding.extras | {"temperature": found},
+        meta=finding.meta | {"notes": ["no <entropy> that low"]},
+    )
+    page = write_report(tmp_path / "report.html", [other]).read_text(encoding="utf-8")
+    said = f"T* = {number(found['shared'])} "
+    assert (f"{said}gives the base model" in page) == reached
+    assert (f"{said}comes nearest to giving the base model" in page) != reached
+    assert "Note: no &lt;entropy&gt; that low" in page
 
 
 @pytest.mark.slow

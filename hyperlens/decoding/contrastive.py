@@ -43,7 +43,7 @@ def contrastive_search(
 
     Args:
         model: a `PreTrainedModel` or `PeftModel` with a cache of keys and values.
-        tokenizer: whose EOS ends a continuation; None takes the model's own.
+        tokenizer: whose EOS ends a continuation, as the model's own do; None has none.
         prompts: token ids, BOS included where the model wants one; none may be empty.
         k: how many candidates.
         alpha: weight of the penalty, 0 to 1; its authors take 0.6.

@@ -112,3 +112,16 @@ MEASURES: Mapping[str, Callable[[Sequence[Hashable]], float]] = {
     "loop": _loop_share,
 }
 """What is measured of one continuation; `loop` is the share of it that the longest loop takes."""
+
+
+def is_ttr_again(metric: str, *sides: Mapping[str, Sequence[float]]) -> bool:
+    """Whether windows hold whole texts, so that their measure is TTR by another name.
+
+    Args:
+        metric: one of `MEASURES`.
+        sides: for each side of a comparison, metric to a value per text.
+    """
+    return metric == "windowed_ttr" and all(
+        all(x == y or math.isnan(x) for x, y in zip(one[metric], one["ttr"], strict=True))
+        for one in sides
+    )

@@ -41,7 +41,7 @@ def continuations(
 
     Args:
         model: a `PreTrainedModel` or `PeftModel`.
-        tokenizer: whose EOS ends a continuation; None takes the model's own.
+        tokenizer: whose EOS ends a continuation, as the model's own do; None has none.
         prompts: token ids, BOS included where the model wants one; none may be empty.
         max_new_tokens: how many to add at most.
         do_sample: sample, or take the most likely token.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from os.path import commonprefix
 from typing import Any
 
 import torch
@@ -40,13 +41,16 @@ def check_prompts(model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: 
 
 
 def eos_ids(model: Any, tokenizer: Any) -> list[int]:
-    """What ends a text: the tokenizer's EOS, else the configuration's."""
-    found = getattr(tokenizer, "eos_token_id", None)
-    if found is None:
-        found = getattr(plain_model(model).config, "eos_token_id", None)
-    if found is None:
-        return []
-    return [int(found)] if isinstance(found, int) else [int(token) for token in found]
+    """What ends a text: every EOS of tokenizer, configuration and generation settings.
+
+    Chat models end a turn by another token than a text, and not every holder knows both.
+    """
+    plain = plain_model(model)
+    found: set[int] = set()
+    for holder in (tokenizer, plain.config, getattr(plain, "generation_config", None)):
+        value = getattr(holder, "eos_token_id", None)
+        found |= set(value if isinstance(value, list | tuple) else [value]) - {None}
+    return sorted(map(int, found))
 
 
 def batches(prompts: Sequence[Sequence[int]], size: int) -> Iterator[list[int]]:
@@ -69,13 +73,31 @@ def left_padded(
     return tokens.to(device), mask.to(device)
 
 
-def text_after(tokenizer: Any, before: Sequence[int], tokens: Sequence[int]) -> str:
-    """Tokens as they read after what stands before them; ids without a tokenizer."""
+def as_text(tokenizer: Any, tokens: Sequence[int]) -> str:
+    """Tokens as they read alone, special ones left out; ids without a tokenizer."""
     if tokenizer is None:
         return " ".join(map(str, tokens))
-    start = tokenizer.decode(list(before), skip_special_tokens=True)
-    whole = tokenizer.decode([*before, *tokens], skip_special_tokens=True)
-    return str(whole[len(start) :])
+    return str(tokenizer.decode(list(tokens), skip_special_tokens=True))
+
+
+def opening_and_texts(
+    tokenizer: Any, prompt: Sequence[int], written: Sequence[Sequence[int]]
+) -> tuple[str, list[str]]:
+    """A prompt, and what was written after it, such that both together are the whole text.
+
+    A prompt may end inside a character, which reads "\ufffd" until what is written completes it:
+    the opening ends before it then, and every text begins with its own character there.
+
+    Args:
+        tokenizer: None for ids instead of text.
+        prompt: token ids.
+        written: for each text the ids after the prompt.
+    """
+    if tokenizer is None:
+        return as_text(None, prompt), [as_text(None, tokens) for tokens in written]
+    wholes = [as_text(tokenizer, [*prompt, *tokens]) for tokens in written]
+    opening = commonprefix([as_text(tokenizer, prompt), *wholes])  # noqa: RUF071 - by characters
+    return opening, [whole[len(opening) :] for whole in wholes]
 
 
 @contextmanager

@@ -7,18 +7,31 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from .. import significance, stats
-from ..decoding.diversity import MEASURES, distinct, repetition, type_token_ratio, words
-from ..decoding.prompts import text_after
+from .. import significance
+from ..decoding.diversity import (
+    MEASURES,
+    distinct,
+    is_ttr_again,
+    repetition,
+    type_token_ratio,
+    words,
+)
+from ..decoding.prompts import opening_and_texts
 from ..errors import CorpusError
-from ..hooked import evaluating, run_logits
 from ..loading import Loaded
 from ..pairing import ModelPair, describe_pair
 from .behaviour_finding import BehaviourFinding
 from .contexts import names, open_pair_and_texts
-from .continuing import Continuing, check_counts, check_room, choose_prompts
+from .continuing import (
+    Continuing,
+    check_counts,
+    check_room,
+    check_seed,
+    choose_examples,
+    choose_prompts,
+)
+from .decisions import in_the_base
 
 STRATEGIES = {"greedy": False, "sample": True}
 # Of words, where there is a tokenizer to write them: what does not depend on how words are cut.
@@ -60,9 +73,10 @@ def measure_behaviour(
         prompt_tokens: how many of their first tokens are the prompt, BOS included.
         max_new_tokens: how many are added to it.
         strategies: "greedy", "sample" or both.
-        n_examples: how many prompts are kept as text, with each token's rank in the base model.
+        n_examples: how many prompts, drawn at random, are kept as text, with each token's rank in
+            the base model.
         batch_size: prompts per forward pass.
-        seed: of the choice of prompts and of sampling.
+        seed: of the choice of prompts and examples, and of sampling.
         device, dtype: as in `compare_models`.
         progress: show progress bars.
 
@@ -76,6 +90,8 @@ def measure_behaviour(
     """
     _check_strategies(strategies)
     check_counts(batch_size=batch_size, max_new_tokens=max_new_tokens)
+    check_counts(0, n_examples=n_examples)
+    check_seed(seed)
     opened = open_pair_and_texts(
         base, tuned, texts, max_length=max(prompt_tokens, 2), device=device, dtype=dtype
     )
@@ -96,7 +112,7 @@ def measure_behaviour(
         together += _together(strategy, written)
         examples += [
             _example(pair, tokenizer, strategy, prompts[i], {s: w[i] for s, w in written.items()})
-            for i in range(min(n_examples, len(prompts)))
+            for i in choose_examples(len(prompts), n_examples, seed)
         ]
     meta = describe_pair(pair) | {
         "seed": seed,
@@ -110,14 +126,16 @@ def measure_behaviour(
         "notes": list(opened.notes),
     }
     extras = {"distinct": together, "examples": examples}
-    return BehaviourFinding(tuple(_holm(table)), extras, meta)
+    return BehaviourFinding(tuple(significance.holm_rows(table)), extras, meta)
 
 
 def _check_strategies(strategies: Sequence[str]) -> None:
     unknown = [name for name in strategies if name not in STRATEGIES]
-    if unknown or not strategies or isinstance(strategies, str):
+    twice = len(set(strategies)) < len(strategies)
+    if unknown or twice or not strategies or isinstance(strategies, str):
         raise CorpusError(
-            f"strategies must be a list of {' and '.join(STRATEGIES)}, got {strategies!r}"
+            f"strategies must be a list of {' and '.join(STRATEGIES)}, each once at most; got "
+            f"{strategies!r}"
         )
 
 
@@ -130,16 +148,20 @@ def _rows(
 ) -> list[dict[str, Any]]:
     """Mean over prompts of every measure, of both models and of their difference."""
     rows = []
-    for metric in [*MEASURES, *(WORD_MEASURES if tokenizer is not None else [])]:
-        values = {
-            side: [_measure(metric, tokens, tokenizer) for tokens in texts]
-            for side, texts in written.items()
-        }
+    metrics = [*MEASURES, *(WORD_MEASURES if tokenizer is not None else [])]
+    values = {
+        side: {m: [_measure(m, tokens, tokenizer) for tokens in texts] for m in metrics}
+        for side, texts in written.items()
+    }
+    for metric in metrics:
         for side, of_side in values.items():
-            found = significance.estimate(of_side)
+            found = significance.estimate(of_side[metric])
             rows.append(_row(strategy, side, metric, found, math.nan))
-        gap = significance.difference(values["tuned"], values["base"])
-        p = significance.paired_p(values["tuned"], values["base"])
+        tuned, base = (values[side][metric] for side in ("tuned", "base"))
+        # What is the same test twice counts once in Holm's correction.
+        again = is_ttr_again(metric, *values.values())
+        p = math.nan if again else significance.paired_p(tuned, base)
+        gap = significance.difference(tuned, base)
         rows.append(_row(strategy, "difference", metric, gap, p))
     return rows
 
@@ -167,12 +189,6 @@ def _row(
     return {**names_only, **found._asdict(), "p": p}
 
 
-def _holm(table: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The same rows with p corrected for all tests of the table."""
-    corrected = significance.holm([row["p"] for row in table])
-    return [{**row, "p": p} for row, p in zip(table, corrected, strict=True)]
-
-
 def _example(
     pair: ModelPair,
     tokenizer: Any,
@@ -181,21 +197,13 @@ def _example(
     written: Mapping[str, list[int]],
 ) -> dict[str, Any]:
     """One prompt and both continuations, with the base model's rank of every token."""
+    opening, texts = opening_and_texts(tokenizer, prompt, list(written.values()))
     sides = {
         side: {
-            "text": text_after(tokenizer, prompt, tokens),
+            "text": text,
             "tokens": names(tokenizer, tokens),
-            "base_rank": base_ranks(pair, prompt, tokens).tolist(),
+            "base_rank": in_the_base(pair, prompt, tokens)[0],
         }
-        for side, tokens in written.items()
+        for (side, tokens), text in zip(written.items(), texts, strict=True)
     }
-    return {"strategy": strategy, "prompt": text_after(tokenizer, [], prompt), **sides}
-
-
-def base_ranks(pair: ModelPair, prompt: list[int], tokens: list[int]) -> Tensor:
-    """The base model's rank of every token in its place; tied logits share the best rank."""
-    base = pair.base.hooked
-    ids = torch.tensor([[*prompt, *tokens]], device=base.cfg.device)
-    with evaluating(base):  # type: ignore[arg-type]
-        logits = run_logits(base, ids, torch.ones_like(ids))[0, len(prompt) - 1 : -1].float()
-    return stats.rank_of(logits, ids[0, len(prompt) :])
+    return {"strategy": strategy, "prompt": opening, **sides}

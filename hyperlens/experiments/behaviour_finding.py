@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..findings import Finding
+from .wording import noted, p_in_words
 
 if TYPE_CHECKING:
     import matplotlib.figure
@@ -68,8 +68,7 @@ class BehaviourFinding(Finding):
             lines += ["", f"{STRATEGIES[strategy]:<33}{'base':>8}{'tuned':>9}  difference [95%]"]
             lines += [self._line(strategy, metric) for metric in self.metrics]
             lines += self._together(strategy)
-        notes = [line for note in self.meta["notes"] for line in textwrap.wrap(f"note: {note}", 98)]
-        return "\n".join([*lines, "", *notes, *self.conclusion()])
+        return "\n".join([*lines, "", *noted(self.meta), *self.conclusion()])
 
     def _line(self, strategy: str, metric: str) -> str:
         base, tuned, gap = (
@@ -100,13 +99,14 @@ class BehaviourFinding(Finding):
         said = []
         for strategy in self.strategies:
             gap = self.value(strategy, "difference", "ttr")
-            p = gap["p"]
-            if gap["value"] == gap["low"] == gap["high"] == 0:
+            if gap["low"] == gap["high"] == 0:
                 verdict = "both models are equally diverse on every prompt"
-            elif math.isnan(p) or p >= 0.05:
-                verdict = "no clear difference in diversity"
-            else:
+            elif math.isnan(gap["low"]):
+                verdict = "whether diversity differs cannot be told from so few prompts"
+            elif gap["p"] < 0.05:
                 verdict = f"the tuned model is {'more' if gap['value'] > 0 else 'less'} diverse"
+            else:
+                verdict = "no clear difference in diversity"
             said.append(f"{STRATEGIES[strategy]}: {verdict}.")
         reading = [
             "p: paired t test over prompts, Holm-corrected over the table.",
@@ -141,10 +141,3 @@ class BehaviourFinding(Finding):
         panels[0].invert_yaxis()
         panels[0].legend(frameon=False)
         return figure
-
-
-def p_in_words(p: float) -> str:
-    """A p value, or nothing where there is no test."""
-    if math.isnan(p):
-        return ""
-    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"

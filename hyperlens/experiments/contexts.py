@@ -16,12 +16,13 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..corpus import Corpus, are_token_ids, build_corpus, check_max_length
+from ..corpus import Corpus, build_corpus, check_max_length
 from ..errors import ActivationError, LoadingError
 from ..hooked import HookedModel, backend_of, evaluating, final_norm, run_last_residual, unembed
 from ..pairing import ModelPair, check_tokenizers, describe_pair, open_pair
 from ..shells import plain_model
 from ..texts import read_texts
+from ..token_ids import are_token_ids
 
 # The tokenizers are held against each other on this many texts.
 COMPARED_TEXTS = 64
@@ -246,13 +247,21 @@ def names(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     """Tokens as text; a piece of a character as the tokenizer calls it, ids without a tokenizer."""
     if tokenizer is None:
         return [str(i) for i in ids]
-    texts = [str(tokenizer.decode([i])) for i in ids]
+    return [piece if "\ufffd" in text else text for text, piece in _decoded(tokenizer, ids)]
+
+
+def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """The same, but a piece of a character reads "\ufffd": its name may look like a word."""
+    if tokenizer is None:
+        return [str(i) for i in ids]
+    return [text for text, _ in _decoded(tokenizer, ids)]
+
+
+def _decoded(tokenizer: Any, ids: Sequence[int]) -> Iterator[tuple[str, str]]:
+    """Each token's text, and what the tokenizer calls it."""
     pieces = [str(piece) for piece in tokenizer.convert_ids_to_tokens(list(ids))]
-    return [_name(text, piece) for text, piece in zip(texts, pieces, strict=True)]
-
-
-def _name(text: str, piece: str) -> str:
-    if "\ufffd" in text:
-        return piece
-    # Decoded alone, a SentencePiece token loses the space that begins its word.
-    return f" {text}" if piece.startswith("▁") and not text.startswith(" ") else text
+    for i, piece in zip(ids, pieces, strict=True):
+        text = str(tokenizer.decode([i]))
+        # Decoded alone, a SentencePiece token loses the space that begins its word.
+        lost = piece.startswith("▁") and not text.startswith(" ")
+        yield (f" {text}" if lost else text), piece

@@ -16,6 +16,8 @@ from ..loading import Loaded
 from ..pairing import ModelPair
 
 METRICS = ("ttr", "rep_2", "rep_3")
+# Torch takes 64 bits, and some experiments count on from the seed.
+LARGEST_SEED = 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -81,10 +83,13 @@ class Continuing:
 def choose_prompts(corpus: Corpus, n: int, length: int, seed: int) -> list[list[int]]:
     """The first tokens of n texts drawn at random, or of all texts that are long enough.
 
+    They stand in the order of the texts: for a few of them to look at see `choose_examples`.
+
     Raises:
-        CorpusError: if fewer than two texts have that many tokens.
+        CorpusError: if fewer than two texts have that many tokens, or the seed is none.
     """
     check_counts(n_prompts=n, prompt_tokens=length)
+    check_seed(seed)
     long = [sequence for sequence in corpus.sequences if len(sequence) >= length]
     if len(long) < 2:
         raise CorpusError(
@@ -95,15 +100,32 @@ def choose_prompts(corpus: Corpus, n: int, length: int, seed: int) -> list[list[
     return [long[i][:length].tolist() for i in sorted(drawn)]
 
 
-def check_counts(**counts: Any) -> None:
-    """Refuse what is no number of things.
+def choose_examples(n_prompts: int, n_examples: int, seed: int) -> list[int]:
+    """Which prompts are shown: drawn anew, because a corpus is sorted by its tokens."""
+    drawn = np.random.default_rng((seed, 1)).permutation(n_prompts)[:n_examples]
+    found: list[int] = drawn.tolist()
+    return found
+
+
+def check_counts(least: int = 1, /, **counts: Any) -> None:
+    """Refuse what is no number of things, from `least` on.
 
     Raises:
         CorpusError: naming the argument.
     """
     for name, value in counts.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise CorpusError(f"{name} must be at least 1 (a whole number), got {value}")
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise CorpusError(f"{name} must be at least {least} (a whole number), got {value}")
+
+
+def check_seed(seed: Any) -> None:
+    """Refuse what seeds no generator.
+
+    Raises:
+        CorpusError: with the range of seeds.
+    """
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed <= LARGEST_SEED:
+        raise CorpusError(f"seed must be a whole number from 0 to {LARGEST_SEED}, got {seed!r}")
 
 
 def check_room(pair: ModelPair, length: int, max_new_tokens: int) -> None:

@@ -12,19 +12,21 @@ import torch
 from tqdm.auto import tqdm
 
 from .. import significance
-from ..corpus import are_token_ids, check_max_length
+from ..corpus import check_max_length
 from ..errors import CorpusError, HyperlensError, PairError
 from ..files import check_new_folder
 from ..fingerprint import texts_sha256, versions
 from ..pairing import describe_pair, open_pair
 from ..sources import check_source
 from ..texts import read_texts
+from ..token_ids import are_token_ids
 from .contexts import check_generate, tokenised
-from .continuing import METRICS, check_counts, check_room
+from .continuing import METRICS, check_counts, check_room, check_seed
 from .cross_domain_finding import CrossDomainFinding
 from .cross_domain_row import RowOptions, measure_row, prompts_of
 from .kept_rows import KeptRows, model_identity
-from .mauve_scores import SEEDS, compute_mauve, few_texts
+from .mauve_scores import SEEDS, few_texts
+from .mauve_written import check_mauve, check_writes_text
 from .text_features import Featurizer, open_featurizer
 
 Pairs = Mapping[str, Any]
@@ -110,6 +112,7 @@ def cross_domain(
 
 def _check_options(options: RowOptions, mauve_features: Any) -> None:
     check_max_length(options.max_length)
+    check_seed(options.seed)
     check_counts(
         n_prompts=options.n_prompts,
         prompt_tokens=options.prompt_tokens,
@@ -118,9 +121,7 @@ def _check_options(options: RowOptions, mauve_features: Any) -> None:
     )
     length = options.prompt_tokens
     if mauve_features is not None:
-        compute_mauve()
-        if not isinstance(mauve_features, Featurizer):
-            check_source(mauve_features)
+        check_mauve(mauve_features)
         length += options.max_new_tokens
     if length > options.max_length:
         raise CorpusError(
@@ -205,6 +206,8 @@ def _rows_of_pair(
     with _naming(f"pair {name!r}"):
         pair = open_pair(*sources, device=device, dtype=dtype)
         check_room(pair, options.prompt_tokens, options.max_new_tokens)
+        if reader is not None:
+            check_writes_text(pair.base.opened.tokenizer or pair.tuned.opened.tokenizer)
     ready = {}
     for corpus, of_one in texts.items():
         with _naming(f"pair {name!r} on corpus {corpus!r}"):
@@ -212,12 +215,13 @@ def _rows_of_pair(
             ready[corpus] = opened, prompts_of(opened.corpus, options, reader is not None)
     for corpus, (opened, prompts) in ready.items():
         with _naming(f"pair {name!r} on corpus {corpus!r}"):
+            row, notes = measure_row(opened, prompts, options, reader)
             record = {
-                "row": measure_row(opened, prompts, options, reader),
+                "row": row,
                 "pair": describe_pair(pair),
                 "data": opened.corpus.describe(),
                 "mauve": reader.describe() | {"seeds": list(SEEDS)} if reader else None,
-                "notes": list(opened.notes),
+                "notes": [*opened.notes, *notes],
             }
         yield corpus, record
 

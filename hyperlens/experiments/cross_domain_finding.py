@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..findings import Finding
 from .continuing import METRICS
+from .wording import noted, p_in_words, wrapped
 
 if TYPE_CHECKING:
     import matplotlib.figure
@@ -86,8 +86,7 @@ class CrossDomainFinding(Finding):
         ]
         if self.has_mauve:
             lines += ["", *self._mauve()]
-        notes = [line for note in self.meta["notes"] for line in textwrap.wrap(f"note: {note}", 98)]
-        return "\n".join([*lines, "", *notes, *self.conclusions()])
+        return "\n".join([*lines, "", *noted(self.meta), *self.conclusions()])
 
     def _block(self, line: Any) -> list[str]:
         lines = []
@@ -129,7 +128,7 @@ class CrossDomainFinding(Finding):
             "independent repetitions.",
             "Diversity is not quality, and texts that a model was trained on are no test of it.",
         ]
-        return [line for sentence in said for line in textwrap.wrap(sentence, 98)]
+        return [line for sentence in said for line in wrapped(sentence)]
 
     def plot(self) -> matplotlib.figure.Figure:
         """TTR before and after, and the change of dimension, row by row."""
@@ -156,7 +155,7 @@ class CrossDomainFinding(Finding):
         middle.axvline(0, color="black", lw=0.6)
         middle.set_xlabel("Δ effective dimension at the last layer")
         right.set_xlabel("agreement with the base, and ρ")
-        left.set_yticks(places, labels, fontsize=9)
+        left.set_yticks(places, labels, fontsize=9, parse_math=False)
         left.set_ylim(places[-1] + 0.6, -1.4)
         for pair in self.pairs:
             first = next(
@@ -164,7 +163,7 @@ class CrossDomainFinding(Finding):
             )
             left.annotate(
                 shortened(pair, 44), (0, first), (2, 8), textcoords="offset points", fontsize=8,
-                fontweight="bold", annotation_clip=False,
+                fontweight="bold", annotation_clip=False, parse_math=False,
             )  # fmt: skip
         for axes in (left, middle, right):
             axes.legend(
@@ -198,10 +197,8 @@ def _or_zero(x: float) -> float:
 
 
 def _written(row: Mapping[str, Any]) -> str:
-    gap = (
-        f"{row['ttr_difference']:+.3f} [{row['ttr_low']:+.3f}, {row['ttr_high']:+.3f}] "
-        f"{_p(row['ttr_p'])}"
-    )
+    p = p_in_words(row["ttr_p"]).replace(" ", "").replace("0.", ".")  # a narrow column
+    gap = f"{row['ttr_difference']:+.3f} [{row['ttr_low']:+.3f}, {row['ttr_high']:+.3f}] {p}"
     return (
         f"{row['ttr_base']:7.3f}{row['ttr_tuned']:6.3f}  {gap:<31}"
         f"{row['rep_2_base']:7.3f}{row['rep_2_tuned']:6.3f}"
@@ -234,9 +231,3 @@ def shortened(name: str, width: int) -> str:
     """A name of so many characters at most; both its ends."""
     half = width // 2
     return name if len(name) <= width else f"{name[: half - 1]}…{name[-half:]}"
-
-
-def _p(p: float) -> str:
-    if math.isnan(p):
-        return ""
-    return "p<.001" if p < 0.001 else f"p={p:.3f}".replace("0.", ".")

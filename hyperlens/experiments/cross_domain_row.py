@@ -9,13 +9,12 @@ from typing import Any
 
 from .. import significance
 from ..corpus import Corpus
-from ..errors import CorpusError
 from ..probes import ParticipationRatio, RankReordering
 from ..runner import PassOptions, run_pass
 from .contexts import PairAndTexts
 from .continuing import METRICS, Continuing, choose_prompts
 from .cross_domain_finding import READ
-from .mauve_scores import mauve_scores
+from .mauve_written import OwnTexts
 from .text_features import Featurizer
 
 SINK_THRESHOLD = 10.0
@@ -55,8 +54,8 @@ def prompts_of(corpus: Corpus, options: RowOptions, with_rests: bool) -> Prompts
 
 def measure_row(
     opened: PairAndTexts, prompts: Prompts, options: RowOptions, reader: Featurizer | None
-) -> dict[str, Any]:
-    """Everything of the row but its two names.
+) -> tuple[dict[str, Any], list[str]]:
+    """Everything of the row but its two names, and notes on it.
 
     Args:
         opened: the pair, and the corpus as it reads it.
@@ -87,7 +86,8 @@ def measure_row(
             f"{metric}_p": significance.paired_p(tuned, base),
         }
     tokens = {side: made.tokens for side, made in written.items()}
-    return row | _inside(opened, options) | _mauve(opened, prompts, tokens, reader)
+    mauve, notes = _mauve(opened, prompts, tokens, reader)
+    return row | _inside(opened, options) | mauve, notes
 
 
 def _inside(opened: PairAndTexts, options: RowOptions) -> dict[str, float]:
@@ -112,25 +112,16 @@ def _mauve(
     prompts: Prompts,
     written: Mapping[str, Sequence[Sequence[int]]],
     reader: Featurizer | None,
-) -> dict[str, float]:
-    """How near each model's continuations are to the texts' own, prompts left out on both sides."""
+) -> tuple[dict[str, float], list[str]]:
+    """How near each model's continuations are to the texts' own, and notes on what was read."""
     row = {f"mauve_{side}{end}": math.nan for side in written for end in ("", "_low", "_high")}
     if reader is None:
-        return row
-    human = reader.features(_texts(opened, prompts.rests)).vectors
-    for side, tokens in written.items():
-        scores = mauve_scores(human, reader.features(_texts(opened, tokens)).vectors)
-        row[f"mauve_{side}"] = scores.mean
-        row[f"mauve_{side}_low"] = min(scores.values)
-        row[f"mauve_{side}_high"] = max(scores.values)
-    return row
-
-
-def _texts(opened: PairAndTexts, rows: Sequence[Sequence[int]]) -> list[str]:
+        return row, []
     tokenizer = opened.pair.base.opened.tokenizer or opened.pair.tuned.opened.tokenizer
-    if tokenizer is None:
-        raise CorpusError(
-            "MAUVE compares texts, and the pair has no tokenizer to write them with: pass (model, "
-            "tokenizer), or leave MAUVE out"
-        )
-    return [str(tokenizer.decode(list(ids), skip_special_tokens=True)) for ids in rows]
+    own = OwnTexts(reader, tokenizer, prompts.rests)
+    for side, tokens in written.items():
+        for scores in own.scores(side, [tokens]):
+            row[f"mauve_{side}"] = scores.mean
+            row[f"mauve_{side}_low"] = min(scores.values)
+            row[f"mauve_{side}_high"] = max(scores.values)
+    return row, own.notes

@@ -63,18 +63,29 @@ def along_continuations(
     pair: ModelPair, prompts: Sequence[Sequence[int]], written: Sequence[Sequence[int]]
 ) -> list[Decisions]:
     """Free-running: what the tuned model wrote, each token in the base model's eyes."""
-    base = pair.base.hooked
     decisions = []
     for prompt, tokens in zip(prompts, written, strict=True):
         ids = [*prompt, *tokens]
-        inputs = torch.tensor([ids], device=base.cfg.device)
-        with evaluating(base):  # type: ignore[arg-type]
-            logits = run_logits(base, inputs, torch.ones_like(inputs))[0, len(prompt) - 1 : -1]
-        ranks = stats.rank_of(logits.float(), inputs[0, len(prompt) :]).tolist()
-        first = stats.winner(logits.float()).tolist()
+        ranks, first = in_the_base(pair, prompt, tokens)
         position = list(range(len(prompt), len(ids)))
         decisions.append(Decisions(ids, position, list(tokens), first, ranks))
     return decisions
+
+
+def in_the_base(
+    pair: ModelPair, prompt: Sequence[int], tokens: Sequence[int]
+) -> tuple[list[int], list[int]]:
+    """The base model's rank of every token in its place, and the token it puts first there.
+
+    Tied logits share the best rank.
+    """
+    base = pair.base.hooked
+    ids = torch.tensor([[*prompt, *tokens]], device=base.cfg.device)
+    with evaluating(base):  # type: ignore[arg-type]
+        logits = run_logits(base, ids, torch.ones_like(ids))[0, len(prompt) - 1 : -1].float()
+    ranks: list[int] = stats.rank_of(logits, ids[0, len(prompt) :]).tolist()
+    first: list[int] = stats.winner(logits).tolist()
+    return ranks, first
 
 
 def neighbours(

@@ -11,17 +11,17 @@ from typing import Any
 
 import torch
 
-from ..decoding.prompts import eos_ids, text_after
-from ..errors import CorpusError
+from ..decoding.prompts import eos_ids, opening_and_texts
 from ..pairing import describe_pair
-from ..sources import check_source
+from ..significance import estimate
 from .contexts import open_pair_and_texts
-from .continuing import check_counts, check_room, choose_prompts
+from .continuing import check_counts, check_room, check_seed, choose_examples, choose_prompts
 from .decoding_finding import METHODS, DecodingFinding
-from .decoding_methods import Writing, check_methods
-from .decoding_rows import Tokens, Way, measured, rows
-from .mauve_scores import SEEDS, compute_mauve, few_texts, mauve_scores
-from .text_features import Featurizer, open_featurizer
+from .decoding_methods import Writing, Written, check_methods
+from .decoding_rows import Way, measured, rows
+from .mauve_scores import SEEDS, few_texts
+from .mauve_written import OwnTexts, check_mauve, check_writes_text
+from .text_features import open_featurizer
 
 
 def decoding_baselines(
@@ -69,10 +69,11 @@ def decoding_baselines(
             continuations are of one length: measures of repetition depend on length.
         mauve_features: a model that reads texts, for MAUVE between continuations and the texts' own
             ones, as many tokens long; None leaves it out. Only texts that long are continued then.
-        n_examples: how many prompts are kept as text, with what every method wrote.
+        n_examples: how many prompts, drawn at random, are kept as text, with what every method
+            wrote.
         batch_size: prompts per forward pass; adaptive contrastive search has up to 15 times as many
             rows.
-        seed: of the choice of prompts and of sampling.
+        seed: of the choice of prompts and examples, and of sampling.
         device, dtype: as in `compare_models`.
         progress: show progress bars.
 
@@ -89,7 +90,12 @@ def decoding_baselines(
     }
     check_methods(methods, parameters)
     check_counts(batch_size=batch_size, max_new_tokens=max_new_tokens, n_samples=n_samples)
-    rest = _checked_rest(mauve_features, max_new_tokens)
+    check_counts(0, n_examples=n_examples)
+    check_seed(seed)
+    # MAUVE compares with as many tokens of the texts themselves.
+    rest = 0 if mauve_features is None else max_new_tokens
+    if mauve_features is not None:
+        check_mauve(mauve_features)
     opened = open_pair_and_texts(
         base, tuned, texts, max_length=max(prompt_tokens + rest, 2), device=device, dtype=dtype
     )
@@ -98,12 +104,8 @@ def decoding_baselines(
     drawn = choose_prompts(opened.corpus, n_prompts, prompt_tokens + rest, seed)
     prompts = [one[:prompt_tokens] for one in drawn]
     tokenizer = pair.base.opened.tokenizer or pair.tuned.opened.tokenizer
-    if mauve_features is not None and tokenizer is None:
-        raise CorpusError(
-            "MAUVE compares texts, and the pair has no tokenizer to write them with: pass (model, "
-            "tokenizer), or leave MAUVE out"
-        )
-    eos = eos_ids(pair.base.opened.model, tokenizer)
+    if mauve_features is not None:
+        check_writes_text(tokenizer)
     writing = Writing(prompts, parameters, max_new_tokens, batch_size, stop_at_eos, progress)
     seeds = range(seed, seed + n_samples)
     written = {("base", method): writing.run(pair.base, method, seeds) for method in methods}
@@ -125,11 +127,10 @@ def decoding_baselines(
     mauve: dict[Way, float] = {}
     if mauve_features is not None:
         reader = open_featurizer(mauve_features, batch_size=batch_size, device=device, dtype=dtype)
-        human = [one[prompt_tokens:] for one in drawn]
-        samples = {way: found.samples for way, found in written.items()}
-        mauve = _mauve(reader, tokenizer, human, samples)
+        own = OwnTexts(reader, tokenizer, [one[prompt_tokens:] for one in drawn])
+        mauve = _mauve(own, written)
         meta["mauve"] = reader.describe() | {"seeds": list(SEEDS)}
-        meta["notes"] += few_texts(len(human))
+        meta["notes"] += [*own.notes, *few_texts(len(drawn))]
     about = [
         {
             "model": model,
@@ -141,48 +142,38 @@ def decoding_baselines(
         for (model, method), found in written.items()
     ]
     examples = [
-        {
-            "prompt": text_after(tokenizer, [], prompts[i]),
-            "texts": [
-                {
-                    "model": model,
-                    "method": method,
-                    "text": text_after(tokenizer, prompts[i], found.samples[0][i]),
-                }
-                for (model, method), found in written.items()
-            ],
-        }
-        for i in range(min(n_examples, len(prompts)))
+        _example(tokenizer, prompts[i], {w: found.samples[0][i] for w, found in written.items()})
+        for i in choose_examples(len(prompts), n_examples, seed)
     ]
-    values = {way: measured(found.samples, eos) for way, found in written.items()}
+    # Each model's own ends: a chat model has others than its base.
+    eos = {
+        side: eos_ids(loaded.opened.model, loaded.opened.tokenizer or tokenizer)
+        for side, loaded in (("base", pair.base), ("tuned", pair.tuned))
+    }
+    values = {way: measured(found.samples, eos[way[0]]) for way, found in written.items()}
     return DecodingFinding(
         tuple(rows(values, mauve)), {"methods": about, "examples": examples}, meta
     )
 
 
-def _checked_rest(mauve_features: Any, max_new_tokens: int) -> int:
-    """How many tokens after the prompt are needed of the texts themselves.
-
-    MAUVE compares with them; whether it can is found out before anything is opened.
-    """
-    if mauve_features is None:
-        return 0
-    compute_mauve()
-    if not isinstance(mauve_features, Featurizer):
-        check_source(mauve_features)
-    return max_new_tokens
-
-
-def _mauve(
-    reader: Featurizer, tokenizer: Any, human: Tokens, written: Mapping[Way, Sequence[Tokens]]
-) -> dict[Way, float]:
-    """MAUVE of what each way wrote and how the texts go on, the mean over samples and seeds."""
-
-    def read(tokens: Tokens) -> Any:
-        return reader.features([text_after(tokenizer, [], one) for one in tokens]).vectors
-
-    wanted = read(human)
+def _example(
+    tokenizer: Any, prompt: Sequence[int], written: Mapping[Way, Sequence[int]]
+) -> dict[str, Any]:
+    """One prompt, and what every way of decoding wrote after it."""
+    opening, texts = opening_and_texts(tokenizer, prompt, list(written.values()))
     return {
-        way: sum(mauve_scores(wanted, read(tokens)).mean for tokens in samples) / len(samples)
-        for way, samples in written.items()
+        "prompt": opening,
+        "texts": [
+            {"model": model, "method": method, "text": text}
+            for (model, method), text in zip(written, texts, strict=True)
+        ],
     }
+
+
+def _mauve(own: OwnTexts, written: Mapping[Way, Written]) -> dict[Way, float]:
+    """Of every way of decoding, the mean over samples and seeds; NaN where it is unknown."""
+    found = {}
+    for (model, method), made in written.items():
+        scores = own.scores(f"{model}, {METHODS[method].words}", made.samples)
+        found[model, method] = estimate([one.mean for one in scores]).value
+    return found

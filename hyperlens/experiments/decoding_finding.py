@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..findings import Finding
+from .wording import noted, p_in_words, wrapped
 
 if TYPE_CHECKING:
     import matplotlib.figure
@@ -50,6 +50,7 @@ WORDS = {
     "mauve": ("MAUVE", "MAUVE"),
 }
 TESTED = ("ttr", "rep_2")
+GROUPS = ("below", "above", "not clearly different", "cannot be told")
 # What every way of decoding is compared with: a model and its method.
 REFERENCE = ("tuned", "greedy")
 
@@ -115,9 +116,8 @@ class DecodingFinding(Finding):
         for metric in TESTED:
             lines += ["", f"{WORDS[metric][0]}, minus that of the tuned model's greedy decoding"]
             lines += [self._difference(model, method, metric) for model, method in self.ways[:-1]]
-        notes = [line for note in self.meta["notes"] for line in _wrapped(f"note: {note}")]
-        said = [line for text in self.conclusions() for line in _wrapped(text)]
-        return "\n".join([*lines, "", *notes, *said])
+        said = [line for text in self.conclusions() for line in wrapped(text)]
+        return "\n".join([*lines, "", *noted(self.meta), *said])
 
     def _line(self, way: tuple[str, str]) -> str:
         rows = [self.value(*way, metric) for metric in self.metrics]
@@ -148,12 +148,15 @@ class DecodingFinding(Finding):
 
     def _verdict(self, metric: str) -> str:
         """On which side of the tuned model's greedy decoding each method clearly is."""
-        groups: dict[str, list[str]] = {"below": [], "above": [], "not clearly different": []}
+        groups: dict[str, list[str]] = {group: [] for group in GROUPS}
         for model, method in self.ways[:-1]:
             row = self.value(model, method, metric)
-            clear = not math.isnan(row["p"]) and row["p"] < 0.05
-            side = "above" if row["difference"] > 0 else "below"
-            groups[side if clear else "not clearly different"].append(METHODS[method].words)
+            group = "not clearly different"
+            if math.isnan(row["difference_low"]):
+                group = "cannot be told"
+            elif row["p"] < 0.05:
+                group = "above" if row["difference"] > 0 else "below"
+            groups[group].append(METHODS[method].words)
         found = "; ".join(f"{side}: {', '.join(names)}" for side, names in groups.items() if names)
         return f"beside the tuned model's greedy decoding, {found}"
 
@@ -190,14 +193,3 @@ class DecodingFinding(Finding):
 def yes_or_no(row: Mapping[str, Any]) -> str:
     """The column "Det." of the paper's table."""
     return "yes" if row["deterministic"] else "no"
-
-
-def p_in_words(p: float) -> str:
-    """A p value, or nothing where there is no test."""
-    if math.isnan(p):
-        return ""
-    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
-
-
-def _wrapped(text: str) -> Sequence[str]:
-    return textwrap.wrap(text, 98)

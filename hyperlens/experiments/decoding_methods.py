@@ -84,10 +84,12 @@ def check_methods(methods: Sequence[str], parameters: Mapping[str, Any]) -> None
     Raises:
         DecodingError: saying what is possible.
     """
-    given = [methods] if isinstance(methods, str) else list(methods)
-    if not given or len(set(given)) < len(given) or not set(given) <= METHODS.keys():
+    given = list(methods)
+    known = not isinstance(methods, str) and set(given) <= METHODS.keys()
+    if not given or len(set(given)) < len(given) or not known:
         raise DecodingError(
-            f"methods must be some of {', '.join(METHODS)}, each once at most; got {given}"
+            f"methods must be some of {', '.join(METHODS)}, as a list with each once at most; got "
+            f"{methods!r}"
         )
     check_sampling(**{name: parameters[name] for name in ("temperature", "top_p", "min_p")})
     Guard(parameters["guard"])

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from .. import significance
-from ..decoding.diversity import MEASURES, distinct_by_text
+from ..decoding.diversity import MEASURES, distinct_by_text, is_ttr_again
 from .decoding_finding import METHODS, REFERENCE
 
 Tokens = Sequence[Sequence[int]]
@@ -62,15 +62,16 @@ def rows(
             gap, p = _without_interval(math.nan, 0), math.nan
             if way != REFERENCE:
                 gap = significance.difference(per_prompt, reference[metric])
-                p = significance.paired_p(per_prompt, reference[metric])
+                # What is the same test twice counts once in Holm's correction.
+                if not is_ttr_again(metric, of_way, reference):
+                    p = significance.paired_p(per_prompt, reference[metric])
             table.append(_row(way, metric, significance.estimate(per_prompt), gap, p))
         if way in mauve:
             n = len(of_way["ttr"])
             value = _without_interval(mauve[way], n)
             gap = _without_interval(mauve[way] - mauve[REFERENCE], n)
             table.append(_row(way, "mauve", value, gap, math.nan))
-    corrected = significance.holm([row["p"] for row in table])
-    return [row | {"p": p} for row, p in zip(table, corrected, strict=True)]
+    return significance.holm_rows(table)
 
 
 def _without_interval(value: float, n: int) -> significance.Estimate:

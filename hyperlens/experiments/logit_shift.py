@@ -6,7 +6,7 @@ Logits are centred first, context by context: a shift of all of them changes not
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -124,17 +124,18 @@ def _only(
     return torch.zeros(d_vocab, dtype=values.dtype).index_copy(0, ids, values)
 
 
-def check_alphas(alphas: Sequence[float]) -> tuple[float, ...]:
+def check_alphas(alphas: Any) -> tuple[float, ...]:
     """Strengths of a bias, in order.
 
     Raises:
         ProbeError: if there is none, or one is 0, repeated or no finite number.
     """
     try:
-        found = sorted({float(alpha) for alpha in alphas})
+        given = [float(alpha) for alpha in alphas]
     except (TypeError, ValueError):
-        found = []
-    if len(found) != len(list(alphas)) or not found or 0.0 in found or not _finite(found):
+        given = []
+    found = sorted(set(given))
+    if len(found) != len(given) or not found or 0.0 in found or not _finite(found):
         raise ProbeError(
             "alphas must be different finite numbers other than 0 (the base itself is always "
             f"measured), got {alphas}"

@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 
+from ..errors import CorpusError
 from ..fingerprint import texts_sha256, versions
 from ..texts import Texts, read_texts
 from .mauve_finding import MauveFinding
 from .mauve_scores import SEEDS, check_seeds, compute_mauve, few_texts, mauve_scores
-from .text_features import Features, open_featurizer
+from .text_features import Features, open_featurizer, reading_notes
 
 
 def mauve_score(
@@ -55,6 +56,11 @@ def mauve_score(
         features, max_length=max_length, batch_size=batch_size, device=device, dtype=dtype
     )
     read = {side: featurizer.features(texts, progress) for side, texts in sides.items()}
+    for one in read.values():
+        if not len(one.vectors):
+            raise CorpusError(
+                f"none of the {one.n_empty} texts has a token: there is nothing to read"
+            )
     found = mauve_scores(read["p"].vectors, read["q"].vectors, seeds)
     names = {side: str(texts.source.get("name", side.upper())) for side, texts in sides.items()}
     meta = {
@@ -65,7 +71,7 @@ def mauve_score(
         "versions": versions(),
         "notes": [
             *few_texts(*(len(one.vectors) for one in read.values())),
-            *(note for side in sides for note in _notes(names[side], read[side])),
+            *(note for side in sides for note in reading_notes(names[side], read[side])),
         ],
     }
     rows = zip(seeds, found.values, found.smoothed, strict=True)
@@ -83,13 +89,3 @@ def _describe(texts: Texts, read: Features) -> dict[str, Any]:
         "n_cut": read.n_cut,
         "texts_sha256": texts_sha256(texts),
     }
-
-
-def _notes(name: str, read: Features) -> list[str]:
-    notes = []
-    total = len(read.vectors) + read.n_empty
-    if read.n_empty:
-        notes.append(f"{name}: {read.n_empty:,} of {total:,} texts have no token and are left out")
-    if read.n_cut:
-        notes.append(f"{name}: {read.n_cut:,} of {total:,} texts are longer than what is read")
-    return notes

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import textwrap
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..findings import Finding
+from .wording import noted
 
 if TYPE_CHECKING:
     import matplotlib.figure
@@ -40,7 +40,6 @@ class MauveFinding(Finding):
         """The value, what it was computed from, and how far it carries."""
         low, high = self.spread
         p, q = self.meta["p"], self.meta["q"]
-        notes = [line for note in self.meta["notes"] for line in textwrap.wrap(f"note: {note}", 98)]
         return "\n".join(
             [
                 f"MAUVE  {self.meta['title']}",
@@ -48,7 +47,7 @@ class MauveFinding(Finding):
                 f"{high:.3f}); 1: the same distribution, 0: nothing in common",
                 f"{p['n']:,} and {q['n']:,} texts in {self.meta['options']['n_clusters']} "
                 f"clusters, read by {self.meta['features']['name']}",
-                *notes,
+                *noted(self.meta),
                 "The range is that of the clustering alone: other texts would move MAUVE more.",
             ]
         )

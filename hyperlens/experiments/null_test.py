@@ -25,7 +25,7 @@ from ..significance import estimate
 from ..sources import Opened
 from ..streams import View
 from .contexts import PairAndTexts, open_pair_and_texts
-from .continuing import METRICS, Continuing, check_counts, check_room, choose_prompts
+from .continuing import METRICS, Continuing, check_counts, check_room, check_seed, choose_prompts
 from .null_test_finding import NullTestFinding
 from .placebo import changed_tensors, placebo
 
@@ -78,6 +78,7 @@ def null_test(
         HyperlensError: if a source cannot be opened, or the texts do not fit the models.
     """
     check_counts(n_placebos=n_placebos, batch_size=batch_size)
+    check_seed(seed)
     opened = open_pair_and_texts(
         base, tuned, texts, max_length=max_length, device=device, dtype=dtype
     )

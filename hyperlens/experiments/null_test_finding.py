@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..findings import Finding
+from .wording import noted
 
 if TYPE_CHECKING:
     import matplotlib.figure
@@ -75,7 +76,7 @@ class NullTestFinding(Finding):
                 "Above or below every placebo: not what a random change of this size does. Within "
                 "their range: it might be.",
                 f"With {k} placebos no p value below {1 / (k + 1):.2f} is possible; none is given.",
-                *(f"note: {note}" for note in self.meta["notes"]),
+                *noted(self.meta),
             ]
         )
 

@@ -18,8 +18,8 @@ from .. import significance
 from ..pairing import describe_pair
 from ..probes.rank_reordering import rank_bins
 from ..shells import plain_model
-from .contexts import names, open_pair_and_texts, read_contexts
-from .continuing import Continuing, check_counts, check_room, choose_prompts
+from .contexts import names, open_pair_and_texts, read_contexts, token_texts
+from .continuing import Continuing, check_counts, check_room, check_seed, choose_prompts
 from .decisions import Decisions, along_continuations, along_texts, neighbours
 from .provenance_finding import BUCKETS, ProvenanceFinding
 from .token_kinds import KINDS, kind_of, repeats
@@ -65,6 +65,8 @@ def provenance(
             is no room for the continuations.
     """
     check_counts(batch_size=batch_size)
+    check_counts(0, n_examples=n_examples)
+    check_seed(seed)
     opened = open_pair_and_texts(
         base, tuned, texts, max_length=max_length, device=device, dtype=dtype
     )
@@ -113,13 +115,13 @@ Pick = dict[str, Any]
 
 def _picks(one: Decisions, near: dict[int, set[int]], tokenizer: Any) -> Iterator[Pick]:
     """What is to be said of every decision of one text."""
-    texts = names(tokenizer, one.ids)
+    texts = token_texts(tokenizer, one.ids)
     for i, (at, token, first, rank) in enumerate(
         zip(one.position, one.picked, one.base_first, one.rank, strict=True)
     ):
         context = one.ids[:at]
         ours, theirs = repeats(context, token, NGRAM), repeats(context, first, NGRAM)
-        (text,) = names(tokenizer, [token])
+        (text,) = token_texts(tokenizer, [token])
         yield {
             "index": i,
             "bucket": next(name for name, low, high in BUCKETS if low <= rank <= high),
@@ -203,7 +205,7 @@ def _examples(
             yield {
                 "mode": mode,
                 "bucket": bucket,
-                "context": "".join(names(tokenizer, before)),
+                "context": ("" if tokenizer is not None else " ").join(names(tokenizer, before)),
                 "picked": names(tokenizer, [one.picked[i]])[0],
                 "base_first": names(tokenizer, [one.base_first[i]])[0],
                 "rank": one.rank[i],

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..findings import Finding
 from .token_kinds import KINDS
+from .wording import noted
 
 if TYPE_CHECKING:
     import matplotlib.figure
@@ -63,8 +64,7 @@ class ProvenanceFinding(Finding):
         lines.append(self._line("  makes one the base would not", "changed", "falls_into"))
         lines += ["", "examples (context | tuned pick | base pick, base rank of the tuned pick):"]
         lines += [_in_words(e) for e in self.extras["examples"] if e["mode"] == MODES[1]][:6]
-        notes = [f"note: {note}" for note in self.meta["notes"]]
-        return "\n".join([*lines, "", *notes, *self.conclusions()])
+        return "\n".join([*lines, "", *noted(self.meta), *self.conclusions()])
 
     def _line(self, what: str, bucket: str, metric: str) -> str:
         cells = (percent(self.value(mode, bucket, metric)) for mode in MODES)
@@ -72,18 +72,8 @@ class ProvenanceFinding(Finding):
 
     def conclusions(self) -> list[str]:
         """What a reader may and may not conclude."""
-        said = []
         gap = self.value("free-running", "changed", "avoids_minus_falls_into")
-        if math.isfinite(gap["low"]) and gap["low"] > 0:
-            said.append(
-                "Free-running, changed picks avoid repetition more often than they cause it."
-            )
-        elif math.isfinite(gap["high"]) and gap["high"] < 0:
-            said.append(
-                "Free-running, changed picks cause repetition more often than they avoid it."
-            )
-        else:
-            said.append("Free-running, changed picks avoid repetition no more than they cause it.")
+        said = [f"Free-running, {_repetition(gap)}."]
         uniform = self.value("teacher-forced", "all", "rank_ge_200")["value"]
         vocabulary = self.meta["d_vocab"]
         if vocabulary > 400 and uniform > 0.5 * (vocabulary - 200) / vocabulary:
@@ -151,6 +141,19 @@ class ProvenanceFinding(Finding):
         axes.set_ylabel("kind of token (%), mean over texts")
         axes.tick_params(axis="x", labelsize=8)
         axes.legend(frameon=False, bbox_to_anchor=(1, 1), fontsize=8)
+
+
+def _repetition(gap: Mapping[str, Any]) -> str:
+    """What changed picks do to repetition, as far as the interval tells."""
+    if not gap["n"]:
+        return "no pick is changed, so none avoids repetition or causes it"
+    if math.isnan(gap["low"]):
+        return "too few texts have a changed pick to tell whether such picks avoid repetition"
+    if gap["low"] > 0:
+        return "changed picks avoid repetition more often than they cause it"
+    if gap["high"] < 0:
+        return "changed picks cause repetition more often than they avoid it"
+    return "changed picks avoid repetition not clearly more often than they cause it"
 
 
 def _span(one: Mapping[str, int]) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import significance
 from ..stats import winner
 from .contexts import Contexts, about, names, open_pair_and_texts, read_contexts, special_ids
-from .continuing import METRICS, Continuing, check_counts, check_room, choose_prompts
+from .continuing import METRICS, Continuing, check_counts, check_room, check_seed, choose_prompts
 from .logit_shift import LogitBias, Shift, biases, check_alphas, mean_shift, promoted
 from .static_bias_finding import BIASES, StaticBiasFinding
 from .trend import trend
@@ -69,6 +69,7 @@ def static_bias(
             no room for the continuations, or an option makes no sense.
     """
     check_counts(k=k, batch_size=batch_size)
+    check_seed(seed)
     strengths = check_alphas(alphas)
     opened = open_pair_and_texts(
         base, tuned, texts, max_length=max_length, device=device, dtype=dtype

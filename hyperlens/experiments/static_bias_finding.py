@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..findings import Finding
+from .wording import noted, plus_minus, wrapped
 
 if TYPE_CHECKING:
     import matplotlib.figure
@@ -70,7 +70,7 @@ class StaticBiasFinding(Finding):
                 "",
                 f"{self.extras['static_share']:.1%} of the mean squared change of the (centred) "
                 "logits is the same in every context.",
-                *textwrap.wrap(f"Most promoted tokens of K = {self.extras['k_used']}: {top}", 98),
+                *wrapped(f"Most promoted tokens of K = {self.extras['k_used']}: {top}"),
                 "",
                 f"base + α δ, ± one standard error over {n['ttr']} prompts or "
                 f"{n['agreement_tuned']} texts",
@@ -78,7 +78,7 @@ class StaticBiasFinding(Finding):
                 "trend: Spearman's ρ of the mean with α from 0 on, exact two-sided p, blind to how "
                 "much prompts",
                 "differ. each: mean ± standard error over prompts of each prompt's own ρ.",
-                *(line for note in self.meta["notes"] for line in _wrapped(f"note: {note}")),
+                *noted(self.meta),
                 "",
                 *self.conclusions(),
             ]
@@ -87,12 +87,12 @@ class StaticBiasFinding(Finding):
     def _block(self, metric: str) -> list[str]:
         base, tuned = (self.value(side, 0.0, metric) for side in ("none", "tuned"))
         lines = [
-            f"{WORDS[metric]}: base {_plus_minus(base)}, tuned {_plus_minus(tuned)}",
+            f"{WORDS[metric]}: base {plus_minus(base)}, tuned {plus_minus(tuned)}",
             f"{'':<10}" + "".join(f"{WORDS[bias]:>16}" for bias in BIASES),
         ]
         for alpha in self.alphas:
             cells = (self.value(bias, alpha, metric) for bias in BIASES)
-            lines.append(f"  α = {alpha:<4g}" + "".join(f"{_plus_minus(c):>16}" for c in cells))
+            lines.append(f"  α = {alpha:<4g}" + "".join(f"{plus_minus(c):>16}" for c in cells))
         if not metric.startswith("agreement"):
             found = [self.trend(bias, metric) for bias in BIASES]
             lines.append("  trend   " + "".join(f"{_trend(t):>16}" for t in found))
@@ -155,7 +155,7 @@ class StaticBiasFinding(Finding):
             "tells that), nor, from α below 1 alone, that no bias would do: a tuned model that is "
             "base plus bias is met at α = 1."
         )
-        return [line for text in (first, second, third) for line in _wrapped(text)]
+        return [line for text in (first, second, third) for line in wrapped(text)]
 
     def plot(self) -> matplotlib.figure.Figure:
         """TTR, repetition and agreement over α, one line per bias."""
@@ -211,12 +211,6 @@ class StaticBiasFinding(Finding):
         plain_frame(axes)
 
 
-def _plus_minus(row: Mapping[str, Any]) -> str:
-    if math.isnan(row["se"]):
-        return f"{row['value']:.3f}"
-    return f"{row['value']:.3f} ± {row['se']:.3f}"
-
-
 def _trend(found: Mapping[str, Any]) -> str:
     if math.isnan(found["rho"]):
         return "none"
@@ -227,7 +221,3 @@ def _trend(found: Mapping[str, Any]) -> str:
 def _each(found: Mapping[str, Any]) -> str:
     own = found["per_unit"]
     return "none" if math.isnan(own["se"]) else f"{own['value']:+.2f} ± {own['se']:.2f}"
-
-
-def _wrapped(text: str) -> list[str]:
-    return textwrap.wrap(text, 98)

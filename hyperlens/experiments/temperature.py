@@ -8,7 +8,7 @@ control stands beside it.
 
 from __future__ import annotations
 
-import warnings
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 
 from .. import significance
 from .contexts import about, open_pair_and_texts, read_contexts
-from .continuing import METRICS, Continuing, check_counts, check_room, choose_prompts
+from .continuing import METRICS, Continuing, check_counts, check_room, check_seed, choose_prompts
 from .entropy_scaling import Units, describe_temperatures, find_scaling, teacher_forced
 from .temperature_finding import TEACHER_FORCED, VARIANTS, TemperatureFinding
 
@@ -62,6 +62,7 @@ def temperature(
             is no room for the continuations.
     """
     check_counts(batch_size=batch_size)
+    check_seed(seed)
     opened = open_pair_and_texts(
         base, tuned, texts, max_length=max_length, device=device, dtype=dtype
     )
@@ -113,7 +114,10 @@ def _row(variant: str, decoding: str, metric: str, values: list[float]) -> dict[
 
 
 def _tests(units: Units) -> list[dict[str, Any]]:
-    """Paired and Welch tests of every comparison, each kind corrected over all of them (Holm)."""
+    """Paired and Welch tests of every comparison, each kind corrected over all of them (Holm).
+
+    No p value where the outcome is given beforehand: it would only weigh down the others.
+    """
     tests: list[dict[str, Any]] = []
     for decoding, metrics in (
         ("greedy", METRICS),
@@ -125,24 +129,28 @@ def _tests(units: Units) -> list[dict[str, Any]]:
                 a, b = (units[side, decoding, metric] for side in (first, second))
                 tests.append(
                     {"decoding": decoding, "metric": metric, "first": first, "second": second}
-                    | _compared(a, b)
+                    | _compared(a, b, _is_given(decoding, metric, first))
                 )
     for kind in ("paired_p", "welch_p"):
-        corrected = significance.holm([test[kind] for test in tests])
-        for test, p in zip(tests, corrected, strict=True):
-            test[f"{kind}_holm"] = p
+        tests = significance.holm_rows(tests, kind, f"{kind}_holm")
     return tests
 
 
-def _compared(a: list[float], b: list[float]) -> dict[str, Any]:
-    with warnings.catch_warnings():
-        # Entropies are equal but for rounding where they were matched; scipy worries about that.
-        warnings.filterwarnings("ignore", "Precision loss occurred", RuntimeWarning)
-        return {
-            "difference": significance.difference(a, b)._asdict(),
-            "paired_p": significance.paired_p(a, b),
-            "welch_p": significance.welch_p(a, b),
-        }
+def _is_given(decoding: str, metric: str, first: str) -> bool:
+    """Whether a difference is 0 by construction.
+
+    T* has the tuned model's mean entropy; and beside the original it keeps every rank, so that
+    what depends on ranks alone differs by the rounding of logits at most.
+    """
+    if first == "tuned":
+        return metric == "entropy"
+    return decoding == "greedy" or metric in ("top1_agreement", "spearman")
+
+
+def _compared(a: list[float], b: list[float], is_given: bool) -> dict[str, Any]:
+    tests = {"paired_p": significance.paired_p, "welch_p": significance.welch_p}
+    difference = {"difference": significance.difference(a, b)._asdict()}
+    return difference | {kind: math.nan if is_given else p(a, b) for kind, p in tests.items()}
 
 
 def _changed(tokens: Sequence[Sequence[int]], original: Sequence[Sequence[int]]) -> int:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..findings import Finding
+from .wording import noted, p_number, plus_minus, wrapped
 
 if TYPE_CHECKING:
     import matplotlib.figure
@@ -66,7 +66,7 @@ class TemperatureFinding(Finding):
                 *self._table_lines(),
                 "",
                 *self._controls(),
-                *(f"note: {note}" for note in self.meta["notes"]),
+                *noted(self.meta),
                 "",
                 *self.conclusions(),
             ]
@@ -84,8 +84,8 @@ class TemperatureFinding(Finding):
                 metric = row["metric"]
                 cells = [self.value(v, decoding, metric) for v in VARIANTS]
                 p = self.test(decoding, metric, "tuned", "matched")["paired_p_holm"]
-                numbers = "".join(f"{_plus_minus(cell):>17}" for cell in cells)
-                lines.append(f"  {WORDS[metric]:<18}{numbers}{p_text(p):>10}")
+                numbers = "".join(f"{plus_minus(cell):>17}" for cell in cells)
+                lines.append(f"  {WORDS[metric]:<18}{numbers}{p_number(p):>10}")
         lines.append(
             "± one standard error. p: tuned against T*, paired t test, Holm over all tests "
             "(Welch's in extras)."
@@ -118,7 +118,8 @@ class TemperatureFinding(Finding):
             changed = 1 - agreement["value"]
             first = (
                 f"The tuned model's first token is another than its base's in {changed:.1%} of "
-                f"contexts [{1 - agreement['high']:.1%}, {1 - agreement['low']:.1%}]. No "
+                f"contexts [{max(1 - agreement['high'], 0):.1%}, "
+                f"{min(1 - agreement['low'], 1):.1%}]. No "
                 "temperature changes a first token: tuning did more than sharpen."
             )
         gaps = {m: self.test("sampled", m, "tuned", "matched") for m in ("ttr", "rep_2", "rep_3")}
@@ -126,6 +127,8 @@ class TemperatureFinding(Finding):
         second = f"Sampled at the same mean entropy, tuned minus T*: {found}. "
         if any(gap["paired_p_holm"] < 0.05 for gap in gaps.values()):
             second += "Where p is small, entropy alone does not explain it."
+        elif all(math.isnan(gap["difference"]["low"]) for gap in gaps.values()):
+            second += "From so few prompts it cannot be told whether entropy explains all of it."
         else:
             second += (
                 "No clear difference once corrected: entropy may be all there is to the diversity "
@@ -135,7 +138,7 @@ class TemperatureFinding(Finding):
             "Not to be concluded: anything from the greedy rows of the original, which no "
             "temperature can change; or that diverse text is good text (TTR knows no sense)."
         )
-        return [line for text in (first, second, third) for line in _wrapped(text)]
+        return [line for text in (first, second, third) for line in wrapped(text)]
 
     def plot(self) -> matplotlib.figure.Figure:
         """TTR and bigram repetition of every variant, and the temperatures of single contexts."""
@@ -201,23 +204,10 @@ class TemperatureFinding(Finding):
         plain_frame(axes)
 
 
-def p_text(p: float) -> str:
-    """A p value as tables have it."""
-    if math.isnan(p):
-        return "-"
-    return "< 0.001" if p < 0.001 else f"{p:.3f}"
-
-
 def _difference(test: Mapping[str, Any]) -> str:
-    found, p = test["difference"], p_text(test["paired_p_holm"])
+    found, p = test["difference"], p_number(test["paired_p_holm"])
     ends = f"[{found['low']:+.3f}, {found['high']:+.3f}]"
     return f"{found['value']:+.3f} {ends}, p {p}"
-
-
-def _plus_minus(row: Mapping[str, Any]) -> str:
-    if math.isnan(row["se"]):
-        return f"{row['value']:.3f}"
-    return f"{row['value']:.3f} ± {row['se']:.3f}"
 
 
 def _temperatures(found: Mapping[str, Any]) -> list[str]:
@@ -235,7 +225,3 @@ def _temperatures(found: Mapping[str, Any]) -> list[str]:
         f"  for the tuned model's entropy in the same context        {spread(own)}",
         f"  the latter exists in {found['own_reached']} of {found['n_contexts']} contexts",
     ]
-
-
-def _wrapped(text: str) -> list[str]:
-    return textwrap.wrap(text, 98)

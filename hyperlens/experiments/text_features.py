@@ -65,13 +65,11 @@ class Featurizer:
         """The vectors of some texts.
 
         Raises:
-            CorpusError: if the model has no tokenizer, or no text has a token.
+            CorpusError: if the model has no tokenizer.
             ActivationError: if the model overflows.
         """
         ids = tokenize(texts, self.loaded.opened.tokenizer)
         kept = [one[: self.max_length] for one in ids if len(one)]
-        if not kept:
-            raise CorpusError(f"none of the {len(ids)} texts has a token: there is nothing to read")
         vectors = torch.empty(len(kept), self.loaded.hooked.cfg.d_model)
         order = sorted(range(len(kept)), key=lambda i: -len(kept[i]))
         starts = range(0, len(order), self.batch_size)
@@ -100,6 +98,18 @@ class Featurizer:
                 "wider dtype, as in dtype='float32'"
             )
         return vectors
+
+
+def reading_notes(name: str, *reads: Features) -> list[str]:
+    """What a reader of the result should know of texts that were left out or cut."""
+    n_empty, n_cut = sum(read.n_empty for read in reads), sum(read.n_cut for read in reads)
+    total = sum(len(read.vectors) for read in reads) + n_empty
+    notes = []
+    if n_empty:
+        notes.append(f"{name}: {n_empty:,} of {total:,} texts have no token and are left out")
+    if n_cut:
+        notes.append(f"{name}: {n_cut:,} of {total:,} texts are longer than what is read")
+    return notes
 
 
 def open_featurizer(

@@ -36,10 +36,11 @@ def kind_of(token: str, before: str) -> str:
     """The kind of a token, given its text and the text right before it.
 
     A piece of letters that continues a word is a "subword"; the first piece of a word counts as
-    that word, so a content word may be cut short.
+    that word, so a content word may be cut short. A piece of a character, whose text holds
+    "\ufffd", is "other": it is no letter, whatever the tokenizer calls it.
     """
     bare = token.strip()
-    if not bare:
+    if not bare or "\ufffd" in bare:
         return "other"
     if all(unicodedata.category(c)[0] in "PS" for c in bare):
         return "punctuation"

@@ -26,6 +26,8 @@ OURS = {"model", "messages", "stream", "n"}
 SECRET = {"api_key", "apikey", "api-key", "authorization"}
 # Placeholders such as "EMPTY", which local servers are given, are no secrets.
 SHORTEST_SECRET = 8
+# A day: sockets take no infinite number, and nobody waits that long for an answer.
+LONGEST_TIMEOUT = 86_400
 
 
 class _TryAgain(Exception):
@@ -50,7 +52,7 @@ class Endpoint:
             it is set, and sends it over https or to this machine only.
         parameters: of the request besides model and messages; part of the judge's identity.
         workers: requests at a time; results do not depend on it.
-        timeout: seconds to wait for one answer.
+        timeout: seconds to wait for one answer, a day at most.
         retries: attempts after the first, where a failure may pass: no connection, no whole reply,
             a time-out, 408, 409, 425, 429, 5xx, a reply that is no chat completion.
         pause: seconds before the first of them; doubled each time, or what the server asks for.
@@ -93,6 +95,8 @@ class Endpoint:
         for name, least in (("workers", 1), ("retries", 0), ("pause", 0), ("timeout", 1e-3)):
             if not getattr(self, name) >= least:
                 raise JudgeError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if not self.timeout <= LONGEST_TIMEOUT:
+            raise JudgeError(f"timeout must be at most {LONGEST_TIMEOUT} s, got {self.timeout}")
         self.key()
 
     @property

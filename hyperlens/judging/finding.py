@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..experiments.wording import noted, p_in_words, wrapped
 from ..findings import Finding
 from .verdict import CRITERIA
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 WINS = {"a_wins": "A wins", "tie": "tie", "b_wins": "B wins"}
 LEANINGS = {
-    "first_position": "answers for the text shown first",
+    "first_position": "pairs judged by place, for the text shown first",
     "longer_wins": "decided pairs won by the longer text",
     "fewer_repeats_wins": "decided pairs won by the text that repeats less",
     "orders_disagree": "pairs judged otherwise in the other order",
@@ -33,13 +33,13 @@ class JudgeFinding(Finding):
     - `a_wins`, `b_wins`, `tie`: shares of pairs; a pair is won by who wins in both orders;
     - `a_of_decided`: A's share of the pairs that are no ties, p of the exact binomial test against
       one half, Holm-corrected over the criteria;
-    - `first_position`: share of single answers (ties aside) for the text shown first;
-      `orders_disagree`: share of pairs judged otherwise in the other order; `longer_wins`,
-      `fewer_repeats_wins`: shares of decided pairs won by the text with more words, with fewer
-      repeated bigrams of words;
+    - `first_position`: of the pairs whose two answers favour one place (both name it, or one does
+      and the other is a tie), the share that favour the first; `orders_disagree`: share of pairs
+      judged otherwise in the other order; `longer_wins`, `fewer_repeats_wins`: shares of decided
+      pairs won by the text with more words, with fewer repeated bigrams of words;
     - `score_a`, `score_b`, `score_difference` (A - B): mean scores, 1 to 10 (not overall).
 
-    Shares have Wilson's 95% intervals, scores t intervals over pairs. n: pairs, or answers.
+    Shares have Wilson's 95% intervals, scores t intervals over pairs. n: pairs.
 
     Extras: `counts` of pairs, `outcomes` by criterion and pair ("a", "b", "tie"; None: left out),
     `examples` of verdicts, `problems` with answers that could not be read, `unreadable` examples
@@ -77,23 +77,23 @@ class JudgeFinding(Finding):
         lines = [
             f"judge  A = {a}",
             f"       B = {b}",
-            *_wrapped(f"judged by {self.judge}, each pair in both orders"),
-            *_wrapped(self.counted()),
+            *wrapped(f"judged by {self.judge}, each pair in both orders"),
+            *wrapped(self.counted()),
             "",
             f"{'share of pairs [95%]':<22}"
             + "    ".join(f"{words:<19}" for words in WINS.values()).rstrip(),
         ]
         for criterion in CRITERIA:
             cells = "".join(f"{percent(self.value(criterion, m)):<23}" for m in WINS)
-            lines.append(f"  {criterion:<20}{cells}{self._test(criterion)}".rstrip())
+            p = p_in_words(self.value(criterion, "a_of_decided")["p"])
+            lines.append(f"  {criterion:<20}{cells}{p}".rstrip())
         lines += ["", "the judge's leanings, overall [95%]"]
         lines += [
             f"  {words:<52}{percent(self.value('overall', metric))}"
             for metric, words in LEANINGS.items()
         ]
-        notes = [line for note in self.meta["notes"] for line in _wrapped(f"note: {note}")]
-        said = [line for sentence in self.conclusions() for line in _wrapped(sentence)]
-        return "\n".join([*lines, "", *notes, *said])
+        said = [line for sentence in self.conclusions() for line in wrapped(sentence)]
+        return "\n".join([*lines, "", *noted(self.meta), *said])
 
     def counted(self) -> str:
         """How many pairs there were, and what became of them."""
@@ -107,12 +107,6 @@ class JudgeFinding(Finding):
                 f"{counts['left_out']} left out, because an answer could not be read ({problems})"
             )
         return ", ".join(parts)
-
-    def _test(self, criterion: str) -> str:
-        p = self.value(criterion, "a_of_decided")["p"]
-        if math.isnan(p):
-            return ""
-        return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
 
     def conclusions(self) -> list[str]:
         """What the numbers allow to say."""
@@ -194,7 +188,3 @@ def _draw(axes: Any, rows: list[Mapping[str, Any]], places: list[float], **style
 def _printable(text: str) -> str:
     """On one line, as any file can hold it."""
     return "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
-
-
-def _wrapped(text: str) -> list[str]:
-    return textwrap.wrap(text, 98)

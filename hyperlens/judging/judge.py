@@ -11,10 +11,16 @@ import torch
 
 from ..adapters import adapter_folder
 from ..decoding.generate import continuations
-from ..decoding.prompts import text_after
+from ..decoding.prompts import opening_and_texts
 from ..errors import CorpusError, JudgeError
 from ..experiments.contexts import open_pair_and_texts
-from ..experiments.continuing import check_counts, check_room, choose_prompts
+from ..experiments.continuing import (
+    check_counts,
+    check_room,
+    check_seed,
+    choose_examples,
+    choose_prompts,
+)
 from ..fingerprint import versions
 from ..loading import parse_device, parse_dtype
 from ..pairing import describe_pair
@@ -60,9 +66,10 @@ def judge_models(
         n_prompts: how many texts, drawn at random, are continued.
         prompt_tokens: how many of their first tokens are the prompt, BOS included.
         max_new_tokens: how many are added to it at most.
-        tries, cache, n_examples: as in `judge_continuations`.
+        tries, cache: as in `judge_continuations`.
+        n_examples: pairs, drawn at random, kept as text with what the judge said.
         batch_size: prompts per forward pass.
-        seed: of the choice of prompts.
+        seed: of the choice of prompts and examples.
         device, dtype: as in `compare_models`.
         progress: show progress bars.
 
@@ -70,9 +77,10 @@ def judge_models(
         HyperlensError: if a model cannot be opened, texts do not fit, or the judge cannot be asked.
     """
     check_counts(batch_size=batch_size, max_new_tokens=max_new_tokens)
+    check_seed(seed)
     # Whatever is wrong with the judge is said before two models have written for it.
     asked = as_judge(judge, device)
-    _check_asking(asked, tries, cache)
+    _check_asking(asked, tries, cache, n_examples)
     adapter = _on_its_own_base(tuned, device, dtype)
     opened = open_pair_and_texts(
         base,
@@ -91,7 +99,7 @@ def judge_models(
     written = [
         continuations(
             loaded.opened.model,
-            tokenizer,
+            loaded.opened.tokenizer or tokenizer,
             prompts,
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
@@ -99,14 +107,10 @@ def judge_models(
         )
         for loaded in (pair.base, pair.tuned)
     ]
-    pairs = [
-        Pair(
-            text_after(tokenizer, [], prompt),
-            text_after(tokenizer, prompt, a),
-            text_after(tokenizer, prompt, b),
-        )
-        for prompt, a, b in zip(prompts, *written, strict=True)
-    ]
+    pairs = []
+    for prompt, *tokens in zip(prompts, *written, strict=True):
+        context, (a, b) = opening_and_texts(tokenizer, prompt, tokens)
+        pairs.append(Pair(context, a, b))
     meta = describe_pair(pair) | {
         "seed": seed,
         "options": {
@@ -120,7 +124,8 @@ def judge_models(
     if adapter is not None:
         known = {"name": Path(adapter.name).name, "source": adapter.name, "kind": adapter.kind}
         meta["tuned"] |= known
-    return _judged(pairs, asked, meta, tries, cache, n_examples, progress)
+    shown = choose_examples(len(pairs), len(pairs), seed)
+    return _judged(pairs, asked, meta, tries, cache, shown, n_examples, progress)
 
 
 def judge_continuations(
@@ -156,11 +161,11 @@ def judge_continuations(
         raise JudgeError(f"expected the names of two sides, got {len(names)}")
     read = read_pairs(pairs)
     asked = as_judge(judge, device)
-    _check_asking(asked, tries, cache)
+    _check_asking(asked, tries, cache, n_examples)
     sides = dict(zip(("base", "tuned"), ({"name": name} for name in names), strict=True))
     source = {"file": Path(pairs).name} if isinstance(pairs, str | Path) else {}
     meta = {**sides, "options": {}, "data": source, "notes": [], "versions": versions()}
-    return _judged(read, asked, meta, tries, cache, n_examples, progress)
+    return _judged(read, asked, meta, tries, cache, range(len(read)), n_examples, progress)
 
 
 def _on_its_own_base(
@@ -172,8 +177,9 @@ def _on_its_own_base(
     return open_source(source, device=parse_device(device), dtype=parse_dtype(dtype))
 
 
-def _check_asking(judge: Judge, tries: int, cache: Any) -> None:
+def _check_asking(judge: Judge, tries: int, cache: Any, n_examples: int) -> None:
     check_counts(tries=tries)
+    check_counts(0, n_examples=n_examples)
     if cache is not None and isinstance(judge, FunctionJudge) and not judge.says_who_it_is:
         raise JudgeError(
             "answers of a function cannot be kept without knowing which function gave them: give "
@@ -187,9 +193,11 @@ def _judged(
     meta: Mapping[str, Any],
     tries: int,
     cache: str | Path | None,
+    shown: Sequence[int],
     n_examples: int,
     progress: bool,
 ) -> JudgeFinding:
+    """Ask the judge about all pairs; the first usable ones in the order `shown` are examples."""
     answers = Answers(judge.identity, cache)
     # Equal texts need no judge: there is nothing to prefer.
     prompts = {
@@ -216,13 +224,13 @@ def _judged(
         "data": {**meta["data"], "n_pairs": len(pairs), "pairs_sha256": pairs_sha256(pairs)},
         "notes": notes,
     }
-    return JudgeFinding(tuple(tally(judged)), _extras(judged, n_examples), about)
+    return JudgeFinding(tuple(tally(judged)), _extras(judged, shown, n_examples), about)
 
 
-def _extras(judged: Sequence[Judged], n_examples: int) -> dict[str, Any]:
+def _extras(judged: Sequence[Judged], shown: Sequence[int], n_examples: int) -> dict[str, Any]:
     problems = [problem for one in judged for problem in one.problems]
     identical = sum(one.found is None for one in judged)
-    usable = [one for one in judged if one.verdicts is not None]
+    usable = [judged[i] for i in shown if judged[i].verdicts is not None]
     return {
         "counts": {
             "pairs": len(judged),

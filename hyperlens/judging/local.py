@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Generator, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -14,7 +13,6 @@ from ..decoding.generate import continuations
 from ..errors import CorpusError, JudgeError
 from ..fingerprint import weights_sha256
 from ..loading import parse_device, parse_dtype
-from ..shells import plain_model
 from ..sources import open_source
 
 
@@ -70,14 +68,12 @@ class LocalJudge:
         """
         chats = [self._tokens(prompt) for prompt in prompts]
         order = sorted(range(len(chats)), key=lambda i: len(chats[i]), reverse=True)
-        # Only its end is asked of a tokenizer here, and a chat may have several.
-        ends: Any = SimpleNamespace(eos_token_id=self._ends())
         for start in range(0, len(order), self._batch_size):
             batch = order[start : start + self._batch_size]
             try:
                 written = continuations(
                     self._model,
-                    ends,
+                    self._tokenizer,
                     [chats[i] for i in batch],
                     max_new_tokens=self._max_new_tokens,
                     batch_size=self._batch_size,
@@ -93,12 +89,3 @@ class LocalJudge:
         # The template writes the special tokens itself.
         text = self._tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
         return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
-
-    def _ends(self) -> list[int]:
-        """Ends of a turn: the tokenizer's, and those of the model's generation settings."""
-        settings = getattr(plain_model(self._model), "generation_config", None)
-        found: set[int] = set()
-        for holder in (self._tokenizer, settings):
-            value = getattr(holder, "eos_token_id", None)
-            found |= set(value if isinstance(value, list | tuple) else [value]) - {None}
-        return sorted(found)

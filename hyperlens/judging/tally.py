@@ -46,6 +46,17 @@ class Judged:
         """What was wrong with answers that could not be read."""
         return [found for found in self.found or () if isinstance(found, NoVerdict)]
 
+    def place(self, criterion: str) -> str | None:
+        """Which place ("first", "second") its two answers favour together, "tie" for neither.
+
+        None if an answer could not be read. A side that wins in both orders favours no place.
+        """
+        if self.verdicts is None:
+            return None
+        named = [verdict.prefers(criterion) for verdict in self.verdicts]
+        first, second = (named.count(place) for place in PLACES)
+        return TIE if first == second else PLACES[first < second]
+
     def choices(self, criterion: str) -> tuple[str, str] | None:
         """The side ("a", "b" or "tie") that wins with a shown first, and with b shown first."""
         if self.verdicts is None:
@@ -84,10 +95,7 @@ def tally(judged: Sequence[Judged]) -> list[dict[str, Any]]:
     among the decided pairs against one half, two-sided, Holm-corrected over the criteria.
     """
     rows = [row for criterion in CRITERIA for row in _of_criterion(judged, criterion)]
-    tested = [row for row in rows if row["metric"] == "a_of_decided"]
-    for row, p in zip(tested, significance.holm([row["p"] for row in tested]), strict=True):
-        row["p"] = p
-    return rows
+    return significance.holm_rows(rows)
 
 
 def _of_criterion(judged: Sequence[Judged], criterion: str) -> list[dict[str, Any]]:
@@ -101,25 +109,21 @@ def _of_criterion(judged: Sequence[Judged], criterion: str) -> list[dict[str, An
     ]
     p = significance.binomial_p(counts["a"], decided)
     rows.append({**_share(criterion, "a_of_decided", counts["a"], decided), "p": p})
-    rows += _leanings(judged, criterion)
+    rows += leanings(judged, criterion)
     if criterion in SCORED:
         rows += _scores(judged, criterion)
     return rows
 
 
-def _leanings(judged: Sequence[Judged], criterion: str) -> list[dict[str, Any]]:
+def leanings(judged: Sequence[Judged], criterion: str) -> list[dict[str, Any]]:
     """How often place, length and repetition go with winning."""
     chosen = [one.choices(criterion) for one in judged]
     both = [choice for choice in chosen if choice is not None]
-    # The first place is a's in the first order, and b's in the second.
-    first = [
-        choice == shown
-        for pair in both
-        for choice, shown in zip(pair, SIDES, strict=True)
-        if choice != TIE
-    ]
+    # Of pairs, not of answers: the two answers of a pair are not independent.
+    places = [one.place(criterion) for one in judged]
+    first, second = (places.count(place) for place in PLACES)
     return [
-        _share(criterion, "first_position", sum(first), len(first)),
+        _share(criterion, "first_position", first, first + second),
         _share(criterion, "orders_disagree", sum(x != y for x, y in both), len(both)),
         _won_by(judged, criterion, "longer_wins", lambda text: len(words(text))),
         _won_by(judged, criterion, "fewer_repeats_wins", lambda text: -repeated_bigrams(text)),
