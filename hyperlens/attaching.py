@@ -90,6 +90,10 @@ def entering_at(
     Masks, positions, windows and everything else are still made by the model's own code. With
     `first` equal to the number of blocks, the residual is what the last block returns.
 
+    The block before `first` returns it. A hook on block `first` would not do: where gradient
+    checkpointing takes in hooks, as in transformers 5.18, the block is computed again when the
+    hook is gone.
+
     Args:
         blocks: all blocks of the model, in order.
         extras: how many values each returns after the residual, None for a plain tensor.
@@ -101,21 +105,27 @@ def entering_at(
         return residual.to(given.device, non_blocking=True)
 
     with ExitStack() as changes:
-        for block, extra in zip(blocks[:first], extras[:first], strict=True):
-            changes.enter_context(_passing_on(block, extra))
-        # The handle of a hook is a context that removes it.
-        at = on_input(blocks[first], kept) if first < len(blocks) else on_output(blocks[-1], kept)
-        changes.enter_context(at)
+        if first == 0:
+            changes.enter_context(on_input(blocks[0], kept))
+        for index in range(first):
+            change = kept if index == first - 1 else _untouched
+            changes.enter_context(_standing_in(blocks[index], extras[index], change))
         yield
 
 
+def _untouched(given: Tensor) -> Tensor:
+    return given
+
+
 @contextmanager
-def _passing_on(block: nn.Module, extras: int | None) -> Iterator[None]:
-    """Inside, the block returns the residual it is given, in the form it always returns it."""
+def _standing_in(
+    block: nn.Module, extras: int | None, change: Callable[[Tensor], Tensor]
+) -> Iterator[None]:
+    """Inside, the block only changes the residual that it is given, and returns its usual form."""
     before = vars(block).get("forward")
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        residual = residual_given(args, kwargs)
+        residual = change(residual_given(args, kwargs))
         return residual if extras is None else (residual, *[None] * extras)
 
     vars(block)["forward"] = forward

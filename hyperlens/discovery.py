@@ -67,6 +67,7 @@ def first_tensor(value: Any) -> Tensor | None:
     return None
 
 
+@torch.no_grad()
 def dissect(model: Any) -> Anatomy:
     """Run four tokens through a Hugging Face causal LM (or PeftModel) and read its anatomy.
 
@@ -128,9 +129,8 @@ def _trace(model: Any) -> tuple[list[_Call], Float[Tensor, "batch pos d_vocab"]]
     try:
         weight = model.get_input_embeddings().weight
         tokens = torch.arange(4, device=weight.device)[None] % weight.shape[0]
-        with torch.no_grad():
-            mask = torch.ones_like(tokens)
-            output = model(input_ids=tokens, attention_mask=mask, use_cache=False)
+        mask = torch.ones_like(tokens)
+        output = model(input_ids=tokens, attention_mask=mask, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()

@@ -222,11 +222,11 @@ def test_every_kind_opens_right_everywhere(
 def test_every_kind_leaves_the_base_alone_and_starts_from_it(name: str, kind: str) -> None:
     base = make_tiny(name)
     before = weights(base)
-    stack = find_stack(base)
+    own_copy = copy.deepcopy(base)
+    stack = find_stack(own_copy)
     recipe = preset("li2026", "late_lora", last_k=1, lora_r=4, **KINDS[kind])
-    adapted = with_adapter(
-        copy.deepcopy(base), None, find_stack(base), (2,), projections(stack, recipe), recipe
-    ).eval()
+    targets = projections(stack, recipe)
+    adapted = with_adapter(own_copy, None, stack, (2,), targets, recipe).eval()
     torch.testing.assert_close(logits(adapted), logits(base), **CLOSE)
     run = late(base, **KINDS[kind])
     for model in (adapted, run.model):

@@ -136,6 +136,30 @@ def test_a_run_is_merged_as_its_folder_is(kind: dict[str, Any], home: Path, tmp_
         assert (tmp_path / name / "tokenizer.json").exists()
 
 
+def test_the_record_is_that_of_the_run_and_not_of_its_base(home: Path, tmp_path: Path) -> None:
+    run = hyperfit(home / "full", ids(), "lora", **OPTIONS | {"epochs": 2, "lora_r": 4})
+    merge(run, tmp_path / "a")
+    record = json.loads((tmp_path / "a" / "hyperfit.json").read_text())
+    assert (record["recipe"]["method"], record["recipe"]["epochs"]) == ("lora", 2)
+    assert record["history"] == list(run.history)
+    assert record["manifest"] == run.manifest
+    assert record["merged"] == {"adapter": "PeftModelForCausalLM", "base": str(home / "full")}
+    # Of a bare model nothing is known: what lies in its base's folder is about the base.
+    merge((run.model, run.tokenizer), tmp_path / "b")
+    record = json.loads((tmp_path / "b" / "hyperfit.json").read_text())
+    assert record.keys() == {"merged", "versions"}
+
+
+def test_a_saved_run_is_called_by_its_folder(home: Path, tmp_path: Path) -> None:
+    options = OPTIONS | {"epochs": 1, "lora_r": 4}
+    run = hyperfit(home / "base", ids(), "lora", out=tmp_path / "adapter", **options)
+    for source, name in ((run, "a"), (tmp_path / "adapter", "b")):
+        merge(source, tmp_path / name)
+    records = [json.loads((tmp_path / n / "hyperfit.json").read_text()) for n in "ab"]
+    assert records[0] == records[1]
+    assert records[0]["merged"]["adapter"] == str(tmp_path / "adapter")
+
+
 def test_an_adapter_of_anybody_elses(tmp_path: Path) -> None:
     adapted = lora(make_tiny("gpt2"), "gpt2")
     adapted.save_pretrained(tmp_path / "adapter")

@@ -1,6 +1,9 @@
 """The prefix cache changes how long training takes, and not one bit of what comes out."""
 
+from functools import partial
 from pathlib import Path
+from threading import Thread
+from typing import Any
 
 import pytest
 import torch
@@ -77,6 +80,27 @@ def test_every_way_of_training_is_bit_identical(tiny, options):
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
+def test_hooks_inside_the_checkpoint_change_nothing(tiny, monkeypatch, method):
+    """As in transformers 5.18, which recomputes a block with its hooks, when they are gone."""
+    block = type(tiny.model.layers[0])
+    # Where the forward pass alone is checkpointed, it is wrapped.
+    forward = getattr(block.forward, "__wrapped__", block.forward)
+
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        whole = partial(torch.nn.Module.__call__, self, **kwargs)
+        if self.gradient_checkpointing and self.training:
+            return self._gradient_checkpointing_func(whole, *args)
+        return whole(*args)
+
+    monkeypatch.setattr(block, "forward", forward)
+    monkeypatch.setattr(block, "__call__", call)
+    cached, plain = both(tiny, method, blocks=(1, 2), gradient_checkpointing=True)
+    assert cached.manifest["prefix_cache"]
+    assert cached.history == plain.history
+    assert same_weights(cached.model, plain.model)
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
 def test_any_frozen_prefix_is_cached(tiny, method):
     cached, plain = both(tiny, method, blocks=(1, 2))
     assert cached.manifest["prefix_cache"]
@@ -113,7 +137,8 @@ def test_the_frozen_blocks_run_once_per_sequence(tiny, monkeypatch):
     assert seen.count(2) - seen.count(0) == 9 + 1
 
 
-def test_a_model_that_passes_on_more_than_the_residual_is_not_cached(tiny, monkeypatch):
+@pytest.mark.parametrize("missed", [0.0, None], ids=["silently", "with an error"])
+def test_a_model_that_passes_on_more_than_the_residual_is_not_cached(tiny, missed):
     """A side channel around the frozen blocks: its reader would see nothing of it."""
     first, last = tiny.model.layers[0], tiny.model.layers[2]
     channel = {}
@@ -124,7 +149,9 @@ def test_a_model_that_passes_on_more_than_the_residual_is_not_cached(tiny, monke
         return first_forward(hidden_states, *args, **kwargs)
 
     def reads(hidden_states, *args, **kwargs):
-        return last_forward(hidden_states, *args, **kwargs) + channel.pop("aside", 0.0)
+        return last_forward(hidden_states, *args, **kwargs) + channel.pop(
+            "aside", *([] if missed is None else [missed])
+        )
 
     first.forward, last.forward = writes, reads
     tokens = torch.tensor(sequences())
@@ -153,6 +180,54 @@ def test_the_size_is_known_beforehand_and_decides_the_place(tmp_path):
     tight = plan(shape, torch.bfloat16, tmp_path, free_memory=size)
     assert tight.place == "disk"
     assert str(tmp_path) in str(tight)
+
+
+def test_processes_share_what_is_free_on_their_machine(monkeypatch, tmp_path):
+    size = 1000 * 256 * 64 * 2
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    for memory, place in ((8 * size, "memory"), (8 * size - 2, "disk")):
+        made = plan((1000, 256, 64), torch.bfloat16, tmp_path, free_memory=memory)
+        assert (made.n_bytes, made.place) == (size, place)
+    monkeypatch.setattr(prefix_module, "DISK_SHARE", 0.0)
+    with pytest.raises(ResourceError, match="in each of 4 processes"):
+        plan((1000, 256, 64), torch.bfloat16, tmp_path, free_memory=size)
+
+
+def test_two_caches_in_one_folder_do_not_meet(tmp_path, monkeypatch):
+    """Both files are there at once: neither is taken for, nor removed with, the other."""
+    mapped = prefix_module._mapped
+    seen = []
+
+    def slowly(path, *args):
+        seen.append(path)
+        if len(seen) == 1:
+            other = Thread(target=lambda: cache()._allocate(torch.zeros(1, 2, 3)))
+            other.start()
+            other.join()
+        return mapped(path, *args)
+
+    def cache():
+        block = torch.nn.Identity()
+        return PrefixCache([block, block], 1, 4, prefix_module.Plan(0, "disk", tmp_path))
+
+    monkeypatch.setattr(prefix_module, "_mapped", slowly)
+    kept = cache()._allocate(torch.zeros(1, 2, 3))
+    assert kept.shape == (4, 2, 3)
+    assert len(set(seen)) == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_is_gone_already_is_no_error(tmp_path, monkeypatch):
+    from_file = torch.from_file
+
+    def removing(name, **options):
+        made = from_file(name, **options)
+        Path(name).unlink()
+        return made
+
+    monkeypatch.setattr(torch, "from_file", removing)
+    assert prefix_module._mapped(tmp_path / "cache", (2, 3), torch.float32).shape == (2, 3)
 
 
 def test_what_fits_nowhere_is_refused_before_training(tiny, monkeypatch):

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from scipy.special import log_softmax
 from scipy.stats import rankdata
 from torch.nn import functional
+from transformers import AutoModelForCausalLM, MambaConfig
 
 from hyperlens.errors import ResultsError, TrainingError
 from hyperlens.training import generation, history, read_history, record
@@ -406,6 +407,19 @@ def test_greedy_is_transformers_greedy(name: str) -> None:
     with torch.no_grad():
         made = greedy(model, prompts, 40)
     assert made.tolist() == generated(model, prompts, 40).tolist()
+
+
+def test_greedy_without_a_key_value_cache_reads_everything_again() -> None:
+    torch.manual_seed(0)
+    config = MambaConfig(vocab_size=D_VOCAB, hidden_size=16, num_hidden_layers=2, state_size=4)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    whole = prompts = held_out()[:2, :PROMPT]
+    with torch.no_grad():
+        for _ in range(NEW):
+            chosen = model(input_ids=whole, use_cache=False).logits[:, -1].argmax(-1)
+            whole = torch.cat([whole, chosen[:, None]], dim=1)
+        assert torch.equal(greedy(model, prompts, NEW), whole[:, PROMPT:])
+    assert Recorder(model, held_out(), SMALL).measure(0, 0, math.nan, 0.0).rank_1 == 1.0
 
 
 def test_an_end_of_text_token_does_not_end_a_continuation() -> None:

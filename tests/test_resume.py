@@ -15,9 +15,13 @@ import pytest
 import torch
 from conftest import ROOT
 from safetensors.torch import load_file
+from transformers import TrainerCallback
+from transformers.integrations import integration_utils
 
 from hyperlens.errors import ResultsError, TrainingError
-from hyperlens.training import hyperfit
+from hyperlens.training import hyperfit, saving
+from hyperlens.training.recording import Recording
+from hyperlens.training.working import Working
 
 LENGTH = 12
 OPTIONS = {
@@ -231,6 +235,82 @@ def test_a_foreign_partial_folder_is_left_alone(llama_folder, ids_file, tmp_path
     with pytest.raises(TrainingError, match="in the way"):
         hyperfit(llama_folder, ids, "late_lora", out=tmp_path / "run", last_k=1, **OPTIONS)
     assert (tmp_path / "run.partial" / "mine.txt").read_text() == "mine"
+
+
+def test_nothing_of_another_run_gets_into_the_result(llama_folder, ids_file, tmp_path):
+    """Killed before its first checkpoint, a run leaves its table behind, and here much more."""
+    partial = tmp_path / "run.partial"
+    for name in ("finished", ".finished.0123", "writing/runs"):
+        (partial / name).mkdir(parents=True)
+        (partial / name / "old").write_text("old")
+    (partial / "run.json").write_text('{"epochs": 100}')
+    (partial / "history.csv").write_text("old")
+    (partial / "best-2.safetensors").write_text("old")
+    ids = json.loads(ids_file.read_text())
+    options = OPTIONS | {"epochs": 1, "record_every": 0}
+    hyperfit(llama_folder, ids, out=tmp_path / "run", **options)
+    assert not any("old" in path.name for path in tmp_path.rglob("*"))
+    assert not (tmp_path / "run" / "history.csv").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_result_that_cannot_be_moved_is_kept_and_blocks_no_retry(
+    llama_folder, ids_file, tmp_path, monkeypatch
+):
+    ids = json.loads(ids_file.read_text())
+    out = tmp_path / "run"
+    save, saved = saving.save, []
+
+    def meanwhile(folder, *args):
+        save(folder, *args)
+        saved.append(folder)
+        out.mkdir()
+        (out / "mine.txt").write_text("mine")
+
+    for options in (OPTIONS, OPTIONS | {"checkpoint_minutes": 60.0}):
+        with monkeypatch.context() as patch:
+            patch.setattr(saving, "save", meanwhile)
+            with pytest.raises(ResultsError, match=r"the finished run is in .*partial/finished"):
+                hyperfit(llama_folder, ids, out=out, **options)
+        assert (out / "mine.txt").read_text() == "mine"
+        assert weights(saved[-1])
+        shutil.rmtree(out)
+        hyperfit(llama_folder, ids, out=out, **options)
+        assert [path.name for path in tmp_path.iterdir()] == ["run"]
+        shutil.rmtree(out)
+
+
+def test_what_a_checkpoint_needs_is_there_until_the_next_is(
+    llama_folder, ids_file, tmp_path, monkeypatch
+):
+    """Of a run in which each record is the best so far."""
+    best = property(lambda self: self._progress.records[-1].epoch or None)
+    monkeypatch.setattr(Recording, "best_epoch", best)
+    promote, kept = Working.promote, []
+
+    def watched(self, written, progress):
+        kept.append({path.name for path in self.folder.glob("best-*.safetensors")})
+        promote(self, written, progress)
+
+    monkeypatch.setattr(Working, "promote", watched)
+    options = OPTIONS | {"stop_at_plateau": True, "near_zero_loss": 100.0}
+    hyperfit(llama_folder, json.loads(ids_file.read_text()), out=tmp_path / "run", **options)
+    assert {"best-2.safetensors", "best-4.safetensors"} in kept
+    assert kept[-1] == {"best-4.safetensors"}
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_stop_that_was_asked_for_stays_asked_for(
+    llama_folder, ids_file, tmp_path, monkeypatch, asked
+):
+    class Asks(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = asked
+
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "asks", Asks)
+    options = OPTIONS | {"stop_at_plateau": True, "record_every": 1, "report_to": "asks"}
+    run = hyperfit(llama_folder, json.loads(ids_file.read_text()), **options)
+    assert len(run.history) == (1 if asked else OPTIONS["epochs"])
 
 
 def test_a_run_that_fails_before_its_first_checkpoint_leaves_nothing(

@@ -1,10 +1,12 @@
 """Training: the caller's model stays as it is, and the result is what the recipe says."""
 
 import copy
+import gc
 import json
 import random
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,16 @@ from transformers import (
 
 from hyperlens import load_hooked
 from hyperlens.errors import HyperlensError, ResultsError
-from hyperlens.training import HyperfitRun, Recipe, hyperfit, preset, to_hooked
+from hyperlens.training import (
+    HyperfitRun,
+    Recipe,
+    fitting,
+    hyperfit,
+    hyperfitting,
+    preset,
+    to_hooked,
+)
+from hyperlens.training import trainer as trainer_module
 from hyperlens.training.weights import own_randomness, without_dropout
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -189,6 +200,15 @@ def test_random_numbers_go_on_as_before() -> None:
     assert drawn() == expected
 
 
+def test_the_generator_of_apples_gpus_goes_on_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    state = [torch.tensor([1])]
+    monkeypatch.setattr(torch.mps, "get_rng_state", lambda: state[0].clone())
+    monkeypatch.setattr(torch.mps, "set_rng_state", lambda new: state.__setitem__(0, new))
+    with own_randomness(0, torch.device("mps")):
+        torch.mps.set_rng_state(torch.tensor([2]))
+    assert state[0].tolist() == [1]
+
+
 def test_dropout_rates_come_back() -> None:
     model = gpt2()
     with without_dropout(model):
@@ -230,6 +250,38 @@ def test_weights_are_float32_unless_asked_otherwise() -> None:
     assert frozen == {torch.bfloat16}
 
 
+def test_float16_weights_are_refused_where_they_would_be_trained() -> None:
+    line = refusal(llama(), texts(), dtype="float16")
+    assert "float32" in line
+    assert "bf16=True" in line
+    run = hyperfit(llama().half(), texts(), "lora", epochs=1, **FEW)
+    assert run.manifest["dtype"] == "float16"
+
+
+def test_no_second_copy_is_held_while_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that had to be cast is the trained one's model, or gone."""
+    opened: list[weakref.ref[nn.Module]] = []
+    open_source, fit = hyperfitting.open_source, fitting.fit
+
+    def opens(*args: Any, **options: Any) -> Any:
+        made = open_source(*args, **options)
+        opened.append(weakref.ref(made.model))
+        return made
+
+    def fits(model: Any, *args: Any) -> Any:
+        gc.collect()
+        assert opened[-1]() in (None, model)
+        return fit(model, *args)
+
+    monkeypatch.setattr(hyperfitting, "open_source", opens)
+    monkeypatch.setattr(fitting, "fit", fits)
+    base = llama().to(torch.bfloat16)
+    before = weights(base)
+    hyperfit(base, texts(), epochs=1, **FEW)
+    assert len(opened) == 1
+    assert same(before, weights(base))
+
+
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_saving_memory_changes_little_and_leaves_no_trace(method: str) -> None:
     options = {"epochs": 3, "learning_rate": 1e-3, **FEW}
@@ -262,6 +314,15 @@ def test_an_adapter_is_folded_in_before_full_training(
     assert same(before, weights(made.model))
     assert run.history[0] < 1.1 * made.history[-1]
     assert "merge" in refusal(made.model, texts(), "lora")
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_an_adapter_inside_a_plain_model_is_refused(method: str) -> None:
+    from peft import LoraConfig
+
+    base = llama()
+    base.add_adapter(LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    assert "PeftModel.from_pretrained" in refusal(base, texts(), method)
 
 
 def test_a_loss_that_leaves_the_numbers_stops_the_run(tmp_path: Path) -> None:
@@ -303,6 +364,41 @@ def test_losses_reach_the_loggers_of_the_trainer(monkeypatch: pytest.MonkeyPatch
     run = hyperfit(llama(), texts(), epochs=3, report_to="mine", **FEW)
     assert seen == pytest.approx(run.history, rel=1e-4)
     assert "nobody is not supported" in refusal(llama(), texts(), report_to=["nobody"])
+
+
+def test_files_of_loggers_are_part_of_the_result(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from transformers import TrainerCallback
+    from transformers.integrations import integration_utils
+
+    class Board(TrainerCallback):
+        """Writes where transformers' TensorBoardCallback does."""
+
+        def on_train_begin(self, args: Any, *_: Any, **__: Any) -> None:
+            folder = Path(args.output_dir) / "runs" / "Jan01_host"
+            folder.mkdir(parents=True)
+            (folder / "events").write_text("written")
+
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "board", Board)
+    options = {"epochs": 1, "report_to": "board", "checkpoint_minutes": 0.0, **FEW}
+    hyperfit(llama(), texts(), out=tmp_path / "run", **options)
+    assert (tmp_path / "run" / "runs" / "Jan01_host" / "events").read_text() == "written"
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    AutoModelForCausalLM.from_pretrained(tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["TrainingArguments", "TokenTrainer"])
+def test_an_error_without_words_is_called_by_its_kind(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    from hyperlens.training import loop
+
+    def fails(*args: Any, **options: Any) -> Any:
+        raise ValueError
+
+    monkeypatch.setattr(loop if name == "TokenTrainer" else trainer_module, name, fails)
+    assert refusal(llama(), texts()) == "cannot train here: ValueError"
 
 
 # LoRA

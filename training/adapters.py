@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import difflib
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..discovery import dissect
 from ..errors import TrainingError
+from ..hub import first_line
 from . import pissa
 from .recipes import Recipe
 
@@ -93,7 +96,8 @@ def projections(stack: Stack, recipe: Recipe) -> tuple[str, ...]:
     """Names of the modules inside the blocks that get an adapter.
 
     Raises:
-        TrainingError: if a name asked for is not there, or there are no linear projections.
+        TrainingError: if a name asked for is not there or a router's, or there are no linear
+            projections.
     """
     paths = {name: m for block in stack.blocks for name, m in block.named_modules() if name}
     linear = tuple(dict.fromkeys(p.rsplit(".", 1)[-1] for p, m in paths.items() if _is_linear(m)))
@@ -102,7 +106,13 @@ def projections(stack: Stack, recipe: Recipe) -> tuple[str, ...]:
             raise TrainingError("the blocks have no linear projections to adapt: use method='full'")
         return linear
     for wanted in recipe.target_modules:
-        if not any(f".{path}".endswith(f".{wanted}") for path in paths):
+        named = [m for path, m in paths.items() if is_named(path, wanted)]
+        if any(isinstance(m, nn.Linear) and not _is_linear(m) for m in named):
+            raise TrainingError(
+                f"{wanted} returns something else than a projection does, so it takes no adapter: "
+                f"the projections are {', '.join(linear)}"
+            )
+        if not named:
             near = difflib.get_close_matches(wanted, [*linear, *paths], 3, 0.5)
             hint = f"did you mean {' or '.join(dict.fromkeys(near))}? " if near else ""
             raise TrainingError(
@@ -123,7 +133,9 @@ def with_adapter(
     """The model with a fresh LoRA adapter on the given blocks; everything else is frozen.
 
     The adapter's initial values come from the current random state. Blocks are named one by one
-    (`layers_to_transform`), so that a projection of the same name elsewhere is left alone. DoRA
+    (`layers_to_transform`), so that a projection of the same name elsewhere is left alone. In some
+    mixtures of experts PEFT takes gate_proj, up_proj and down_proj for the experts' weights, and
+    adapts those in every block unless told their whole names. DoRA
     (Liu et al. 2024, arXiv 2402.09353) and rsLoRA (Kalajdzievski 2023, arXiv 2312.03732) are
     peft's own; for PiSSA see `pissa`.
 
@@ -138,7 +150,7 @@ def with_adapter(
     Raises:
         TrainingError: if PEFT cannot adapt these modules.
     """
-    from peft import LoraConfig, TaskType, get_peft_model
+    from peft import LoraConfig, TaskType
 
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
@@ -153,21 +165,77 @@ def with_adapter(
         use_dora=recipe.lora_dora,
         use_rslora=recipe.lora_rslora,
     )
-    try:
-        with warnings.catch_warnings():
-            # peft reads a transformers property that has been renamed; the reading is theirs.
-            warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
-            adapted = get_peft_model(model, config)
-    except ValueError as error:
-        raise TrainingError(f"PEFT cannot adapt {', '.join(targets)}: {_line(error)}") from error
+    chosen = [stack.blocks[i] for i in blocks]
+    adapted = _adapted(model, config, targets)
+    if _trains_elsewhere(adapted, chosen):
+        config = adapted.peft_config["default"]
+        model = adapted.unload()
+        names = config.target_parameters or ()
+        config.target_parameters = _names_in_full(model, chosen, names)
+        adapted = _adapted(model, config, targets)
+        if _trains_elsewhere(adapted, chosen):
+            raise TrainingError(
+                f"PEFT adapts {', '.join(targets)} outside the chosen blocks, too: name other "
+                "target_modules, or use method='full' with blocks"
+            )
     adapted.peft_config["default"].base_model_name_or_path = name
     if recipe.lora_init == "pissa":
         pissa.start(adapted)
     return adapted
 
 
+def is_named(path: str, target: str) -> bool:
+    """Whether a target means this module or parameter, by PEFT's rule."""
+    return f".{path}".endswith(f".{target}")
+
+
+def _adapted(model: Any, config: Any, targets: tuple[str, ...]) -> Any:
+    from peft import get_peft_model
+
+    try:
+        with warnings.catch_warnings():
+            # peft reads a transformers property that has been renamed; the reading is theirs.
+            warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
+            # The ranks that peft itself gives to experts: it looks for them among modules only.
+            warnings.filterwarnings("ignore", ".*_pattern keys did not match", RuntimeWarning)
+            return get_peft_model(model, config)
+    except ValueError as error:
+        raise TrainingError(
+            f"PEFT cannot adapt {', '.join(targets)}: {first_line(error)}"
+        ) from error
+
+
+def _trains_elsewhere(model: nn.Module, chosen: Sequence[nn.Module]) -> bool:
+    inside = {id(p) for block in chosen for p in block.parameters()}
+    return any(p.requires_grad and id(p) not in inside for p in model.parameters())
+
+
+def _names_in_full(
+    model: nn.Module, chosen: Sequence[nn.Module], names: Sequence[str] | set[str]
+) -> list[str]:
+    """Whole names of the parameters inside some blocks that short names mean."""
+    inside = {id(p) for block in chosen for p in block.parameters()}
+    return [
+        path
+        for path, p in model.named_parameters()
+        if id(p) in inside and any(is_named(path, name) for name in names)
+    ]
+
+
 def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or _is_conv1d(module)
+    if not isinstance(module, nn.Linear):
+        return _is_conv1d(module)
+    return type(module).forward is nn.Linear.forward or _maps_vectors(module)
+
+
+def _maps_vectors(module: nn.Linear) -> bool:
+    """Whether a subclass of Linear still does what one does: some routers return a tuple."""
+    try:
+        with torch.no_grad():
+            made = module(module.weight.new_ones(2, module.in_features))
+    except Exception:  # made for input of another shape
+        return False
+    return isinstance(made, Tensor) and made.shape == (2, module.out_features)
 
 
 def _is_conv1d(module: nn.Module) -> bool:
@@ -181,10 +249,6 @@ def _transposed(stack: Stack, targets: tuple[str, ...]) -> bool:
     adapted = [
         module
         for name, module in stack.blocks[0].named_modules()
-        if any(f".{name}".endswith(f".{target}") for target in targets)
+        if any(is_named(name, target) for target in targets)
     ]
     return any(map(_is_conv1d, adapted))
-
-
-def _line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -12,9 +12,10 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from ..corpus import adds_bos, are_token_ids
+from ..corpus import adds_bos
 from ..errors import TrainingError
 from ..texts import Texts, read_texts
+from ..token_ids import are_token_ids
 from .recipes import Recipe
 
 # Texts are tokenised so many at a time: reading stops once there are enough sequences.

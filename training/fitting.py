@@ -14,6 +14,7 @@ from ..sources import Opened
 from . import pissa, processes
 from .adapters import Stack, find_stack, projections, train_only, trained_blocks, with_adapter
 from .data import TrainingData
+from .left_out import left_out
 from .loop import Manner, train
 from .prefix import PrefixCache, is_exact, plan
 from .progress import Progress
@@ -64,7 +65,7 @@ def fit(
     say = _speaker(manner)
     say(f"training blocks {', '.join(map(str, blocks))} (0-based) of {len(stack.blocks)}")
     with kept_use_cache(model), without_dropout(model):
-        trained = _trainable(model, opened, stack, blocks, recipe, scope)
+        trained = _trainable(model, opened, stack, blocks, recipe, scope, notes)
         recorder = None
         if len(data.held_out) and recipe.record_every:
             recorder = Recorder(trained, data.held_out, recipe)
@@ -96,6 +97,7 @@ def _trainable(
     blocks: tuple[int, ...],
     recipe: Recipe,
     scope: dict[str, Any],
+    notes: list[str],
 ) -> Any:
     """The model with exactly the weights of the method requiring gradients."""
     trained = model
@@ -106,7 +108,13 @@ def _trainable(
         trained = with_adapter(
             model, opened.name if named else None, stack, blocks, targets, recipe
         )
+        config = trained.peft_config["default"]
         scope["target_modules"] = list(targets)
+        if config.target_parameters is not None:  # PEFT has taken some names for experts
+            scope["target_modules"] = [name for name in targets if name in config.target_modules]
+            scope["target_parameters"] = sorted(config.target_parameters)
+        chosen = [stack.blocks[i] for i in blocks]
+        notes += left_out(chosen, targets, recipe.target_modules is None)
     elif recipe.blocks is not None:
         train_only(model, stack, blocks)
     else:

@@ -14,7 +14,7 @@ from ..stats import winner
 
 
 def greedy(model: Any, prompts: Int[Tensor, "n prompt"], new_tokens: int) -> Int[Tensor, "n new"]:
-    """The most likely next token, over and over, with a key-value cache.
+    """The most likely next token, over and over, with a key-value cache where there is one.
 
     Always `new_tokens` of them: an end-of-text token is a token like any other. Both measures of
     repetition depend on length, so continuations that end when they please could not be compared,
@@ -26,13 +26,16 @@ def greedy(model: Any, prompts: Int[Tensor, "n prompt"], new_tokens: int) -> Int
         new_tokens: how many to add.
     """
     made: list[Tensor] = []
-    given, cache = prompts, None
+    given = prompts
+    cached: dict[str, Any] = {}
     with last_position_only(model.get_output_embeddings()):
         for _ in range(new_tokens):
-            output = model(input_ids=given, past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
-            given = winner(output.logits[:, -1].float())[:, None]
-            made.append(given)
+            output = model(input_ids=given, use_cache=True, **cached)
+            made.append(winner(output.logits[:, -1].float())[:, None])
+            cache = getattr(output, "past_key_values", None)
+            cached = {} if cache is None else {"past_key_values": cache}
+            # Recurrent models keep a state of their own kind: they read everything again.
+            given = torch.cat([prompts, *made], dim=1) if cache is None else made[-1]
     return torch.cat(made, dim=1)
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,11 +85,13 @@ def hyperfit(
         out: a new folder for weights or adapter, tokenizer, history.csv and hyperfit.json.
         device: None leaves an object where it is and puts folders on the best device.
         dtype: of the weights; None is float32 for "full", as small steps vanish in bfloat16, and
-            the checkpoint's own for LoRA, whose adapter is float32 either way.
+            the checkpoint's own for LoRA, whose adapter is float32 either way. float16 is for
+            LoRA only.
         prefix_cache: where the first blocks are frozen, compute what comes out of them only once
             per sequence; the result is the same.
         checkpoint_minutes: between two checkpoints; 0 for one after every step.
         report_to: loggers of transformers' Trainer, such as "tensorboard" or "wandb".
+            TensorBoard's files are saved in `out` as "runs", or where TENSORBOARD_LOGGING_DIR says.
         progress: show a progress bar.
         overrides: other values for fields of `Recipe`, such as `epochs=20`.
 
@@ -112,6 +113,8 @@ def hyperfit(
     asked = processes.own_device(parse_device(device))
     opened = _opened(model, chosen, asked, dtype)
     trainee = own_copy(opened, chosen)
+    # What was opened may be a copy of its own, cast or moved: it is not held while training.
+    opened = replace(opened, model=None)
     data = _data(trainee, texts, validation, opened.tokenizer, chosen)
     where = trainee.get_input_embeddings().weight.device
     processes.join(where)
@@ -132,22 +135,35 @@ def hyperfit(
             fitted = fit(trainee, opened, data, chosen, where, working, manner, prefix_cache)
         manifest |= fitted.scope
         manifest["notes"] += fitted.notes
+        run = HyperfitRun(
+            model=fitted.model,
+            tokenizer=opened.tokenizer,
+            recipe=chosen,
+            history=tuple(fitted.progress.losses),
+            records=tuple(fitted.progress.records),
+            manifest=manifest,
+            folder=folder,
+        )
         if folder is not None and processes.is_first():
             from .saving import save
 
-            finished = working.folder / "finished"
-            record = _record(chosen, manifest, fitted.progress)
-            save(finished, fitted.model, opened.tokenizer, record, working.history)
-            os.replace(finished, folder)
-    return HyperfitRun(
-        model=fitted.model,
-        tokenizer=opened.tokenizer,
-        recipe=chosen,
-        history=tuple(fitted.progress.losses),
-        records=tuple(fitted.progress.records),
-        manifest=manifest,
-        folder=folder,
-    )
+            about = (record_of(run), working.history, working.logs)
+            save(working.finished, run.model, run.tokenizer, *about)
+            working.publish(folder)
+    return run
+
+
+def record_of(run: HyperfitRun) -> dict[str, Any]:
+    """What hyperfit.json says of a run, as JSON values."""
+    return {
+        "recipe": as_json(run.recipe),
+        "origins": run.recipe.origins(),
+        "seed": run.recipe.seed,
+        "manifest": run.manifest,
+        "history": list(run.history),
+        "records": [record.to_json() for record in run.records],
+        "versions": versions(),
+    }
 
 
 def _recipe(
@@ -162,6 +178,11 @@ def _opened(
     model: Any, recipe: Recipe, device: torch.device | None, dtype: str | torch.dtype | None
 ) -> Opened:
     chosen = parse_dtype(dtype) or (torch.float32 if recipe.method == "full" else None)
+    if recipe.method == "full" and chosen == torch.float16:
+        raise TrainingError(
+            "weights in float16 become NaN when all are trained, as Adam divides by numbers that "
+            "are 0 in it: leave dtype out for float32, and set bf16=True for speed"
+        )
     return open_source(model, device=device, dtype=chosen)
 
 
@@ -217,16 +238,4 @@ def _identity(recipe: Recipe, manifest: dict[str, Any]) -> dict[str, Any]:
         "validation": data["held_out_sha256"],
         "device": manifest["device"],
         "dtype": manifest["dtype"],
-    }
-
-
-def _record(recipe: Recipe, manifest: dict[str, Any], progress: Any) -> dict[str, Any]:
-    return {
-        "recipe": as_json(recipe),
-        "origins": recipe.origins(),
-        "seed": recipe.seed,
-        "manifest": manifest,
-        "history": progress.losses,
-        "records": [record.to_json() for record in progress.records],
-        "versions": versions(),
     }

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, TrainerCallback
 
 from ..errors import TrainingError
+from ..hub import first_line
 from . import processes
 from .checkpoints import Checkpoints
 from .interrupts import Interrupts
@@ -21,7 +22,7 @@ from .prefix import PrefixCache
 from .progress import Bar, EpochLosses, Progress
 from .recipes import Recipe
 from .record import Recorder
-from .recording import Recording
+from .recording import Pruning, Recording
 from .token_loss import TokenLoss
 from .trainer import Sequences, TokenTrainer, arguments, load_weights
 from .weights import kept_forward
@@ -90,11 +91,13 @@ def train(
     bar = Bar(progress) if manner.progress and processes.is_first() else None
     saving = Checkpoints(working, progress, manner.checkpoint_minutes) if working.keeps else None
     interrupts = Interrupts() if working.keeps else None
-    # In this order at the end of an epoch: its loss, its record, the checkpoint of both.
+    # In this order at the end of an epoch: its loss, its record, the checkpoint of both, and then
+    # what that one makes superfluous.
     parts: Sequence[TrainerCallback | None] = (
         EpochLosses(progress),
         recording,
         saving,
+        Pruning(recording) if recording and saving else None,
         interrupts,
         bar,
     )
@@ -152,7 +155,7 @@ def _trainer(
             optimizers=(optimizer, None),
         )
     except (ValueError, ImportError, RuntimeError) as error:
-        raise TrainingError(f"cannot train here: {str(error).splitlines()[0]}") from error
+        raise TrainingError(f"cannot train here: {first_line(error)}") from error
     trainer.remove_callback(PrinterCallback)
     return trainer
 

@@ -15,7 +15,7 @@ from ..fingerprint import versions
 from ..loading import parse_dtype
 from ..shells import converted, is_peft, merged
 from ..sources import Opened, open_source
-from .hyperfitting import HyperfitRun
+from .hyperfitting import HyperfitRun, record_of
 from .saving import RECORD, save
 
 
@@ -60,8 +60,8 @@ def merge(
         )
     (config, *_) = opened.model.peft_config.values()
     named = config.base_model_name_or_path if base is None else _name(base)
-    about = {"adapter": opened.name, "base": named}
-    record = _record(opened.name) | {"merged": about, "versions": versions()}
+    about = {"adapter": _adapter_name(source, opened), "base": named}
+    record = _record(source) | {"merged": about, "versions": versions()}
     model = converted(merged(opened.model), None, chosen)
     save(folder, model, opened.tokenizer, record)
     return folder
@@ -104,13 +104,23 @@ def _opened_folder(folder: Path, base: Any, dtype: torch.dtype | None) -> Opened
         raise LoadingError(f"{error}; here, pass base=… (--base on the command line)") from error
 
 
-def _record(name: str) -> dict[str, Any]:
-    """What hyperfit wrote beside the adapter, if it did."""
+def _record(source: Any) -> dict[str, Any]:
+    """What hyperfit did, if it made the adapter: what the run knows, or wrote beside it."""
+    if isinstance(source, HyperfitRun):
+        return record_of(source)
+    if not isinstance(source, str | Path):
+        return {}
     try:
-        found = json.loads((Path(name) / RECORD).read_text(encoding="utf-8"))
+        found = json.loads((Path(source).expanduser() / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def _adapter_name(source: Any, opened: Opened) -> str:
+    if isinstance(source, HyperfitRun) and source.folder is not None:
+        return str(source.folder)
+    return opened.name if opened.kind == "adapter" else type(opened.model).__name__
 
 
 def _name(base: Any) -> str:

@@ -31,7 +31,7 @@ def start(model: Any) -> None:
 
     Raises:
         TrainingError: if a weight has fewer directions than the rank, or a dtype that PEFT cannot
-            decompose.
+            decompose, or there is one weight for several experts.
     """
     config = copy.deepcopy(model.peft_config[TRAINED])
     config.lora_dropout = 0.0
@@ -89,7 +89,12 @@ def _layers(model: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _check(path: str, layer: Any) -> None:
-    weight, r = layer.get_base_layer().weight, layer.r[TRAINED]
+    weight, r = getattr(layer.get_base_layer(), "weight", None), layer.r[TRAINED]
+    if weight is None:
+        raise TrainingError(
+            f"lora_init pissa needs linear projections, and {path} holds several experts: choose "
+            "another lora_init, or target_modules without its names"
+        )
     if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise TrainingError(
             f"lora_init pissa needs weights in float32, bfloat16 or float16, and {path} is "

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,12 +25,15 @@ from torch import Tensor, nn
 
 from ..attaching import entering_at, residual_given
 from ..errors import ResourceError
+from . import processes
 
 Place = Literal["memory", "disk"]
 
-# The share of what is free now that the cache may take: the rest of the training needs some too.
+# The share of what is free now that caches may take: the rest of the training needs some too.
 MEMORY_SHARE = 0.5
 DISK_SHARE = 0.9
+# How the names of mapped files begin.
+MAPPED = "prefix-cache-"
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,8 @@ def plan(
 ) -> Plan:
     """Where the residuals of all sequences fit: in memory if they take half of what is free.
 
+    Every process keeps them all, so those on one machine share what is free there.
+
     Args:
         shape: (sequences, pos, d_model).
         dtype: of the residual stream.
@@ -68,13 +74,15 @@ def plan(
     sequences, pos, d_model = shape
     n_bytes = sequences * pos * d_model * dtype.itemsize
     memory = int(psutil.virtual_memory().available) if free_memory is None else free_memory
-    if n_bytes <= MEMORY_SHARE * memory:
+    sharing = processes.on_this_machine()
+    if n_bytes * sharing <= MEMORY_SHARE * memory:
         return Plan(n_bytes, "memory", folder)
     disk = shutil.disk_usage(folder).free
-    if n_bytes <= DISK_SHARE * disk:
+    if n_bytes * sharing <= DISK_SHARE * disk:
         return Plan(n_bytes, "disk", folder)
+    each = f" in each of {sharing} processes" if sharing > 1 else ""
     raise ResourceError(
-        f"the prefix cache needs {n_bytes / 2**30:.1f} GiB for {sequences} x {pos} tokens of "
+        f"the prefix cache needs {n_bytes / 2**30:.1f} GiB{each} for {sequences} x {pos} tokens of "
         f"{d_model} numbers; {memory / 2**30:.1f} GiB of memory and {disk / 2**30:.1f} GiB under "
         f"{folder} are free: lower n_sequences or sequence_length, or turn the cache off "
         "(prefix_cache=False, --no-prefix-cache)"
@@ -147,22 +155,28 @@ class PrefixCache:
         shape = (len(self._filled), *like.shape[1:])
         if self.plan.place == "memory":
             return torch.empty(shape, dtype=like.dtype)
-        return _mapped(self.plan.folder / "prefix-cache.bin", shape, like.dtype)
+        # Other processes may keep theirs in the same folder.
+        name = f"{MAPPED}{secrets.token_hex(4)}.bin"
+        return _mapped(self.plan.folder / name, shape, like.dtype)
 
 
 def is_exact(model: nn.Module, cache: PrefixCache, tokens: Int[Tensor, "batch pos"]) -> bool:
     """Whether the model says the same, bit for bit, when its prefix is served from the cache.
 
     Some architectures hand more than the residual stream from block to block; a cache would
-    change what they compute. The cache is left empty: what training computes may differ from what
-    is computed here, in mixed precision for one.
+    change what they compute, or leave them without what they need. The cache is left empty: what
+    training computes may differ from what is computed here, in mixed precision for one.
     """
     was_training = [module for module in model.modules() if module.training]
     model.eval()
     index = torch.arange(len(tokens))
     try:
         with torch.no_grad():
-            recorded, served = (_logits(model, cache, index, tokens) for _ in range(2))
+            recorded = _logits(model, cache, index, tokens)
+            try:
+                served = _logits(model, cache, index, tokens)
+            except Exception:  # whatever a block says that misses something
+                return False
     finally:
         cache.close()
         for module in was_training:
@@ -197,10 +211,10 @@ def _mapped(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
                 os.posix_fallocate(file.fileno(), 0, size * dtype.itemsize)
         kept = torch.from_file(str(path), shared=True, size=size, dtype=dtype).view(shape)
     except OSError as error:
-        path.unlink(missing_ok=True)
         raise ResourceError(
             f"cannot keep the prefix cache in {path} ({error.strerror or error}): free some space, "
             "or turn the cache off (prefix_cache=False, --no-prefix-cache)"
         ) from None
-    path.unlink()
+    finally:
+        path.unlink(missing_ok=True)
     return kept

@@ -17,6 +17,11 @@ def count() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def on_this_machine() -> int:
+    """How many of them share this machine's memory and disk."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", count()))
+
+
 def is_first() -> bool:
     """Whether this process is the one that writes files and shows progress."""
     return int(os.environ.get("RANK", "0")) == 0

@@ -50,10 +50,10 @@ class Recording(TrainerCallback):
             decision = self.decision
             if self.best_epoch == epoch and processes.is_first():
                 _keep(kwargs["model"], self._working, epoch)
-            control.should_training_stop = decision.stop
+            control.should_training_stop |= decision.stop  # the Trainer may have asked, too
 
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """A checkpoint is in place: weights that were the best before it are not needed."""
+    def prune(self) -> None:
+        """Drop the weights that are no longer the best."""
         if self._recipe.stop_at_plateau and processes.is_first():
             self._working.keep_only_best(self.best_epoch)
 
@@ -76,6 +76,20 @@ class Recording(TrainerCallback):
         if processes.is_first():
             history.write(self._working.history, self._progress.records)
         self._progress.start_clock()
+
+
+class Pruning(TrainerCallback):
+    """Drops weights that were the best once; comes after the callback that promotes checkpoints.
+
+    Until a checkpoint that knows better ones is in its place, the one before it needs them.
+    """
+
+    def __init__(self, recording: Recording) -> None:
+        self._recording = recording
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A checkpoint is in place."""
+        self._recording.prune()
 
 
 def _keep(model: nn.Module, working: Working, epoch: int) -> None:

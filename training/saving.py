@@ -23,6 +23,7 @@ def save(
     tokenizer: Any,
     record: dict[str, Any],
     history: Path | None = None,
+    logs: Path | None = None,
 ) -> None:
     """Write a Hugging Face folder, or a PEFT adapter folder, and its history; all or nothing.
 
@@ -32,6 +33,8 @@ def save(
         tokenizer: saved beside it, unless None.
         record: what goes into hyperfit.json.
         history: the table of records, copied as history.csv; None, or no file, if there is none.
+        logs: a folder of loggers' files, copied under its own name; None, or no folder, if there
+            is none.
 
     Raises:
         ResultsError: if the folder exists and is not empty, or cannot be written.
@@ -50,6 +53,8 @@ def save(
         record_file.write_text(text, encoding="utf-8")
         if history is not None and history.exists():
             shutil.copyfile(history, staging / FILE)
+        if logs is not None and logs.exists():
+            shutil.copytree(logs, staging / logs.name)
         # safetensors writes files that only their owner may read.
         for weights in staging.glob("*.safetensors"):
             weights.chmod(record_file.stat().st_mode)

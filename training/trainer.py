@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
 from ..errors import ResultsError, TrainingError
+from ..hub import first_line
 from . import processes
 from .prefix import PrefixCache
 from .progress import Progress
@@ -102,10 +103,10 @@ class TokenTrainer(Trainer):
         try:
             super()._save_checkpoint(model, trial)
         except (OSError, RuntimeError, SafetensorError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ResultsError(
-                f"cannot write a checkpoint at step {self.state.global_step} ({reason}): free "
-                "some space, then run the same command to go on from the last checkpoint"
+                f"cannot write a checkpoint at step {self.state.global_step} "
+                f"({first_line(error)}): free some space, then run the same command to go on from "
+                "the last checkpoint"
             ) from error
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -164,7 +165,7 @@ def arguments(recipe: Recipe, device: torch.device, folder: Path, report_to: lis
             logging_nan_inf_filter=False,
         )
     except (ValueError, ImportError) as error:
-        raise TrainingError(f"cannot train here: {str(error).splitlines()[0]}") from error
+        raise TrainingError(f"cannot train here: {first_line(error)}") from error
     if made.device.type != device.type or (device.index or 0) != (made.device.index or 0):
         raise TrainingError(
             f"training runs on {made.device}, got {device}: choose the device with "

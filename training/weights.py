@@ -40,6 +40,11 @@ def own_copy(opened: Opened, recipe: Recipe) -> Any:
                 "top: merge it (merge_and_unload), save it, and pass that folder"
             )
         model = merged(model)
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise TrainingError(
+            f"{opened.name} already has an adapter, put in by load_adapter or add_adapter: open it "
+            "with PeftModel.from_pretrained, or pass the adapter's folder"
+        )
     if getattr(model, "is_quantized", False):
         raise TrainingError(f"{opened.name} is quantised: load it without quantisation to train it")
     # Models from folders and the hub were opened by us; only an object is also the caller's.
@@ -57,12 +62,15 @@ def own_randomness(seed: int, device: torch.device) -> Iterator[None]:
     """Seed every generator inside; outside, the caller's random numbers go on as before."""
     python, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002 - Trainer seeds it
     devices = [device] if device.type == "cuda" else []
+    apple = torch.mps.get_rng_state() if device.type == "mps" else None  # fork_rng cannot
     with torch.random.fork_rng(devices):
         try:
             torch.manual_seed(seed)
             yield
         finally:
             random.setstate(python)
+            if apple is not None:
+                torch.mps.set_rng_state(apple)
             np.random.set_state(legacy)  # noqa: NPY002
 
 

@@ -17,14 +17,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import TrainingError
+from ..errors import ResultsError, TrainingError
 from ..files import write_text
 from . import processes
 from .history import FILE
+from .prefix import MAPPED
 
 IDENTITY = "run.json"
 CHECKPOINT = "checkpoint"
 PROGRESS = "progress.json"
+FINISHED = "finished"
+LOGS = "runs"
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,16 @@ class Working:
     def scratch(self) -> Path:
         """Where things are written before they are moved into place."""
         return self.folder / "writing"
+
+    @property
+    def logs(self) -> Path:
+        """Where TensorBoard's logs go, by transformers' choice."""
+        return self.scratch / LOGS
+
+    @property
+    def finished(self) -> Path:
+        """Where the result is written, before it is moved to where it was asked for."""
+        return self.folder / FINISHED
 
     @property
     def history(self) -> Path:
@@ -65,6 +78,35 @@ class Working:
             os.replace(current, old)
         os.replace(written, current)
         shutil.rmtree(old, ignore_errors=True)
+
+    def publish(self, out: Path) -> None:
+        """Move the result to where it was asked for.
+
+        Raises:
+            ResultsError: if something is in the way; the result stays where it is.
+        """
+        try:
+            if out.is_dir():
+                out.rmdir()
+            os.replace(self.finished, out)
+        except OSError as error:
+            raise ResultsError(
+                f"cannot write {out} ({error.strerror or error}): the finished run is in "
+                f"{self.finished}, move it from there"
+            ) from error
+
+    def clear(self) -> None:
+        """Drop what a killed run has left besides its checkpoint; all, if there is none."""
+        left = [path for path in self.folder.iterdir() if path.name != IDENTITY]
+        if self.checkpoint is not None:
+            halves = (FINISHED, f".{FINISHED}.", MAPPED)
+            left = [path for path in left if path.name.startswith(halves)]
+            left += self.scratch.glob("checkpoint-*")
+        for path in left:
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
     def best(self, epoch: int) -> Path:
         """Where the weights of an epoch that may turn out best are kept."""
@@ -107,7 +149,8 @@ def working_folder(out: Path | None, identity: dict[str, Any]) -> Iterator[Worki
     try:
         yield working
     except BaseException:
-        if working.checkpoint is None and processes.is_first():
+        kept = working.checkpoint is not None or working.finished.exists()
+        if not kept and processes.is_first():
             shutil.rmtree(working.folder, ignore_errors=True)
         raise
     processes.wait()
@@ -132,7 +175,7 @@ def _prepare(working: Working, identity: dict[str, Any]) -> None:
             raise TrainingError(
                 f"cannot create {working.folder} ({error.strerror or error}): choose another folder"
             ) from None
-    shutil.rmtree(working.scratch, ignore_errors=True)
+    working.clear()
     write_text(file, json.dumps(identity, indent=2))
 
 

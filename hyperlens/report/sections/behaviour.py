@@ -68,8 +68,8 @@ def body(results: Sequence[Finding]) -> Markup:
     parts.append(heading("The texts"))
     parts.append(
         paragraph(
-            "Diversity is not quality. The same prompt, continued by each model; the first ones of "
-            "a random choice, not picked."
+            "Diversity is not quality. The same prompts, continued by each model; drawn at random, "
+            "not picked."
         )
     )
     for result in results:

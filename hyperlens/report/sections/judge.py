@@ -31,7 +31,7 @@ LOADS = "hyperlens.judging.finding:JudgeFinding"
 CRITERIA = ("coherence", "diversity", "overall")
 OUTCOMES = {"a_wins": "A wins", "tie": "tie", "b_wins": "B wins"}
 LEANINGS = {
-    "first_position": "answers for the text shown first",
+    "first_position": "pairs judged by place, for the text shown first",
     "orders_disagree": "pairs judged otherwise in the other order",
     "longer_wins": "decided pairs won by the longer text",
     "fewer_repeats_wins": "decided pairs won by the text that repeats less",
