@@ -309,20 +309,20 @@ def test_fewer_views_take_less_memory():
 
 MEMORY = """
 import sys, torch
-sys.path.insert(0, sys.argv[2])
+sys.path.insert(0, sys.argv[1])
 from conftest import make_tiny, perturbed, token_texts
 from memory_for_tests import forget_peak, peak
 from hyperlens import compare_models
 torch.set_num_threads(1)
-# Import everything and warm up on other models, so that what is measured is the work.
-small = make_tiny("llama")
-compare_models(small, perturbed(small), token_texts(), progress=False)
-base = make_tiny("llama", hidden_size=64, intermediate_size=128, vocab_size=2000)
+base = make_tiny("llama", hidden_size=128, intermediate_size=128, vocab_size=2000)
 tuned = perturbed(base)
-texts = token_texts(n=int(sys.argv[1]), shortest=60, longest=60)
-before = forget_peak()
-compare_models(base, tuned, texts, progress=False)
-print(peak() - before)
+few, many = (token_texts(n=n, shortest=60, longest=60) for n in (100, 1000))
+held = forget_peak()
+compare_models(base, tuned, few, progress=False)  # loads what has to be loaded
+for texts in (few, many, few, many):
+    forget_peak()
+    compare_models(base, tuned, texts, progress=False)
+    print(peak() - held)
 """
 
 
@@ -330,13 +330,13 @@ print(peak() - before)
 @pytest.mark.skipif(not PROC.exists(), reason="peak memory is read as Linux gives it")
 def test_ten_times_the_tokens_take_no_more_memory():
     """Peak memory above what the process held with both models loaded."""
-    peaks = []
-    for n in (200, 2000):
-        done = subprocess.run(
-            [sys.executable, "-c", MEMORY, str(n), str(Path(__file__).parent)],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        peaks.append(int(done.stdout.split()[-1]))
-    assert 0 < peaks[1] <= 1.1 * peaks[0], [peak / 2**20 for peak in peaks]
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY, str(Path(__file__).parent)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    peaks = [int(line) for line in done.stdout.split()]
+    # Of two runs the lower: what the C library keeps for later differs from run to run.
+    few, many = min(peaks[::2]), min(peaks[1::2])
+    assert 0 < many <= 1.1 * few, [peak / 2**20 for peak in peaks]
