@@ -74,7 +74,8 @@ def test_every_holder_of_an_end_is_asked() -> None:
     model = make_tiny("llama")
     model.config.eos_token_id = 5
     model.generation_config.eos_token_id = [7, 5]
-    assert eos_ids(model, SimpleNamespace(eos_token_id=9)) == [5, 7, 9]
+    # The tokenizer's comes first: it pads, and Guard is told so.
+    assert eos_ids(model, SimpleNamespace(eos_token_id=9)) == [9, 5, 7]
     assert eos_ids(model, SimpleNamespace(eos_token_id=None)) == [5, 7]
     assert eos_ids(lora(model, "llama"), None) == [5, 7]
     model.config.eos_token_id = model.generation_config.eos_token_id = None

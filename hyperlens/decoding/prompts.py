@@ -41,16 +41,17 @@ def check_prompts(model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: 
 
 
 def eos_ids(model: Any, tokenizer: Any) -> list[int]:
-    """What ends a text: every EOS of tokenizer, configuration and generation settings.
+    """What ends a text: the EOS of tokenizer, configuration and generation settings, in that order.
 
-    Chat models end a turn by another token than a text, and not every holder knows both.
+    Chat models end a turn by another token than a text, and not every holder knows both. The first
+    is also what prompts are padded with.
     """
     plain = plain_model(model)
-    found: set[int] = set()
+    found: list[Any] = []
     for holder in (tokenizer, plain.config, getattr(plain, "generation_config", None)):
         value = getattr(holder, "eos_token_id", None)
-        found |= set(value if isinstance(value, list | tuple) else [value]) - {None}
-    return sorted(map(int, found))
+        found += value if isinstance(value, list | tuple) else [value]
+    return [int(token) for token in dict.fromkeys(found) if token is not None]
 
 
 def batches(prompts: Sequence[Sequence[int]], size: int) -> Iterator[list[int]]:
