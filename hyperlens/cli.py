@@ -50,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         if isinstance(error, HyperlensError):
             _complain(f"error: {error}")
+        elif isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+            _complain("error: out of memory: lower --batch-size, or choose another --device")
         else:
             hint = "" if debug else "; see the traceback with --debug, and please report it"
             _complain(f"unexpected error: {type(error).__name__}: {error}{hint}")

@@ -65,9 +65,12 @@ class HookedModel(Protocol):
     def cfg(self) -> Any:
         """n_layers, d_model, d_vocab, dtype, device and output_logits_soft_cap."""
 
-    blocks: Any
-    ln_final: Any
-    unembed: Any
+    def __getattr__(self, name: str) -> Any:
+        """Its `blocks`, `ln_final` and `unembed`.
+
+        Not attributes of their own here: torch finds submodules by `__getattr__`, and from
+        Python 3.12 on a protocol does not see what is found that way.
+        """
 
     def run_with_hooks(self, *args: Any, **kwargs: Any) -> Any:
         """Forward pass with temporary hooks."""
@@ -178,7 +181,7 @@ def unembed(model: HookedModel, x: Float[Tensor, "n d_model"]) -> Float[Tensor, 
 
 def input_device(model: HookedModel) -> torch.device:
     """Where token ids must live."""
-    device: torch.device = next(model.parameters()).device  # type: ignore[attr-defined]
+    device: torch.device = next(model.parameters()).device
     return device
 
 

@@ -15,6 +15,8 @@ from einops import einsum
 from jaxtyping import Float, Float64
 from torch import Tensor
 
+from .float32 import in_full_float32
+
 # A row is long if its square is this many times the median square.
 LONG = 16.0
 
@@ -91,7 +93,9 @@ def outer_mostly_float32(
     """
     long = squares > LONG * squares.median() if len(x) else squares > 0
     short = torch.where(long[:, None], 0.0, x).to(torch.float32)
-    return (short.T @ short).to(torch.float64) + x[long].T @ x[long]
+    with in_full_float32():
+        product = short.T @ short
+    return product.to(torch.float64) + x[long].T @ x[long]
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .errors import PairError
-from .fingerprint import versions, weights_sha256
+from .fingerprint import Known, versions, weights_sha256
 from .hooked import Backend, backend_of
 from .loading import Loaded, check_backend, hook, parse_device, parse_dtype
 from .shells import converted, plain_model
@@ -160,12 +160,13 @@ def check_tokenizers(pair: ModelPair, texts: list[str]) -> tuple[str, ...]:
 def describe_pair(pair: ModelPair) -> dict[str, Any]:
     """What the `meta` of every result says of the models, and of the libraries that ran them."""
     cfg = pair.base.hooked.cfg
+    known: Known = {}
     return {
         "n_layers": cfg.n_layers,
         "d_model": cfg.d_model,
         "d_vocab": cfg.d_vocab,
-        "base": describe_model(pair.base),
-        "tuned": describe_model(pair.tuned),
+        "base": describe_model(pair.base, known),
+        "tuned": describe_model(pair.tuned, known),
         "backend": pair.base.backend,
         "device": str(cfg.device),
         "dtype": str(cfg.dtype).removeprefix("torch."),
@@ -173,8 +174,13 @@ def describe_pair(pair: ModelPair) -> dict[str, Any]:
     }
 
 
-def describe_model(loaded: Loaded) -> dict[str, Any]:
-    """A model's name, where it came from, and the hash of its weights, as JSON values."""
+def describe_model(loaded: Loaded, known: Known | None = None) -> dict[str, Any]:
+    """A model's name, where it came from, and the hash of its weights, as JSON values.
+
+    Args:
+        loaded: the model.
+        known: see `weights_sha256`.
+    """
     source = loaded.opened.name
     # A folder is called by its own name: where it lay is a fact for the record, not for titles.
     is_path = loaded.opened.kind in ("folder", "adapter") and Path(source).is_dir()
@@ -183,5 +189,5 @@ def describe_model(loaded: Loaded) -> dict[str, Any]:
         "name": Path(source).resolve().name if is_path else source,
         "source": source,
         "kind": loaded.opened.kind,
-        "sha256": weights_sha256(loaded.opened.model),
+        "sha256": weights_sha256(loaded.opened.model, known),
     }

@@ -18,6 +18,9 @@ from .stats import cosine
 
 # Rows are sorted in blocks of this many entries, whose indices one core's cache holds.
 BLOCK_ENTRIES = 2**16
+# An accelerator sorts more at a time; what that takes besides, some forty bytes an entry, is
+# little next to the logits themselves.
+ACCELERATOR_ENTRIES = 2**22
 
 
 def spearman(a: Float32[Tensor, "n d"], b: Float32[Tensor, "n d"]) -> Float[Tensor, " n"]:
@@ -27,13 +30,22 @@ def spearman(a: Float32[Tensor, "n d"], b: Float32[Tensor, "n d"]) -> Float[Tens
     Exact for rows of up to a million entries on the CPU.
     """
     if a.device.type != "cpu":
-        middle = (a.shape[-1] + 1) / 2
-        return cosine(average_ranks(a) - middle, average_ranks(b) - middle)
+        return spearman_on_accelerator(a, b)
     # numpy sorts several times faster than torch here, and lets other threads run meanwhile.
     threads = min(torch.get_num_threads(), max(len(a), 1))
     parts = [np.array_split(x.detach().numpy(), threads) for x in (a, b)]
     with ThreadPoolExecutor(threads) as pool:
         return torch.from_numpy(np.concatenate(list(pool.map(_correlate, *parts))))
+
+
+def spearman_on_accelerator(
+    a: Float32[Tensor, "n d"], b: Float32[Tensor, "n d"]
+) -> Float[Tensor, " n"]:
+    """`spearman` by sorting on the tensors' own device."""
+    middle = (a.shape[-1] + 1) / 2
+    rows = max(1, ACCELERATOR_ENTRIES // max(a.shape[-1], 1))
+    blocks = zip(torch.split(a, rows), torch.split(b, rows), strict=True)
+    return torch.cat([cosine(*(average_ranks(x) - middle for x in block)) for block in blocks])
 
 
 def _correlate(a: Float32[np.ndarray, "n d"], b: Float32[np.ndarray, "n d"]) -> np.ndarray:

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from . import hooked, stats
 from .corpus import Batch, Corpus, PaddingSide
 from .errors import ActivationError, ResourceError
-from .guarding import guarded
+from .guarding import guarded, naming_what_to_lower
 from .heap import keep_freed_memory
 from .hooked import HookedModel
 from .memory import MemoryNeeded, free_bytes, memory_needed
@@ -107,8 +107,23 @@ def run_pass(
     device = hooked.input_device(base)
     spec = stream_spec(base, corpus, device)
     _check_memory(pass_memory(base, corpus, probes, options), device, options.progress)
-    for probe in probes:
-        guarded(probe, "open", spec)
+    with naming_what_to_lower(options.batch_size, ", or measure fewer views or layers"):
+        for probe in probes:
+            guarded(probe, "open", spec)
+        sinks = _read_texts(base, tuned, corpus, probes, options, spec)
+        results = {probe.name: guarded(probe, "compute") for probe in probes}
+    return PassResult(results, tuple(sinks.tolist()))
+
+
+def _read_texts(
+    base: HookedModel,
+    tuned: HookedModel,
+    corpus: Corpus,
+    probes: Sequence[RunsInAPass],
+    options: PassOptions,
+    spec: StreamSpec,
+) -> Int[Tensor, " layer"]:
+    """Show every batch to all probes, and count the sinks of all."""
     sinks = torch.zeros(spec.n_layers + 1, dtype=torch.int64)
     batches = corpus.batches(
         options.batch_size,
@@ -122,19 +137,12 @@ def run_pass(
     )
     with bar, hooked.evaluating(base), hooked.evaluating(tuned):  # type: ignore[arg-type]
         for batch in batches:
-            try:
-                pair = read_pair(base, tuned, batch, options.sink_threshold, spec.device)
-                sinks += _update(probes, pair)
-            except torch.cuda.OutOfMemoryError:
-                raise ResourceError(
-                    f"the GPU ran out of memory with batch_size={options.batch_size}: lower it, "
-                    "or measure fewer views or layers"
-                ) from None
+            pair = read_pair(base, tuned, batch, options.sink_threshold, spec.device)
+            sinks += _update(probes, pair)
             # Its streams are let go before the next ones, or the results, are made.
             del pair
             bar.update(int(batch.real.sum()))
-    results = {probe.name: guarded(probe, "compute") for probe in probes}
-    return PassResult(results, tuple(sinks.tolist()))
+    return sinks
 
 
 def _update(probes: Sequence[RunsInAPass], pair: StreamPair) -> Int[Tensor, " layer"]:

@@ -15,6 +15,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import D_VOCAB, make_tiny, perturbed
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -505,6 +506,15 @@ def test_the_unforeseen_is_one_line_too(
     raising(monkeypatch, Broken("no\nidea"))
     line = failed(capsys, cli.FAILED, COMPARE, "unexpected error: Broken: no idea", "--debug")
     assert "report" in line
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no\nmore"), MemoryError()])
+def test_full_memory_is_no_mistake_of_the_program(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raising(monkeypatch, error)
+    line = failed(capsys, cli.FAILED, COMPARE, "error: out of memory: lower --batch-size")
+    assert "unexpected" not in line
 
 
 @pytest.mark.parametrize("how", ["option", "environment"])

@@ -1,6 +1,7 @@
 """Every way of loading a model against the plain Hugging Face model, padded on either side."""
 
 import copy
+import inspect
 import logging
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 import torch
 import transformers
 from conftest import ARCHITECTURES, D_VOCAB, lora, make_tiny
+from typing_extensions import get_protocol_members
 
 from hyperlens import hooked, load_hooked
 from hyperlens.errors import LoadingError, ParityError
@@ -81,6 +83,14 @@ def test_hooked_models_equal_plain_ones(name, backend, side):
     assert len(residuals) == loaded.cfg.n_layers + 1 == 4
     assert loaded.cfg.d_model == 32
     assert loaded.cfg.d_vocab == D_VOCAB
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_surface_is_seen_without_running_any_code(backend):
+    """As `isinstance` looks from Python 3.12 on, which does not find what `__getattr__` finds."""
+    loaded = load_hooked(make_tiny("gpt2"), backend=backend)
+    for name in get_protocol_members(HookedModel):
+        inspect.getattr_static(loaded, name)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

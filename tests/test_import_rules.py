@@ -26,11 +26,12 @@ FOLDERS = {
 }
 
 # Pure mathematics over tensors; knows neither models nor probes.
-MATHS = {"stats", "rank_correlation", "moments", "intervals", "significance"}
+MATHS = {"stats", "float32", "rank_correlation", "moments", "intervals", "significance"}
 
 # What whoever opens a pair and returns a finding needs.
 EXPERIMENTS_MAY_USE = {
     "errors",
+    "guarding",
     "hooked",
     "residual",
     "discovery",
@@ -60,7 +61,8 @@ ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "stats": {"errors"},
     "rank_correlation": {"errors", "stats"},
-    "moments": {"errors", "stats"},
+    "float32": set(),
+    "moments": {"errors", "stats", "float32"},
     "intervals": {"errors", "stats", "moments"},
     "significance": set(),
     "hooked": {"errors"},
@@ -68,6 +70,7 @@ ALLOWED: dict[str, set[str]] = {
     "hub": set(),
     "heap": set(),
     "guarding": {"errors"},
+    "randomness": set(),
     "streams": {"errors", "hooked", *MATHS},
     "reading": {"guarding", "stats", "streams"},
     "results": {"errors", "files"},
@@ -127,6 +130,7 @@ ALLOWED: dict[str, set[str]] = {
         "discovery",
         "attaching",
         "fingerprint",
+        "randomness",
         # ranks of the record, and the colours of its figures
         "stats",
         "plots",
@@ -134,7 +138,7 @@ ALLOWED: dict[str, set[str]] = {
     # the model and the tales that ship with the package
     "embedded": {"errors", "texts"},
     # text from models, and what experiments do with a pair
-    "decoding": {"errors", "stats", "shells", "corpus"},
+    "decoding": {"errors", "stats", "shells", "corpus", "guarding", "randomness"},
     "experiments": {*EXPERIMENTS_MAY_USE, "decoding", "files"},
     "patching": {*EXPERIMENTS_MAY_USE, "decoding", "experiments"},
     "judging": {*EXPERIMENTS_MAY_USE, "adapters", "decoding", "experiments", "files"},

@@ -37,7 +37,7 @@ from hyperlens.training import (
     to_hooked,
 )
 from hyperlens.training import trainer as trainer_module
-from hyperlens.training.weights import own_randomness, without_dropout
+from hyperlens.training.weights import trainers_randomness, without_dropout
 
 ROOT = Path(__file__).resolve().parent.parent
 STORIES = ROOT.parent / "shared" / "models" / "stories260K"
@@ -195,18 +195,9 @@ def test_random_numbers_go_on_as_before() -> None:
     set_seed(1)
     expected = drawn()
     set_seed(1)
-    with own_randomness(2, torch.device("cpu")):
+    with trainers_randomness(2, torch.device("cpu")):
         set_seed(3)
     assert drawn() == expected
-
-
-def test_the_generator_of_apples_gpus_goes_on_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    state = [torch.tensor([1])]
-    monkeypatch.setattr(torch.mps, "get_rng_state", lambda: state[0].clone())
-    monkeypatch.setattr(torch.mps, "set_rng_state", lambda new: state.__setitem__(0, new))
-    with own_randomness(0, torch.device("mps")):
-        torch.mps.set_rng_state(torch.tensor([2]))
-    assert state[0].tolist() == [1]
 
 
 def test_dropout_rates_come_back() -> None:

@@ -17,7 +17,7 @@ from ..sources import Opened, open_source
 from . import processes
 from .data import TrainingData, training_data
 from .recipes import Method, Recipe, as_json, changed, preset
-from .weights import context_length, own_copy, own_randomness
+from .weights import context_length, own_copy, trainers_randomness
 from .working import working_folder
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ def hyperfit(
 
     manner = Manner(checkpoint_minutes, _names(report_to), progress)
     with working_folder(folder, _identity(chosen, manifest)) as working:
-        with own_randomness(chosen.seed, where):
+        with trainers_randomness(chosen.seed, where):
             fitted = fit(trainee, opened, data, chosen, where, working, manner, prefix_cache)
         manifest |= fitted.scope
         manifest["notes"] += fitted.notes

@@ -21,7 +21,7 @@ from ..stats import rank_of, winner
 from .generation import bigram_repetition, greedy, last_position_only, type_token_ratio
 from .history import Record
 from .recipes import Recipe
-from .weights import context_length, own_randomness
+from .weights import context_length, trainers_randomness
 
 # Carlsson et al. 2025 (arXiv 2412.04318) count distinct tokens among the last 96.
 WINDOW = 96
@@ -146,7 +146,7 @@ class Recorder:
     def _undisturbed(self) -> Iterator[None]:
         """Evaluation mode, no gradients, the weights' own precision; all as before afterwards."""
         wrapped = vars(self._plain).get("forward")
-        with own_randomness(self._recipe.seed, self._device), evaluating(self._model):
+        with trainers_randomness(self._recipe.seed, self._device), evaluating(self._model):
             # Mixed precision has wrapped the forward pass since the base was read.
             _set_forward(self._plain, self._forward)
             try:

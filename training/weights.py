@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..errors import TrainingError
+from ..randomness import own_randomness
 from ..shells import is_peft, merged
 from ..sources import Opened
 from .recipes import Recipe
@@ -58,19 +59,14 @@ def context_length(model: Any) -> int | None:
 
 
 @contextmanager
-def own_randomness(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed every generator inside; outside, the caller's random numbers go on as before."""
+def trainers_randomness(seed: int, device: torch.device) -> Iterator[None]:
+    """Every generator that transformers' Trainer seeds is ours inside, and the caller's outside."""
     python, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002 - Trainer seeds it
-    devices = [device] if device.type == "cuda" else []
-    apple = torch.mps.get_rng_state() if device.type == "mps" else None  # fork_rng cannot
-    with torch.random.fork_rng(devices):
+    with own_randomness(seed, device):
         try:
-            torch.manual_seed(seed)
             yield
         finally:
             random.setstate(python)
-            if apple is not None:
-                torch.mps.set_rng_state(apple)
             np.random.set_state(legacy)  # noqa: NPY002
 
 

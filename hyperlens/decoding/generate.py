@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from ..guarding import naming_what_to_lower
+from ..randomness import own_randomness
 from ..shells import plain_model
 from .prompts import batches, check_prompts, eos_ids, left_padded, without_dropout
 from .settings import check_sampling
@@ -60,6 +62,7 @@ def continuations(
         CorpusError: if a prompt is empty, or longer than the model's context allows.
         DecodingError: if a setting of sampling is out of its range.
         LoadingError: if the model cannot generate.
+        ResourceError: if the GPU runs out of memory.
     """
     check_prompts(model, prompts, max_new_tokens)
     check_sampling(temperature=temperature, top_p=top_p, min_p=min_p)
@@ -70,7 +73,13 @@ def continuations(
     made: list[list[int]] = [[] for _ in prompts]
     bar = tqdm(total=len(prompts), desc="writing", unit="text", disable=not progress)
     device = next(model.parameters()).device
-    with bar, _own_randomness(device, seed), _own_settings(model, settings), torch.no_grad():
+    with (
+        naming_what_to_lower(batch_size, ", or max_new_tokens"),
+        bar,
+        own_randomness(seed, device),
+        _own_settings(model, settings),
+        torch.no_grad(),
+    ):
         for batch in batches(prompts, batch_size):
             for processor in logits_processors:
                 if hasattr(processor, "reset"):
@@ -120,11 +129,3 @@ def _own_settings(model: Any, settings: Any) -> Iterator[None]:
             yield
     finally:
         plain.generation_config = before
-
-
-@contextmanager
-def _own_randomness(device: torch.device, seed: int) -> Iterator[None]:
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        yield

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from .. import stats
+from ..float32 import in_full_float32
 from ..hooked import evaluating, run_logits
 from ..pairing import ModelPair
 from .contexts import Contexts
@@ -97,7 +98,8 @@ def neighbours(
     wanted = sorted(set(tokens))
     near: dict[int, set[int]] = {}
     for some in _batches(wanted, 256):
-        similar: Float[Tensor, "n d_vocab"] = rows[some] @ rows.T
+        with in_full_float32():
+            similar: Float[Tensor, "n d_vocab"] = rows[some] @ rows.T
         own: Bool[Tensor, "n d_vocab"] = torch.zeros_like(similar, dtype=torch.bool)
         own[torch.arange(len(some)), torch.tensor(some)] = True
         best: Int[Tensor, "n count"] = similar.masked_fill(own, -torch.inf).topk(count).indices

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ...float32 import in_full_float32
 from ...streams import ModelStream, StreamPair, StreamSpec, logit_chunk_bytes
 from ..logits import check_finite
 from ..outcomes import Outcome, Tally, measure, reference
@@ -30,7 +31,8 @@ class Frame:
 
     def coordinates(self, x: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_model"]:
         """Where outputs lie along the axes."""
-        return (x.float() - self._mean) @ self._basis
+        with in_full_float32():
+            return (x.float() - self._mean) @ self._basis
 
     def moved(
         self,
@@ -40,7 +42,9 @@ class Frame:
     ) -> Float[Tensor, "*rows d_model"]:
         """The outputs with every coordinate times its gain; those of gain 1 are left untouched."""
         by = (gain - 1.0).float().to(x.device)
-        return (x.float() + (coordinates * by) @ self._basis.mT).to(x.dtype)
+        with in_full_float32():
+            change = (coordinates * by) @ self._basis.mT
+        return (x.float() + change).to(x.dtype)
 
 
 def change_of(

@@ -17,6 +17,7 @@ from ...errors import PatchError
 from ...experiments.contexts import open_pair_and_texts
 from ...experiments.continuing import METRICS as WRITTEN
 from ...experiments.continuing import Continuing, check_counts, check_room, choose_prompts
+from ...guarding import naming_what_to_lower
 from ...pairing import ModelPair, describe_pair
 from ..choosing import drawn
 from ..directions import DIRECTIONS, INTO_BASE, INTO_TUNED
@@ -106,7 +107,8 @@ def patch_blocks(
         for loaded in (pair.base, pair.tuned):
             check_keeps(loaded.opened.model)
         prompts = choose_prompts(opened.corpus, n_prompts, prompt_tokens, seed)
-    outcomes = run_sweep(pair, opened.corpus, sweep, batch_size, progress)
+    with naming_what_to_lower(batch_size, ", or max_length"):
+        outcomes = run_sweep(pair, opened.corpus, sweep, batch_size, progress)
     continuing = Continuing(prompts, max_new_tokens, max(batch_size, 16), seed, False)
     written = _write(pair, sweep, continuing, progress) if prompts else {}
     cuts = _cuts(outcomes, swept) if positions is None and site.startswith("resid") else []

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ...float32 import in_full_float32
 from ..spectrum import random_basis
 
 PLACEBOS = ("other_text", "noise", "rotation")
@@ -56,7 +57,9 @@ def rotated(
 ) -> Float[Tensor, "batch pos d_model"]:
     """The model's own activation plus the donor's change, turned."""
     change = donated.float() - own.float()
-    return (own.float() + change @ rotation.to(own.device).T).to(own.dtype)
+    with in_full_float32():
+        turned = change @ rotation.to(own.device).T
+    return (own.float() + turned).to(own.dtype)
 
 
 def of_other_text(

@@ -16,6 +16,7 @@ import torch
 
 from ...experiments.contexts import names, open_pair_and_texts
 from ...experiments.continuing import check_counts
+from ...guarding import naming_what_to_lower
 from ...pairing import describe_pair
 from ...significance import Estimate, holm, wilson
 from ..directions import DIRECTIONS, INTO_BASE
@@ -84,7 +85,8 @@ def patch_positions(
         seed=seed,
         progress=progress,
     )
-    cells = map_positions(pair, drawn.texts, offsets, batch_size, progress)
+    with naming_what_to_lower(batch_size, ", or max_length"):
+        cells = map_positions(pair, drawn.texts, offsets, batch_size, progress)
     meta = describe_pair(pair) | {
         "seed": seed,
         "options": {

@@ -19,6 +19,7 @@ from ...errors import PatchError
 from ...experiments.contexts import open_pair_and_texts
 from ...experiments.continuing import METRICS as WRITTEN
 from ...experiments.continuing import Continuing, check_counts, check_room, choose_prompts
+from ...guarding import naming_what_to_lower
 from ...loading import Loaded, hook
 from ...pairing import describe_pair
 from ...shells import is_peft, merged
@@ -98,7 +99,8 @@ def transplant_weights(
         one for way in DIRECTIONS for one in hybrids(way, opened.pair.base.hooked.cfg.n_layers)
     ]
     keys = list(dict.fromkeys(key_of(one, sides) for one in moves))
-    read = forced(sides, keys, opened.corpus, batch_size, progress)
+    with naming_what_to_lower(batch_size, ", or max_length"):
+        read = forced(sides, keys, opened.corpus, batch_size, progress)
     continuing = Continuing(prompts, max_new_tokens, max(batch_size, 16), seed, False)
     written = _write(sides, keys, continuing, progress) if prompts else {}
     meta = describe_pair(opened.pair) | {
