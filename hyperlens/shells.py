@@ -38,6 +38,22 @@ def shell_of(model: nn.Module) -> Any:
         ) from error
 
 
+def check_has_values(model: nn.Module) -> None:
+    """Refuse a model whose weights are elsewhere, or were never loaded.
+
+    Raises:
+        LoadingError: if some are on the "meta" device, as those are that accelerate offloads.
+    """
+    weights = list(model.parameters())
+    missing = sum(weight.device.type == "meta" for weight in weights)
+    if missing:
+        raise LoadingError(
+            f"{missing} of {len(weights)} weights of {type(model).__name__} have no values here "
+            "(offloaded, or never loaded): load it whole; where the GPU is too small, in "
+            "bfloat16 or on the CPU"
+        )
+
+
 def converted(shell: Any, device: torch.device | None, dtype: torch.dtype | None) -> Any:
     """Move and cast a shell; tensors are copied only where something changes.
 

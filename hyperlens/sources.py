@@ -23,7 +23,7 @@ from .checkpoints import check_causal, check_checkpoint_folder, read_checkpoint
 from .errors import LoadingError, PairError
 from .hooked import backend_of
 from .hub import HUB_ID
-from .shells import converted, is_peft, plain_model, shell_of
+from .shells import check_has_values, converted, is_peft, plain_model, shell_of
 from .tokenizers import read_tokenizer, tokenizer_of_object
 
 
@@ -147,6 +147,7 @@ def _open_object(
         check_adapter_kind(model)
     else:
         check_not_injected(model)
+    check_has_values(plain)
     name = getattr(config, "_name_or_path", "") or kind
     tokenizer = getattr(model, "tokenizer", None) or tokenizer_of_object(name)
     return Opened(converted(shell_of(model), device, dtype), tokenizer, name, "object")

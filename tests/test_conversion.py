@@ -11,6 +11,7 @@ from hyperlens import compare_models, load_hooked
 from hyperlens.errors import LoadingError
 from hyperlens.probes import ResidualDrift
 from hyperlens.shells import converted, shell_of
+from hyperlens.training import hyperfit
 
 TEXTS = token_texts()
 
@@ -85,6 +86,28 @@ def test_a_model_that_accelerate_dispatched_is_not_changed():
     for name, tensor in dispatched.state_dict().items():
         assert tensor.dtype == torch.float32
         assert torch.equal(tensor, state[name])
+
+
+@pytest.mark.parametrize("how", ["offloaded", "empty", "adapted"])
+def test_a_model_without_its_weights_is_refused(how):
+    accelerate = pytest.importorskip("accelerate")
+    base = make_tiny("llama")
+    model = copy.deepcopy(base)
+    if how == "offloaded":
+        model = accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    elif how == "empty":
+        model = model.to("meta")
+    else:
+        model = lora(model, "llama")
+        model.base_model.model.model.layers[1].to("meta")
+    for call in (
+        lambda: compare_models(model, base, TEXTS, progress=False),
+        lambda: load_hooked(model, backend="residual"),
+        lambda: hyperfit(model, TEXTS, "full", epochs=1, progress=False),
+    ):
+        with pytest.raises(LoadingError, match=r"weights of LlamaForCausalLM have no values") as e:
+            call()
+        assert "\n" not in str(e.value)
 
 
 def test_a_spread_model_is_not_pulled_together():
