@@ -256,8 +256,7 @@ def test_csv_holds_the_table(tmp_path: Path) -> None:
     import pandas as pd
 
     comparison = make_comparison()
-    file = comparison.save(tmp_path / "result") / "layers.csv"
-    frame = pd.read_csv(file, float_precision="round_trip")  # before pandas 3 not the default
+    frame = pd.read_csv(comparison.save(tmp_path / "result") / "layers.csv")
     pd.testing.assert_frame_equal(frame, comparison.to_frame(), check_exact=True)
 
 
