@@ -145,12 +145,12 @@ def test_an_unmerged_adapter_drifts_nowhere_before_its_first_block(pair: Any) ->
     assert drift[3] > 0
 
 
-def peak_of(*args: Any, **options: Any) -> int:
+def peak_of(*args: Any) -> int:
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     held = torch.cuda.memory_allocated()
-    compare_models(*args, progress=False, **options)
+    compare_models(*args, progress=False)
     return torch.cuda.max_memory_allocated() - held
 
 
