@@ -46,7 +46,7 @@ def memory_needed(
     return MemoryNeeded(
         sums=sum(int(guarded(probe, "state_bytes", spec)) for probe in probes),
         streams=2 * len(spec.layers) * rows * d * dtype.itemsize,
-        work=8 * logit_chunk_bytes(spec.device) + 8 * d * (COPIES * widest + 4 * d),
+        work=8 * logit_chunk_bytes(spec.d_vocab, spec.device) + 8 * d * (COPIES * widest + 4 * d),
     )
 
 

@@ -8,14 +8,16 @@ few rows at a time so that all of it stays in the processor's cache.
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, Int64, UInt32
+from jaxtyping import Float, Float32, Int64, UInt32, UInt64
 from torch import Tensor
 
 from .stats import cosine
 
+HALF, LOWER = np.uint64(32), np.uint64(2**32 - 1)
 # Rows are sorted in blocks of this many entries, whose indices one core's cache holds.
 BLOCK_ENTRIES = 2**16
 # An accelerator sorts more at a time; what that takes besides, some forty bytes an entry, is
@@ -56,63 +58,71 @@ def _correlate(a: Float32[np.ndarray, "n d"], b: Float32[np.ndarray, "n d"]) -> 
 
 
 def _correlate_block(a: Float32[np.ndarray, "n d"], b: Float32[np.ndarray, "n d"]) -> np.ndarray:
-    """Twice the average ranks are integers, and so is everything up to the last division."""
-    order_a, ranks_a = _sorted_ranks(a)
-    order_b, ranks_b = _sorted_ranks(b)
-    by_column = np.empty_like(ranks_a)
-    by_column.reshape(-1)[order_a] = ranks_a
-    in_order_of_b = by_column.take(order_b)
+    """Twice the average ranks are integers, and so is everything up to the last division.
+
+    Each number of 64 bits is a pair. Sorted by `a`, the pairs hand over the values of `b`; these
+    then carry twice the rank of `a` with them while they are sorted in turn.
+    """
     d = a.shape[-1]
+    twice_ranks = np.arange(2, 2 * d + 1, 2)
+    pairs = _keys(a).astype(np.uint64) << HALF | _keys(b)
+    pairs.sort(axis=-1)
+    tied_a = _tied(pairs >> HALF)
+    pairs <<= HALF
+    pairs |= twice_ranks.astype(np.uint64)
+    flat = pairs.reshape(-1)
+    flat[tied_a.entry] += (tied_a.twice_rank - 2 * (tied_a.entry % d + 1)).view(np.uint64)
+    pairs.sort(axis=-1)
+    tied_b = _tied(pairs >> HALF)
+    ranks_a = (pairs & LOWER).view(np.int64)  # in the order of b
     centre = d * (d + 1) ** 2
-    with_b, aa, bb = (
-        (np.einsum("nd,nd->n", x, y) - centre).astype(np.float64)
-        for x, y in ((in_order_of_b, ranks_b), (ranks_a, ranks_a), (ranks_b, ranks_b))
-    )
+    with_b = np.einsum("nd,d->n", ranks_a, twice_ranks) - centre
+    moved = tied_b.twice_rank - 2 * (tied_b.entry % d + 1)
+    np.add.at(with_b, tied_b.entry // d, ranks_a.reshape(-1)[tied_b.entry] * moved)
+    # Without ties the squares have a sum that depends on nothing but d.
+    aa, bb = ((d * (d**2 - 1) // 3 - x.lost).astype(np.float64) for x in (tied_a, tied_b))
     scale = np.sqrt(aa * bb)
     both_flat = ((aa == 0) & (bb == 0)).astype(np.float64)
     correlation: np.ndarray = np.divide(with_b, scale, out=both_flat, where=scale > 0)
     return correlation
 
 
-def _sorted_ranks(
-    x: Float32[np.ndarray, "n d"],
-) -> tuple[Int64[np.ndarray, "n d"], Int64[np.ndarray, "n d"]]:
-    """Flat indices that put every row in ascending order, and twice the average ranks in it."""
+def _keys(x: Float32[np.ndarray, "n d"]) -> UInt32[np.ndarray, "n d"]:
+    """Integers that have the order of the floats."""
     bits = (x + np.float32(0)).view(np.int32)  # adding zero makes one zero of the two
-    # The sign bit set: from here on the order of the integers is the order of the floats.
-    keys = (bits ^ (bits >> 31 | np.int32(-(2**31)))).view(np.uint32)
-    order = _ascending(keys)
-    ranks = np.tile(np.arange(2, 2 * x.shape[-1] + 1, 2), (len(x), 1))
-    ordered = keys.take(order)
-    _share_tied_ranks(ranks, ordered[:, 1:] == ordered[:, :-1])
-    return order, ranks
+    return (bits ^ (bits >> 31 | np.int32(-(2**31)))).view(np.uint32)
 
 
-def _ascending(keys: UInt32[np.ndarray, "n d"]) -> Int64[np.ndarray, "n d"]:
-    """Flat indices that sort every row: by the lower half of the bits, then by the upper half.
+class _Tied(NamedTuple):
+    """The tied entries of sorted rows.
 
-    numpy sorts numbers of 16 bits by counting them, which compares nothing: the two halves take
-    a third of the time of one sort of the whole.
+    Attributes:
+        entry: their places in all rows one after another.
+        twice_rank: twice the mean rank of the run that each belongs to.
+        lost: by how much ties lower each row's sum of squares of twice the ranks.
     """
-    row = np.arange(0, keys.size, max(keys.shape[-1], 1))[:, None]
-    by_lower = np.argsort(keys.astype(np.uint16), axis=-1, kind="stable") + row
-    upper = (keys >> 16).astype(np.uint16).take(by_lower)
-    return by_lower.take(np.argsort(upper, axis=-1, kind="stable") + row)
+
+    entry: Int64[np.ndarray, " tied"]
+    twice_rank: Int64[np.ndarray, " tied"]
+    lost: Int64[np.ndarray, " n"]
 
 
-def _share_tied_ranks(ranks: np.ndarray, tied: np.ndarray) -> None:
-    """Give every run of tied entries twice its mean rank, in place; costs only what is tied."""
-    flat = np.flatnonzero(tied)  # several times faster than nonzero
-    if len(flat) == 0:
-        return
-    row, gap = np.divmod(flat, tied.shape[1])
-    starts = np.ones(len(row), dtype=bool)
-    starts[1:] = (row[1:] != row[:-1]) | (gap[1:] != gap[:-1] + 1)
+def _tied(ordered: UInt64[np.ndarray, "n d"]) -> _Tied:
+    """Runs of equal entries in every row; costs only what is tied."""
+    n, d = ordered.shape
+    lost = np.zeros(n, dtype=np.int64)
+    gap = np.flatnonzero(ordered[:, 1:] == ordered[:, :-1])  # several times faster than nonzero
+    if len(gap) == 0:
+        return _Tied(gap, gap, lost)
+    row, left = np.divmod(gap, d - 1)
+    entry = row * d + left  # of the left one of two equal neighbours
+    starts = np.ones(len(entry), dtype=bool)
+    starts[1:] = entry[1:] != entry[:-1] + 1
     run = np.cumsum(starts) - 1
-    first, gaps = gap[starts], np.bincount(run)
-    shared = 2 * (first + 1) + gaps  # a run of g gaps joins ranks first+1 .. first+1+g
-    ranks[row, gap + 1] = shared[run]
-    ranks[row[starts], first] = shared
+    first, size = entry[starts], np.bincount(run) + 1
+    shared = 2 * (first % d) + size + 1  # the ends of a run have this mean of twice their ranks
+    np.add.at(lost, first // d, (size**3 - size) // 3)
+    return _Tied(np.concatenate([first, entry + 1]), np.concatenate([shared, shared[run]]), lost)
 
 
 def average_ranks(x: Float32[Tensor, "n d"]) -> Float[Tensor, "n d"]:

@@ -16,6 +16,7 @@ from .attaching import attach, entering_at
 from .discovery import Anatomy, dissect
 from .errors import LoadingError
 from .hooked import IN_A_BLOCK, NORM_OUT, import_transformer_lens
+from .unembedding import ScaledUnembed
 
 import_transformer_lens()
 from transformer_lens.hook_points import HookPoint  # noqa: E402
@@ -58,19 +59,6 @@ class HookedNorm(nn.Module):
         """The norm alone, for a lens: hooks belong to the model's own pass."""
         normed: Tensor = self.norm(x)
         return normed
-
-
-class ScaledUnembed(nn.Module):
-    """The unembedding, times the constant that some architectures put on their logits."""
-
-    def __init__(self, head: nn.Module, scale: float) -> None:
-        super().__init__()
-        self.head = head
-        self.scale = scale
-
-    def forward(self, x: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_vocab"]:
-        logits: Tensor = self.head(x)
-        return logits if self.scale == 1.0 else logits * self.scale
 
 
 class ResidualModel(HookedRootModule):

@@ -67,21 +67,33 @@ def checked_layers(layers: Any) -> tuple[int, ...] | None:
     return tuple(int(layer) for layer in given)
 
 
-# Logits exist for this many bytes' worth of rows at a time, per model; a chunk that stays in
-# the processor's cache is also the fastest.
-LOGIT_CHUNK_BYTES = 8 * 2**20
-# An accelerator reads the whole unembedding for every chunk, however few its rows.
+# Logits exist for this many bytes' worth of rows at a time, per model, as a processor's cache holds
+# them. Below this many rows the unembedding, read anew for every chunk, is multiplied slower: where
+# the vocabulary is wide, chunks are larger than that cache.
+LOGIT_CHUNK_BYTES = 16 * 2**20
+LOGIT_CHUNK_ROWS = 256
+LARGEST_LOGIT_CHUNK_BYTES = 64 * 2**20
+# An accelerator multiplies many rows at once, or wastes most of itself.
 ACCELERATOR_CHUNK_BYTES = 128 * 2**20
 
 
-def logit_chunk_bytes(device: torch.device) -> int:
+def logit_chunk_rows(d_vocab: int, device: torch.device) -> int:
+    """How many rows of logits exist at a time on a device."""
+    row = 4 * d_vocab
+    if device.type != "cpu":
+        return max(16, ACCELERATOR_CHUNK_BYTES // row)
+    wide = min(LOGIT_CHUNK_ROWS, LARGEST_LOGIT_CHUNK_BYTES // row)
+    return max(16, LOGIT_CHUNK_BYTES // row, wide)
+
+
+def logit_chunk_bytes(d_vocab: int, device: torch.device) -> int:
     """Size of the largest chunk of logits on a device."""
-    return LOGIT_CHUNK_BYTES if device.type == "cpu" else ACCELERATOR_CHUNK_BYTES
+    return 4 * d_vocab * logit_chunk_rows(d_vocab, device)
 
 
 def logit_rows(n: int, d_vocab: int, device: torch.device) -> Iterator[slice]:
     """Slices of n tokens, each of as many rows of logits as exist at a time."""
-    step = max(16, logit_chunk_bytes(device) // (4 * d_vocab))
+    step = logit_chunk_rows(d_vocab, device)
     return (slice(start, min(start + step, n)) for start in range(0, n, step))
 
 
@@ -149,15 +161,19 @@ class ModelStream:
     ) -> Float[Tensor, "n d_model"]:
         """The chosen tokens' vectors at one layer in one view, as float32."""
         (view,) = checked_views([view])
-        x = self.residuals[layer].flatten(0, 1)[tokens]
         if view == "final_norm":
-            return self.final_norm(x).float()
-        return stats.unit_rms(x.float()) if view == "unit_rms" else x.float()
+            return self.normed(layer, tokens).float()
+        x = self._rows(layer, tokens).float()
+        return stats.unit_rms(x) if view == "unit_rms" else x
 
-    def logits(self, layer: int, tokens: Int[Tensor, " n"]) -> Float[Tensor, "n d_vocab"]:
-        """Logit lens: final norm, unembedding and soft cap applied at `layer`, as float32."""
-        x = self.residuals[layer].flatten(0, 1)[tokens]
-        return self.unembed(self.final_norm(x)).float()
+    def normed(self, layer: int, tokens: Int[Tensor, " n"]) -> Float[Tensor, "n d_model"]:
+        """The chosen tokens after the final norm, in the model's own dtype: what `unembed` takes."""
+        normed: Tensor = self.final_norm(self._rows(layer, tokens))
+        return normed
+
+    def _rows(self, layer: int, tokens: Int[Tensor, " n"]) -> Float[Tensor, "n d_model"]:
+        # On the CPU several times faster than square brackets.
+        return self.residuals[layer].flatten(0, 1).index_select(0, tokens)
 
 
 @dataclass(frozen=True)
@@ -252,14 +268,16 @@ class StreamPair:
     def logits(
         self, layer: int
     ) -> Iterator[tuple[slice, Float[Tensor, "chunk d_vocab"], Float[Tensor, "chunk d_vocab"]]]:
-        """Logit lens of both models over the `decisions` tokens, a few rows at a time.
+        """Logit lens of both models over the `decisions` tokens, a few rows at a time: final norm,
+        unembedding and soft cap applied at `layer`, as float32.
 
         Yields (rows, base logits, tuned logits), `rows` being the slice of the set's tokens.
         """
         index = self.index(layer, "decisions")
+        base, tuned = self.base.normed(layer, index), self.tuned.normed(layer, index)
         for rows in logit_rows(len(index), self.base.d_vocab, index.device):
             yield (
                 rows,
-                self.base.logits(layer, index[rows]).to(self.device),
-                self.tuned.logits(layer, index[rows]).to(self.device),
+                self.base.unembed(base[rows]).float().to(self.device),
+                self.tuned.unembed(tuned[rows]).float().to(self.device),
             )

@@ -51,9 +51,8 @@ class LogitLens(LogitProbe):
 
     def read(self, chunk: LogitChunk) -> dict[str, Shaped[Tensor, " chunk"]]:
         """Agreement, divergence, entropies and the final winner's rank, overwriting the logits."""
-        work = torch.empty_like(chunk.base)
-        rank = stats.rank_of(chunk.base, chunk.final, work)
-        seen = stats.compare_logits_(chunk.base, chunk.tuned, work)
+        rank = stats.rank_of(chunk.base, chunk.final)
+        seen = stats.compare_logits_(chunk.base, chunk.tuned)
         return {
             "rank": rank,
             "top1_agreement": (seen.base_winner == seen.tuned_winner).double(),

@@ -125,7 +125,8 @@ class ParticipationRatio(Probe):
             s[name][at] += getattr(moments, name)
         if places is not None and len(x):
             slot, valid, row = places
-            s["sample"][at][slot] += (x - origin.to(x.dtype))[row] * valid[..., None]
+            chosen = x.index_select(0, row.flatten()).view(*row.shape, -1)
+            s["sample"][at][slot] += (chosen - origin.to(x.dtype)) * valid[..., None]
 
     def merge(self, other: Probe) -> None:
         """Add another shard's sums, first moved to this shard's origin (exact algebra).

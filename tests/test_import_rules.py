@@ -82,7 +82,8 @@ ALLOWED: dict[str, set[str]] = {
     "sources": {"errors", "hooked", "hub", "shells", "tokenizers", "adapters", "checkpoints"},
     "discovery": {"errors", "hooked"},
     "attaching": {"errors", "hooked", "discovery"},
-    "residual": {"errors", "hooked", "discovery", "attaching"},
+    "unembedding": set(),
+    "residual": {"errors", "hooked", "discovery", "attaching", "unembedding"},
     "parity": {"errors", "hooked"},
     "loading": {"errors", "hooked", "residual", "discovery", "parity", "shells", "sources", "hub"},
     # text, and the one pass over it

@@ -173,7 +173,7 @@ class Swapped(OutputReader):
 
     def state_bytes(self, spec: StreamSpec) -> int:
         """Memory of the logits of some rows, and of what is made of them."""
-        return 16 * logit_chunk_bytes(spec.device)
+        return 16 * logit_chunk_bytes(spec.d_vocab, spec.device)
 
 
 def same_norm(base: Any, tuned: Any) -> bool:
