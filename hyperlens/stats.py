@@ -8,7 +8,6 @@ and correlation 1: each pair of terms that must cancel is computed by the same o
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -17,8 +16,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 BITS_PER_NAT = 1 / math.log(2)
-# Logits are compared in blocks of this many, which a processor's cache holds a few times over.
-CACHED_ENTRIES = 2**19
 
 
 def row_dot(a: Float[Tensor, "n d"], b: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
@@ -97,13 +94,6 @@ def compare_logits_(
     a weighted sum of logit *differences*, so that close distributions do not lose their small
     divergence to cancellation. Inside, all is in bits: exp2 is several times faster than exp.
     """
-    found = [_compare_block_(*block) for block in _blocks(base, tuned)]
-    return LogitComparison(*(torch.cat(values) for values in zip(*found, strict=True)))
-
-
-def _compare_block_(
-    base: Float[Tensor, "n d_vocab"], tuned: Float[Tensor, "n d_vocab"]
-) -> LogitComparison:
     base_winner, tuned_winner = winner(base), winner(tuned)
     for logits, best in ((base, base_winner), (tuned, tuned_winner)):
         largest = logits.gather(-1, best[:, None])
@@ -126,13 +116,6 @@ def _compare_block_(
     )
 
 
-def _blocks(*tensors: Float[Tensor, "n _"]) -> Iterator[tuple[Tensor, ...]]:
-    """The same few rows of each: what is made of them stays in the processor's cache."""
-    n, d = tensors[0].shape
-    rows = CACHED_ENTRIES // max(d, 1) if tensors[0].device.type == "cpu" else n
-    return zip(*(torch.split(x, max(rows, 1)) for x in tensors), strict=True)
-
-
 def winner(logits: Float[Tensor, "n d_vocab"]) -> Int[Tensor, " n"]:
     """Token of the largest logit of each row, the first of tied ones."""
     if logits.device.type != "cpu":
@@ -145,17 +128,12 @@ def _sum(x: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
     return x.sum(-1).to(torch.float64)
 
 
-def rank_of(
-    logits: Float[Tensor, "n d_vocab"], token: Int[Tensor, " n"]
-) -> Int[Tensor, " n"]:
+def rank_of(logits: Float[Tensor, "n d_vocab"], token: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
     """One-based rank of one token per row: 1 + the number of strictly larger logits.
 
     A count, not a sort. Tied tokens share the best rank, so a tie never reads as a demotion.
     """
     own = logits.gather(-1, token[:, None])
     # Counted as float32 (exact to 2^24): several times faster than any reduction of bools.
-    larger = [
-        torch.gt(block, mine, out=torch.empty_like(block)).sum(-1)
-        for block, mine in _blocks(logits, own)
-    ]
-    return torch.cat(larger).to(torch.int64) + 1
+    larger = torch.gt(logits, own, out=torch.empty_like(logits))
+    return larger.sum(-1).to(torch.int64) + 1

@@ -167,7 +167,7 @@ class ModelStream:
         return stats.unit_rms(x) if view == "unit_rms" else x
 
     def normed(self, layer: int, tokens: Int[Tensor, " n"]) -> Float[Tensor, "n d_model"]:
-        """The chosen tokens after the final norm, in the model's own dtype: what `unembed` takes."""
+        """What `unembed` takes: the chosen tokens after the final norm, in the model's dtype."""
         normed: Tensor = self.final_norm(self._rows(layer, tokens))
         return normed
 

@@ -23,12 +23,11 @@ class ScaledUnembed(nn.Module):
         self.scale = scale
 
     def forward(self, x: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_vocab"]:
-        rows = x.flatten(0, -2)
-        logits: Tensor = (
-            linear_in_pieces(rows, self.head.weight, self.head.bias).unflatten(0, x.shape[:-1])
-            if _gains_from_pieces(self.head, rows)
-            else self.head(x)
-        )
+        head, rows = self.head, x.flatten(0, -2)
+        if isinstance(head, nn.Linear) and _gains_from_pieces(head, rows):
+            logits = linear_in_pieces(rows, head.weight, head.bias).view(*x.shape[:-1], -1)
+        else:
+            logits = head(x)
         return logits if self.scale == 1.0 else logits * self.scale
 
 
@@ -46,13 +45,13 @@ def linear_in_pieces(
     return logits if bias is None else logits.add_(bias)
 
 
-def _gains_from_pieces(head: nn.Module, x: Tensor) -> bool:
+def _gains_from_pieces(head: nn.Linear, x: Tensor) -> bool:
     """Whether this is a plain product on the CPU that nobody listens to or differentiates.
 
     Half precision has routines of its own there, which gain nothing.
     """
     return (
-        type(head) is nn.Linear
+        type(head) is nn.Linear  # and no adapter that is one, too
         and x.device.type == "cpu"
         and x.dtype == head.weight.dtype == torch.float32
         and len(x) >= FEWEST_ROWS

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
-from jaxtyping import Int, Shaped
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from .. import stats
@@ -15,6 +15,9 @@ from ..reading import LogitChunk
 from ..results import ProbeResult, Row
 from ..streams import StreamPair, StreamSpec
 from .logit_probe import LogitProbe
+
+# Logits are compared in blocks of this many, which a processor's cache holds a few times over.
+CACHED_LOGITS = 2**19
 
 
 class LogitLens(LogitProbe):
@@ -51,15 +54,8 @@ class LogitLens(LogitProbe):
 
     def read(self, chunk: LogitChunk) -> dict[str, Shaped[Tensor, " chunk"]]:
         """Agreement, divergence, entropies and the final winner's rank, overwriting the logits."""
-        rank = stats.rank_of(chunk.base, chunk.final)
-        seen = stats.compare_logits_(chunk.base, chunk.tuned)
-        return {
-            "rank": rank,
-            "top1_agreement": (seen.base_winner == seen.tuned_winner).double(),
-            "kl": seen.kl,
-            "base_entropy": seen.base_entropy,
-            "tuned_entropy": seen.tuned_entropy,
-        }
+        blocks = [_read_block(*block) for block in _blocks(chunk)]
+        return {name: torch.cat([block[name] for block in blocks]) for name in blocks[0]}
 
     def finish(self, pair: StreamPair, layer: int, numbers: Mapping[str, Tensor]) -> None:
         """Add the means, and count the ranks."""
@@ -96,6 +92,30 @@ class LogitLens(LogitProbe):
             width *= 0.5 / math.sqrt(below * (1 - below))
         ends = quantile_interval(s["rank_counts"], width)
         return Row(self.name, "median_base_rank", layer, "final_norm", *ends, int(s["n"]))
+
+
+def _blocks(chunk: LogitChunk) -> Iterator[tuple[Tensor, ...]]:
+    """Base, tuned and final of a few rows: what is made of them stays in the processor's cache."""
+    n, d_vocab = chunk.base.shape
+    rows = CACHED_LOGITS // d_vocab if chunk.base.device.type == "cpu" else n
+    parts = (torch.split(x, max(rows, 1)) for x in (chunk.base, chunk.tuned, chunk.final))
+    return zip(*parts, strict=True)
+
+
+def _read_block(
+    base: Float[Tensor, "rows d_vocab"],
+    tuned: Float[Tensor, "rows d_vocab"],
+    final: Int[Tensor, " rows"],
+) -> dict[str, Shaped[Tensor, " rows"]]:
+    rank = stats.rank_of(base, final)
+    seen = stats.compare_logits_(base, tuned)
+    return {
+        "rank": rank,
+        "top1_agreement": (seen.base_winner == seen.tuned_winner).double(),
+        "kl": seen.kl,
+        "base_entropy": seen.base_entropy,
+        "tuned_entropy": seen.tuned_entropy,
+    }
 
 
 def rank_edges(d_vocab: int) -> list[int]:

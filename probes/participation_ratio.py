@@ -122,7 +122,7 @@ class ParticipationRatio(Probe):
         origin = s["origin"][at]
         moments = moments_of(x, origin)
         for name in MOMENTS:
-            s[name][at] += getattr(moments, name)
+            s[name][at].add_(getattr(moments, name))
         if places is not None and len(x):
             slot, valid, row = places
             chosen = x.index_select(0, row.flatten()).view(*row.shape, -1)

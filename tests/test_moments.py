@@ -14,6 +14,7 @@ from hyperlens.moments import (
     corrected_traces,
     moments_of,
     naive_traces,
+    outer_by_stripes,
     outer_mostly_float32,
 )
 
@@ -34,6 +35,12 @@ def test_estimators_are_the_packages(n, d, seed):
     expected = participation_ratio(x.double().numpy(), return_all=True)
     assert float(corrected_traces(m).ratio) == pytest.approx(expected["row"], rel=1e-5)
     assert float(naive_traces(m).ratio) == pytest.approx(expected["naive"], rel=1e-5)
+
+
+@pytest.mark.parametrize("d", [1, 63, 64, 65, 200, 700])
+def test_stripes_make_the_whole_product(d):
+    x = torch.randn(37, d, dtype=torch.float64)
+    torch.testing.assert_close(outer_by_stripes(x), x.T @ x, rtol=1e-13, atol=1e-13)
 
 
 @pytest.mark.parametrize(("n", "d"), [(400, 32), (3000, 64)])

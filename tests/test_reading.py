@@ -7,7 +7,7 @@ import torch
 from streams_for_tests import D_VOCAB, N_LAYERS, Streams
 
 from hyperlens.errors import ProbeError
-from hyperlens.probes import LogitLens, LogitProbe, RankReordering
+from hyperlens.probes import LogitLens, LogitProbe, RankReordering, logit_lens
 from hyperlens.reading import ReadsLogits, read_logits
 
 
@@ -62,6 +62,14 @@ def test_read_together_as_read_alone(streams, makers):
     for probe, make in zip(together, makers, strict=True):
         alone = streams.run(make())
         assert all(torch.equal(probe.sums[name], alone.sums[name]) for name in alone.sums)
+
+
+@pytest.mark.parametrize("entries", [1, 3 * D_VOCAB, 7 * D_VOCAB + 1])
+def test_blocks_of_a_chunk_are_invisible(streams, monkeypatch, entries):
+    whole = streams.run(LogitLens()).sums
+    monkeypatch.setattr(logit_lens, "CACHED_LOGITS", entries)
+    for name, values in streams.run(LogitLens()).sums.items():
+        torch.testing.assert_close(values, whole[name], rtol=1e-6, atol=1e-6)
 
 
 def test_every_chunk_is_made_once(streams):

@@ -125,4 +125,6 @@ class Reading(OutputReader):
 
     def state_bytes(self, spec: StreamSpec) -> int:
         """Memory of the bases, and of the logits of some rows with what is made of them."""
-        return 4 * len(self._plan.bases) * spec.d_model**2 + 16 * logit_chunk_bytes(spec.d_vocab, spec.device)
+        return 4 * len(self._plan.bases) * spec.d_model**2 + 16 * logit_chunk_bytes(
+            spec.d_vocab, spec.device
+        )
