@@ -1,8 +1,8 @@
 """Spearman's ρ over whole vocabularies, tie-aware: Pearson's correlation of the average ranks.
 
 A vocabulary has to be sorted twice per token, which makes this the dearest statistic of all. On
-the CPU floats are sorted as the integers that have their order, half of the bits at a time, and a
-few rows at a time so that all of it stays in the processor's cache.
+the CPU floats are sorted as integers of the same order, each in one number with what it has to
+carry along, and a few rows at a time, so that all of it stays in the processor's cache.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .stats import cosine
 
+# Of a number of 64 bits: what it is sorted by is above this bit, what it carries below.
 HALF, LOWER = np.uint64(32), np.uint64(2**32 - 1)
 # Rows are sorted in blocks of this many entries, whose indices one core's cache holds.
 BLOCK_ENTRIES = 2**16

@@ -66,11 +66,15 @@ class LogitLens(LogitProbe):
         i = self.spec.resolve_layers(self.layers).index(layer)
         counts = torch.bincount(rank - 1, minlength=self.spec.d_vocab)
         self.sums["rank_counts"][i] += counts
-        n = pair.mask(layer, self.token_set).sum(-1).to(rank.device, torch.float64)
-        for k, edge in enumerate(rank_edges(self.spec.d_vocab)):
-            below = pair.per_sequence((rank <= edge).double(), layer, self.token_set)
-            self.sums["below_yy"][i, k] += below.square().sum()
-            self.sums["below_yn"][i, k] += (below * n).sum()
+        edges = torch.tensor(rank_edges(self.spec.d_vocab), device=rank.device)
+        sequence = pair.index(layer, self.token_set).to(rank.device) // pair.tokens.shape[1]
+        bins = len(edges) + 1  # the last one for ranks above every edge
+        place = sequence * bins + torch.bucketize(rank, edges)
+        found = torch.bincount(place, minlength=pair.n_sequences * bins).view(-1, bins)
+        below = found[:, :-1].cumsum(-1).double()
+        n = found.sum(-1, keepdim=True)
+        self.sums["below_yy"][i] += below.square().sum(0)
+        self.sums["below_yn"][i] += (below * n).sum(0)
 
     def compute(self) -> ProbeResult:
         """The means' rows and the median rank's."""

@@ -56,10 +56,11 @@ class Shouting(nn.Linear):
 
 def test_whoever_listens_or_differs_is_heard(in_pieces):
     plain, rows = nn.Linear(8, 700), torch.randn(FEWEST_ROWS, 8)
-    hooked, shouting = nn.Linear(8, 700), Shouting(8, 700)
+    hooked, replaced, shouting = nn.Linear(8, 700), nn.Linear(8, 700), Shouting(8, 700)
     hooked.register_forward_hook(lambda module, given, made: made + 1000)
+    replaced.forward = Shouting(8, 700).forward
     with torch.no_grad():
-        for head in (hooked, shouting):
+        for head in (hooked, replaced, shouting):
             assert (ScaledUnembed(head, 1.0)(rows) > 900).all()
         ScaledUnembed(plain, 1.0)(rows[:-1])
         ScaledUnembed(plain.bfloat16(), 1.0)(rows.bfloat16())
