@@ -71,15 +71,13 @@ def _correlate_block(a: Float32[np.ndarray, "n d"], b: Float32[np.ndarray, "n d"
     tied_a = _tied(pairs >> HALF)
     pairs <<= HALF
     pairs |= twice_ranks.astype(np.uint64)
-    flat = pairs.reshape(-1)
-    flat[tied_a.entry] += (tied_a.twice_rank - 2 * (tied_a.entry % d + 1)).view(np.uint64)
+    pairs.reshape(-1)[tied_a.entry] += tied_a.moved.view(np.uint64)
     pairs.sort(axis=-1)
     tied_b = _tied(pairs >> HALF)
     ranks_a = (pairs & LOWER).view(np.int64)  # in the order of b
     centre = d * (d + 1) ** 2
     with_b = np.einsum("nd,d->n", ranks_a, twice_ranks) - centre
-    moved = tied_b.twice_rank - 2 * (tied_b.entry % d + 1)
-    np.add.at(with_b, tied_b.entry // d, ranks_a.reshape(-1)[tied_b.entry] * moved)
+    np.add.at(with_b, tied_b.entry // d, ranks_a.reshape(-1)[tied_b.entry] * tied_b.moved)
     # Without ties the squares have a sum that depends on nothing but d.
     aa, bb = ((d * (d**2 - 1) // 3 - x.lost).astype(np.float64) for x in (tied_a, tied_b))
     scale = np.sqrt(aa * bb)
@@ -99,12 +97,12 @@ class _Tied(NamedTuple):
 
     Attributes:
         entry: their places in all rows one after another.
-        twice_rank: twice the mean rank of the run that each belongs to.
+        moved: from twice its own rank to twice the mean rank of the run it belongs to.
         lost: by how much ties lower each row's sum of squares of twice the ranks.
     """
 
     entry: Int64[np.ndarray, " tied"]
-    twice_rank: Int64[np.ndarray, " tied"]
+    moved: Int64[np.ndarray, " tied"]
     lost: Int64[np.ndarray, " n"]
 
 
@@ -123,7 +121,9 @@ def _tied(ordered: UInt64[np.ndarray, "n d"]) -> _Tied:
     first, size = entry[starts], np.bincount(run) + 1
     shared = 2 * (first % d) + size + 1  # the ends of a run have this mean of twice their ranks
     np.add.at(lost, first // d, (size**3 - size) // 3)
-    return _Tied(np.concatenate([first, entry + 1]), np.concatenate([shared, shared[run]]), lost)
+    tied = np.concatenate([first, entry + 1])
+    moved = np.concatenate([shared, shared[run]]) - 2 * (tied % d + 1)
+    return _Tied(tied, moved, lost)
 
 
 def average_ranks(x: Float32[Tensor, "n d"]) -> Float[Tensor, "n d"]:
