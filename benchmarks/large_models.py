@@ -17,7 +17,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hyperlens import compare_models, load_hooked
-from hyperlens.corpus import build_corpus
+from hyperlens.data.corpus import build_corpus
+from hyperlens.passes.streaming import PassOptions, pass_memory
 from hyperlens.probes import (
     LogitLens,
     ParticipationRatio,
@@ -25,7 +26,6 @@ from hyperlens.probes import (
     ResidualDrift,
     default_probes,
 )
-from hyperlens.runner import PassOptions, pass_memory
 
 # d_model, width of the MLP, blocks, heads, heads of keys and values
 SHAPES = {

@@ -20,7 +20,7 @@ import torch
 from compare_speed import models, processor
 
 from hyperlens import load_hooked
-from hyperlens.hooked import evaluating, layer_hook, unembed
+from hyperlens.hooks.surface import evaluating, layer_hook, unembed
 from hyperlens.patching import Site
 from hyperlens.patching.hooks.cells import read, run_patched
 from hyperlens.patching.position_map.cells import patched_singly, read_ending

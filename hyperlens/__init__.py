@@ -11,102 +11,102 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .compare import compare_models as compare_models
-    from .corpus import Corpus as Corpus
+    from .data.corpus import Corpus as Corpus
+    from .data.texts import read_texts as read_texts
     from .errors import HyperlensError as HyperlensError
     from .experiments.behaviour import measure_behaviour as measure_behaviour
-    from .experiments.behaviour_finding import BehaviourFinding as BehaviourFinding
+    from .experiments.behaviour_finding import BehaviourResult as BehaviourResult
     from .experiments.cross_domain import cross_domain as cross_domain
-    from .experiments.cross_domain_finding import CrossDomainFinding as CrossDomainFinding
+    from .experiments.cross_domain_finding import CrossDomainResult as CrossDomainResult
     from .experiments.decoding_baselines import decoding_baselines as decoding_baselines
-    from .experiments.decoding_finding import DecodingFinding as DecodingFinding
+    from .experiments.decoding_finding import DecodingResult as DecodingResult
     from .experiments.mauve import mauve_score as mauve_score
-    from .experiments.mauve_finding import MauveFinding as MauveFinding
+    from .experiments.mauve_finding import MauveResult as MauveResult
     from .experiments.null_test import null_test as null_test
-    from .experiments.null_test_finding import NullTestFinding as NullTestFinding
+    from .experiments.null_test_finding import NullTestResult as NullTestResult
     from .experiments.provenance import provenance as provenance
-    from .experiments.provenance_finding import ProvenanceFinding as ProvenanceFinding
+    from .experiments.provenance_finding import ProvenanceResult as ProvenanceResult
     from .experiments.static_bias import static_bias as static_bias
-    from .experiments.static_bias_finding import StaticBiasFinding as StaticBiasFinding
+    from .experiments.static_bias_finding import StaticBiasResult as StaticBiasResult
     from .experiments.temperature import temperature as temperature
-    from .experiments.temperature_finding import TemperatureFinding as TemperatureFinding
+    from .experiments.temperature_finding import TemperatureResult as TemperatureResult
+    from .hooks.loading import load_hooked as load_hooked
     from .judging.endpoint import Endpoint as Endpoint
-    from .judging.finding import JudgeFinding as JudgeFinding
+    from .judging.finding import JudgeResult as JudgeResult
     from .judging.judge import judge_continuations as judge_continuations
     from .judging.judge import judge_models as judge_models
-    from .loading import load_hooked as load_hooked
     from .patching.expansion.experiment import expansion as expansion
-    from .patching.expansion.finding import ExpansionFinding as ExpansionFinding
+    from .patching.expansion.finding import ExpansionResult as ExpansionResult
     from .patching.layer_sweep.experiment import patch_blocks as patch_blocks
-    from .patching.layer_sweep.finding import BlocksFinding as BlocksFinding
+    from .patching.layer_sweep.finding import BlocksResult as BlocksResult
     from .patching.norm.experiment import norm_question as norm_question
-    from .patching.norm.finding import NormFinding as NormFinding
+    from .patching.norm.finding import NormResult as NormResult
     from .patching.position_map.experiment import patch_positions as patch_positions
-    from .patching.position_map.finding import PositionsFinding as PositionsFinding
+    from .patching.position_map.finding import PositionsResult as PositionsResult
     from .patching.weights.experiment import transplant_weights as transplant_weights
-    from .patching.weights.finding import TransplantFinding as TransplantFinding
-    from .results import Comparison as Comparison
-    from .texts import read_texts as read_texts
+    from .patching.weights.finding import TransplantResult as TransplantResult
+    from .results.comparison import Comparison as Comparison
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "BehaviourFinding": ".experiments.behaviour_finding",
-    "BlocksFinding": ".patching.layer_sweep.finding",
+    "BehaviourResult": ".experiments.behaviour_finding",
+    "BlocksResult": ".patching.layer_sweep.finding",
     "compare_models": ".compare",
-    "Comparison": ".results",
-    "Corpus": ".corpus",
+    "Comparison": ".results.comparison",
+    "Corpus": ".data.corpus",
     "cross_domain": ".experiments.cross_domain",
-    "CrossDomainFinding": ".experiments.cross_domain_finding",
+    "CrossDomainResult": ".experiments.cross_domain_finding",
     "decoding_baselines": ".experiments.decoding_baselines",
-    "DecodingFinding": ".experiments.decoding_finding",
+    "DecodingResult": ".experiments.decoding_finding",
     "Endpoint": ".judging.endpoint",
     "expansion": ".patching.expansion.experiment",
-    "ExpansionFinding": ".patching.expansion.finding",
+    "ExpansionResult": ".patching.expansion.finding",
     "HyperlensError": ".errors",
     "judge_continuations": ".judging.judge",
     "judge_models": ".judging.judge",
-    "JudgeFinding": ".judging.finding",
-    "load_hooked": ".loading",
+    "JudgeResult": ".judging.finding",
+    "load_hooked": ".hooks.loading",
     "mauve_score": ".experiments.mauve",
-    "MauveFinding": ".experiments.mauve_finding",
+    "MauveResult": ".experiments.mauve_finding",
     "measure_behaviour": ".experiments.behaviour",
     "norm_question": ".patching.norm.experiment",
-    "NormFinding": ".patching.norm.finding",
+    "NormResult": ".patching.norm.finding",
     "null_test": ".experiments.null_test",
-    "NullTestFinding": ".experiments.null_test_finding",
+    "NullTestResult": ".experiments.null_test_finding",
     "patch_blocks": ".patching.layer_sweep.experiment",
     "patch_positions": ".patching.position_map.experiment",
-    "PositionsFinding": ".patching.position_map.finding",
+    "PositionsResult": ".patching.position_map.finding",
     "provenance": ".experiments.provenance",
-    "ProvenanceFinding": ".experiments.provenance_finding",
-    "read_texts": ".texts",
+    "ProvenanceResult": ".experiments.provenance_finding",
+    "read_texts": ".data.texts",
     "static_bias": ".experiments.static_bias",
-    "StaticBiasFinding": ".experiments.static_bias_finding",
+    "StaticBiasResult": ".experiments.static_bias_finding",
     "temperature": ".experiments.temperature",
-    "TemperatureFinding": ".experiments.temperature_finding",
+    "TemperatureResult": ".experiments.temperature_finding",
     "transplant_weights": ".patching.weights.experiment",
-    "TransplantFinding": ".patching.weights.finding",
+    "TransplantResult": ".patching.weights.finding",
 }
 
 __all__ = [
-    "BehaviourFinding",
-    "BlocksFinding",
+    "BehaviourResult",
+    "BlocksResult",
     "Comparison",
     "Corpus",
-    "CrossDomainFinding",
-    "DecodingFinding",
+    "CrossDomainResult",
+    "DecodingResult",
     "Endpoint",
-    "ExpansionFinding",
+    "ExpansionResult",
     "HyperlensError",
-    "JudgeFinding",
-    "MauveFinding",
-    "NormFinding",
-    "NullTestFinding",
-    "PositionsFinding",
-    "ProvenanceFinding",
-    "StaticBiasFinding",
-    "TemperatureFinding",
-    "TransplantFinding",
+    "JudgeResult",
+    "MauveResult",
+    "NormResult",
+    "NullTestResult",
+    "PositionsResult",
+    "ProvenanceResult",
+    "StaticBiasResult",
+    "TemperatureResult",
+    "TransplantResult",
     "__version__",
     "compare_models",
     "cross_domain",

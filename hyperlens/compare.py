@@ -11,33 +11,26 @@ from typing import Any
 
 import torch
 
-from .corpus import Corpus, build_corpus, check_max_length
 from .errors import CorpusError, ProbeError
-from .hooked import Backend
-from .pairing import ModelPair, check_tokenizers, describe_pair, open_pair
+from .hooks.surface import Backend
+from .pair import open_inputs
+from .passes.multi_pass import run_passes
+from .passes.streaming import PassOptions, PassResult
 from .probes import Probe, default_probes
-from .results import Comparison
-from .rounds import run_passes
-from .runner import PassOptions, PassResult
-from .shells import plain_model
-from .texts import read_texts
-from .token_ids import are_token_ids
-
-# Tokenizers are held against each other on this many texts.
-COMPARED_TEXTS = 64
+from .results.comparison import Comparison
 
 
 def compare_models(
     base: Any,
-    tuned: Any,
-    texts: Any,
+    tuned: Any = None,
+    texts: Any = None,
     *,
     probes: Sequence[Probe] | None = None,
     max_length: int = 256,
     batch_size: int = 8,
     include_bos: bool = False,
     sink_threshold: float = 10.0,
-    backend: Backend = "residual",
+    backend: Backend | None = None,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     seed: int = 0,
@@ -55,14 +48,16 @@ def compare_models(
             pair (model, tokenizer); `tuned` may also be an adapter, by folder or hub id, which is
             put on `base`.
         texts: list of strings or of token ids, a .txt / .jsonl / .csv / .parquet file, a
-            `datasets.Dataset`, or a hub dataset name.
+            `datasets.Dataset`, or a hub dataset name. With an open `Pair` as `base` the texts are
+            the second argument.
         probes: what to measure; None for all built-in probes.
         max_length: tokens per text, BOS included; longer texts are cut and counted.
         batch_size: texts per forward pass; does not change the result.
         include_bos: measure BOS positions too. They are left out, by id, by default.
         sink_threshold: positions whose norm exceeds this many times their sequence's median are
             masked as attention sinks, layer by layer; 0 masks none.
-        backend: how models are hooked, "residual", "bridge" or "hooked_transformer".
+        backend: how models are hooked, "residual" (the default), "bridge" or
+            "hooked_transformer".
         device: None leaves objects where they are and puts folders on the best device.
         dtype: of the forward passes, for both models; None keeps the checkpoints' own.
             Statistics are always float32 with float64 sums.
@@ -78,17 +73,34 @@ def compare_models(
     """
     chosen = _checked_probes(probes)
     options = _checked_options(batch_size, sink_threshold, seed, progress)
-    check_max_length(max_length)
-    # Before any model is loaded: a mistyped file name should not cost a minute.
-    texts = texts if are_token_ids(texts) else read_texts(texts)
-    pair = open_pair(base, tuned, backend=backend, device=device, dtype=dtype)
-    corpus, notes = _corpus(pair, texts, max_length, include_bos)
-    outcome = run_passes(pair.base.hooked, pair.tuned.hooked, corpus, chosen, options)
-    meta = _meta(pair, corpus, outcome, options, chosen)
-    if outcome.n_passes > 1:
-        notes += (f"read {outcome.n_passes} times: the sums of all layers did not fit in memory",)
-    meta["notes"] = [*pair.notes, *corpus.notes, *notes]
-    meta["options"] |= {"max_length": max_length, "include_bos": include_bos}
+    inputs = open_inputs(
+        base,
+        tuned,
+        texts,
+        max_length=max_length,
+        include_bos=include_bos,
+        generates=False,
+        backend=backend,
+        device=device,
+        dtype=dtype,
+    )
+    pair = inputs.pair
+    outcome = run_passes(pair.base.hooked, pair.tuned.hooked, inputs.corpus, chosen, options)
+    meta = inputs.metadata(
+        seed=options.seed,
+        options={
+            "batch_size": options.batch_size,
+            "sink_threshold": options.sink_threshold,
+            "max_length": max_length,
+            "include_bos": include_bos,
+        },
+        notes=_passes_note(outcome),
+    )
+    meta["excluded"] = {
+        "bos": inputs.corpus.counts.n_bos,
+        "sinks_per_layer": list(outcome.sinks_per_layer),
+    }
+    meta["probes"] = {probe.name: _json_options(probe) for probe in chosen}
     return Comparison(
         rows=tuple(row for result in outcome.results.values() for row in result.rows),
         extras={name: dict(r.extras) for name, r in outcome.results.items() if r.extras},
@@ -144,47 +156,7 @@ def _checked_options(
     return PassOptions(int(batch_size), float(sink_threshold), int(seed), progress)
 
 
-def _corpus(
-    pair: ModelPair, texts: Any, max_length: int, include_bos: bool
-) -> tuple[Corpus, tuple[str, ...]]:
-    """The token sequences both models read, and notes on their tokenizers."""
-    notes: tuple[str, ...] = ()
-    if not are_token_ids(texts):
-        notes = check_tokenizers(pair, texts[:COMPARED_TEXTS])
-    base = pair.base.hooked.cfg
-    corpus = build_corpus(
-        texts,
-        pair.base.opened.tokenizer or pair.tuned.opened.tokenizer,
-        max_length=max_length,
-        context_length=getattr(base, "n_ctx", None) or None,
-        d_vocab=base.d_vocab,
-        include_bos=include_bos,
-        bos_id=_config_bos(pair.base.opened.model),
-    )
-    return corpus, notes
-
-
-def _config_bos(model: Any) -> int | None:
-    """BOS where there is no tokenizer to tell: what the model's own configuration says."""
-    bos = getattr(getattr(plain_model(model), "config", None), "bos_token_id", None)
-    return bos if isinstance(bos, int) else None
-
-
-def _meta(
-    pair: ModelPair,
-    corpus: Corpus,
-    outcome: PassResult,
-    options: PassOptions,
-    probes: Sequence[Probe],
-) -> dict[str, Any]:
-    return {
-        **describe_pair(pair),
-        "seed": options.seed,
-        "options": {"batch_size": options.batch_size, "sink_threshold": options.sink_threshold},
-        "corpus": corpus.describe(),
-        "excluded": {
-            "bos": corpus.counts.n_bos,
-            "sinks_per_layer": list(outcome.sinks_per_layer),
-        },
-        "probes": {probe.name: _json_options(probe) for probe in probes},
-    }
+def _passes_note(outcome: PassResult) -> list[str]:
+    if outcome.n_passes == 1:
+        return []
+    return [f"read {outcome.n_passes} times: the sums of all layers did not fit in memory"]

@@ -19,9 +19,9 @@ from .embedded import HERE, embedded_base, embedded_tales
 from .files import claim_folder
 
 if TYPE_CHECKING:
-    from .experiments.behaviour_finding import BehaviourFinding
-    from .experiments.null_test_finding import NullTestFinding
-    from .results import Comparison
+    from .experiments.behaviour_finding import BehaviourResult
+    from .experiments.null_test_finding import NullTestResult
+    from .results.comparison import Comparison
 
 # So many tales are trained on; everything is measured on the others.
 TRAINED_ON = 32
@@ -54,8 +54,8 @@ class Measured:
     """What the demo measures of one hyperfitted model."""
 
     comparison: Comparison
-    behaviour: BehaviourFinding
-    null_test: NullTestFinding
+    behaviour: BehaviourResult
+    null_test: NullTestResult
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def run_demo(
             _train(name, tales, tuned, progress)
         measured[name] = _measure(name, tales, tuned, folder / "results" / name, progress, say)
     say("writing the report")
-    from .report import write_report
+    from .render import write_report
 
     findings = [
         finding
@@ -147,10 +147,10 @@ def _measure(
 ) -> Measured:
     from .compare import compare_models
     from .experiments.behaviour import measure_behaviour
-    from .experiments.behaviour_finding import BehaviourFinding
+    from .experiments.behaviour_finding import BehaviourResult
     from .experiments.null_test import null_test
-    from .experiments.null_test_finding import NullTestFinding
-    from .results import Comparison
+    from .experiments.null_test_finding import NullTestResult
+    from .results.comparison import Comparison
 
     base, unseen = embedded_base(), tales[TRAINED_ON:]
 
@@ -169,12 +169,12 @@ def _measure(
         ),
         once(
             "behaviour",
-            BehaviourFinding.load,
+            BehaviourResult.load,
             lambda: measure_behaviour(base, tuned, unseen, progress=progress),
         ),
         once(
             "null test",
-            NullTestFinding.load,
+            NullTestResult.load,
             lambda: null_test(base, tuned, unseen, progress=progress),
         ),
     )
@@ -191,7 +191,7 @@ def _inputs_sha256() -> str:
 
 def _column(found: Measured) -> list[tuple[str, str, str]]:
     """(what, the base's value, the tuned model's with its interval) of one hyperfitted model."""
-    from .report.words import with_interval
+    from .render.words import with_interval
 
     behaviour, comparison = found.behaviour, found.comparison
     last, rows = comparison.n_layers, []
@@ -214,7 +214,7 @@ def _column(found: Measured) -> list[tuple[str, str, str]]:
     return rows
 
 
-def _placebos(null: NullTestFinding) -> list[str]:
+def _placebos(null: NullTestResult) -> list[str]:
     """The range of the change of dimension over placebos, after the final norm."""
     rows = null.select(metric="delta", view="final_norm", layer=null.meta["n_layers"])
     return [f"{row['placebo_low']:+.1f} to {row['placebo_high']:+.1f}" for row in rows]

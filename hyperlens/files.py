@@ -14,7 +14,7 @@ from typing import Any
 from .errors import ResultsError
 
 
-def at_home(path: str | Path) -> Path:
+def expand_user(path: str | Path) -> Path:
     """A path as people type it; the home of nobody stays as it is, as in a shell."""
     return Path(os.path.expanduser(path))
 
@@ -51,7 +51,7 @@ def check_new_folder(folder: Path) -> None:
     Raises:
         ResultsError: if it exists and is not empty, or cannot be created or replaced.
     """
-    folder = at_home(folder)
+    folder = expand_user(folder)
     try:
         # An empty folder is replaced, which cannot be done under a running program's feet.
         if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
@@ -146,7 +146,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
     Raises:
         ResultsError: if `folder` exists and is not empty, or cannot be written.
     """
-    folder = at_home(folder)
+    folder = expand_user(folder)
     check_new_folder(folder)
     staging = _beside(folder)
     try:

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from .files import at_home, check_new_folder
+from .files import check_new_folder, expand_user
 
 DEBUG = "HYPERLENS_DEBUG"
 
@@ -134,7 +134,7 @@ def add_debug(group: Any) -> None:
 
 def folder(text: str) -> Path:
     """A folder as people type it."""
-    return at_home(text)
+    return expand_user(text)
 
 
 def texts_for(args: argparse.Namespace) -> list[str]:
@@ -146,7 +146,7 @@ def texts_for(args: argparse.Namespace) -> list[str]:
 
 def read(args: argparse.Namespace, source: str, split: str) -> list[str]:
     """The texts that the options of `add_reading` name."""
-    from .texts import read_texts
+    from .data.texts import read_texts
 
     return read_texts(source, column=args.text_column, split=split, limit=args.limit)
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import cast
 
-from ..results import ProbeResult
-from ..streams import StreamPair, StreamSpec, TokenSet
+from ..passes.streams import StreamPair, StreamSpec, TokenSet
+from ..results.comparison import ProbeResult
 from .base import Probe
 from .drift import ResidualDrift
 from .participation_ratio import ParticipationRatio

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ..errors import ProbeError
-from ..results import ProbeResult
-from ..streams import StreamPair, StreamSpec
+from ..passes.streams import StreamPair, StreamSpec
+from ..results.comparison import ProbeResult
 
 
 class Probe(ABC):

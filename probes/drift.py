@@ -5,8 +5,8 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor
 
-from .. import stats
-from ..streams import VIEWS, StreamPair, View
+from ..passes.streams import VIEWS, StreamPair, View
+from ..statistics import distances
 from .means import MeanProbe
 
 
@@ -28,7 +28,7 @@ class ResidualDrift(MeanProbe):
         """The three distances of every counted token."""
         base, tuned = pair.vectors(layer, view, self.token_set)
         return {
-            "cosine": stats.cosine(base, tuned),
-            "l2": stats.l2_distance(base, tuned),
-            "relative_l2": stats.relative_l2(base, tuned),
+            "cosine": distances.cosine(base, tuned),
+            "l2": distances.l2_distance(base, tuned),
+            "relative_l2": distances.relative_l2(base, tuned),
         }

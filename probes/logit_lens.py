@@ -9,11 +9,11 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from .. import stats
-from ..intervals import mean_half_width, quantile_interval
-from ..reading import LogitChunk
-from ..results import ProbeResult, Row
-from ..streams import StreamPair, StreamSpec
+from ..passes.logits_reader import LogitChunk
+from ..passes.streams import StreamPair, StreamSpec
+from ..results.comparison import ProbeResult, Row
+from ..statistics import distances
+from ..statistics.intervals import mean_half_width, quantile_interval
 from .logit_probe import LogitProbe
 
 # Logits are compared in blocks of this many, which a processor's cache holds a few times over.
@@ -111,8 +111,8 @@ def _read_block(
     tuned: Float[Tensor, "rows d_vocab"],
     final: Int[Tensor, " rows"],
 ) -> dict[str, Shaped[Tensor, " rows"]]:
-    rank = stats.rank_of(base, final)
-    seen = stats.compare_logits_(base, tuned)
+    rank = distances.rank_of(base, final)
+    seen = distances.compare_logits_(base, tuned)
     return {
         "rank": rank,
         "top1_agreement": (seen.base_winner == seen.tuned_winner).double(),

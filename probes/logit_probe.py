@@ -10,8 +10,8 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from ..errors import ProbeError
-from ..reading import LogitChunk, read_logits
-from ..streams import StreamPair, TokenSet, View
+from ..passes.logits_reader import LogitChunk, read_logits
+from ..passes.streams import StreamPair, TokenSet, View
 from .means import TokenMeans
 
 

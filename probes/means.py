@@ -10,9 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..intervals import mean_half_width
-from ..results import ProbeResult, Row
-from ..streams import (
+from ..passes.streams import (
     StreamPair,
     StreamSpec,
     TokenSet,
@@ -20,6 +18,8 @@ from ..streams import (
     checked_layers,
     checked_token_set,
 )
+from ..results.comparison import ProbeResult, Row
+from ..statistics.intervals import mean_half_width
 from .base import Probe
 
 

@@ -12,10 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ..errors import ProbeError
-from ..intervals import RatioInfluence, SampledTokens, influence_half_width, ratio_influence
-from ..moments import Moments, corrected_traces, moments_of, naive_traces
-from ..results import ProbeResult, Row
-from ..streams import (
+from ..passes.streams import (
     VIEWS,
     StreamPair,
     StreamSpec,
@@ -25,6 +22,14 @@ from ..streams import (
     checked_token_set,
     checked_views,
 )
+from ..results.comparison import ProbeResult, Row
+from ..statistics.intervals import (
+    RatioInfluence,
+    SampledTokens,
+    influence_half_width,
+    ratio_influence,
+)
+from ..statistics.moments import Moments, corrected_traces, moments_of, naive_traces
 from .base import Probe
 
 MOMENTS = tuple(f.name for f in fields(Moments) if f.name != "n")

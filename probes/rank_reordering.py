@@ -8,11 +8,11 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
-from .. import stats
-from ..rank_correlation import spearman
-from ..reading import LogitChunk
-from ..results import ProbeResult
-from ..streams import StreamPair, StreamSpec
+from ..passes.logits_reader import LogitChunk
+from ..passes.streams import StreamPair, StreamSpec
+from ..results.comparison import ProbeResult
+from ..statistics import distances
+from ..statistics.rank_correlation import spearman
 from .logit_probe import LogitProbe
 
 
@@ -49,10 +49,10 @@ class RankReordering(LogitProbe):
     def read(self, chunk: LogitChunk) -> dict[str, Shaped[Tensor, " chunk"]]:
         """Agreement, correlation and provenance of every next-token decision."""
         base, winner = chunk.base, chunk.final  # at the output, the tuned model's own winner
-        rank = stats.rank_of(base, winner)
+        rank = distances.rank_of(base, winner)
         best = base.amax(-1, keepdim=True)
         return {
-            "top1_agreement": (stats.winner(base) == winner).double(),
+            "top1_agreement": (distances.winner(base) == winner).double(),
             "spearman": spearman(base, chunk.tuned),
             "rank_1": (rank == 1).double(),
             "rank_2_10": ((rank >= 2) & (rank <= 10)).double(),

@@ -5,8 +5,8 @@ import copy
 import torch
 from torch import nn
 
-from hyperlens.discovery import dissect
-from hyperlens.experiments.contexts import open_pair_and_texts
+from hyperlens.models.structure import find_structure
+from hyperlens.pair import open_inputs
 from hyperlens.patching.choosing import second_half
 
 
@@ -36,7 +36,7 @@ class Mapped(nn.Module):
 def mapped(model, mean, matrix):
     """A copy of a model with its last block's output moved."""
     tuned = copy.deepcopy(model)
-    blocks = dissect(tuned).blocks
+    blocks = find_structure(tuned).blocks
     (stack,) = (m for m in tuned.modules() if isinstance(m, nn.ModuleList)
                 and len(m) == len(blocks) and m[-1] is blocks[-1])  # fmt: skip
     stack[-1] = Mapped(blocks[-1], mean, matrix)
@@ -49,11 +49,11 @@ def last_outputs(model, texts, seed=0):
     One text per forward pass, plain transformers: no code of the experiment but the choice of
     the half.
     """
-    opened = open_pair_and_texts(model, model, texts, max_length=256)
+    opened = open_inputs(model, model, texts, max_length=256)
     is_read = second_half(opened.corpus, seed)
     kept = []
     handle = (
-        dissect(model)
+        find_structure(model)
         .blocks[-1]
         .register_forward_hook(
             lambda m, a, out: kept.append(out if isinstance(out, torch.Tensor) else out[0])

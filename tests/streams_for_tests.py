@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from hyperlens.streams import ModelStream, StreamPair, StreamSpec, TokenSample
+from hyperlens.passes.streams import ModelStream, StreamPair, StreamSpec, TokenSample
 
 N_LAYERS, D_MODEL, D_VOCAB = 2, 6, 23
 N_SAMPLED = 5

@@ -13,7 +13,7 @@ from scipy import stats as scipy_stats
 from test_prompts import one_token_per_byte
 from transformers import AutoTokenizer
 
-from hyperlens import BehaviourFinding, cli, load_hooked, measure_behaviour
+from hyperlens import BehaviourResult, cli, load_hooked, measure_behaviour
 from hyperlens.decoding.diversity import type_token_ratio
 from hyperlens.decoding.generate import continuations
 from hyperlens.embedded import embedded_base, embedded_tales
@@ -90,9 +90,9 @@ def test_the_same_seed_gives_the_same(tiny, tmp_path: Path) -> None:
     other = measure_behaviour(tiny, tuned, TEXTS, seed=1, **SHORT)
     assert other.table != first.table
     first.write(tmp_path)
-    assert BehaviourFinding.load(tmp_path) == first
+    assert BehaviourResult.load(tmp_path) == first
     with pytest.raises(ResultsError, match=r"behaviour\.json"):
-        BehaviourFinding.load(tmp_path / "nothing")
+        BehaviourResult.load(tmp_path / "nothing")
 
 
 def test_words_and_all_prompts_together_against_the_definitions(tmp_path: Path) -> None:
@@ -205,7 +205,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     command = ["behaviour", base, base, "--texts", str(file), *short]
     assert cli.main([*command, "--out", str(tmp_path / "out")]) == cli.OK
     printed = capsys.readouterr().out
-    found = BehaviourFinding.load(tmp_path / "out")
+    found = BehaviourResult.load(tmp_path / "out")
     assert printed.startswith(found.summary())
     prompts = {example["prompt"] for example in found.extras["examples"]}
     assert prompts == {f"The {who} went into" for who in ("king", "cat", "fox")}

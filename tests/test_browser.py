@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 from test_results import make_comparison
 
-from hyperlens import BehaviourFinding, NullTestFinding
+from hyperlens import BehaviourResult, NullTestResult
 from hyperlens.experiments.behaviour_finding import WORDS
-from hyperlens.report import write_report
-from hyperlens.report.page import section_modules
+from hyperlens.render import write_report
+from hyperlens.render.page import section_modules
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 FOUND = next(filter(None, map(shutil.which, BROWSERS)), None)
@@ -54,10 +54,10 @@ def behaviour(n_examples: int = 3, length: int = 40, text: str = "once upon a ti
     ]
     options = {"n_prompts": n_examples, "prompt_tokens": 17, "max_new_tokens": length}
     meta = make_comparison(4).meta | {"options": options, "notes": [NASTY]}
-    return BehaviourFinding(tuple(rows), {"examples": examples}, meta)
+    return BehaviourResult(tuple(rows), {"examples": examples}, meta)
 
 
-def null_test() -> NullTestFinding:
+def null_test() -> NullTestResult:
     """A finding as null_test makes it."""
     meta = make_comparison(4).meta
     table = tuple(
@@ -69,7 +69,7 @@ def null_test() -> NullTestFinding:
         for layer in range(5)
     )  # fmt: skip
     extras = {"base": {"ttr": 0.2, "rep_2": 0.6}, "changed_tensors": 9, "placebo_seeds": [0, 1, 2]}
-    return NullTestFinding(table, extras, {**meta, "notes": []})
+    return NullTestResult(table, extras, {**meta, "notes": []})
 
 
 def named(result: Any, base: str, tuned: str) -> Any:
@@ -97,7 +97,7 @@ def chromium() -> Iterator[Any]:
         browser.close()
 
 
-class Opened:
+class OpenedModel:
     """A page, and all that it has said, asked for and fetched."""
 
     def __init__(self, chromium: Any, file: Path, width: int = 1280, scheme: str = "light") -> None:
@@ -126,7 +126,7 @@ class Opened:
 def test_it_opens_draws_and_fetches_nothing(
     chromium: Any, page_file: Path, width: int, scheme: str
 ) -> None:
-    opened = Opened(chromium, page_file, width, scheme)
+    opened = OpenedModel(chromium, page_file, width, scheme)
     page = opened.page
     assert opened.complaints == []
     assert opened.dialogs == []
@@ -148,7 +148,7 @@ def test_it_opens_draws_and_fetches_nothing(
 
 
 def test_every_section_is_there_in_order(chromium: Any, page_file: Path) -> None:
-    opened = Opened(chromium, page_file)
+    opened = OpenedModel(chromium, page_file)
     shown = opened.page.eval_on_selector_all("section", "all => all.map(e => e.id)")
     assert shown == [
         *("compared", "behaviour", "where", "artefact-audit", "null-test"),
@@ -162,7 +162,7 @@ def test_every_section_is_there_in_order(chromium: Any, page_file: Path) -> None
 
 
 def test_values_show_when_hovered_over(chromium: Any, page_file: Path) -> None:
-    opened = Opened(chromium, page_file)
+    opened = OpenedModel(chromium, page_file)
     page = opened.page
     page.locator("#where .chart svg .mark-symbol path").nth(2).hover(force=True)
     page.wait_for_selector("#vg-tooltip-element.visible")
@@ -173,7 +173,7 @@ def test_values_show_when_hovered_over(chromium: Any, page_file: Path) -> None:
 
 
 def test_folded_views_are_drawn_when_opened(chromium: Any, page_file: Path) -> None:
-    opened = Opened(chromium, page_file)
+    opened = OpenedModel(chromium, page_file)
     more = opened.page.locator("#token-by-token > details").first
     more.locator("summary").first.click()
     drawn = "#token-by-token > details[open] .tokens[data-drawn]"
@@ -183,7 +183,7 @@ def test_folded_views_are_drawn_when_opened(chromium: Any, page_file: Path) -> N
 
 
 def test_it_changes_with_the_readers_colours(chromium: Any, page_file: Path) -> None:
-    opened = Opened(chromium, page_file)
+    opened = OpenedModel(chromium, page_file)
     colour = "getComputedStyle(document.querySelector('#where .chart .mark-symbol path')).fill"
     light = opened.page.evaluate(colour)
     opened.page.emulate_media(color_scheme="dark")
@@ -194,13 +194,13 @@ def test_it_changes_with_the_readers_colours(chromium: Any, page_file: Path) -> 
 
 
 def test_it_prints(chromium: Any, page_file: Path) -> None:
-    opened = Opened(chromium, page_file)
+    opened = OpenedModel(chromium, page_file)
     assert len(opened.page.pdf(format="A4")) > 20_000
     opened.page.close()
 
 
 def test_markup_in_names_texts_and_tokens_shows_as_text(chromium: Any, page_file: Path) -> None:
-    opened = Opened(chromium, page_file)
+    opened = OpenedModel(chromium, page_file)
     page = opened.page
     assert NASTY in page.title()
     assert page.locator("h1").inner_text() == NASTY
@@ -218,7 +218,7 @@ def test_a_large_report_is_small_and_opens_at_once(chromium: Any, tmp_path: Path
     results = [make_comparison(32), behaviour(n_examples=40, length=256)]
     file = write_report(tmp_path / "large.html", results)
     assert file.stat().st_size < 8e6
-    Opened(chromium, file).page.close()  # the browser itself is warm
+    OpenedModel(chromium, file).page.close()  # the browser itself is warm
     # The least of three: other tests run on the same two cores, and are not what is measured.
     drawn = min(_milliseconds_to_charts(chromium, file) for _ in range(3))
     assert drawn < 2000 * float(os.environ.get("HYPERLENS_SLOWER", "1")), f"{drawn:.0f} ms"

@@ -13,14 +13,16 @@ import torch
 from conftest import ARCHITECTURES, lora, make_tiny, perturbed, token_texts
 from memory_for_tests import PROC
 
-from hyperlens import compare_models, load_hooked, rounds, runner
-from hyperlens.corpus import Corpus
+from hyperlens import compare_models, load_hooked
+from hyperlens.data.corpus import Corpus
 from hyperlens.errors import ResourceError
-from hyperlens.hooked import import_transformer_lens
-from hyperlens.pairing import open_pair
+from hyperlens.hooks.surface import import_transformer_lens
+from hyperlens.pair import open_pair
+from hyperlens.passes import multi_pass as rounds
+from hyperlens.passes import streaming as runner
+from hyperlens.passes.streams import StreamSpec
 from hyperlens.probes import MeanProbe, ParticipationRatio, ResidualDrift
-from hyperlens.results import COLUMNS
-from hyperlens.streams import StreamSpec
+from hyperlens.results.comparison import COLUMNS
 
 TEXTS = token_texts()
 METRICS = {
@@ -158,7 +160,7 @@ def test_an_adapter_shares_the_bases_weights(tmp_path):
     lora(make_tiny("llama"), "llama").save_pretrained(tmp_path / "adapter")
     opened = open_pair(base, tmp_path / "adapter")
     theirs = {p.data_ptr() for p in base.parameters()}
-    held = {p.data_ptr() for p in opened.tuned.opened.model.parameters()}
+    held = {p.data_ptr() for p in opened.tuned.model.parameters()}
     assert theirs <= held
 
 

@@ -9,8 +9,8 @@ from torch import nn
 
 from hyperlens import compare_models, load_hooked
 from hyperlens.errors import LoadingError
+from hyperlens.models.weight_sharing import converted, weight_sharing_copy
 from hyperlens.probes import ResidualDrift
-from hyperlens.shells import converted, shell_of
 from hyperlens.training import hyperfit
 
 TEXTS = token_texts()
@@ -65,7 +65,7 @@ def test_casting_covers_weights_and_stored_buffers_and_keeps_ties():
             self.one.register_buffer("shared", self.stored)
 
     model = Model()
-    cast = converted(shell_of(model), None, torch.float64)
+    cast = converted(weight_sharing_copy(model), None, torch.float64)
     assert cast.one.weight is cast.two.weight
     assert cast.one.shared is cast.stored
     assert cast.one.weight.dtype == cast.two.bias.dtype == cast.stored.dtype == torch.float64
@@ -114,7 +114,7 @@ def test_a_spread_model_is_not_pulled_together():
     model = make_tiny("llama")
     model.model.layers[1].to("meta")
     with pytest.raises(LoadingError, match=r"spread over several devices.* leave device out"):
-        converted(shell_of(model), torch.device("cpu"), None)
+        converted(weight_sharing_copy(model), torch.device("cpu"), None)
 
 
 @pytest.mark.parametrize("dtype", ["float32", None])

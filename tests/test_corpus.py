@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from hyperlens.corpus import Batch, Corpus, adds_bos, build_corpus
+from hyperlens.data.corpus import Batch, Corpus, adds_bos, build_corpus
+from hyperlens.data.token_ids import are_token_ids
 from hyperlens.errors import CorpusError
-from hyperlens.token_ids import are_token_ids
 
 WORDS = ["once", "upon", "a", "time", "there", "was", "king", "and", "queen", "who"]
 VOCAB = {"<unk>": 0, "<s>": 1, "</s>": 2} | {word: i for i, word in enumerate(WORDS, 3)}

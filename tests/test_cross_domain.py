@@ -11,19 +11,19 @@ from conftest import ARCHITECTURES, make_tiny, perturbed, token_texts
 from test_mauve import Stub, real
 
 from hyperlens import (
-    CrossDomainFinding,
+    CrossDomainResult,
     cli,
     compare_models,
     cross_domain,
     measure_behaviour,
-    significance,
 )
 from hyperlens.embedded import embedded_base, embedded_tales
 from hyperlens.errors import CorpusError, HyperlensError, LoadingError, PairError
 from hyperlens.experiments import cross_domain as module
 from hyperlens.experiments.continuing import Continuing
 from hyperlens.experiments.cross_domain_finding import READ
-from hyperlens.loading import load_hooked
+from hyperlens.hooks.loading import load_hooked
+from hyperlens.statistics import significance
 
 CORPORA = {
     "a": token_texts(10, shortest=8, longest=20),
@@ -38,11 +38,11 @@ def pairs_of(*names: str) -> dict:
 
 
 @pytest.fixture(scope="module")
-def finding() -> CrossDomainFinding:
+def finding() -> CrossDomainResult:
     return cross_domain(pairs_of("llama", "gpt2"), CORPORA, **SMALL)
 
 
-def as_written(finding: CrossDomainFinding) -> str:
+def as_written(finding: CrossDomainResult) -> str:
     """Compared as text: NaN is not equal to itself."""
     return json.dumps([dict(row) for row in finding.table])
 
@@ -164,7 +164,7 @@ def test_words_figure_and_page(finding, tmp_path: Path) -> None:
     assert isinstance(figure, matplotlib.figure.Figure)
     assert len(figure.axes) == 3
     folder = finding.save(tmp_path / "out")
-    again = CrossDomainFinding.load(folder)
+    again = CrossDomainResult.load(folder)
     assert again.summary() == summary
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert "Does it hold on other texts?" in page
@@ -276,7 +276,7 @@ def test_the_command(tmp_path: Path, capsys, monkeypatch) -> None:
     assert "the same command goes on" in capsys.readouterr().err
     assert cli.main([*command, *texts, *short, "--out", str(out)]) == cli.OK
     printed = capsys.readouterr().out
-    found = CrossDomainFinding.load(out)
+    found = CrossDomainResult.load(out)
     assert printed.startswith(found.summary())
     assert found.pairs == ["same, all=1"]
     assert found.corpora == ["one", "the other"]

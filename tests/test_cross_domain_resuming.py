@@ -6,7 +6,7 @@ import pytest
 from conftest import make_tiny, perturbed
 from test_cross_domain import CORPORA, SMALL, as_written, pairs_of
 
-from hyperlens import CrossDomainFinding, cross_domain
+from hyperlens import CrossDomainResult, cross_domain
 from hyperlens.errors import ResultsError
 from hyperlens.experiments import cross_domain as module
 from hyperlens.experiments.kept_rows import KeptRows, model_identity
@@ -48,7 +48,7 @@ def test_the_same_call_goes_on(tmp_path: Path, monkeypatch) -> None:
         again = cross_domain(pairs_of("llama", "gpt2"), CORPORA, out=out, **SMALL)
     assert len(measured) == 2
     assert as_written(again) == as_written(finding)
-    assert CrossDomainFinding.load(out).summary() == finding.summary()
+    assert CrossDomainResult.load(out).summary() == finding.summary()
     assert [file.name for file in partial.iterdir()] == ["notes.txt"]
     with pytest.raises(ResultsError, match="already exists"):
         cross_domain(pairs_of("llama"), CORPORA, out=out, **SMALL)

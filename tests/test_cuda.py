@@ -25,21 +25,21 @@ from hyperlens import (
     patch_blocks,
     patch_positions,
     provenance,
-    rank_correlation,
-    rounds,
-    runner,
     static_bias,
     temperature,
     transplant_weights,
 )
-from hyperlens.corpus import build_corpus
+from hyperlens.data.corpus import build_corpus
 from hyperlens.decoding.generate import continuations
 from hyperlens.errors import ResourceError
-from hyperlens.hooked import import_transformer_lens
-from hyperlens.memory import free_bytes
-from hyperlens.moments import moments_of
+from hyperlens.hooks.surface import import_transformer_lens
+from hyperlens.passes import multi_pass as rounds
+from hyperlens.passes import streaming as runner
+from hyperlens.passes.memory import free_bytes
+from hyperlens.passes.streaming import PassOptions, pass_memory
 from hyperlens.probes import default_probes
-from hyperlens.runner import PassOptions, pass_memory
+from hyperlens.statistics import rank_correlation
+from hyperlens.statistics.moments import moments_of
 from hyperlens.training import hyperfit, to_hooked
 from hyperlens.training.trainer import TokenTrainer
 

@@ -12,7 +12,7 @@ from conftest import D_VOCAB, lora, make_tiny, perturbed, token_texts
 from scipy import stats as scipy_stats
 from test_mauve import Stub
 
-from hyperlens import DecodingFinding, cli, decoding_baselines, load_hooked, significance
+from hyperlens import DecodingResult, cli, decoding_baselines, load_hooked
 from hyperlens.decoding.contrastive import adaptive_contrastive_search
 from hyperlens.decoding.diversity import MEASURES, distinct
 from hyperlens.decoding.generate import continuations
@@ -23,6 +23,7 @@ from hyperlens.experiments.continuing import choose_examples
 from hyperlens.experiments.decoding_finding import METHODS, REFERENCE, WORDS
 from hyperlens.experiments.decoding_methods import Writing, Written
 from hyperlens.experiments.mauve_scores import few_texts
+from hyperlens.statistics import significance
 
 TEXTS = token_texts(10, shortest=8, longest=20)
 SHORT = {"prompt_tokens": 6, "max_new_tokens": 12, "progress": False}
@@ -39,11 +40,11 @@ def models():
 
 
 @pytest.fixture(scope="module")
-def finding(models) -> DecodingFinding:
+def finding(models) -> DecodingResult:
     return decoding_baselines(*models, TEXTS, n_examples=len(TEXTS), **SHORT)
 
 
-def examples_of(found: DecodingFinding) -> list[tuple[list[int], list[str]]]:
+def examples_of(found: DecodingResult) -> list[tuple[list[int], list[str]]]:
     """Prompts and texts in the order of the corpus, on which sampled text depends."""
     return sorted(
         ([int(i) for i in one["prompt"].split()], [text["text"] for text in one["texts"]])
@@ -51,7 +52,7 @@ def examples_of(found: DecodingFinding) -> list[tuple[list[int], list[str]]]:
     )
 
 
-def prompts_of(found: DecodingFinding) -> list[list[int]]:
+def prompts_of(found: DecodingResult) -> list[list[int]]:
     return [prompt for prompt, _ in examples_of(found)]
 
 
@@ -235,7 +236,7 @@ def test_words_figure_and_what_is_written_returns(finding, tmp_path: Path) -> No
     assert len(finding.plot().axes) == 3
     assert all(one["seconds"] > 0 for one in finding.extras["methods"])
     finding.write(tmp_path)
-    again = DecodingFinding.load(tmp_path)
+    again = DecodingResult.load(tmp_path)
     assert again.summary() == summary
     assert finding.metrics == [metric for metric in WORDS if metric != "mauve"]
 
@@ -276,7 +277,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     command = ["decoding", base, base, "--texts", str(file), *short, *chosen]
     assert cli.main([*command, "--out", str(tmp_path / "out")]) == cli.OK
     printed = capsys.readouterr().out
-    found = DecodingFinding.load(tmp_path / "out")
+    found = DecodingResult.load(tmp_path / "out")
     assert printed.startswith(found.summary())
     assert found.meta["options"]["parameters"] == {"guard": 3, "contrastive": 1.0}
     assert found.about("base", "guard")["n_samples"] == 2

@@ -7,8 +7,8 @@ import torch
 from conftest import ARCHITECTURES, make_tiny
 
 from hyperlens import compare_models, load_hooked
-from hyperlens.discovery import dissect
 from hyperlens.errors import LoadingError
+from hyperlens.models.structure import find_structure
 
 # What each architecture calls the parts that its blocks add; Gemma-2 norms them once more.
 BRANCHES = {
@@ -20,7 +20,7 @@ BRANCHES = {
 
 def branches(model):
     names = {id(module): name.rpartition(".")[2] for name, module in model.named_modules()}
-    found = dissect(model).branches
+    found = find_structure(model).branches
     return found and {tuple(names[id(part)] for part in pair) for pair in found}
 
 
@@ -43,7 +43,7 @@ def test_blocks_that_add_something_else_have_no_branches():
     from transformers import GraniteConfig, GraniteForCausalLM
 
     sizes = ARCHITECTURES["llama"][1] | {"residual_multiplier": 0.9}
-    assert dissect(GraniteForCausalLM(GraniteConfig(**sizes)).eval()).branches is None
+    assert find_structure(GraniteForCausalLM(GraniteConfig(**sizes)).eval()).branches is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -52,7 +52,7 @@ def test_a_soft_cap_is_found_however_small_the_logits(scale, dtype):
     model = make_tiny("gemma2", final_logit_softcapping=30.0)
     with torch.no_grad():
         model.model.norm.weight.copy_(scale * (1 + model.model.norm.weight) - 1)
-    assert dissect(model.to(dtype)).soft_cap == 30.0
+    assert find_structure(model.to(dtype)).soft_cap == 30.0
 
 
 def test_an_unembedding_of_another_width_is_refused():

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hyperlens import significance
 from hyperlens.decoding import diversity
+from hyperlens.statistics import significance
 
 TEXTS = st.lists(st.integers(0, 4), max_size=14)
 

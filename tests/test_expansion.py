@@ -8,8 +8,8 @@ from conftest import make_tiny, perturbed, token_texts
 from planted_for_tests import last_outputs, mapped, spread
 
 from hyperlens.compare import compare_models
-from hyperlens.discovery import dissect
-from hyperlens.experiments.contexts import open_pair_and_texts
+from hyperlens.models.structure import find_structure
+from hyperlens.pair import open_inputs
 from hyperlens.patching.choosing import only, second_half
 from hyperlens.patching.expansion.experiment import expansion
 from hyperlens.patching.outcomes import METRICS
@@ -160,7 +160,7 @@ def test_dimensions_are_those_of_the_changed_vectors(found):
 def choices(model, texts, change=None):
     """The first choice after every token but BOS, one text per forward pass, plain transformers."""
     found = []
-    block = dissect(model).blocks[-1]
+    block = find_structure(model).blocks[-1]
     hook = block.register_forward_hook(
         lambda m, a, out: (
             None if change is None
@@ -180,7 +180,7 @@ def test_decisions_are_those_of_a_model_changed_by_hand(name):
     base = make_tiny(name)
     tuned = perturbed(base, 0.1)
     found = expansion(base, tuned, TEXTS, **QUICK)
-    corpus = open_pair_and_texts(base, base, TEXTS, max_length=256).corpus
+    corpus = open_inputs(base, base, TEXTS, max_length=256).corpus
     read = only(corpus, second_half(corpus, 0)).sequences
     _, own, directions = spread(last_outputs(base, TEXTS)[0])
     mean, other, axes = spread(last_outputs(tuned, TEXTS)[0])

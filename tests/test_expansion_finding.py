@@ -10,16 +10,16 @@ from conftest import lora, make_tiny, perturbed, token_texts
 from test_expansion import TEXTS, rescaled
 
 from hyperlens.errors import ActivationError, CorpusError, PatchError
-from hyperlens.experiments.contexts import open_pair_and_texts
+from hyperlens.pair import open_inputs
 from hyperlens.patching.choosing import drawn, only, second_half
 from hyperlens.patching.expansion.experiment import expansion
-from hyperlens.patching.expansion.finding import DOSES, NAMES, ExpansionFinding
+from hyperlens.patching.expansion.finding import DOSES, NAMES, ExpansionResult
 from hyperlens.patching.expansion.interventions import DOSED, VARIANCE_CONTROL, WAYS
 from hyperlens.patching.ratios import p_value
-from hyperlens.report import write_report
-from hyperlens.report.saved import finding_classes
-from hyperlens.report.sections import expansion as section
-from hyperlens.significance import Estimate, holm
+from hyperlens.render import write_report
+from hyperlens.render.saved import finding_classes
+from hyperlens.render.sections import expansion as section
+from hyperlens.statistics.significance import Estimate, holm
 
 WRITING = {"n_prompts": 5, "prompt_tokens": 6, "max_new_tokens": 8}
 
@@ -91,7 +91,7 @@ def test_the_names_are_those_of_the_experiment():
     assert tuple(NAMES) == WAYS
     assert tuple(DOSES) == DOSED
     assert set(section.WAYS) == set(NAMES)
-    assert finding_classes()["expansion"] is ExpansionFinding
+    assert finding_classes()["expansion"] is ExpansionResult
 
 
 def test_the_summary_says_what_the_verdict_rests_on(found):
@@ -107,7 +107,7 @@ def test_the_summary_says_what_the_verdict_rests_on(found):
 
 def test_a_result_returns_from_its_folder(found, tmp_path):
     found.save(tmp_path / "out")
-    again = ExpansionFinding.load(tmp_path / "out")
+    again = ExpansionResult.load(tmp_path / "out")
     assert again.summary() == found.summary()
     assert again.to_frame().equals(found.to_frame())
     assert json.loads((tmp_path / "out" / "expansion.json").read_text())["name"] == "expansion"
@@ -153,7 +153,7 @@ def test_seeds_choose_halves_and_draws():
 
 def test_halves_and_draws_of_texts():
     base = make_tiny("llama")
-    opened = open_pair_and_texts(base, base, TEXTS, max_length=64)
+    opened = open_inputs(base, base, TEXTS, max_length=64)
     fewer = drawn(opened, 10, 5)
     assert len(fewer.corpus.sequences) == fewer.corpus.counts.n_sequences == 10
     assert fewer.corpus.counts.n_tokens == sum(map(len, fewer.corpus.sequences))

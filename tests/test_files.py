@@ -9,10 +9,10 @@ import pytest
 
 from hyperlens.errors import ResultsError
 from hyperlens.files import (
-    at_home,
     check_claim,
     check_new_folder,
     claim_folder,
+    expand_user,
     new_folder,
     write_text,
 )
@@ -61,9 +61,9 @@ def test_half_characters_become_question_marks(tmp_path: Path) -> None:
 def test_home_is_meant_as_in_a_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    assert at_home("~/a") == tmp_path / "a"
-    assert at_home("a/~") == Path("a/~")
-    assert at_home("~nobody-of-this-name/a") == Path("~nobody-of-this-name/a")
+    assert expand_user("~/a") == tmp_path / "a"
+    assert expand_user("a/~") == Path("a/~")
+    assert expand_user("~nobody-of-this-name/a") == Path("~nobody-of-this-name/a")
     with new_folder(Path("~/out")) as staging:
         (staging / "a").touch()
     assert os.listdir(tmp_path) == ["out"]

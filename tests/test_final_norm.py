@@ -11,15 +11,15 @@ from conftest import make_tiny, perturbed, token_texts
 from test_intervals import D_MODEL, LENGTH, SPECTRUM, as_pair, clustered, true_ratio
 
 from hyperlens.compare import compare_models
-from hyperlens.discovery import dissect
 from hyperlens.errors import CorpusError, HyperlensError
+from hyperlens.models.structure import find_structure
+from hyperlens.passes.streams import StreamSpec
 from hyperlens.patching.norm.experiment import norm_question, quantities
-from hyperlens.patching.norm.finding import NormFinding
+from hyperlens.patching.norm.finding import NormResult
 from hyperlens.patching.norm.ratios import CrossedNorms
 from hyperlens.probes import ParticipationRatio
-from hyperlens.report import write_report
-from hyperlens.report.saved import finding_classes
-from hyperlens.streams import StreamSpec
+from hyperlens.render import write_report
+from hyperlens.render.saved import finding_classes
 
 TEXTS = token_texts(24, shortest=8, longest=20)
 ARCHITECTURES = ("llama", "gpt2", "gemma2", "gpt_neox")
@@ -28,11 +28,11 @@ ARCHITECTURES = ("llama", "gpt2", "gemma2", "gpt_neox")
 def changed(model, part, scale=0.3):
     """A copy that differs in its final norm, or its last block, alone."""
     tuned = copy.deepcopy(model)
-    anatomy = dissect(tuned)
+    structure = find_structure(tuned)
     torch.manual_seed(4)
     with torch.no_grad():
         for parameter in (
-            anatomy.final_norm if part == "norm" else anatomy.blocks[-1]
+            structure.final_norm if part == "norm" else structure.blocks[-1]
         ).parameters():
             parameter += scale * torch.randn_like(parameter)
     return tuned
@@ -118,7 +118,7 @@ def test_the_crossed_cells_are_plain_vectors_through_the_other_norm(pair, found)
     for side, model in zip(("base", "tuned"), pair, strict=True):
         kept = []
         handle = (
-            dissect(model)
+            find_structure(model)
             .blocks[-1]
             .register_forward_hook(
                 lambda m, a, out, kept=kept: kept.append(
@@ -131,7 +131,7 @@ def test_the_crossed_cells_are_plain_vectors_through_the_other_norm(pair, found)
                 model(torch.tensor([ids]))
         handle.remove()
         streams[side] = torch.cat([x[1:] for x in kept])  # BOS comes first
-    norms = {s: dissect(m).final_norm for s, m in zip(("base", "tuned"), pair, strict=True)}
+    norms = {s: find_structure(m).final_norm for s, m in zip(("base", "tuned"), pair, strict=True)}
     for stream, x in streams.items():
         for norm, module in norms.items():
             with torch.no_grad():
@@ -179,7 +179,7 @@ def test_batch_sizes_are_invisible(name):
 
 def test_a_result_returns_from_its_folder(found, tmp_path):
     found.save(tmp_path / "out")
-    again = NormFinding.load(tmp_path / "out")
+    again = NormResult.load(tmp_path / "out")
     assert again.summary() == found.summary()
     assert again.to_frame().equals(found.to_frame())
     other = copy.copy(found)
@@ -189,7 +189,7 @@ def test_a_result_returns_from_its_folder(found, tmp_path):
     assert "&lt;b&gt;other → LlamaForCausalLM" in page
     assert "<b>other" not in page
     assert len(found.plot().axes) == 3
-    assert finding_classes()["final_norm"] is NormFinding
+    assert finding_classes()["final_norm"] is NormResult
 
 
 def test_the_summary_says_what_a_script_would_read(found):

@@ -7,7 +7,7 @@ import torch
 from conftest import lora
 
 from hyperlens import compare_models
-from hyperlens.fingerprint import Known, weights_sha256
+from hyperlens.results.fingerprint import Known, weights_sha256
 
 
 def test_it_is_of_names_shapes_types_and_values(tiny):

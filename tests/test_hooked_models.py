@@ -12,11 +12,12 @@ import transformers
 from conftest import ARCHITECTURES, D_VOCAB, lora, make_tiny
 from typing_extensions import get_protocol_members
 
-from hyperlens import hooked, load_hooked
+from hyperlens import load_hooked
 from hyperlens.errors import LoadingError, ParityError
-from hyperlens.hooked import HookedModel, backend_of, import_transformer_lens
-from hyperlens.parity import check_parity
-from hyperlens.residual import ResidualModel
+from hyperlens.hooks import surface as hooked
+from hyperlens.hooks.parity import check_parity
+from hyperlens.hooks.residual import ResidualModel
+from hyperlens.hooks.surface import HookedModel, backend_of, import_transformer_lens
 
 HAS_HOOKED_TRANSFORMER = "HookedTransformer" in dir(import_transformer_lens())
 BACKENDS = ["residual", "bridge"] + ["hooked_transformer"] * HAS_HOOKED_TRANSFORMER
@@ -177,7 +178,7 @@ def test_casting_makes_a_copy_and_leaves_the_original(tiny):
 def test_importing_transformer_lens_keeps_the_logger():
     code = (
         "import transformers; transformers.logging.set_verbosity_info();"
-        "from hyperlens.hooked import import_transformer_lens; import_transformer_lens();"
+        "from hyperlens.hooks.surface import import_transformer_lens; import_transformer_lens();"
         "print(transformers.logging.get_verbosity())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -263,7 +264,7 @@ def test_scaled_logits_are_found():
         bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     loaded = load_hooked(transformers.AutoModelForCausalLM.from_config(config), backend="residual")
-    assert loaded.anatomy.logit_scale == pytest.approx(0.3)
+    assert loaded.structure.logit_scale == pytest.approx(0.3)
 
 
 def test_a_wrong_hooked_model_is_an_error(tiny):

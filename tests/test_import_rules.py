@@ -167,7 +167,7 @@ TABLE = ALLOWED.keys() | SEE_EVERYTHING
 READERS = {"audit", "plots", "report"}
 
 # The one file that may spell out hook names, and what counts as spelling one.
-HOOK_FILE = "hyperlens/hooked.py"
+HOOK_FILE = "hyperlens/hooks/surface.py"
 HOOK_NAME = re.compile(r"(^|\.)blocks\.|hook_(resid|embed|pos_embed|attn|mlp|normalized|scale)")
 
 # What `import hyperlens` must not load.

@@ -9,9 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hyperlens.intervals import mean_half_width, quantile_interval, t_factor
+from hyperlens.passes.streams import ModelStream, StreamPair, StreamSpec, TokenSample
 from hyperlens.probes import LogitLens, ParticipationRatio, ResidualDrift
-from hyperlens.streams import ModelStream, StreamPair, StreamSpec, TokenSample
+from hyperlens.statistics.intervals import mean_half_width, quantile_interval, t_factor
 
 D_MODEL, LENGTH, REPEATS = 24, 24, 400
 SPECTRUM = 1 / np.arange(1, D_MODEL + 1) ** 0.7

@@ -9,14 +9,14 @@ import pytest
 from judge_for_tests import always_first, longer, verdict
 from scipy import stats as scipy_stats
 
-from hyperlens import JudgeFinding, judge_continuations
+from hyperlens import JudgeResult, judge_continuations
 from hyperlens.errors import CorpusError, JudgeError, LoadingError
 from hyperlens.judging.pairs import Pair
 from hyperlens.judging.prompt import read_prompt
 from hyperlens.judging.rule import FewerRepeatedBigrams, repeated_bigrams
 from hyperlens.judging.tally import Judged, leanings
 from hyperlens.judging.verdict import Verdict
-from hyperlens.significance import binomial_p, holm, wilson
+from hyperlens.statistics.significance import binomial_p, holm, wilson
 
 QUIET = {"progress": False}
 
@@ -198,7 +198,7 @@ def test_nothing_at_all_could_be_judged(tmp_path: Path) -> None:
     assert all(row["n"] == 0 and math.isnan(row["value"]) for row in found.table)
     assert "No pair could be judged" in found.summary()
     found.save(tmp_path / "out")
-    assert JudgeFinding.load(tmp_path / "out").extras == found.extras
+    assert JudgeResult.load(tmp_path / "out").extras == found.extras
 
 
 def test_examples_are_told_by_side() -> None:

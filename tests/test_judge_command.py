@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 from judge_for_tests import KEY, Act, after, fails, longer, says, serving, verdict
 
-from hyperlens import Endpoint, JudgeFinding, cli, judge_continuations, judge_models
+from hyperlens import Endpoint, JudgeResult, cli, judge_continuations, judge_models
 from hyperlens.commands.judge import WRITTEN
 from hyperlens.errors import JudgeError
-from hyperlens.report import write_report
+from hyperlens.render import write_report
 
 ROOT = Path(__file__).resolve().parent.parent
 N = 8
@@ -61,7 +61,7 @@ def test_every_pair_is_asked_in_both_orders(
     with serving(lambda n, prompt: says(f"Sure!\n{longer(prompt)}")) as server:
         assert cli.main(command(pairs, server.url, out)) == cli.OK
     printed, err = capsys.readouterr()
-    found = JudgeFinding.load(out)
+    found = JudgeResult.load(out)
     assert printed.startswith(found.summary())
     assert err == ""
     assert found.value("overall", "b_wins")["value"] == 1
@@ -105,7 +105,7 @@ def test_what_was_answered_is_not_asked_again(
         again = [*command(pairs, server.url, tmp_path / "again"), "--cache", str(kept)]
         assert cli.main([*again, "--workers", "2"]) == cli.OK
         assert len(server.requests) == 6 + 2 * N - 5
-        assert JudgeFinding.load(tmp_path / "again") == JudgeFinding.load(out)
+        assert JudgeResult.load(tmp_path / "again") == JudgeResult.load(out)
         # Another question, another answer: parameters are part of it.
         hotter = [*command(pairs, server.url, tmp_path / "hot"), "--cache", str(kept)]
         assert cli.main([*hotter, "--judge-parameters", '{"temperature": 1}']) == cli.OK
@@ -193,7 +193,7 @@ def test_ctrl_c_and_the_same_command_go_on(pairs: Path, tmp_path: Path, script: 
         server.script = lambda n, prompt: says(longer(prompt))
         assert cli.main(command(pairs, server.url, out)) == cli.OK
         assert len(server.requests) == before + 2 * N - 6
-    assert JudgeFinding.load(out).value("overall", "b_wins")["value"] == 1
+    assert JudgeResult.load(out).value("overall", "b_wins")["value"] == 1
     assert not files_with(KEY, out, tmp_path / "out.answers")
 
 

@@ -11,13 +11,13 @@ from peft import AutoPeftModelForCausalLM
 from test_cli import tokenizer
 from transformers import AutoModelForCausalLM
 
-from hyperlens import JudgeFinding, cli, judge_continuations, judge_models
+from hyperlens import JudgeResult, cli, judge_continuations, judge_models
 from hyperlens.decoding.generate import continuations
 from hyperlens.errors import CorpusError, JudgeError
 from hyperlens.experiments.continuing import choose_examples
 from hyperlens.judging.local import LocalJudge
 from hyperlens.judging.prompt import read_prompt
-from hyperlens.report import write_report
+from hyperlens.render import write_report
 
 QUIET = {"progress": False}
 SHORT = {"prompt_tokens": 4, "max_new_tokens": 8, **QUIET}
@@ -53,7 +53,7 @@ def test_two_models_write_and_a_judge_reads(tmp_path: Path) -> None:
         "tries": 3,
     }
     found.write(tmp_path)
-    assert JudgeFinding.load(tmp_path) == found
+    assert JudgeResult.load(tmp_path) == found
     write_report(tmp_path / "page.html", [found])
 
 
@@ -134,7 +134,7 @@ def test_a_judge_that_will_not_do_is_said_before_anything_is_written(
     def opened(*_: object, **__: object) -> None:
         raise AssertionError("models were opened")
 
-    monkeypatch.setattr("hyperlens.judging.judge.open_pair_and_texts", opened)
+    monkeypatch.setattr("hyperlens.judging.judge.open_inputs", opened)
     with pytest.raises(JudgeError, match="identity"):
         judge_models(tiny, tiny, TEXTS, judge=longer, cache="answers", **SHORT)
     with pytest.raises(JudgeError, match="no chat template"):
@@ -251,7 +251,7 @@ def test_the_command_takes_a_folder_as_judge(
     short = ["--prompt-tokens", "4", "--max-new-tokens", "4", "--tries", "1", "-q"]
     judge = ["--judge-folder", str(tmp_path / "judge"), "--judge-tokens", "5"]
     assert cli.main([*command, *short, *judge]) == cli.OK
-    found = JudgeFinding.load(out)
+    found = JudgeResult.load(out)
     assert found.extras["counts"]["left_out"] >= 4
     assert found.meta["judge"]["name"] == "judge"
     assert "judged by judge (local)" in capsys.readouterr().out

@@ -10,12 +10,12 @@ import pytest
 import torch
 from conftest import ARCHITECTURES, lora, make_tiny
 
-from hyperlens import MauveFinding, cli, mauve_score
+from hyperlens import MauveResult, cli, mauve_score
 from hyperlens.embedded import embedded_base, embedded_tales
 from hyperlens.errors import CorpusError, LoadingError, ProbeError
 from hyperlens.experiments.mauve_scores import few_texts, mauve_scores
 from hyperlens.experiments.text_features import open_featurizer
-from hyperlens.loading import load_hooked
+from hyperlens.hooks.loading import load_hooked
 
 real = pytest.mark.skipif(
     importlib.util.find_spec("mauve") is None,
@@ -135,7 +135,7 @@ def test_few_texts_are_said_and_enough_are_not(stub: Stub) -> None:
 def test_it_is_saved_shown_and_read_back(stub: Stub, tmp_path: Path) -> None:
     finding = mauve_score(WORDS, WORDS[::-1], (make_tiny("gpt2"), Letters()), progress=False)
     folder = finding.save(tmp_path / "out")
-    assert MauveFinding.load(folder) == finding
+    assert MauveResult.load(folder) == finding
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert "How near are the texts to others?" in page
     assert "below 1,000 it reads" in page
@@ -196,7 +196,7 @@ def test_the_command(stub: Stub, tmp_path: Path, capsys) -> None:
     command = ["mauve", *map(str, files), "--features", str(embedded_base()), "--seeds", "0,2"]
     assert cli.main([*command, "--out", str(tmp_path / "out"), "-q"]) == cli.OK
     printed = capsys.readouterr().out
-    found = MauveFinding.load(tmp_path / "out")
+    found = MauveResult.load(tmp_path / "out")
     assert printed.startswith(found.summary())
     assert "human.txt and written.txt" in printed
     assert found.value == pytest.approx(0.6)

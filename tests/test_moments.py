@@ -9,7 +9,7 @@ from dimensionality import participation_ratio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hyperlens.moments import (
+from hyperlens.statistics.moments import (
     Moments,
     corrected_traces,
     moments_of,

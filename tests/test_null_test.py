@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import ARCHITECTURES, lora, make_tiny, perturbed, token_texts
 
-from hyperlens import NullTestFinding, compare_models, null_test
+from hyperlens import NullTestResult, compare_models, null_test
 from hyperlens.errors import HyperlensError, PairError
 from hyperlens.experiments.null_test_finding import verdict
 from hyperlens.experiments.placebo import changed_tensors, placebo
@@ -125,5 +125,5 @@ def test_the_same_seed_gives_the_same_and_it_comes_back(tmp_path: Path) -> None:
     assert first == again
     assert len(first.plot().axes) == 3
     folder = first.save(tmp_path / "out")
-    assert NullTestFinding.load(folder) == first
+    assert NullTestResult.load(folder) == first
     assert "every placebo" in (folder / "report.html").read_text() or "range" in first.summary()

@@ -19,12 +19,12 @@ from test_results import make_comparison
 
 from hyperlens import cli
 from hyperlens.errors import ResultsError
-from hyperlens.findings import Finding
-from hyperlens.report import write_report
-from hyperlens.report.labels import told_apart
-from hyperlens.report.page import section_modules
-from hyperlens.report.parts import p_in_words, pair_name, share
-from hyperlens.report.saved import finding_classes
+from hyperlens.render import write_report
+from hyperlens.render.labels import told_apart
+from hyperlens.render.page import section_modules
+from hyperlens.render.parts import p_in_words, pair_name, share
+from hyperlens.render.saved import finding_classes
+from hyperlens.results.result import Result
 
 NAN = math.nan
 
@@ -275,7 +275,7 @@ def test_a_result_that_says_nothing_is_one_line(
     assert not out.exists()
 
 
-class Unknown(Finding):
+class Unknown(Result):
     """An experiment of somebody else, without a section."""
 
     name = "unknown"

@@ -10,15 +10,15 @@ from conftest import ARCHITECTURES, SIZES, make_tiny, perturbed, token_texts
 from test_patch_hooks import blocks_perturbed, overflowing_together, state_space
 from transformers import AutoModelForCausalLM, GraniteConfig
 
-from hyperlens import BlocksFinding, patch_blocks
-from hyperlens.corpus import build_corpus
+from hyperlens import BlocksResult, patch_blocks
+from hyperlens.data.corpus import build_corpus
 from hyperlens.errors import ActivationError, HyperlensError, PatchError
-from hyperlens.hooked import run_logits
-from hyperlens.pairing import open_pair
+from hyperlens.hooks.residual import ResidualModel
+from hyperlens.hooks.surface import run_logits
+from hyperlens.pair import open_pair
 from hyperlens.patching.hooks.sites import in_blocks
 from hyperlens.patching.layer_sweep.sweep import INTO_BASE, INTO_TUNED, Cell, Sweep, run_sweep
 from hyperlens.patching.outcomes import METRICS
-from hyperlens.residual import ResidualModel
 
 TEXTS = token_texts(14, shortest=6, longest=20)
 QUICK = {"max_new_tokens": 0, "progress": False}
@@ -74,7 +74,7 @@ def test_a_change_of_one_block_is_found_in_that_block(name, block):
 def test_a_change_of_one_branch_is_found_in_that_branch(name, kind):
     base = make_tiny(name)
     tuned = copy.deepcopy(base)
-    module = ResidualModel(tuned).anatomy.branches[1][kind == "mlp_out"]
+    module = ResidualModel(tuned).structure.branches[1][kind == "mlp_out"]
     torch.manual_seed(3)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -94,8 +94,8 @@ def test_a_change_of_the_final_norm_or_the_head_is_in_no_block(name):
     base = make_tiny(name, tie_word_embeddings=False)
     for part in ("norm", "head"):
         tuned = copy.deepcopy(base)
-        anatomy = ResidualModel(tuned).anatomy
-        module = anatomy.final_norm if part == "norm" else anatomy.head
+        structure = ResidualModel(tuned).structure
+        module = structure.final_norm if part == "norm" else structure.head
         torch.manual_seed(2)
         with torch.no_grad():
             for parameter in module.parameters():
@@ -198,7 +198,7 @@ def test_it_comes_back_from_disk_and_draws(tmp_path: Path) -> None:
     again = patch_blocks(base, perturbed(base, 0.15), TEXTS, **SHORT)
     assert found == again
     folder = found.save(tmp_path / "out")
-    assert BlocksFinding.load(folder) == found
+    assert BlocksResult.load(folder) == found
     assert len(found.plot().axes) == 3
     page = (folder / "report.html").read_text()
     assert 'data-section="patching"' in page

@@ -11,7 +11,7 @@ from test_cli import tokenizer
 
 from hyperlens import cli
 from hyperlens.commands import patch
-from hyperlens.report.saved import read_results
+from hyperlens.render.saved import read_results
 
 
 @pytest.fixture(scope="module")

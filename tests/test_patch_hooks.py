@@ -11,11 +11,11 @@ from test_hooked_models import BACKENDS, padded, supported
 from hyperlens import load_hooked
 from hyperlens.decoding.generate import continuations
 from hyperlens.errors import HyperlensError, PatchError
-from hyperlens.hooked import resid_post, resid_pre, site_hook
+from hyperlens.hooks.residual import ResidualModel
+from hyperlens.hooks.surface import resid_post, resid_pre, site_hook
 from hyperlens.patching import Site, changing, donating, in_blocks, patch_hooks, record
 from hyperlens.patching.hooks.cells import check_resumes, read, resume, run_patched
 from hyperlens.patching.hooks.positions import positions_mask
-from hyperlens.residual import ResidualModel
 
 # Whose blocks keep states only; a state or keys and values; and both in one block.
 STATE_SPACE = {
@@ -38,7 +38,7 @@ def blocks_perturbed(model, blocks=range(3), scale=0.1, seed=5):
     """A copy that differs in these blocks only."""
     tuned = copy.deepcopy(model)
     torch.manual_seed(seed)
-    stack = ResidualModel(tuned).anatomy.blocks
+    stack = ResidualModel(tuned).structure.blocks
     with torch.no_grad():
         for block in blocks:
             for parameter in stack[block].parameters():
@@ -144,7 +144,7 @@ def test_blocks_that_add_three_things_have_no_branches():
     layer.forward = lambda *args, **kwargs: layer.forward_before(*args, **kwargs) * 1.5
     assert inner
     loaded = ResidualModel(model)
-    assert loaded.anatomy.branches is None
+    assert loaded.structure.branches is None
     with pytest.raises(PatchError, match=r"ResidualModel has no hook for mlp_out of block 1"):
         record(loaded, *padded("right"), [Site("mlp_out", 1)])
 

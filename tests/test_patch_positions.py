@@ -10,7 +10,8 @@ from conftest import ARCHITECTURES, D_VOCAB, lora, make_tiny, perturbed, token_t
 from test_patch_hooks import STATE_SPACE, blocks_perturbed, overflowing_together, state_space
 
 from hyperlens.errors import ActivationError, HyperlensError, PatchError
-from hyperlens.hooked import run_logits, unembed
+from hyperlens.hooks.residual import ResidualModel
+from hyperlens.hooks.surface import run_logits, unembed
 from hyperlens.patching import Site, patch_hooks
 from hyperlens.patching.position_map.cells import (
     check_reads_on,
@@ -19,8 +20,7 @@ from hyperlens.patching.position_map.cells import (
     read_ending,
 )
 from hyperlens.patching.position_map.experiment import patch_positions
-from hyperlens.patching.position_map.finding import EVERY, PositionsFinding
-from hyperlens.residual import ResidualModel
+from hyperlens.patching.position_map.finding import EVERY, PositionsResult
 
 INTO_BASE, INTO_TUNED = "tuned into base", "base into tuned"
 WAYS = (INTO_BASE, INTO_TUNED)
@@ -211,7 +211,7 @@ def test_it_comes_back_from_its_folder_and_has_a_section(tmp_path):
     base = make_tiny("llama")
     found = patch_positions(base, perturbed(base, 0.1), TEXTS, **FEW)
     folder = found.save(tmp_path / "out")
-    assert PositionsFinding.load(folder) == found
+    assert PositionsResult.load(folder) == found
     page = (folder / "report.html").read_text()
     assert 'data-section="patch-positions"' in page
     assert "From which token does a changed decision come?" in page

@@ -24,8 +24,8 @@ from test_results import (
     partial_comparisons,
 )
 
-from hyperlens import plots
-from hyperlens.results import Comparison
+from hyperlens.render import plots
+from hyperlens.results.comparison import Comparison
 
 DEPTHS = [1, 2, 5, 12, 32, 80]
 
@@ -260,7 +260,7 @@ def test_pyplot_is_left_alone() -> None:
         "settings = lambda: {k: rc[k] for k in rc if k != 'backend'}\n"
         "before = settings()\n"
         "from test_results import make_comparison\n"
-        "from hyperlens.plots import plot_layers, plot_ranks, png\n"
+        "from hyperlens.render.plots import plot_layers, plot_ranks, png\n"
         "for plot in (plot_layers, plot_ranks): png(plot(make_comparison(2)))\n"
         "assert 'matplotlib.pyplot' not in sys.modules\n"
         "assert settings() == before\n"

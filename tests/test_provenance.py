@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from test_prompts import one_token_per_byte
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hyperlens import ProvenanceFinding, cli, compare_models, provenance
+from hyperlens import ProvenanceResult, cli, compare_models, provenance
 from hyperlens.embedded import embedded_base, embedded_tales
 from hyperlens.errors import CorpusError
 from hyperlens.experiments.contexts import names
@@ -315,7 +315,7 @@ def test_same_seed_same_result_and_it_comes_back(tmp_path: Path) -> None:
     first, again = (provenance(base, tuned, TEXTS, **SHORT) for _ in range(2))
     # Compared as written: NaN, where a bucket is empty, is not equal to itself.
     assert first.write(tmp_path).read_text() == again.write(tmp_path).read_text()
-    loaded = ProvenanceFinding.load(tmp_path)
+    loaded = ProvenanceResult.load(tmp_path)
     assert loaded.summary() == first.summary()
     assert max(e["rank"] for e in loaded.extras["examples"]) <= D_VOCAB
     page = first.save(tmp_path / "out") / "report.html"

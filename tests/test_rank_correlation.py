@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
-from hyperlens import rank_correlation
-from hyperlens.rank_correlation import average_ranks, spearman, spearman_on_accelerator
+from hyperlens.statistics import rank_correlation
+from hyperlens.statistics.rank_correlation import average_ranks, spearman, spearman_on_accelerator
 
 COARSE = st.sampled_from([-2.0, -1.0, -0.0, 0.0, 0.5, 1.0, np.finfo(np.float32).tiny])
 TIED_ROWS = arrays(np.float32, array_shapes(min_dims=2, max_dims=2, max_side=9), elements=COARSE)

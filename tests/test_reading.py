@@ -7,8 +7,8 @@ import torch
 from streams_for_tests import D_VOCAB, N_LAYERS, Streams
 
 from hyperlens.errors import ProbeError
+from hyperlens.passes.logits_reader import ReadsLogits, read_logits
 from hyperlens.probes import LogitLens, LogitProbe, RankReordering, logit_lens
-from hyperlens.reading import ReadsLogits, read_logits
 
 
 class Margin(LogitProbe):

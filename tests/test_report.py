@@ -18,9 +18,9 @@ from test_results import (
     partial_comparisons,
 )
 
-from hyperlens.audit import audit, largest_change, largest_step, unchanged
-from hyperlens.report import words as report
-from hyperlens.results import Comparison, Row
+from hyperlens.render import words as report
+from hyperlens.results.audit import audit, largest_change, largest_step, unchanged
+from hyperlens.results.comparison import Comparison, Row
 
 AUDITED = {"participation_ratio": "delta", "drift": "l2"}
 NUMBERS = st.floats(-1e6, 1e6)

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hyperlens.errors import ResultsError
-from hyperlens.results import COLUMNS, Comparison, Row, _row_from_json
+from hyperlens.results.comparison import COLUMNS, Comparison, Row, _row_from_json
 
 VIEWS = ("raw", "unit_rms", "final_norm")
 NAN = math.nan

@@ -10,14 +10,17 @@ import torch
 from conftest import make_tiny, perturbed, token_texts
 from memory_for_tests import PROC
 
-from hyperlens import compare_models, memory, rounds, runner
-from hyperlens.corpus import build_corpus
+from hyperlens import compare_models
+from hyperlens.data.corpus import build_corpus
 from hyperlens.errors import ResourceError
-from hyperlens.loading import load_hooked
+from hyperlens.hooks.loading import load_hooked
+from hyperlens.passes import memory
+from hyperlens.passes import multi_pass as rounds
+from hyperlens.passes import streaming as runner
+from hyperlens.passes.multi_pass import run_passes
+from hyperlens.passes.streaming import PassOptions, pass_memory
+from hyperlens.passes.streams import StreamSpec
 from hyperlens.probes import ParticipationRatio, ResidualDrift, default_probes
-from hyperlens.rounds import run_passes
-from hyperlens.runner import PassOptions, pass_memory
-from hyperlens.streams import StreamSpec
 
 OPTIONS = PassOptions(batch_size=4, sink_threshold=10.0, seed=0, progress=False)
 
@@ -117,7 +120,7 @@ import sys, torch
 sys.path.insert(0, sys.argv[1])
 from memory_for_tests import forget_peak, peak
 from hyperlens.probes import ParticipationRatio
-from hyperlens.streams import StreamSpec
+from hyperlens.passes.streams import StreamSpec
 torch.set_num_threads(1)
 for n_layers in (0, 7):  # first a small one, which loads what has to be loaded
     probe = ParticipationRatio()

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from hyperlens.significance import holm, holm_rows, paired_p, welch_p
+from hyperlens.statistics.significance import holm, holm_rows, paired_p, welch_p
 
 NUMBERS = st.lists(st.integers(0, 96).map(lambda n: n / 96), min_size=3, max_size=12)
 

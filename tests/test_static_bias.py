@@ -16,7 +16,7 @@ from torch import nn
 
 from hyperlens.cli import main
 from hyperlens.errors import CorpusError, LoadingError, ProbeError
-from hyperlens.experiments.contexts import open_pair_and_texts, read_contexts
+from hyperlens.experiments.contexts import read_contexts
 from hyperlens.experiments.logit_shift import (
     LogitBias,
     biases,
@@ -25,9 +25,10 @@ from hyperlens.experiments.logit_shift import (
     promoted,
 )
 from hyperlens.experiments.static_bias import static_bias
-from hyperlens.experiments.static_bias_finding import BIASES, StaticBiasFinding
-from hyperlens.experiments.trend import exact_p, spearman, trend
-from hyperlens.loading import load_hooked
+from hyperlens.experiments.static_bias_finding import BIASES, StaticBiasResult
+from hyperlens.hooks.loading import load_hooked
+from hyperlens.pair import open_inputs
+from hyperlens.statistics.trend import exact_p, spearman, trend
 
 TEXTS = token_texts(10, shortest=8, longest=20)
 SMALL = {
@@ -69,7 +70,7 @@ def planted(seed: int = 0, scale: float = 1.0):
 
 
 def shift_of(base, tuned):
-    opened = open_pair_and_texts(base, tuned, TEXTS, max_length=256)
+    opened = open_inputs(base, tuned, TEXTS, max_length=256)
     return mean_shift(read_contexts(opened, 4, False), False)
 
 
@@ -81,7 +82,7 @@ def rows_of_logits(model) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def finding() -> StaticBiasFinding:
+def finding() -> StaticBiasResult:
     base = make_tiny("llama")
     return static_bias(base, perturbed(base, 0.1), TEXTS, **SMALL)
 
@@ -329,7 +330,7 @@ def test_words_and_figure(finding) -> None:
 
 def test_what_is_written_returns(finding, tmp_path) -> None:
     finding.write(tmp_path)
-    again = StaticBiasFinding.load(tmp_path)
+    again = StaticBiasResult.load(tmp_path)
     assert again.summary() == finding.summary()
     assert again.to_frame().equals(finding.to_frame())
 
@@ -337,7 +338,7 @@ def test_what_is_written_returns(finding, tmp_path) -> None:
 def test_two_pairs_on_one_page(finding, tmp_path) -> None:
     from dataclasses import replace
 
-    from hyperlens.report import write_report
+    from hyperlens.render import write_report
 
     # A token is text of the model's making: on the page it must stay text.
     token = {"id": 5, "token": "<script>alert(1)</script>", "rank_gain": 1.0, "delta": 0.5}
@@ -365,7 +366,7 @@ def test_the_command(tmp_path, capsys, llama_folder, monkeypatch) -> None:
     assert "Is it no more than a bias on some tokens?" in (
         tmp_path / "out" / "report.html"
     ).read_text(encoding="utf-8")
-    loaded = StaticBiasFinding.load(tmp_path / "out")
+    loaded = StaticBiasResult.load(tmp_path / "out")
     assert loaded.alphas == [0.2, 1.0]
     assert loaded.extras["k_used"] == 9
     assert main([*command, "--alphas", "much"]) == 2

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
-from hyperlens import stats
-from hyperlens.rank_correlation import spearman
+from hyperlens.statistics import distances as stats
+from hyperlens.statistics.rank_correlation import spearman
 
 MODERATE = st.floats(-50, 50, width=32)
 COARSE = st.sampled_from([-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0])

@@ -10,14 +10,14 @@ import torch
 from conftest import ARCHITECTURES, lora, make_tiny, perturbed, token_texts
 from scipy import stats as scipy_stats
 
-from hyperlens import significance
 from hyperlens.cli import main
 from hyperlens.errors import CorpusError, HyperlensError, LoadingError
 from hyperlens.experiments.entropy_matching import EntropyMatched
 from hyperlens.experiments.temperature import temperature
-from hyperlens.experiments.temperature_finding import TEACHER_FORCED, VARIANTS, TemperatureFinding
-from hyperlens.loading import load_hooked
-from hyperlens.report.words import number
+from hyperlens.experiments.temperature_finding import TEACHER_FORCED, VARIANTS, TemperatureResult
+from hyperlens.hooks.loading import load_hooked
+from hyperlens.render.words import number
+from hyperlens.statistics import significance
 
 TEXTS = token_texts(10, shortest=8, longest=20)
 SMALL = {"n_prompts": 6, "prompt_tokens": 5, "max_new_tokens": 10, "progress": False}
@@ -35,7 +35,7 @@ def at_temperature(model, t: float):
 
 
 @pytest.fixture(scope="module")
-def finding() -> TemperatureFinding:
+def finding() -> TemperatureResult:
     base = make_tiny("llama")
     return temperature(base, perturbed(base, 0.1), TEXTS, **SMALL)
 
@@ -259,7 +259,7 @@ def test_an_interval_of_a_share_stays_a_share(finding) -> None:
 
 def test_what_is_written_returns(finding, tmp_path) -> None:
     finding.write(tmp_path)
-    again = TemperatureFinding.load(tmp_path)
+    again = TemperatureResult.load(tmp_path)
     assert again.summary() == finding.summary()
     assert again.extras["temperature"] == finding.extras["temperature"]
 
@@ -277,7 +277,7 @@ def test_the_command(tmp_path, capsys, llama_folder, ids_file, monkeypatch) -> N
     assert "Is it no more than a temperature?" in (tmp_path / "out" / "report.html").read_text(
         encoding="utf-8"
     )
-    loaded = TemperatureFinding.load(tmp_path / "out")
+    loaded = TemperatureResult.load(tmp_path / "out")
     assert loaded.meta["options"]["max_new_tokens"] == 6
     assert loaded.meta["options"]["n_prompts"] == 4
 
@@ -286,7 +286,7 @@ def test_the_command(tmp_path, capsys, llama_folder, ids_file, monkeypatch) -> N
 def test_the_page_says_how_far_temperature_goes(finding, reached: bool, tmp_path) -> None:
     from dataclasses import replace
 
-    from hyperlens.report import write_report
+    from hyperlens.render import write_report
 
     found = finding.extras["temperature"] | {"shared_reached": reached}
     other = replace(
@@ -303,7 +303,7 @@ def test_the_page_says_how_far_temperature_goes(finding, reached: bool, tmp_path
 
 @pytest.mark.slow
 def test_a_real_model(stories, fairy_tales) -> None:
-    from hyperlens.texts import read_texts
+    from hyperlens.data.texts import read_texts
 
     texts = read_texts(fairy_tales / "andersen.txt", limit=12)
     finding = temperature(stories, stories, texts, **SMALL)

@@ -104,7 +104,7 @@ def test_txt_without_blank_lines_has_a_text_per_line(tmp_path: Path) -> None:
     )
 )
 def test_paragraphs_come_back_as_they_were(paragraphs: list[str]) -> None:
-    from hyperlens.texts import _paragraphs
+    from hyperlens.data.texts import _paragraphs
 
     assert _paragraphs("\n\n".join(paragraphs)) == paragraphs
     assert _paragraphs("\r\n\r\n\r\n".join(paragraphs)) == paragraphs

@@ -13,8 +13,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from hyperlens import compare_models
+from hyperlens.data.texts import Texts, read_texts
 from hyperlens.errors import CorpusError, TrainingError
-from hyperlens.texts import Texts, read_texts
 from hyperlens.training import Recipe, hyperfit
 from hyperlens.training.data import TrainingData, drawn, training_data
 from hyperlens.training.recipes import changed

@@ -10,13 +10,13 @@ from test_hooked_models import padded
 from test_patch_hooks import blocks_perturbed, overflowing_together
 
 from hyperlens.errors import ActivationError, HyperlensError, PatchError
-from hyperlens.hooked import evaluating, run_logits
-from hyperlens.pairing import open_pair
+from hyperlens.hooks.surface import evaluating, run_logits
+from hyperlens.pair import open_pair
 from hyperlens.patching import Site
 from hyperlens.patching.hooks.cells import read, run_patched
 from hyperlens.patching.outcomes import METRICS
 from hyperlens.patching.weights.experiment import transplant_weights
-from hyperlens.patching.weights.finding import TransplantFinding
+from hyperlens.patching.weights.finding import TransplantResult
 from hyperlens.patching.weights.hybrids import HEAD, hosts, last_residual, logits_of
 from hyperlens.patching.weights.parts import moved
 from hyperlens.patching.weights.smallest import close, smallest_suffixes
@@ -292,7 +292,7 @@ def test_it_comes_back_from_its_folder_and_has_a_section(tmp_path):
     base = make_tiny("llama")
     found = transplant_weights(base, perturbed(base, 0.1), TEXTS, **SHORT)
     folder = found.save(tmp_path / "out")
-    assert TransplantFinding.load(folder) == found
+    assert TransplantResult.load(folder) == found
     page = (folder / "report.html").read_text()
     assert 'data-section="transplant"' in page
     assert "Whose weights does it take?" in page

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
 
-from hyperlens import unembedding
-from hyperlens.streams import logit_chunk_bytes, logit_chunk_rows
-from hyperlens.unembedding import FEWEST_ROWS, ScaledUnembed, linear_in_pieces
+from hyperlens.hooks import unembedding
+from hyperlens.hooks.unembedding import FEWEST_ROWS, ScaledUnembed, linear_in_pieces
+from hyperlens.passes.streams import logit_chunk_bytes, logit_chunk_rows
 
 CPU = torch.device("cpu")
 

@@ -13,7 +13,7 @@ from hyperlens.patching.expansion.verdict import (
     of_way,
 )
 from hyperlens.patching.ratios import NOTHING
-from hyperlens.significance import Estimate
+from hyperlens.statistics.significance import Estimate
 
 GROWN, SHRUNK = Estimate(30, 25, 35, math.nan, 9), Estimate(-3, -5, -1, math.nan, 9)
 UNKNOWN = Estimate(3, -20, 25, math.nan, 9)

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..discovery import dissect
 from ..errors import TrainingError
 from ..hub import first_line
+from ..models.structure import find_structure
 from . import pissa
 from .recipes import Recipe
 
@@ -37,7 +37,7 @@ def find_stack(model: nn.Module) -> Stack:
     Raises:
         LoadingError: if there is no stack of blocks.
     """
-    blocks = dissect(model).blocks
+    blocks = find_structure(model).blocks
     path = next(name for name, module in model.named_modules() if module is blocks[0])
     return Stack(blocks, path.split(".")[-2])
 

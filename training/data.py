@@ -12,13 +12,13 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from ..corpus import adds_bos
+from ..data.corpus import adds_bos
+from ..data.texts import Texts, read_texts
+from ..data.token_ids import are_token_ids
 from ..errors import TrainingError
-from ..texts import Texts, read_texts
-from ..token_ids import are_token_ids
 from .recipes import Recipe
 
-# Texts are tokenised so many at a time: reading stops once there are enough sequences.
+# Texts are tokenized so many at a time: reading stops once there are enough sequences.
 CHUNK = 256
 # Between joined texts: what stood between the paragraphs of a file.
 SEPARATOR = "\n\n"

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..sources import Opened
+from ..models.sources import OpenedModel
 from . import pissa, processes
 from .adapters import Stack, find_stack, projections, train_only, trained_blocks, with_adapter
 from .data import TrainingData
@@ -43,7 +43,7 @@ class Fitted:
 
 def fit(
     model: Any,
-    opened: Opened,
+    opened: OpenedModel,
     data: TrainingData,
     recipe: Recipe,
     device: torch.device,
@@ -92,7 +92,7 @@ def fit(
 
 def _trainable(
     model: Any,
-    opened: Opened,
+    opened: OpenedModel,
     stack: Stack,
     blocks: tuple[int, ...],
     recipe: Recipe,

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ..stats import winner
+from ..statistics.distances import winner
 
 
 def greedy(model: Any, prompts: Int[Tensor, "n prompt"], new_tokens: int) -> Int[Tensor, "n new"]:

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
 from ..errors import TrainingError
-from ..plots import (
+from ..render.plots import (
     BLUE,
     BUCKETS,
     GREEN,

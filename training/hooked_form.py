@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..hooked import Backend
-from ..loading import load_hooked
+from ..hooks.loading import load_hooked
+from ..hooks.surface import Backend
 from .hyperfitting import HyperfitRun
 
 

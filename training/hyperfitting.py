@@ -11,9 +11,9 @@ import torch
 
 from ..errors import TrainingError
 from ..files import check_new_folder
-from ..fingerprint import versions, weights_sha256
-from ..loading import parse_device, parse_dtype
-from ..sources import Opened, open_source
+from ..hooks.loading import parse_device, parse_dtype
+from ..models.sources import OpenedModel, open_source
+from ..results.fingerprint import versions, weights_sha256
 from . import processes
 from .data import TrainingData, training_data
 from .recipes import Method, Recipe, as_json, changed, preset
@@ -176,7 +176,7 @@ def _recipe(
 
 def _opened(
     model: Any, recipe: Recipe, device: torch.device | None, dtype: str | torch.dtype | None
-) -> Opened:
+) -> OpenedModel:
     chosen = parse_dtype(dtype) or (torch.float32 if recipe.method == "full" else None)
     if recipe.method == "full" and chosen == torch.float16:
         raise TrainingError(

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from ..adapters import ADAPTER_CONFIG
 from ..errors import LoadingError, TrainingError
 from ..files import check_new_folder
-from ..fingerprint import versions
-from ..loading import parse_dtype
-from ..shells import converted, is_peft, merged
-from ..sources import Opened, open_source
+from ..hooks.loading import parse_dtype
+from ..models.adapters import ADAPTER_CONFIG
+from ..models.sources import OpenedModel, open_source
+from ..models.weight_sharing import converted, is_peft, merged
+from ..results.fingerprint import versions
 from .hyperfitting import HyperfitRun, record_of
 from .saving import RECORD, save
 
@@ -67,7 +67,7 @@ def merge(
     return folder
 
 
-def _opened(source: Any, base: Any, dtype: torch.dtype | None) -> Opened:
+def _opened(source: Any, base: Any, dtype: torch.dtype | None) -> OpenedModel:
     if isinstance(source, HyperfitRun):
         source = (source.model, source.tokenizer)
     if isinstance(source, str | Path):
@@ -83,7 +83,7 @@ def _opened(source: Any, base: Any, dtype: torch.dtype | None) -> Opened:
     return open_source(source, dtype=dtype)
 
 
-def _opened_folder(folder: Path, base: Any, dtype: torch.dtype | None) -> Opened:
+def _opened_folder(folder: Path, base: Any, dtype: torch.dtype | None) -> OpenedModel:
     if folder.is_dir() and not (folder / ADAPTER_CONFIG).exists():
         raise TrainingError(
             f"{folder} is not an adapter folder (it has no {ADAPTER_CONFIG}): there is nothing to "
@@ -117,7 +117,7 @@ def _record(source: Any) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _adapter_name(source: Any, opened: Opened) -> str:
+def _adapter_name(source: Any, opened: OpenedModel) -> str:
     if isinstance(source, HyperfitRun) and source.folder is not None:
         return str(source.folder)
     return opened.name if opened.kind == "adapter" else type(opened.model).__name__

@@ -23,8 +23,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from ..attaching import entering_at, residual_given
 from ..errors import ResourceError
+from ..hooks.attach import entering_at, residual_given
 from . import processes
 
 Place = Literal["memory", "disk"]

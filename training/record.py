@@ -13,11 +13,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ..discovery import dissect
 from ..errors import TrainingError
-from ..hooked import evaluating
-from ..shells import plain_model
-from ..stats import rank_of, winner
+from ..hooks.surface import evaluating
+from ..models.structure import find_structure
+from ..models.weight_sharing import plain_model
+from ..statistics.distances import rank_of, winner
 from .generation import bigram_repetition, greedy, last_position_only, type_token_ratio
 from .history import Record
 from .recipes import Recipe
@@ -55,7 +55,7 @@ class Recorder:
         self._batches = torch.split(held_out, recipe.batch_size)
         self._forward: Callable[..., Any] | None = vars(self._plain).get("forward")
         with self._undisturbed():
-            self._anatomy = dissect(self._plain)
+            self._anatomy = find_structure(self._plain)
             self._base_head = self._anatomy.head
             if recipe.method == "full" and recipe.blocks is None:
                 self._base_head = copy.deepcopy(self._anatomy.head).requires_grad_(False)

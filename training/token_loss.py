@@ -16,8 +16,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..discovery import dissect
-from ..stats import BITS_PER_NAT
+from ..models.structure import find_structure
+from ..statistics.distances import BITS_PER_NAT
 from .generation import last_position_only
 
 # Logits exist for this many bytes' worth of rows at a time, as float32.
@@ -34,7 +34,7 @@ class TokenLoss:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._anatomy = dissect(model)
+        self._anatomy = find_structure(model)
         self._head = self._anatomy.head
         # A head that shares its weight with the embedding is trained when that is.
         self.head_is_frozen = not any(p.requires_grad for p in self._head.parameters())

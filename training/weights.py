@@ -13,13 +13,13 @@ import torch
 from torch import nn
 
 from ..errors import TrainingError
+from ..models.sources import OpenedModel
+from ..models.weight_sharing import is_peft, merged
 from ..randomness import own_randomness
-from ..shells import is_peft, merged
-from ..sources import Opened
 from .recipes import Recipe
 
 
-def own_copy(opened: Opened, recipe: Recipe) -> Any:
+def own_copy(opened: OpenedModel, recipe: Recipe) -> Any:
     """A plain model in evaluation mode that shares no storage with anything the caller holds.
 
     Ties between weights are kept. An unmerged adapter is folded in for full fine-tuning.

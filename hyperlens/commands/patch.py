@@ -43,25 +43,25 @@ WRITES = ("n_prompts", "prompt_tokens", "max_new_tokens")
 PARTS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "blocks": (
         "layer_sweep.experiment:patch_blocks",
-        "layer_sweep.finding:BlocksFinding",
+        "layer_sweep.finding:BlocksResult",
         ("site", "positions", "placebos", *READS, *WRITES),
     ),
     "positions": (
         "position_map.experiment:patch_positions",
-        "position_map.finding:PositionsFinding",
+        "position_map.finding:PositionsResult",
         READS,
     ),
     "weights": (
         "weights.experiment:transplant_weights",
-        "weights.finding:TransplantFinding",
+        "weights.finding:TransplantResult",
         (*READS, *WRITES),
     ),
     "dimensions": (
         "expansion.experiment:expansion",
-        "expansion.finding:ExpansionFinding",
+        "expansion.finding:ExpansionResult",
         (*READS, *WRITES),
     ),
-    "norm": ("norm.experiment:norm_question", "norm.finding:NormFinding", ("max_length",)),
+    "norm": ("norm.experiment:norm_question", "norm.finding:NormResult", ("max_length",)),
 }
 SITES = ("resid_post", "resid_pre", "attn_out", "mlp_out", "final_norm")
 
@@ -138,8 +138,8 @@ def run(args: argparse.Namespace) -> str:
     stamp = _stamp(args, texts)
     check_claim(args.out, STAMP, stamp, WORK)
     said = [_kept(name, args, texts, stamp).summary() for name in args.what]
-    from ..report import write_report
-    from ..report.saved import read_results
+    from ..render import write_report
+    from ..render.saved import read_results
 
     # Parts of earlier calls belong on the page too.
     page = write_report(args.out / "report.html", read_results([args.out]))

@@ -46,8 +46,8 @@ def add(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> str:
     """Read, write and return what to print."""
-    from ..report import write_report
-    from ..report.saved import read_results
+    from ..render import write_report
+    from ..render.saved import read_results
 
     results = read_results(args.folders)
     page = write_report(args.out, results, args.title)

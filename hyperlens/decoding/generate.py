@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from ..guarding import naming_what_to_lower
+from ..models.weight_sharing import plain_model
+from ..passes.failures import naming_what_to_lower
 from ..randomness import own_randomness
-from ..shells import plain_model
 from .prompts import batches, check_prompts, eos_ids, left_padded, without_dropout
 from .settings import check_sampling
 

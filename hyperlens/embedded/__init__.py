@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..texts import read_texts
+from ..data.texts import read_texts
 
 HERE = Path(__file__).resolve().parent
 

@@ -1,1 +1,1 @@
-"""Experiments on a pair of models; each returns a `Finding`."""
+"""Experiments on a pair of models; each returns a `Result`."""

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from .. import significance
 from ..decoding.diversity import (
     MEASURES,
     distinct,
@@ -19,10 +18,11 @@ from ..decoding.diversity import (
 )
 from ..decoding.prompts import opening_and_texts
 from ..errors import CorpusError
-from ..loading import Loaded
-from ..pairing import ModelPair, describe_pair
-from .behaviour_finding import BehaviourFinding
-from .contexts import names, open_pair_and_texts
+from ..hooks.loading import LoadedModel
+from ..pair import Pair, open_inputs
+from ..statistics import significance
+from .behaviour_finding import BehaviourResult
+from .contexts import names
 from .continuing import (
     Continuing,
     check_counts,
@@ -46,8 +46,8 @@ DISTINCT = (1, 2, 3)
 
 def measure_behaviour(
     base: Any,
-    tuned: Any,
-    texts: Any,
+    tuned: Any = None,
+    texts: Any = None,
     *,
     n_prompts: int = 32,
     prompt_tokens: int = 17,
@@ -59,7 +59,7 @@ def measure_behaviour(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     progress: bool = True,
-) -> BehaviourFinding:
+) -> BehaviourResult:
     """How diverse both models' continuations of the same prompts are.
 
     Every continuation has `max_new_tokens` tokens, an end-of-text token being one like any other:
@@ -81,7 +81,7 @@ def measure_behaviour(
         progress: show progress bars.
 
     Returns:
-        A `BehaviourFinding`: mean and interval over prompts of every measure, and the difference
+        A `BehaviourResult`: mean and interval over prompts of every measure, and the difference
         tuned - base, paired by prompt, with p values of the paired t test, Holm-corrected.
 
     Raises:
@@ -92,13 +92,13 @@ def measure_behaviour(
     check_counts(batch_size=batch_size, max_new_tokens=max_new_tokens)
     check_counts(0, n_examples=n_examples)
     check_seed(seed)
-    opened = open_pair_and_texts(
+    opened = open_inputs(
         base, tuned, texts, max_length=max(prompt_tokens, 2), device=device, dtype=dtype
     )
     pair = opened.pair
     check_room(pair, prompt_tokens, max_new_tokens)
     prompts = choose_prompts(opened.corpus, n_prompts, prompt_tokens, seed)
-    tokenizer = pair.base.opened.tokenizer or pair.tuned.opened.tokenizer
+    tokenizer = pair.tokenizer
     continuing = Continuing(prompts, max_new_tokens, batch_size, seed, progress)
     table: list[dict[str, Any]] = []
     together: list[dict[str, Any]] = []
@@ -114,7 +114,7 @@ def measure_behaviour(
             _example(pair, tokenizer, strategy, prompts[i], {s: w[i] for s, w in written.items()})
             for i in choose_examples(len(prompts), n_examples, seed)
         ]
-    meta = describe_pair(pair) | {
+    meta = pair.describe() | {
         "seed": seed,
         "options": {
             "n_prompts": len(prompts),
@@ -126,7 +126,7 @@ def measure_behaviour(
         "notes": list(opened.notes),
     }
     extras = {"distinct": together, "examples": examples}
-    return BehaviourFinding(tuple(significance.holm_rows(table)), extras, meta)
+    return BehaviourResult(tuple(significance.holm_rows(table)), extras, meta)
 
 
 def _check_strategies(strategies: Sequence[str]) -> None:
@@ -139,7 +139,7 @@ def _check_strategies(strategies: Sequence[str]) -> None:
         )
 
 
-def _sides(pair: ModelPair) -> dict[str, Loaded]:
+def _sides(pair: Pair) -> dict[str, LoadedModel]:
     return {"base": pair.base, "tuned": pair.tuned}
 
 
@@ -190,7 +190,7 @@ def _row(
 
 
 def _example(
-    pair: ModelPair,
+    pair: Pair,
     tokenizer: Any,
     strategy: str,
     prompt: list[int],

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..findings import Finding
+from ..results.result import Result
 from .wording import noted, p_in_words
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ STRATEGIES = {"greedy": "greedy", "sample": "sampled at temperature 1"}
 
 
 @dataclass(frozen=True)
-class BehaviourFinding(Finding):
+class BehaviourResult(Result):
     """How diverse the continuations of both models are.
 
     The table has a row per strategy ("greedy", "sample"), model ("base", "tuned" and their paired
@@ -116,7 +116,7 @@ class BehaviourFinding(Finding):
 
     def plot(self) -> matplotlib.figure.Figure:
         """Both models' mean and interval of every measure, a panel per strategy."""
-        from ..plots import BLUE, VERMILION, NotebookFigure, plain_frame
+        from ..render.plots import BLUE, VERMILION, NotebookFigure, plain_frame
 
         metrics = self.metrics
         figure = NotebookFigure(

@@ -9,20 +9,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..corpus import Corpus, build_corpus, check_max_length
-from ..errors import ActivationError, LoadingError
-from ..hooked import HookedModel, backend_of, evaluating, final_norm, run_last_residual, unembed
-from ..pairing import ModelPair, check_tokenizers, describe_pair, open_pair
-from ..shells import plain_model
-from ..texts import read_texts
-from ..token_ids import are_token_ids
+from ..data.corpus import Corpus
+from ..errors import ActivationError
+from ..hooks.surface import (
+    HookedModel,
+    evaluating,
+    final_norm,
+    run_last_residual,
+    unembed,
+)
+from ..models.weight_sharing import plain_model
+from ..pair import Inputs, Pair
 
 # The tokenizers are held against each other on this many texts.
 COMPARED_TEXTS = 64
@@ -44,7 +48,7 @@ class Contexts:
         notes: what a reader of the result should know.
     """
 
-    pair: ModelPair
+    pair: Pair
     corpus: Corpus
     base: Float[Tensor, "n d_model"]
     tuned: Float[Tensor, "n d_model"]
@@ -92,66 +96,7 @@ class Contexts:
             yield slice(start, min(start + size, len(self)))
 
 
-class PairAndTexts(NamedTuple):
-    """Two models that can generate, the texts they read, and notes on both."""
-
-    pair: ModelPair
-    corpus: Corpus
-    notes: tuple[str, ...]
-
-
-def open_pair_and_texts(
-    base: Any,
-    tuned: Any,
-    texts: Any,
-    *,
-    max_length: int,
-    device: str | torch.device | None = None,
-    dtype: str | torch.dtype | None = None,
-) -> PairAndTexts:
-    """Open a pair that can generate, and tokenise texts for it.
-
-    Args:
-        base, tuned, texts, device, dtype: what `compare_models` takes, but no hooked models.
-        max_length: tokens per text, BOS included.
-
-    Raises:
-        HyperlensError: if a source cannot be opened, or the texts do not fit the models.
-    """
-    check_max_length(max_length)
-    check_generate(base, tuned)
-    texts = texts if are_token_ids(texts) else read_texts(texts)
-    pair = open_pair(base, tuned, device=device, dtype=dtype)
-    return tokenised(pair, texts, max_length)
-
-
-def tokenised(pair: ModelPair, texts: Any, max_length: int) -> PairAndTexts:
-    """Texts as an open pair reads them.
-
-    Args:
-        pair: the two models.
-        texts: a list of strings, or of token ids.
-        max_length: tokens per text, BOS included.
-
-    Raises:
-        HyperlensError: if the texts do not fit the models.
-    """
-    notes: tuple[str, ...] = ()
-    if not are_token_ids(texts):
-        notes = check_tokenizers(pair, texts[:COMPARED_TEXTS])
-    cfg = pair.base.hooked.cfg
-    corpus = build_corpus(
-        texts,
-        pair.base.opened.tokenizer or pair.tuned.opened.tokenizer,
-        max_length=max_length,
-        context_length=cfg.n_ctx or None,
-        d_vocab=cfg.d_vocab,
-        bos_id=_bos(pair),
-    )
-    return PairAndTexts(pair, corpus, (*pair.notes, *corpus.notes, *notes))
-
-
-def read_contexts(opened: PairAndTexts, batch_size: int, progress: bool) -> Contexts:
+def read_contexts(opened: Inputs, batch_size: int, progress: bool) -> Contexts:
     """Read the texts with both models, so many per forward pass.
 
     Raises:
@@ -161,25 +106,15 @@ def read_contexts(opened: PairAndTexts, batch_size: int, progress: bool) -> Cont
     return Contexts(opened.pair, opened.corpus, *residuals, opened.notes)
 
 
-def about(contexts: Contexts, options: dict[str, Any], seed: int) -> dict[str, Any]:
-    """The `meta` of a finding: models, options, data and notes."""
-    return describe_pair(contexts.pair) | {
-        "seed": seed,
-        "options": options,
-        "data": contexts.corpus.describe() | {"n_contexts": len(contexts)},
-        "notes": list(contexts.notes),
-    }
-
-
-def special_ids(pair: ModelPair) -> set[int]:
+def special_ids(pair: Pair) -> set[int]:
     """Ids that are no words: the tokenizer's special tokens, and those of the configuration."""
     found: set[int] = set()
-    config = plain_model(pair.base.opened.model).config
-    for holder in (config, getattr(pair.base.opened.model, "generation_config", None)):
+    config = plain_model(pair.base.model).config
+    for holder in (config, getattr(pair.base.model, "generation_config", None)):
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             value = getattr(holder, name, None)
             found |= set(value if isinstance(value, list | tuple) else [value]) - {None}
-    tokenizer = pair.base.opened.tokenizer or pair.tuned.opened.tokenizer
+    tokenizer = pair.tokenizer
     if tokenizer is not None:
         found |= set(tokenizer.all_special_ids)
         # Rows that pad the vocabulary to a round number stand for no token.
@@ -187,28 +122,8 @@ def special_ids(pair: ModelPair) -> set[int]:
     return found
 
 
-def check_generate(base: Any, tuned: Any) -> None:
-    """Refuse models that cannot write.
-
-    Raises:
-        LoadingError: naming the one that is hooked.
-    """
-    for side, source in (("base", base), ("tuned", tuned)):
-        model = source[0] if isinstance(source, tuple) and source else source
-        if isinstance(model, nn.Module) and backend_of(model) is not None:
-            raise LoadingError(
-                f"{side} is a hooked model, which cannot generate: pass the Hugging Face or PEFT "
-                "model, its folder or its hub id"
-            )
-
-
-def _bos(pair: ModelPair) -> int | None:
-    bos = getattr(plain_model(pair.base.opened.model).config, "bos_token_id", None)
-    return bos if isinstance(bos, int) else None
-
-
 def _residuals(
-    pair: ModelPair, corpus: Corpus, batch_size: int, progress: bool
+    pair: Pair, corpus: Corpus, batch_size: int, progress: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     sides = {"base": pair.base.hooked, "tuned": pair.tuned.hooked}
     parts: dict[str, list[Tensor]] = {"base": [], "tuned": [], "text": []}

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from ..corpus import Corpus
+from ..data.corpus import Corpus
 from ..decoding.diversity import repetition, type_token_ratio
 from ..decoding.generate import continuations
 from ..errors import CorpusError
-from ..loading import Loaded
-from ..pairing import ModelPair
+from ..hooks.loading import LoadedModel
+from ..pair import Pair
 
 METRICS = ("ttr", "rep_2", "rep_3")
 # Torch takes 64 bits, and some experiments count on from the seed.
@@ -55,12 +55,12 @@ class Continuing:
     progress: bool
 
     def run(
-        self, loaded: Loaded, processors: Sequence[Any] = (), *, do_sample: bool = False
+        self, loaded: LoadedModel, processors: Sequence[Any] = (), *, do_sample: bool = False
     ) -> Continued:
         """Continue every prompt with one model, its logits changed by the processors."""
         tokens = continuations(
-            loaded.opened.model,
-            loaded.opened.tokenizer,
+            loaded.model,
+            loaded.tokenizer,
             self.prompts,
             max_new_tokens=self.max_new_tokens,
             do_sample=do_sample,
@@ -128,7 +128,7 @@ def check_seed(seed: Any) -> None:
         raise CorpusError(f"seed must be a whole number from 0 to {LARGEST_SEED}, got {seed!r}")
 
 
-def check_room(pair: ModelPair, length: int, max_new_tokens: int) -> None:
+def check_room(pair: Pair, length: int, max_new_tokens: int) -> None:
     """Refuse continuations that the models have no positions for.
 
     Raises:

@@ -11,18 +11,17 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from .. import significance
-from ..corpus import check_max_length
+from ..data.corpus import check_max_length
+from ..data.texts import read_texts
+from ..data.token_ids import are_token_ids
 from ..errors import CorpusError, HyperlensError, PairError
 from ..files import check_new_folder
-from ..fingerprint import texts_sha256, versions
-from ..pairing import describe_pair, open_pair
-from ..sources import check_source
-from ..texts import read_texts
-from ..token_ids import are_token_ids
-from .contexts import check_generate, tokenised
+from ..models.sources import check_source
+from ..pair import check_generates, open_pair, tokenized
+from ..results.fingerprint import texts_sha256, versions
+from ..statistics import significance
 from .continuing import METRICS, check_counts, check_room, check_seed
-from .cross_domain_finding import CrossDomainFinding
+from .cross_domain_finding import CrossDomainResult
 from .cross_domain_row import RowOptions, measure_row, prompts_of
 from .kept_rows import KeptRows, model_identity
 from .mauve_scores import SEEDS, few_texts
@@ -48,7 +47,7 @@ def cross_domain(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     progress: bool = True,
-) -> CrossDomainFinding:
+) -> CrossDomainResult:
     """Every pair on every corpus: what both models write greedily, and what changed inside.
 
     All texts are read, and what can be told of the models without opening them is checked,
@@ -137,7 +136,7 @@ def _check_pairs(pairs: Any) -> None:
         if not isinstance(sources, tuple | list) or len(sources) != 2:
             raise PairError(f"pair {name!r} must be (base, tuned), got {sources!r}")
         with _naming(f"pair {name!r}"):
-            check_generate(*sources)
+            check_generates(*sources)
             for source in sources:
                 check_source(source)
 
@@ -200,25 +199,25 @@ def _rows_of_pair(
     device: Any,
     dtype: Any,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Open a pair and measure it; every corpus is tokenised before the first one is measured."""
+    """Open a pair and measure it; every corpus is tokenized before the first one is measured."""
     if not texts:
         return
     with _naming(f"pair {name!r}"):
         pair = open_pair(*sources, device=device, dtype=dtype)
         check_room(pair, options.prompt_tokens, options.max_new_tokens)
         if reader is not None:
-            check_writes_text(pair.base.opened.tokenizer or pair.tuned.opened.tokenizer)
+            check_writes_text(pair.tokenizer)
     ready = {}
     for corpus, of_one in texts.items():
         with _naming(f"pair {name!r} on corpus {corpus!r}"):
-            opened = tokenised(pair, of_one, options.max_length)
+            opened = tokenized(pair, of_one, options.max_length)
             ready[corpus] = opened, prompts_of(opened.corpus, options, reader is not None)
     for corpus, (opened, prompts) in ready.items():
         with _naming(f"pair {name!r} on corpus {corpus!r}"):
             row, notes = measure_row(opened, prompts, options, reader)
             record = {
                 "row": row,
-                "pair": describe_pair(pair),
+                "pair": pair.describe(),
                 "data": opened.corpus.describe(),
                 "mauve": reader.describe() | {"seeds": list(SEEDS)} if reader else None,
                 "notes": [*opened.notes, *notes],
@@ -231,7 +230,7 @@ def _finding(
     texts: Mapping[str, Any],
     done: Mapping[tuple[str, str], Mapping[str, Any]],
     options: RowOptions,
-) -> CrossDomainFinding:
+) -> CrossDomainResult:
     keys = [(pair, corpus) for pair in pairs for corpus in texts]
     rows = [{"pair": p, "corpus": c, **done[p, c]["row"]} for p, c in keys]
     _correct(rows)
@@ -252,7 +251,7 @@ def _finding(
         "versions": versions(),
         "notes": list(notes),
     }
-    return CrossDomainFinding(tuple(rows), {}, meta)
+    return CrossDomainResult(tuple(rows), {}, meta)
 
 
 def _correct(rows: list[dict[str, Any]]) -> None:

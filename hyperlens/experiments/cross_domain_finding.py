@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..findings import Finding
+from ..results.result import Result
 from .continuing import METRICS
 from .wording import noted, p_in_words, wrapped
 
@@ -26,7 +26,7 @@ WIDTH = 26
 
 
 @dataclass(frozen=True)
-class CrossDomainFinding(Finding):
+class CrossDomainResult(Result):
     """A row per pair of models and corpus (arXiv 2605.22579, Table 6, and what it leaves out).
 
     Of greedy continuations, means over `n` prompts: `ttr`, `rep_2` and `rep_3` of `_base` and
@@ -132,7 +132,7 @@ class CrossDomainFinding(Finding):
 
     def plot(self) -> matplotlib.figure.Figure:
         """TTR before and after, and the change of dimension, row by row."""
-        from ..plots import BLUE, GREEN, ORANGE, VERMILION, NotebookFigure, plain_frame
+        from ..render.plots import BLUE, GREEN, ORANGE, VERMILION, NotebookFigure, plain_frame
 
         labels = [f"{shortened(row['corpus'], 24)}" for row in self.table]
         # A gap between pairs, for their names.

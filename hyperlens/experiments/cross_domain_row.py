@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .. import significance
-from ..corpus import Corpus
+from ..data.corpus import Corpus
+from ..pair import Inputs
+from ..passes.streaming import PassOptions, run_pass
 from ..probes import ParticipationRatio, RankReordering
-from ..runner import PassOptions, run_pass
-from .contexts import PairAndTexts
+from ..statistics import significance
 from .continuing import METRICS, Continuing, choose_prompts
 from .cross_domain_finding import READ
 from .mauve_written import OwnTexts
@@ -53,7 +53,7 @@ def prompts_of(corpus: Corpus, options: RowOptions, with_rests: bool) -> Prompts
 
 
 def measure_row(
-    opened: PairAndTexts, prompts: Prompts, options: RowOptions, reader: Featurizer | None
+    opened: Inputs, prompts: Prompts, options: RowOptions, reader: Featurizer | None
 ) -> tuple[dict[str, Any], list[str]]:
     """Everything of the row but its two names, and notes on it.
 
@@ -90,7 +90,7 @@ def measure_row(
     return row | _inside(opened, options) | mauve, notes
 
 
-def _inside(opened: PairAndTexts, options: RowOptions) -> dict[str, float]:
+def _inside(opened: Inputs, options: RowOptions) -> dict[str, float]:
     """Teacher-forced, at the last layer: agreement, ρ and change of effective dimension."""
     found = run_pass(
         opened.pair.base.hooked,
@@ -108,7 +108,7 @@ def _inside(opened: PairAndTexts, options: RowOptions) -> dict[str, float]:
 
 
 def _mauve(
-    opened: PairAndTexts,
+    opened: Inputs,
     prompts: Prompts,
     written: Mapping[str, Sequence[Sequence[int]]],
     reader: Featurizer | None,
@@ -117,7 +117,7 @@ def _mauve(
     row = {f"mauve_{side}{end}": math.nan for side in written for end in ("", "_low", "_high")}
     if reader is None:
         return row, []
-    tokenizer = opened.pair.base.opened.tokenizer or opened.pair.tuned.opened.tokenizer
+    tokenizer = opened.pair.tokenizer
     own = OwnTexts(reader, tokenizer, prompts.rests)
     for side, tokens in written.items():
         for scores in own.scores(side, [tokens]):

@@ -10,10 +10,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from .. import stats
-from ..float32 import in_full_float32
-from ..hooked import evaluating, run_logits
-from ..pairing import ModelPair
+from ..hooks.surface import evaluating, run_logits
+from ..pair import Pair
+from ..statistics import distances
+from ..statistics.float32 import in_full_float32
 from .contexts import Contexts
 
 
@@ -40,10 +40,10 @@ def along_texts(contexts: Contexts, progress: bool) -> list[Decisions]:
     """Teacher-forced: what both models would write next at every context of the texts."""
     found: dict[str, list[Tensor]] = {"picked": [], "base_first": [], "rank": []}
     for _, base, tuned in contexts.rows("provenance", progress):
-        winner = stats.winner(tuned)
+        winner = distances.winner(tuned)
         found["picked"].append(winner)
-        found["base_first"].append(stats.winner(base))
-        found["rank"].append(stats.rank_of(base, winner))
+        found["base_first"].append(distances.winner(base))
+        found["rank"].append(distances.rank_of(base, winner))
     columns = {name: torch.cat(parts).cpu() for name, parts in found.items()}
     text = contexts.text.cpu()
     corpus = contexts.corpus
@@ -61,7 +61,7 @@ def along_texts(contexts: Contexts, progress: bool) -> list[Decisions]:
 
 
 def along_continuations(
-    pair: ModelPair, prompts: Sequence[Sequence[int]], written: Sequence[Sequence[int]]
+    pair: Pair, prompts: Sequence[Sequence[int]], written: Sequence[Sequence[int]]
 ) -> list[Decisions]:
     """Free-running: what the tuned model wrote, each token in the base model's eyes."""
     decisions = []
@@ -74,7 +74,7 @@ def along_continuations(
 
 
 def in_the_base(
-    pair: ModelPair, prompt: Sequence[int], tokens: Sequence[int]
+    pair: Pair, prompt: Sequence[int], tokens: Sequence[int]
 ) -> tuple[list[int], list[int]]:
     """The base model's rank of every token in its place, and the token it puts first there.
 
@@ -84,8 +84,8 @@ def in_the_base(
     ids = torch.tensor([[*prompt, *tokens]], device=base.cfg.device)
     with evaluating(base):  # type: ignore[arg-type]
         logits = run_logits(base, ids, torch.ones_like(ids))[0, len(prompt) - 1 : -1].float()
-    ranks: list[int] = stats.rank_of(logits, ids[0, len(prompt) :]).tolist()
-    first: list[int] = stats.winner(logits).tolist()
+    ranks: list[int] = distances.rank_of(logits, ids[0, len(prompt) :]).tolist()
+    first: list[int] = distances.winner(logits).tolist()
     return ranks, first
 
 

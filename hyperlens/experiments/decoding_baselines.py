@@ -12,11 +12,10 @@ from typing import Any
 import torch
 
 from ..decoding.prompts import eos_ids, opening_and_texts
-from ..pairing import describe_pair
-from ..significance import estimate
-from .contexts import open_pair_and_texts
+from ..pair import open_inputs
+from ..statistics.significance import estimate
 from .continuing import check_counts, check_room, check_seed, choose_examples, choose_prompts
-from .decoding_finding import METHODS, DecodingFinding
+from .decoding_finding import METHODS, DecodingResult
 from .decoding_methods import Writing, Written, check_methods
 from .decoding_rows import Way, measured, rows
 from .mauve_scores import SEEDS, few_texts
@@ -26,8 +25,8 @@ from .text_features import open_featurizer
 
 def decoding_baselines(
     base: Any,
-    tuned: Any,
-    texts: Any,
+    tuned: Any = None,
+    texts: Any = None,
     *,
     methods: Sequence[str] = tuple(METHODS),
     temperature: float = 0.7,
@@ -47,7 +46,7 @@ def decoding_baselines(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     progress: bool = True,
-) -> DecodingFinding:
+) -> DecodingResult:
     """The base model under several ways of decoding beside the tuned model's greedy text.
 
     Args:
@@ -96,21 +95,21 @@ def decoding_baselines(
     rest = 0 if mauve_features is None else max_new_tokens
     if mauve_features is not None:
         check_mauve(mauve_features)
-    opened = open_pair_and_texts(
+    opened = open_inputs(
         base, tuned, texts, max_length=max(prompt_tokens + rest, 2), device=device, dtype=dtype
     )
     pair = opened.pair
     check_room(pair, prompt_tokens, max_new_tokens)
     drawn = choose_prompts(opened.corpus, n_prompts, prompt_tokens + rest, seed)
     prompts = [one[:prompt_tokens] for one in drawn]
-    tokenizer = pair.base.opened.tokenizer or pair.tuned.opened.tokenizer
+    tokenizer = pair.tokenizer
     if mauve_features is not None:
         check_writes_text(tokenizer)
     writing = Writing(prompts, parameters, max_new_tokens, batch_size, stop_at_eos, progress)
     seeds = range(seed, seed + n_samples)
     written = {("base", method): writing.run(pair.base, method, seeds) for method in methods}
     written["tuned", "greedy"] = writing.run(pair.tuned, "greedy", seeds)
-    meta = describe_pair(pair) | {
+    meta = pair.describe() | {
         "seed": seed,
         "options": {
             "methods": list(methods),
@@ -147,11 +146,11 @@ def decoding_baselines(
     ]
     # Each model's own ends: a chat model has others than its base.
     eos = {
-        side: eos_ids(loaded.opened.model, loaded.opened.tokenizer or tokenizer)
+        side: eos_ids(loaded.model, loaded.tokenizer or tokenizer)
         for side, loaded in (("base", pair.base), ("tuned", pair.tuned))
     }
     values = {way: measured(found.samples, eos[way[0]]) for way, found in written.items()}
-    return DecodingFinding(
+    return DecodingResult(
         tuple(rows(values, mauve)), {"methods": about, "examples": examples}, meta
     )
 

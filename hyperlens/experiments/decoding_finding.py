@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..findings import Finding
+from ..results.result import Result
 from .wording import noted, p_in_words, wrapped
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ REFERENCE = ("tuned", "greedy")
 
 
 @dataclass(frozen=True)
-class DecodingFinding(Finding):
+class DecodingResult(Result):
     """The base model under several ways of decoding, and the tuned one under greedy decoding.
 
     The table has a row per model ("base", "tuned"), method and metric. `value` is the mean over
@@ -162,7 +162,7 @@ class DecodingFinding(Finding):
 
     def plot(self) -> matplotlib.figure.Figure:
         """Three measures of every method; hollow marks are of methods that sample."""
-        from ..plots import BLUE, VERMILION, NotebookFigure, plain_frame
+        from ..render.plots import BLUE, VERMILION, NotebookFigure, plain_frame
 
         ways = self.ways
         figure = NotebookFigure(figsize=(13, 0.42 * len(ways) + 1.6), layout="constrained")

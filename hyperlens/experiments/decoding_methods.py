@@ -13,7 +13,7 @@ from ..decoding.generate import continuations
 from ..decoding.guard import Guard
 from ..decoding.settings import check_sampling
 from ..errors import DecodingError
-from ..loading import Loaded
+from ..hooks.loading import LoadedModel
 from .decoding_finding import METHODS
 
 
@@ -44,18 +44,18 @@ class Writing:
     stop_at_eos: bool
     progress: bool
 
-    def run(self, loaded: Loaded, method: str, seeds: Sequence[int]) -> Written:
+    def run(self, loaded: LoadedModel, method: str, seeds: Sequence[int]) -> Written:
         """Continue every prompt, once per seed; once where no seed matters."""
         runs = seeds[:1] if METHODS[method].deterministic else seeds
         # The first call of a process takes longer, whatever it does.
-        model, tokenizer = loaded.opened.model, loaded.opened.tokenizer
+        model, tokenizer = loaded.model, loaded.tokenizer
         continuations(model, tokenizer, self.prompts[:1], max_new_tokens=1, progress=False)
         start = time.perf_counter()
         samples = [self._once(loaded, method, seed) for seed in runs]
         return Written(samples, (time.perf_counter() - start) / len(runs))
 
-    def _once(self, loaded: Loaded, method: str, seed: int) -> list[list[int]]:
-        model, tokenizer = loaded.opened.model, loaded.opened.tokenizer
+    def _once(self, loaded: LoadedModel, method: str, seed: int) -> list[list[int]]:
+        model, tokenizer = loaded.model, loaded.tokenizer
         common: dict[str, Any] = {
             "max_new_tokens": self.max_new_tokens,
             "batch_size": self.batch_size,

@@ -6,8 +6,8 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from .. import significance
 from ..decoding.diversity import MEASURES, distinct_by_text, is_ttr_again
+from ..statistics import significance
 from .decoding_finding import METHODS, REFERENCE
 
 Tokens = Sequence[Sequence[int]]

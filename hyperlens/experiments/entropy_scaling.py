@@ -12,8 +12,8 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import TemperatureLogitsWarper
 
-from ..rank_correlation import spearman
-from ..stats import winner
+from ..statistics.distances import winner
+from ..statistics.rank_correlation import spearman
 from .contexts import Contexts
 from .entropy_matching import (
     EntropyMatched,

@@ -18,7 +18,7 @@ from torch import nn
 
 from ..errors import ResultsError
 from ..files import write_text
-from ..fingerprint import weights_sha256
+from ..results.fingerprint import weights_sha256
 
 Identity = Mapping[str, Any]
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 from ..errors import ProbeError
-from ..rank_correlation import average_ranks
+from ..statistics.rank_correlation import average_ranks
 from .contexts import Contexts
 
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
+from ..data.texts import Texts, read_texts
 from ..errors import CorpusError
-from ..fingerprint import texts_sha256, versions
-from ..texts import Texts, read_texts
-from .mauve_finding import MauveFinding
+from ..results.fingerprint import texts_sha256, versions
+from .mauve_finding import MauveResult
 from .mauve_scores import SEEDS, check_seeds, compute_mauve, few_texts, mauve_scores
 from .text_features import Features, open_featurizer, reading_notes
 
@@ -26,7 +26,7 @@ def mauve_score(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     progress: bool = True,
-) -> MauveFinding:
+) -> MauveResult:
     """MAUVE of two sets of texts (Pillutla et al. 2021, arXiv 2102.01454).
 
     Needs `pip install 'hyperlens[mauve]'`. Nothing is downloaded unless a hub name is given. The
@@ -75,7 +75,7 @@ def mauve_score(
         ],
     }
     rows = zip(seeds, found.values, found.smoothed, strict=True)
-    return MauveFinding(
+    return MauveResult(
         table=tuple({"seed": s, "value": v, "smoothed": smooth} for s, v, smooth in rows),
         extras={"curves": list(found.curves)},
         meta=meta,

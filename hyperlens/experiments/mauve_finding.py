@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..findings import Finding
+from ..results.result import Result
 from .wording import noted
 
 if TYPE_CHECKING:
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class MauveFinding(Finding):
+class MauveResult(Result):
     """How near two sets of texts are.
 
     The table has a row per seed of the clustering: MAUVE, 1 for the same distribution and towards 0
@@ -54,7 +54,7 @@ class MauveFinding(Finding):
 
     def plot(self) -> matplotlib.figure.Figure:
         """The divergence curve of every seed; MAUVE is the area under it."""
-        from ..plots import BLUE, NotebookFigure, plain_frame
+        from ..render.plots import BLUE, NotebookFigure, plain_frame
 
         figure = NotebookFigure(figsize=(5.6, 4.6), layout="constrained")
         axes = figure.subplots()

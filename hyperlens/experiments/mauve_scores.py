@@ -19,8 +19,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .. import significance
 from ..errors import CorpusError, ProbeError
+from ..statistics import significance
 
 # Five are enough to see whether the clustering matters; ours.
 SEEDS = (0, 1, 2, 3, 4)

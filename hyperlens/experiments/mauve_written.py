@@ -7,7 +7,7 @@ from typing import Any
 
 from ..decoding.prompts import as_text
 from ..errors import CorpusError
-from ..sources import check_source
+from ..models.sources import check_source
 from .mauve_scores import Scores, compute_mauve, mauve_scores
 from .text_features import Features, Featurizer, reading_notes
 

@@ -14,19 +14,18 @@ import torch
 from tqdm.auto import tqdm
 
 from ..errors import PairError
-from ..loading import Loaded, hook
-from ..pairing import ModelPair, describe_pair
+from ..hooks.loading import LoadedModel, hook
+from ..models.sources import OpenedModel
+from ..models.weight_sharing import merged
+from ..pair import Inputs, Pair, open_inputs
+from ..passes.multi_pass import run_passes
+from ..passes.streaming import PassOptions
+from ..passes.streams import View
 from ..probes import LogitLens, ParticipationRatio, Probe, RankReordering, ResidualDrift
-from ..results import Row
-from ..rounds import run_passes
-from ..runner import PassOptions
-from ..shells import merged
-from ..significance import estimate
-from ..sources import Opened
-from ..streams import View
-from .contexts import PairAndTexts, open_pair_and_texts
+from ..results.comparison import Row
+from ..statistics.significance import estimate
 from .continuing import METRICS, Continuing, check_counts, check_room, check_seed, choose_prompts
-from .null_test_finding import NullTestFinding
+from .null_test_finding import NullTestResult
 from .placebo import changed_tensors, placebo
 
 VIEWS: tuple[View, ...] = ("raw", "final_norm")
@@ -41,8 +40,8 @@ SINK_THRESHOLD = 10.0
 
 def null_test(
     base: Any,
-    tuned: Any,
-    texts: Any,
+    tuned: Any = None,
+    texts: Any = None,
     *,
     n_placebos: int = 3,
     max_length: int = 256,
@@ -54,7 +53,7 @@ def null_test(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     progress: bool = True,
-) -> NullTestFinding:
+) -> NullTestResult:
     """Measure the tuned model, and placebos whose weights changed as much but at random.
 
     A placebo is the base plus the tuned model's change with the entries of each tensor shuffled:
@@ -79,14 +78,12 @@ def null_test(
     """
     check_counts(n_placebos=n_placebos, batch_size=batch_size)
     check_seed(seed)
-    opened = open_pair_and_texts(
-        base, tuned, texts, max_length=max_length, device=device, dtype=dtype
-    )
+    opened = open_inputs(base, tuned, texts, max_length=max_length, device=device, dtype=dtype)
     check_room(opened.pair, prompt_tokens, max_new_tokens)
     prompts = choose_prompts(opened.corpus, n_prompts, prompt_tokens, seed)
     continuing = Continuing(prompts, max_new_tokens, max(batch_size, 16), seed, False)
-    plain = merged(opened.pair.base.opened.model)
-    changes = changed_tensors(plain, merged(opened.pair.tuned.opened.model))
+    plain = merged(opened.pair.base.model)
+    changes = changed_tensors(plain, merged(opened.pair.tuned.model))
     if not changes:
         raise PairError(
             "the two models have the same weights: there is no change to test against placebos"
@@ -99,7 +96,7 @@ def null_test(
             measured.append(_measure(opened, model, options, continuing))
             bar.update()
     written = continuing.run(opened.pair.base)
-    meta = describe_pair(opened.pair) | {
+    meta = opened.pair.describe() | {
         "seed": seed,
         "options": {
             "n_placebos": n_placebos,
@@ -118,25 +115,25 @@ def null_test(
         "norm_of_change": math.sqrt(sum(norm**2 for norm in norms.values())),
         "placebo_seeds": list(range(seed, seed + n_placebos)),
     }
-    return NullTestFinding(tuple(_table(measured[0], measured[1:])), extras, meta)
+    return NullTestResult(tuple(_table(measured[0], measured[1:])), extras, meta)
 
 
 Key = tuple[str, int, str]
 
 
 def _models(
-    pair: ModelPair, plain: Any, changes: dict[str, torch.Tensor], seed: int, n_placebos: int
-) -> Iterator[Loaded]:
+    pair: Pair, plain: Any, changes: dict[str, torch.Tensor], seed: int, n_placebos: int
+) -> Iterator[LoadedModel]:
     """The tuned model, then the placebos, one at a time."""
     yield pair.tuned
     for number in range(n_placebos):
         model = placebo(plain, changes, seed + number)
-        tokenizer = pair.base.opened.tokenizer
-        yield hook(Opened(model, tokenizer, f"placebo {number}", "object"), "residual")
+        tokenizer = pair.base.tokenizer
+        yield hook(OpenedModel(model, tokenizer, f"placebo {number}", "object"), "residual")
 
 
 def _measure(
-    opened: PairAndTexts, model: Loaded, options: PassOptions, continuing: Continuing
+    opened: Inputs, model: LoadedModel, options: PassOptions, continuing: Continuing
 ) -> dict[Key, float]:
     """Every statistic of one model against the base."""
     probes: list[Probe] = [

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..findings import Finding
+from ..results.result import Result
 from .wording import noted
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ HEADLINE = (
 
 
 @dataclass(frozen=True)
-class NullTestFinding(Finding):
+class NullTestResult(Result):
     """Every statistic of the tuned model, and its range over placebos.
 
     The table has a row per metric, layer and view ("greedy text" for what continuations measure):
@@ -82,7 +82,7 @@ class NullTestFinding(Finding):
 
     def plot(self) -> matplotlib.figure.Figure:
         """Distance and dimension along the layers, the placebos as a band."""
-        from ..plots import BLUE, GREY, LAYER_LABEL, NotebookFigure, plain_frame
+        from ..render.plots import BLUE, GREY, LAYER_LABEL, NotebookFigure, plain_frame
 
         figure = NotebookFigure(figsize=(13, 3.8), layout="constrained")
         panels = (

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import PairError
-from ..shells import shell_of
+from ..models.weight_sharing import weight_sharing_copy
 
 
 def changed_tensors(base: nn.Module, tuned: nn.Module) -> dict[str, Tensor]:
@@ -33,7 +33,7 @@ def placebo(base: nn.Module, changes: dict[str, Tensor], seed: int) -> Any:
     that training has decided, is lost. Unchanged tensors are shared with the base.
     """
     generator = torch.Generator().manual_seed(seed)
-    model = shell_of(base)
+    model = weight_sharing_copy(base)
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, change in changes.items():

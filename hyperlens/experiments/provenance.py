@@ -14,14 +14,14 @@ from typing import Any
 
 import torch
 
-from .. import significance
-from ..pairing import describe_pair
+from ..models.weight_sharing import plain_model
+from ..pair import open_inputs
 from ..probes.rank_reordering import rank_bins
-from ..shells import plain_model
-from .contexts import names, open_pair_and_texts, read_contexts, token_texts
+from ..statistics import significance
+from .contexts import names, read_contexts, token_texts
 from .continuing import Continuing, check_counts, check_room, check_seed, choose_prompts
 from .decisions import Decisions, along_continuations, along_texts, neighbours
-from .provenance_finding import BUCKETS, ProvenanceFinding
+from .provenance_finding import BUCKETS, ProvenanceResult
 from .token_kinds import KINDS, kind_of, repeats
 
 # A pick is a near-synonym of the base's if it is among so many nearest neighbours of it.
@@ -33,8 +33,8 @@ WORDS_BEFORE = 12
 
 def provenance(
     base: Any,
-    tuned: Any,
-    texts: Any,
+    tuned: Any = None,
+    texts: Any = None,
     *,
     n_prompts: int = 32,
     prompt_tokens: int = 17,
@@ -46,7 +46,7 @@ def provenance(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     progress: bool = True,
-) -> ProvenanceFinding:
+) -> ProvenanceResult:
     """The base rank of every token the tuned model picks, and what those tokens are.
 
     Args:
@@ -67,9 +67,7 @@ def provenance(
     check_counts(batch_size=batch_size)
     check_counts(0, n_examples=n_examples)
     check_seed(seed)
-    opened = open_pair_and_texts(
-        base, tuned, texts, max_length=max_length, device=device, dtype=dtype
-    )
+    opened = open_inputs(base, tuned, texts, max_length=max_length, device=device, dtype=dtype)
     pair = opened.pair
     check_room(pair, prompt_tokens, max_new_tokens)
     prompts = choose_prompts(opened.corpus, n_prompts, prompt_tokens, seed)
@@ -79,10 +77,10 @@ def provenance(
         "teacher-forced": along_texts(contexts, progress),
         "free-running": along_continuations(pair, prompts, written.tokens),
     }
-    tokenizer = pair.base.opened.tokenizer or pair.tuned.opened.tokenizer
+    tokenizer = pair.tokenizer
     table: list[dict[str, Any]] = []
     examples: list[dict[str, Any]] = []
-    unembedding = plain_model(pair.base.opened.model).get_output_embeddings().weight
+    unembedding = plain_model(pair.base.model).get_output_embeddings().weight
     for mode, decisions in read.items():
         changed = [
             first for one in decisions for first, rank in zip(one.base_first, one.rank, strict=True)
@@ -92,7 +90,7 @@ def provenance(
         picks = [list(_picks(one, near, tokenizer)) for one in decisions]
         table += _rows(mode, picks)
         examples += _examples(mode, picks, decisions, tokenizer, n_examples, seed)
-    meta = describe_pair(pair) | {
+    meta = pair.describe() | {
         "seed": seed,
         "options": {
             "n_prompts": len(prompts),
@@ -107,7 +105,7 @@ def provenance(
     }
     histograms = {mode: _histogram(decisions, meta["d_vocab"]) for mode, decisions in read.items()}
     extras = {"rank_histogram": histograms, "examples": examples}
-    return ProvenanceFinding(tuple(table), extras, meta)
+    return ProvenanceResult(tuple(table), extras, meta)
 
 
 Pick = dict[str, Any]

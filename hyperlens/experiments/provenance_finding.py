@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..findings import Finding
+from ..results.result import Result
 from .token_kinds import KINDS
 from .wording import noted
 
@@ -23,7 +23,7 @@ MODE_STYLES = {"teacher-forced": ("#0072B2", -0.2), "free-running": ("#D55E00", 
 
 
 @dataclass(frozen=True)
-class ProvenanceFinding(Finding):
+class ProvenanceResult(Result):
     """Base ranks of the tuned model's picks, and what kind of tokens they are.
 
     The table has a row per mode ("teacher-forced", "free-running"), bucket of base ranks ("1",
@@ -89,7 +89,7 @@ class ProvenanceFinding(Finding):
 
     def plot(self) -> matplotlib.figure.Figure:
         """The paper's Figure 4, its buckets, and the kinds of tokens in them, read both ways."""
-        from ..plots import NotebookFigure, plain_frame
+        from ..render.plots import NotebookFigure, plain_frame
 
         figure = NotebookFigure(figsize=(16, 4.4), layout="constrained")
         left, middle, right = figure.subplots(1, 3, width_ratios=(1.5, 0.8, 1.5))
@@ -124,7 +124,7 @@ class ProvenanceFinding(Finding):
         axes.set_ylabel("share of decisions (%), mean over texts, 95%")
 
     def _draw_kinds(self, axes: Axes) -> None:
-        from ..plots import BLUE, GREEN, GREY, ORANGE, VERMILION
+        from ..render.plots import BLUE, GREEN, GREY, ORANGE, VERMILION
 
         colors = (GREY, BLUE, ORANGE, GREEN, VERMILION, "#CCCCCC")
         short = [mode.partition("-")[0] for mode in MODES]

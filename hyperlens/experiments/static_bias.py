@@ -14,13 +14,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .. import significance
-from ..stats import winner
-from .contexts import Contexts, about, names, open_pair_and_texts, read_contexts, special_ids
+from ..pair import open_inputs
+from ..statistics import significance
+from ..statistics.distances import winner
+from ..statistics.trend import trend
+from .contexts import Contexts, names, read_contexts, special_ids
 from .continuing import METRICS, Continuing, check_counts, check_room, check_seed, choose_prompts
 from .logit_shift import LogitBias, Shift, biases, check_alphas, mean_shift, promoted
-from .static_bias_finding import BIASES, StaticBiasFinding
-from .trend import trend
+from .static_bias_finding import BIASES, StaticBiasResult
 
 # The paper's, and 1: where a tuned model that is base + bias would be met exactly.
 ALPHAS = (0.01, 0.05, 0.1, 0.2, 0.5, 1.0)
@@ -33,8 +34,8 @@ Condition = tuple[str, float]
 
 def static_bias(
     base: Any,
-    tuned: Any,
-    texts: Any,
+    tuned: Any = None,
+    texts: Any = None,
     *,
     k: int = 500,
     alphas: Sequence[float] = ALPHAS,
@@ -47,7 +48,7 @@ def static_bias(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     progress: bool = True,
-) -> StaticBiasFinding:
+) -> StaticBiasResult:
     """Table 2 of arXiv 2605.22579 for any pair, with placebos.
 
     Args:
@@ -71,9 +72,7 @@ def static_bias(
     check_counts(k=k, batch_size=batch_size)
     check_seed(seed)
     strengths = check_alphas(alphas)
-    opened = open_pair_and_texts(
-        base, tuned, texts, max_length=max_length, device=device, dtype=dtype
-    )
+    opened = open_inputs(base, tuned, texts, max_length=max_length, device=device, dtype=dtype)
     check_room(opened.pair, prompt_tokens, max_new_tokens)
     prompts = choose_prompts(opened.corpus, n_prompts, prompt_tokens, seed)
     contexts = read_contexts(opened, batch_size, progress)
@@ -97,9 +96,10 @@ def static_bias(
         "max_length": opened.corpus.max_length,
         "batch_size": batch_size,
     }
-    meta = about(contexts, options, seed)
+    meta = opened.metadata(seed=seed, options=options)
+    meta["corpus"]["n_contexts"] = len(contexts)
     meta["notes"] += _notes(k, len(chosen), int(allowed.sum()), shift.rank_gain[chosen])
-    return StaticBiasFinding(
+    return StaticBiasResult(
         table=tuple(_row(*key, values) for key, values in units.items()),
         extras={
             "static_share": shift.static_share,
@@ -176,7 +176,7 @@ def _trends(units: Units, alphas: Sequence[float]) -> list[dict[str, Any]]:
 
 
 def _named(contexts: Contexts, shift: Shift, ids: list[int]) -> list[dict[str, Any]]:
-    tokenizer = contexts.pair.base.opened.tokenizer or contexts.pair.tuned.opened.tokenizer
+    tokenizer = contexts.pair.tokenizer
     return [
         {"id": i, "token": token, "rank_gain": gain, "delta": delta}
         for i, token, gain, delta in zip(

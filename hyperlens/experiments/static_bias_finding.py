@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..findings import Finding
+from ..results.result import Result
 from .wording import noted, plus_minus, wrapped
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ BLOCKS = ("ttr", "rep_2", "agreement_tuned")
 
 
 @dataclass(frozen=True)
-class StaticBiasFinding(Finding):
+class StaticBiasResult(Result):
     """The base model with a fixed bias on its logits, beside placebos and the tuned model.
 
     The table has a row per bias ("none", the base itself; "promoted", the paper's; "all";
@@ -159,7 +159,7 @@ class StaticBiasFinding(Finding):
 
     def plot(self) -> matplotlib.figure.Figure:
         """TTR, repetition and agreement over α, one line per bias."""
-        from ..plots import NotebookFigure
+        from ..render.plots import NotebookFigure
 
         figure = NotebookFigure(figsize=(13, 4.4), layout="constrained")
         figure.suptitle(
@@ -183,7 +183,7 @@ class StaticBiasFinding(Finding):
         return figure
 
     def _draw(self, axes: Axes, metric: str) -> None:
-        from ..plots import BLUE, GREEN, GREY, ORANGE, VERMILION, plain_frame
+        from ..render.plots import BLUE, GREEN, GREY, ORANGE, VERMILION, plain_frame
 
         styles = dict(
             zip(

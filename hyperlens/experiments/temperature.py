@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 
-from .. import significance
-from .contexts import about, open_pair_and_texts, read_contexts
+from ..pair import open_inputs
+from ..statistics import significance
+from .contexts import read_contexts
 from .continuing import METRICS, Continuing, check_counts, check_room, check_seed, choose_prompts
 from .entropy_scaling import Units, describe_temperatures, find_scaling, teacher_forced
-from .temperature_finding import TEACHER_FORCED, VARIANTS, TemperatureFinding
+from .temperature_finding import TEACHER_FORCED, VARIANTS, TemperatureResult
 
 # Who is tested against whom; the first is the paper's own test.
 COMPARED = (("tuned", "matched"), ("matched", "original"))
@@ -26,8 +27,8 @@ COMPARED = (("tuned", "matched"), ("matched", "original"))
 
 def temperature(
     base: Any,
-    tuned: Any,
-    texts: Any,
+    tuned: Any = None,
+    texts: Any = None,
     *,
     n_prompts: int = 32,
     prompt_tokens: int = 32,
@@ -38,7 +39,7 @@ def temperature(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     progress: bool = True,
-) -> TemperatureFinding:
+) -> TemperatureResult:
     """Table 1 of arXiv 2605.22579 for any pair, with the control that it lacks.
 
     Agreement with the base, ρ and entropy are teacher-forced, over every context of the texts;
@@ -63,9 +64,7 @@ def temperature(
     """
     check_counts(batch_size=batch_size)
     check_seed(seed)
-    opened = open_pair_and_texts(
-        base, tuned, texts, max_length=max_length, device=device, dtype=dtype
-    )
+    opened = open_inputs(base, tuned, texts, max_length=max_length, device=device, dtype=dtype)
     check_room(opened.pair, prompt_tokens, max_new_tokens)
     prompts = choose_prompts(opened.corpus, n_prompts, prompt_tokens, seed)
     contexts = read_contexts(opened, batch_size, progress)
@@ -91,10 +90,11 @@ def temperature(
         "max_length": contexts.corpus.max_length,
         "batch_size": batch_size,
     }
-    meta = about(contexts, options, seed)
+    meta = opened.metadata(seed=seed, options=options)
+    meta["corpus"]["n_contexts"] = len(contexts)
     meta["notes"] += scaling.notes()
     greedy = {v: generated[v, "greedy"].tokens for v in VARIANTS}
-    return TemperatureFinding(
+    return TemperatureResult(
         table=tuple(_row(*key, values) for key, values in units.items()),
         extras={
             "temperature": describe_temperatures(scaling, read),

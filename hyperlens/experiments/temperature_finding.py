@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..findings import Finding
+from ..results.result import Result
 from .wording import noted, p_number, plus_minus, wrapped
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ WORDS = {
 
 
 @dataclass(frozen=True)
-class TemperatureFinding(Finding):
+class TemperatureResult(Result):
     """The original model, the original at the tuned model's entropy, and the tuned model.
 
     The table has a row per variant ("original"; "matched", at one temperature for all contexts;
@@ -142,7 +142,7 @@ class TemperatureFinding(Finding):
 
     def plot(self) -> matplotlib.figure.Figure:
         """TTR and bigram repetition of every variant, and the temperatures of single contexts."""
-        from ..plots import NotebookFigure
+        from ..render.plots import NotebookFigure
 
         figure = NotebookFigure(figsize=(13, 4.2), layout="constrained")
         figure.suptitle(
@@ -158,7 +158,7 @@ class TemperatureFinding(Finding):
         return figure
 
     def _draw_bars(self, axes: Axes, metric: str, title: str, label: str) -> None:
-        from ..plots import BLUE, ORANGE, plain_frame
+        from ..render.plots import BLUE, ORANGE, plain_frame
 
         axes.set_title(title, loc="left", fontsize=11)
         styles = (("greedy", BLUE, "", -0.2), ("sampled", ORANGE, "//", 0.2))
@@ -185,7 +185,7 @@ class TemperatureFinding(Finding):
         plain_frame(axes)
 
     def _draw_temperatures(self, axes: Axes) -> None:
-        from ..plots import GREEN, VERMILION, plain_frame
+        from ..render.plots import GREEN, VERMILION, plain_frame
 
         found = self.extras["temperature"]
         edges = [2.0**edge for edge in found["log2_edges"]]

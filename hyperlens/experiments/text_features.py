@@ -12,12 +12,11 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..corpus import check_max_length, tokenize
+from ..data.corpus import check_max_length, tokenize
 from ..errors import ActivationError, CorpusError
-from ..hooked import evaluating, final_norm, input_device, run_last_residual
-from ..loading import Loaded, hook, parse_device, parse_dtype
-from ..pairing import describe_model
-from ..sources import open_source
+from ..hooks.loading import LoadedModel, hook, parse_device, parse_dtype
+from ..hooks.surface import evaluating, final_norm, input_device, run_last_residual
+from ..models.sources import open_source
 from .continuing import check_counts
 
 
@@ -49,13 +48,13 @@ class Featurizer:
         batch_size: texts per forward pass; changes nothing but rounding.
     """
 
-    loaded: Loaded
+    loaded: LoadedModel
     max_length: int
     batch_size: int
 
     def describe(self) -> dict[str, Any]:
         """Which model, which token and how many, as JSON values."""
-        return describe_model(self.loaded) | {
+        return self.loaded.describe() | {
             "dtype": str(self.loaded.hooked.cfg.dtype).removeprefix("torch."),
             "max_length": self.max_length,
             "position": "last token, after the final norm",
@@ -68,7 +67,7 @@ class Featurizer:
             CorpusError: if the model has no tokenizer.
             ActivationError: if the model overflows.
         """
-        ids = tokenize(texts, self.loaded.opened.tokenizer)
+        ids = tokenize(texts, self.loaded.tokenizer)
         kept = [one[: self.max_length] for one in ids if len(one)]
         vectors = torch.empty(len(kept), self.loaded.hooked.cfg.d_model)
         order = sorted(range(len(kept)), key=lambda i: -len(kept[i]))

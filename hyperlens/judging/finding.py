@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..experiments.wording import noted, p_in_words, wrapped
-from ..findings import Finding
+from ..results.result import Result
 from .verdict import CRITERIA
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ LEANINGS = {
 
 
 @dataclass(frozen=True)
-class JudgeFinding(Finding):
+class JudgeResult(Result):
     """Which of two models' continuations a judge prefers, each pair asked in both orders.
 
     A is `meta["base"]`, B is `meta["tuned"]`, whatever they are. The table has a row per criterion
@@ -139,7 +139,7 @@ class JudgeFinding(Finding):
 
     def plot(self) -> matplotlib.figure.Figure:
         """Left: who wins, by criterion. Right: the judge's leanings, where 50% is none."""
-        from ..plots import BLUE, GREY, VERMILION, NotebookFigure, plain_frame
+        from ..render.plots import BLUE, GREY, VERMILION, NotebookFigure, plain_frame
 
         figure = NotebookFigure(figsize=(12, 4), layout="constrained")
         names = " against ".join(self.sides)

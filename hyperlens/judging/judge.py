@@ -9,11 +9,9 @@ from typing import Any
 
 import torch
 
-from ..adapters import adapter_folder
 from ..decoding.generate import continuations
 from ..decoding.prompts import opening_and_texts
 from ..errors import CorpusError, JudgeError
-from ..experiments.contexts import open_pair_and_texts
 from ..experiments.continuing import (
     check_counts,
     check_room,
@@ -21,13 +19,14 @@ from ..experiments.continuing import (
     choose_examples,
     choose_prompts,
 )
-from ..fingerprint import versions
-from ..loading import parse_device, parse_dtype
-from ..pairing import describe_pair
-from ..sources import Opened, open_source
+from ..hooks.loading import parse_device, parse_dtype
+from ..models.adapters import adapter_folder
+from ..models.sources import OpenedModel, open_source
+from ..pair import open_inputs
+from ..results.fingerprint import versions
 from .asking import ask
 from .cache import Answers
-from .finding import JudgeFinding
+from .finding import JudgeResult
 from .judges import FunctionJudge, Judge, as_judge
 from .pairs import Pair, pairs_sha256, read_pairs
 from .prompt import FORM, TEMPLATE, write_prompt
@@ -37,8 +36,8 @@ from .verdict import CRITERIA, PLACES, SCORED, TIE, Verdict
 
 def judge_models(
     base: Any,
-    tuned: Any,
-    texts: Any,
+    tuned: Any = None,
+    texts: Any = None,
     *,
     judge: Any,
     n_prompts: int = 100,
@@ -52,7 +51,7 @@ def judge_models(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     progress: bool = True,
-) -> JudgeFinding:
+) -> JudgeResult:
     """Let two models continue the same prompts, greedily, and a judge compare what they write.
 
     A continuation ends where its model ends it, or after `max_new_tokens`. The judge sees the
@@ -82,7 +81,7 @@ def judge_models(
     asked = as_judge(judge, device)
     _check_asking(asked, tries, cache, n_examples)
     adapter = _on_its_own_base(tuned, device, dtype)
-    opened = open_pair_and_texts(
+    opened = open_inputs(
         base,
         tuned if adapter is None else (adapter.model, adapter.tokenizer),
         texts,
@@ -91,15 +90,15 @@ def judge_models(
         dtype=dtype,
     )
     pair = opened.pair
-    tokenizer = pair.base.opened.tokenizer or pair.tuned.opened.tokenizer
+    tokenizer = pair.tokenizer
     if tokenizer is None:
         raise CorpusError("a judge reads text, and the models have no tokenizer: give one of them")
     check_room(pair, prompt_tokens, max_new_tokens)
     prompts = choose_prompts(opened.corpus, n_prompts, prompt_tokens, seed)
     written = [
         continuations(
-            loaded.opened.model,
-            loaded.opened.tokenizer or tokenizer,
+            loaded.model,
+            loaded.tokenizer or tokenizer,
             prompts,
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
@@ -111,7 +110,7 @@ def judge_models(
     for prompt, *tokens in zip(prompts, *written, strict=True):
         context, (a, b) = opening_and_texts(tokenizer, prompt, tokens)
         pairs.append(Pair(context, a, b))
-    meta = describe_pair(pair) | {
+    meta = pair.describe() | {
         "seed": seed,
         "options": {
             "n_prompts": len(prompts),
@@ -138,7 +137,7 @@ def judge_continuations(
     n_examples: int = 4,
     device: str | torch.device | None = None,
     progress: bool = True,
-) -> JudgeFinding:
+) -> JudgeResult:
     """Let a judge compare continuations that are already written.
 
     Args:
@@ -170,7 +169,7 @@ def judge_continuations(
 
 def _on_its_own_base(
     source: Any, device: str | torch.device | None, dtype: str | torch.dtype | None
-) -> Opened | None:
+) -> OpenedModel | None:
     """An adapter opened for itself; by default it would be put on the other model."""
     if adapter_folder(source) is None:
         return None
@@ -196,7 +195,7 @@ def _judged(
     shown: Sequence[int],
     n_examples: int,
     progress: bool,
-) -> JudgeFinding:
+) -> JudgeResult:
     """Ask the judge about all pairs; the first usable ones in the order `shown` are examples."""
     answers = Answers(judge.identity, cache)
     # Equal texts need no judge: there is nothing to prefer.
@@ -224,7 +223,7 @@ def _judged(
         "data": {**meta["data"], "n_pairs": len(pairs), "pairs_sha256": pairs_sha256(pairs)},
         "notes": notes,
     }
-    return JudgeFinding(tuple(tally(judged)), _extras(judged, shown, n_examples), about)
+    return JudgeResult(tuple(tally(judged)), _extras(judged, shown, n_examples), about)
 
 
 def _extras(judged: Sequence[Judged], shown: Sequence[int], n_examples: int) -> dict[str, Any]:

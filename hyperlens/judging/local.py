@@ -11,9 +11,9 @@ import torch
 
 from ..decoding.generate import continuations
 from ..errors import CorpusError, JudgeError
-from ..fingerprint import weights_sha256
-from ..loading import parse_device, parse_dtype
-from ..sources import open_source
+from ..hooks.loading import parse_device, parse_dtype
+from ..models.sources import open_source
+from ..results.fingerprint import weights_sha256
 
 
 class LocalJudge:

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..data.texts import ENCODING
 from ..errors import CorpusError
-from ..texts import ENCODING
 
 
 class Pair(NamedTuple):

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .. import significance
 from ..decoding.diversity import words
+from ..statistics import significance
 from .asking import Found
 from .pairs import Pair
 from .rule import repeated_bigrams
@@ -89,7 +89,7 @@ def _side(place: str, shown: Sequence[str]) -> str:
 
 
 def tally(judged: Sequence[Judged]) -> list[dict[str, Any]]:
-    """Rows of a `JudgeFinding`.
+    """Rows of a `JudgeResult`.
 
     Rates are shares of pairs with Wilson's interval; p is that of the exact binomial test of wins
     among the decided pairs against one half, two-sided, Holm-corrected over the criteria.

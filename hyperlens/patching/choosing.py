@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from ..corpus import Corpus
+from ..data.corpus import Corpus
 from ..errors import CorpusError
-from ..experiments.contexts import PairAndTexts
+from ..pair import Inputs
 
 
 def only(corpus: Corpus, chosen: Bool[Tensor, " text"]) -> Corpus:
@@ -26,7 +26,7 @@ def only(corpus: Corpus, chosen: Bool[Tensor, " text"]) -> Corpus:
     return replace(corpus, sequences=tuple(kept), counts=counts)
 
 
-def drawn(opened: PairAndTexts, n_texts: int, seed: int) -> PairAndTexts:
+def drawn(opened: Inputs, n_texts: int, seed: int) -> Inputs:
     """At most so many of the texts, drawn at random; a note says so."""
     n = len(opened.corpus.sequences)
     if n <= n_texts:
@@ -34,7 +34,7 @@ def drawn(opened: PairAndTexts, n_texts: int, seed: int) -> PairAndTexts:
     chosen = torch.zeros(n, dtype=torch.bool)
     chosen[torch.from_numpy(np.random.default_rng(seed).permutation(n)[:n_texts])] = True
     note = f"{n_texts} of {n} texts were drawn at random (n_texts)"
-    return PairAndTexts(opened.pair, only(opened.corpus, chosen), (*opened.notes, note))
+    return Inputs(opened.pair, only(opened.corpus, chosen), (*opened.notes, note))
 
 
 def second_half(corpus: Corpus, seed: int) -> Bool[Tensor, " text"]:

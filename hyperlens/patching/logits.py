@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ..errors import ActivationError
-from ..hooked import HookedModel, first_bad_layer, unembed
+from ..hooks.surface import HookedModel, first_bad_layer, unembed
 
 
 def float_logits(model: HookedModel, normed: Float[Tensor, "n d_model"]) -> Float[Tensor, "n v"]:

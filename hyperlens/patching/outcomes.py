@@ -14,8 +14,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from .. import stats
-from ..significance import Estimate
+from ..statistics import distances
+from ..statistics.significance import Estimate
 from .ratios import p_value as p_value
 from .ratios import ratio as ratio
 
@@ -79,7 +79,7 @@ def measure(
 ) -> dict[str, Float[Tensor, " n"]]:
     """Every metric at every decision, float64; those over changed decisions are 0 elsewhere."""
     found = _distribution(patched)
-    rank = stats.rank_of(models.base.logits, found.pick)
+    rank = distances.rank_of(models.base.logits, found.pick)
     changed = models.changed
     here = torch.arange(len(rank), device=rank.device)
     gap = found.logits[here, models.tuned.pick] - found.logits[here, models.base.pick]
@@ -101,7 +101,7 @@ def measure(
 
 def _distribution(logits: Float[Tensor, "n d_vocab"]) -> Distribution:
     shifted = logits - logits.amax(-1, keepdim=True)
-    return Distribution(shifted, shifted.exp().sum(-1).double().log(), stats.winner(logits))
+    return Distribution(shifted, shifted.exp().sum(-1).double().log(), distances.winner(logits))
 
 
 def _divergence(

@@ -7,8 +7,8 @@ from abc import ABC, abstractmethod
 from jaxtyping import Int
 from torch import Tensor
 
-from ..results import ProbeResult
-from ..streams import StreamPair, logit_rows
+from ..passes.streams import StreamPair, logit_rows
+from ..results.comparison import ProbeResult
 
 
 class OutputReader(ABC):

@@ -18,7 +18,7 @@ from scipy.special import expit, logit, stdtridf
 from scipy.stats import t as student_t
 from torch import Tensor
 
-from ..significance import CONFIDENCE, Estimate
+from ..statistics.significance import CONFIDENCE, Estimate
 
 NOTHING = Estimate(math.nan, math.nan, math.nan, math.nan, 0)
 

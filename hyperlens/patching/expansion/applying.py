@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ...float32 import in_full_float32
-from ...streams import ModelStream, StreamPair, StreamSpec, logit_chunk_bytes
+from ...passes.streams import ModelStream, StreamPair, StreamSpec, logit_chunk_bytes
+from ...statistics.float32 import in_full_float32
 from ..logits import check_finite
 from ..outcomes import Outcome, Tally, measure, reference
 from ..outputs import OutputReader

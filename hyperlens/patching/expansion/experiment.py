@@ -16,20 +16,19 @@ from jaxtyping import Bool
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ...corpus import Corpus
+from ...data.corpus import Corpus
 from ...errors import CorpusError, PatchError
-from ...experiments.contexts import open_pair_and_texts
 from ...experiments.continuing import Continuing, check_counts, check_room, choose_prompts
-from ...pairing import ModelPair, describe_pair
+from ...pair import Pair, open_inputs
+from ...passes.streaming import PassOptions, run_pass
 from ...probes import ParticipationRatio
-from ...runner import PassOptions, run_pass
-from ...significance import Estimate
+from ...statistics.significance import Estimate
 from ..choosing import drawn, only, second_half
 from ..hooks.generating import changing
 from ..hooks.sites import Site
 from ..spectrum import Cloud, participation
 from .applying import Reading, change_of
-from .finding import ExpansionFinding
+from .finding import ExpansionResult
 from .halves import FITTED, READ, SIDES, Halves
 from .interventions import ADDING, REMOVING, Plan, plan, written_cells
 from .rows import Found, Written, contrasts, draws, evidence, rows
@@ -42,8 +41,8 @@ FEWEST_TOKENS, FEW_TOKENS = 2, 10
 
 def expansion(
     base: Any,
-    tuned: Any,
-    texts: Any,
+    tuned: Any = None,
+    texts: Any = None,
     *,
     doses: Sequence[int] | None = None,
     n_random: int = 3,
@@ -58,7 +57,7 @@ def expansion(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     progress: bool = True,
-) -> ExpansionFinding:
+) -> ExpansionResult:
     """Remove the expansion from the tuned model, add it to the base model, and read decisions.
 
     Half of the texts, drawn at random, are for means, covariances and directions only (without BOS
@@ -91,9 +90,7 @@ def expansion(
     """
     check_counts(batch_size=batch_size, n_random=n_random, n_texts=n_texts)
     _check(doses, smallest_effect)
-    opened = open_pair_and_texts(
-        base, tuned, texts, max_length=max_length, device=device, dtype=dtype
-    )
+    opened = open_inputs(base, tuned, texts, max_length=max_length, device=device, dtype=dtype)
     pair, corpus, notes = drawn(opened, n_texts, seed)
     is_read = second_half(corpus, seed)
     prompts: list[list[int]] = []
@@ -112,7 +109,7 @@ def expansion(
         continuing = Continuing(prompts, max_new_tokens, max(batch_size, 16), seed, False)
         written = _write(pair, planned, means, continuing, progress)
     found = Found(planned, reading.outcomes(), clouds[FITTED], clouds[READ], written)
-    meta = describe_pair(pair) | {
+    meta = pair.describe() | {
         "seed": seed,
         "options": {
             "doses": None if doses is None else list(doses),
@@ -132,11 +129,11 @@ def expansion(
         "texts": {"fitted": int((~is_read).sum()), "read": int(is_read.sum())},
         "tokens": {"fitted": clouds[FITTED]["base"].n, "read": clouds[READ]["base"].n},
     }
-    return ExpansionFinding(tuple(rows(found)), extras, meta)
+    return ExpansionResult(tuple(rows(found)), extras, meta)
 
 
 def _spread(
-    pair: ModelPair, corpus: Corpus, is_read: Bool[Tensor, " text"], options: PassOptions
+    pair: Pair, corpus: Corpus, is_read: Bool[Tensor, " text"], options: PassOptions
 ) -> tuple[dict[str, Estimate], dict[int, dict[Any, Cloud]]]:
     """Both models' dimension over all texts, as `compare_models` has it, and clouds of each half.
 
@@ -205,7 +202,7 @@ def _as_row(one: Evidence) -> dict[str, Any]:
 
 
 def _write(
-    pair: ModelPair,
+    pair: Pair,
     planned: Plan,
     means: Mapping[Any, Tensor],
     continuing: Continuing,
@@ -223,7 +220,7 @@ def _write(
         for cell in cells:
             one = loaded[cell.side]
             change = change_of(planned, cell, means[cell.side], one.hooked.cfg.device)
-            with changing(one.opened.model, site, change):
+            with changing(one.model, site, change):
                 written[cell] = continuing.run(one).metrics
             bar.update()
     return written

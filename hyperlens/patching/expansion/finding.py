@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ...findings import Finding
+from ...results.result import Result
 from ..wording import share_of, signed_share
 from .interventions import ADDING, REMOVING, VARIANCE_CONTROL, side_of
 from .verdict import RULES
@@ -47,7 +47,7 @@ WIDTH = 98
 
 
 @dataclass(frozen=True)
-class ExpansionFinding(Finding):
+class ExpansionResult(Result):
     """What is decided and written once the expansion is taken away, or brought about.
 
     The table has a row per way (see `hyperlens.patching.expansion.interventions`; "none" for the

@@ -7,9 +7,9 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from ...errors import CorpusError
-from ...moments import moments_of
-from ...results import ProbeResult
-from ...streams import StreamPair, StreamSpec
+from ...passes.streams import StreamPair, StreamSpec
+from ...results.comparison import ProbeResult
+from ...statistics.moments import moments_of
 from ..spectrum import Cloud
 from .interventions import Side
 

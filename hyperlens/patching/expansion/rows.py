@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from ... import significance
 from ...experiments.continuing import METRICS as WRITTEN
-from ...significance import Estimate, holm
+from ...statistics import significance
+from ...statistics.significance import Estimate, holm
 from ..outcomes import METRICS, Outcome, p_value
 from ..ratios import NOTHING
 from ..spectrum import Cloud, participation

@@ -29,7 +29,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from ...significance import Estimate
+from ...statistics.significance import Estimate
 from ..ratios import widened
 
 Answer = Literal["supported", "contradicted", "cannot tell"]

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ...errors import PatchError
-from ...hooked import HookedModel, evaluating, final_norm, resid_post
+from ...hooks.surface import HookedModel, evaluating, final_norm, resid_post
 from .sites import Site, hook_name, in_blocks, record
 
 # Blocks that are resumed must say what they said before, up to the rounding of their numbers.

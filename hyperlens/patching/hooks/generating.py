@@ -20,11 +20,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from ...attaching import attach
-from ...discovery import Anatomy, dissect
 from ...errors import PatchError
-from ...hooked import evaluating
-from ...shells import plain_model
+from ...hooks.attach import attach
+from ...hooks.surface import evaluating
+from ...models.structure import ModelStructure, find_structure
+from ...models.weight_sharing import plain_model
 from .positions import Positions, chosen_so_far, counts_from_the_end
 from .sites import Site
 
@@ -73,7 +73,7 @@ def donating(
     lent = _Lending(plain_model(donor), positions)
     with ExitStack() as changes:
         changes.enter_context(evaluating(donor))
-        to, of = dissect(host), dissect(donor)
+        to, of = find_structure(host), find_structure(donor)
         for site in where:
             changes.enter_context(_attached(of, site, partial(lent.keep, site)))
             changes.enter_context(_attached(to, site, partial(lent.put, site, mix)))
@@ -106,7 +106,7 @@ def changing(
     model: Any, site: Site, change: Callable[[Float[Tensor, "batch pos d_model"]], Tensor]
 ) -> Iterator[None]:
     """Inside, a function of the model's own activation takes its place; no donor is needed."""
-    with _attached(dissect(model), site, change):
+    with _attached(find_structure(model), site, change):
         yield
 
 
@@ -130,11 +130,11 @@ def _without_beams(plain: Any) -> Iterator[None]:
             plain._reorder_cache = before
 
 
-def _attached(anatomy: Anatomy, site: Site, change: Any) -> Any:
-    n = len(anatomy.blocks)
+def _attached(structure: ModelStructure, site: Site, change: Any) -> Any:
+    n = len(structure.blocks)
     if site.block is not None and not 0 <= site.block < n:
         raise PatchError(f"there is no block {site.block}: this model has blocks 0 to {n - 1}")
-    return attach(anatomy, site.kind, site.block or 0, change)
+    return attach(structure, site.kind, site.block or 0, change)
 
 
 class _Lending:

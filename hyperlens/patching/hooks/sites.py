@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ...errors import PatchError
-from ...hooked import HookedModel, Kind, evaluating, site_hook
+from ...hooks.surface import HookedModel, Kind, evaluating, site_hook
 from .positions import Positions, positions_mask
 
 KINDS: tuple[Kind, ...] = get_args(Kind)

@@ -12,20 +12,19 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from ... import significance
 from ...errors import PatchError
-from ...experiments.contexts import open_pair_and_texts
 from ...experiments.continuing import METRICS as WRITTEN
 from ...experiments.continuing import Continuing, check_counts, check_room, choose_prompts
-from ...guarding import naming_what_to_lower
-from ...pairing import ModelPair, describe_pair
+from ...pair import Pair, open_inputs
+from ...passes.failures import naming_what_to_lower
+from ...statistics import significance
 from ..choosing import drawn
 from ..directions import DIRECTIONS, INTO_BASE, INTO_TUNED
 from ..hooks.generating import check_keeps, donating
 from ..hooks.positions import Positions, counts_from_the_end
 from ..hooks.sites import Site, check_kind, in_blocks
 from ..outcomes import METRICS, Outcome, p_value
-from .finding import BlocksFinding
+from .finding import BlocksResult
 from .placebos import PLACEBOS, random_rotation, rotated
 from .sweep import DONOR, Cell, Outcomes, Sweep, run_sweep
 from .two_by_two import Cut, cells, effects
@@ -36,8 +35,8 @@ TOWARDS = {INTO_BASE: ("to_tuned", "kl_tuned"), INTO_TUNED: ("to_base", "kl_base
 
 def patch_blocks(
     base: Any,
-    tuned: Any,
-    texts: Any,
+    tuned: Any = None,
+    texts: Any = None,
     *,
     site: str = "resid_post",
     positions: Positions = None,
@@ -52,7 +51,7 @@ def patch_blocks(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     progress: bool = True,
-) -> BlocksFinding:
+) -> BlocksResult:
     """Sweep a patch over all blocks, in both directions, teacher-forced and free-running.
 
     "Tuned into base" puts the tuned model's activation into the base (what does it bring about?),
@@ -94,9 +93,7 @@ def patch_blocks(
             f"positions {positions} count from the end of a text, and a text that is being "
             "written has none yet: count from the start, or pass max_new_tokens=0"
         )
-    opened = open_pair_and_texts(
-        base, tuned, texts, max_length=max_length, device=device, dtype=dtype
-    )
+    opened = open_inputs(base, tuned, texts, max_length=max_length, device=device, dtype=dtype)
     opened = drawn(opened, n_texts, seed)
     pair = opened.pair
     swept = swept_sites(site, pair.base.hooked.cfg.n_layers)
@@ -105,14 +102,14 @@ def patch_blocks(
     if max_new_tokens:
         check_room(pair, prompt_tokens, max_new_tokens)
         for loaded in (pair.base, pair.tuned):
-            check_keeps(loaded.opened.model)
+            check_keeps(loaded.model)
         prompts = choose_prompts(opened.corpus, n_prompts, prompt_tokens, seed)
     with naming_what_to_lower(batch_size, ", or max_length"):
         outcomes = run_sweep(pair, opened.corpus, sweep, batch_size, progress)
     continuing = Continuing(prompts, max_new_tokens, max(batch_size, 16), seed, False)
     written = _write(pair, sweep, continuing, progress) if prompts else {}
     cuts = _cuts(outcomes, swept) if positions is None and site.startswith("resid") else []
-    meta = describe_pair(pair) | {
+    meta = pair.describe() | {
         "seed": seed,
         "options": {
             "site": site,
@@ -135,7 +132,7 @@ def patch_blocks(
         "two_by_two": list(cells(cuts)),
         "effects": list(effects(cuts)),
     }
-    return BlocksFinding((*_rows(outcomes), *_written_rows(written)), extras, meta)
+    return BlocksResult((*_rows(outcomes), *_written_rows(written)), extras, meta)
 
 
 def swept_sites(kind: str, n_layers: int) -> list[Site]:
@@ -212,7 +209,7 @@ def _corrected(
 Written = Mapping[Cell | str, Mapping[str, list[float]]]
 
 
-def _write(pair: ModelPair, sweep: Sweep, continuing: Continuing, progress: bool) -> Written:
+def _write(pair: Pair, sweep: Sweep, continuing: Continuing, progress: bool) -> Written:
     """Repetition of what every patched model writes, and of what both models write as they are."""
     rotation = random_rotation(pair.base.hooked.cfg.d_model, sweep.seed)
     mixes = {DONOR: None, "rotation": lambda own, donated: rotated(own, donated, rotation)}
@@ -231,7 +228,7 @@ def _write(pair: ModelPair, sweep: Sweep, continuing: Continuing, progress: bool
         host, donor = (pair.base, pair.tuned)
         if cell.direction != INTO_BASE:
             host, donor = donor, host
-        models = host.opened.model, donor.opened.model
+        models = host.model, donor.model
         mix = mixes[cell.activation]
         with donating(*models, [cell.site], positions=sweep.positions, mix=mix):
             found[cell] = continuing.run(host).metrics

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ...findings import Finding
+from ...results.result import Result
 from ..directions import BROUGHT, INTO_BASE, INTO_TUNED, TOWARDS
 from ..wording import NOTHING_CHANGED, changed_share, share_of, shown, signed_share
 
@@ -18,7 +18,7 @@ WRITTEN = ("ttr", "rep_2", "rep_3")
 
 
 @dataclass(frozen=True)
-class BlocksFinding(Finding):
+class BlocksResult(Result):
     """What each patched model decides and writes, beside both models and the placebos.
 
     The table has a row per direction, site, activation ("donor" or a placebo) and metric; the

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ...plots import BLUE, GREY, LAYER_LABEL, ORANGE, NotebookFigure, plain_frame
+from ...render.plots import BLUE, GREY, LAYER_LABEL, ORANGE, NotebookFigure, plain_frame
 from ..directions import INTO_BASE, INTO_TUNED, TOWARDS
 
 if TYPE_CHECKING:

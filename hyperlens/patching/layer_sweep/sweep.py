@@ -12,10 +12,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ...corpus import Corpus
-from ...hooked import HookedModel, evaluating, final_norm, input_device
-from ...pairing import ModelPair
-from ...streams import logit_rows
+from ...data.corpus import Corpus
+from ...hooks.surface import HookedModel, evaluating, final_norm, input_device
+from ...pair import Pair
+from ...passes.streams import logit_rows
 from ..directions import INTO_BASE, INTO_TUNED
 from ..hooks.cells import Activations, check_resumes, read, run_patched
 from ..hooks.positions import Positions, chosen_so_far, positions_mask
@@ -96,7 +96,7 @@ Normed = Float[Tensor, "n d_model"]
 
 
 def run_sweep(
-    pair: ModelPair, corpus: Corpus, sweep: Sweep, batch_size: int, progress: bool
+    pair: Pair, corpus: Corpus, sweep: Sweep, batch_size: int, progress: bool
 ) -> Outcomes:
     """Patch every cell on every text; only what comes after a patch is run again.
 
@@ -132,7 +132,7 @@ def run_sweep(
     )
 
 
-def _batches(pair: ModelPair, corpus: Corpus, batch_size: int) -> Iterator[_Batch]:
+def _batches(pair: Pair, corpus: Corpus, batch_size: int) -> Iterator[_Batch]:
     device = input_device(pair.base.hooked)
     n = len(corpus.sequences)
     first = 0
@@ -187,7 +187,7 @@ def _patched(
 
 
 def _compare(
-    pair: ModelPair,
+    pair: Pair,
     sides: Mapping[str, _Side],
     batch: _Batch,
     piece: list[tuple[Cell, Normed]],

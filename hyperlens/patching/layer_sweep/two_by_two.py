@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from ...significance import Estimate, holm
+from ...statistics.significance import Estimate, holm
 from ..outcomes import Outcome, combination, p_value
 
 EFFECTS: Mapping[str, tuple[float, float, float, float]] = {

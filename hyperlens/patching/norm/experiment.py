@@ -14,15 +14,14 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from ...experiments.contexts import open_pair_and_texts
 from ...experiments.continuing import check_counts
-from ...pairing import describe_pair
+from ...pair import open_inputs
+from ...passes.streaming import PassOptions, run_pass
+from ...passes.streams import VIEWS, ModelStream, StreamPair, StreamSpec, View, logit_chunk_bytes
 from ...probes import ParticipationRatio
-from ...runner import PassOptions, run_pass
-from ...streams import VIEWS, ModelStream, StreamPair, StreamSpec, View, logit_chunk_bytes
 from ..outcomes import METRICS, Outcome, Tally, measure, reference
 from ..outputs import OutputReader
-from .finding import NormFinding
+from .finding import NormResult
 from .ratios import CrossedNorms, Dimension, Side, dimensions, less, total
 
 SINK_THRESHOLD = 10.0
@@ -34,8 +33,8 @@ Row = dict[str, Any]
 
 def norm_question(
     base: Any,
-    tuned: Any,
-    texts: Any,
+    tuned: Any = None,
+    texts: Any = None,
     *,
     max_length: int = 256,
     batch_size: int = 8,
@@ -43,7 +42,7 @@ def norm_question(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     progress: bool = True,
-) -> NormFinding:
+) -> NormResult:
     """Read both models' last outputs through both models' final norms: a 2 x 2 of dimensions.
 
     One pass over the texts, as `compare_models` makes it, with the same numbers where they are of
@@ -62,9 +61,7 @@ def norm_question(
         HyperlensError: if a source cannot be opened, or the texts do not fit the models.
     """
     check_counts(batch_size=batch_size)
-    opened = open_pair_and_texts(
-        base, tuned, texts, max_length=max_length, device=device, dtype=dtype
-    )
+    opened = open_inputs(base, tuned, texts, max_length=max_length, device=device, dtype=dtype)
     pair, corpus, notes = opened
     plain = ParticipationRatio(views=VIEWS, layers=(-2, -1))
     crossed, swapped = CrossedNorms(), Swapped(len(corpus.sequences))
@@ -72,7 +69,7 @@ def norm_question(
     run_pass(pair.base.hooked, pair.tuned.hooked, corpus, [plain, crossed, swapped], options)
     found = {name: _row("dimension", name, one) for name, one in quantities(plain, crossed).items()}
     outcomes = swapped.outcomes()
-    meta = describe_pair(pair) | {
+    meta = pair.describe() | {
         "seed": seed,
         "options": {
             "max_length": max_length,
@@ -88,7 +85,7 @@ def norm_question(
         "changed": int(unchanged.changed.sum()),
         "same_norm": same_norm(pair.base.hooked, pair.tuned.hooked),
     }
-    return NormFinding((*found.values(), *_decisions(outcomes)), extras, meta)
+    return NormResult((*found.values(), *_decisions(outcomes)), extras, meta)
 
 
 def quantities(plain: ParticipationRatio, crossed: CrossedNorms) -> dict[str, Dimension]:

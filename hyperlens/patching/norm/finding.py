@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ...findings import Finding
+from ...results.result import Result
 from ..wording import share_of
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ WIDTH = 98
 
 
 @dataclass(frozen=True)
-class NormFinding(Finding):
+class NormResult(Result):
     """The last block's outputs of both models, read through the final norms of both.
 
     The table has a row per quantity. Of `what` "dimension", in dimensions, corrected (`value`,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from ...plots import BLUE, GREEN, GREY, ORANGE, VERMILION, NotebookFigure, plain_frame
+from ...render.plots import BLUE, GREEN, GREY, ORANGE, VERMILION, NotebookFigure, plain_frame
 from .finding import STEPS, SWAPPED
 
 if TYPE_CHECKING:

@@ -13,9 +13,9 @@ from typing import Literal
 
 import torch
 
-from ...intervals import RatioInfluence, SampledTokens, influence_half_width
+from ...passes.streams import StreamPair, View
 from ...probes import ParticipationRatio
-from ...streams import StreamPair, View
+from ...statistics.intervals import RatioInfluence, SampledTokens, influence_half_width
 
 Side = Literal["base", "tuned"]
 

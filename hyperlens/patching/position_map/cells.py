@@ -17,14 +17,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ...errors import PatchError
-from ...hooked import (
+from ...hooks.surface import (
     HookedModel,
     evaluating,
     final_norm,
     resid_post,
     run_residuals,
 )
-from ...shells import plain_model
+from ...models.weight_sharing import plain_model
 from ..hooks.cells import EXACT, NEARLY, resume
 from ..hooks.generating import takes_past
 from ..logits import check_stream

@@ -11,12 +11,19 @@ from jaxtyping import Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ...corpus import Corpus
+from ...data.corpus import Corpus
 from ...errors import PatchError
-from ...hooked import HookedModel, evaluating, final_norm, input_device, run_last_residual, unembed
-from ...pairing import ModelPair
-from ...stats import winner
-from ...streams import logit_rows
+from ...hooks.surface import (
+    HookedModel,
+    evaluating,
+    final_norm,
+    input_device,
+    run_last_residual,
+    unembed,
+)
+from ...pair import Pair
+from ...passes.streams import logit_rows
+from ...statistics.distances import winner
 from ..logits import check_finite
 
 
@@ -50,7 +57,7 @@ class Drawn(NamedTuple):
 
 
 def draw_changed(
-    pair: ModelPair,
+    pair: Pair,
     corpus: Corpus,
     *,
     n_texts: int,
@@ -105,7 +112,7 @@ def draw_changed(
     return Drawn(texts, end, n_short, end - n_short - len(texts))
 
 
-def _changed(pair: ModelPair, corpus: Corpus, batch: Sequence[int]) -> list[np.ndarray]:
+def _changed(pair: Pair, corpus: Corpus, batch: Sequence[int]) -> list[np.ndarray]:
     """Per text, the positions after which the two models choose different tokens."""
     sequences = [corpus.sequences[i] for i in batch]
     width = max(map(len, sequences))

@@ -14,15 +14,15 @@ from typing import Any
 
 import torch
 
-from ...experiments.contexts import names, open_pair_and_texts
+from ...experiments.contexts import names
 from ...experiments.continuing import check_counts
-from ...guarding import naming_what_to_lower
-from ...pairing import describe_pair
-from ...significance import Estimate, holm, wilson
+from ...pair import open_inputs
+from ...passes.failures import naming_what_to_lower
+from ...statistics.significance import Estimate, holm, wilson
 from ..directions import DIRECTIONS, INTO_BASE
 from ..outcomes import p_value, ratio
 from .changed import Drawn, draw_changed
-from .finding import EVERY, PositionsFinding
+from .finding import EVERY, PositionsResult
 from .sweep import Cells, map_positions
 
 # Tokens of the example that are shown before those that were patched.
@@ -31,8 +31,8 @@ WORDS_BEFORE = 30
 
 def patch_positions(
     base: Any,
-    tuned: Any,
-    texts: Any,
+    tuned: Any = None,
+    texts: Any = None,
     *,
     offsets: int = 12,
     n_texts: int = 32,
@@ -42,7 +42,7 @@ def patch_positions(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     progress: bool = True,
-) -> PositionsFinding:
+) -> PositionsResult:
     """Patch one token's residual at every layer and position before a decision tuning changed.
 
     In each text one such decision is drawn, and the text is cut there. "Tuned into base" asks
@@ -72,9 +72,7 @@ def patch_positions(
         HyperlensError: if a source cannot be opened, or the texts do not fit the models.
     """
     check_counts(offsets=offsets, n_texts=n_texts, batch_size=batch_size)
-    opened = open_pair_and_texts(
-        base, tuned, texts, max_length=max_length, device=device, dtype=dtype
-    )
+    opened = open_inputs(base, tuned, texts, max_length=max_length, device=device, dtype=dtype)
     pair = opened.pair
     drawn = draw_changed(
         pair,
@@ -87,7 +85,7 @@ def patch_positions(
     )
     with naming_what_to_lower(batch_size, ", or max_length"):
         cells = map_positions(pair, drawn.texts, offsets, batch_size, progress)
-    meta = describe_pair(pair) | {
+    meta = pair.describe() | {
         "seed": seed,
         "options": {
             "offsets": offsets,
@@ -97,7 +95,7 @@ def patch_positions(
         "data": opened.corpus.describe(),
         "notes": [*opened.notes, *drawn.notes(offsets)],
     }
-    tokenizer = pair.base.opened.tokenizer or pair.tuned.opened.tokenizer
+    tokenizer = pair.tokenizer
     extras = {
         "decisions": len(drawn.texts),
         "looked_at": drawn.n_looked_at,
@@ -105,7 +103,7 @@ def patch_positions(
         "unchanged": drawn.n_same,
         "example": _example(cells, drawn, tokenizer),
     }
-    return PositionsFinding(tuple(_rows(cells)), extras, meta)
+    return PositionsResult(tuple(_rows(cells)), extras, meta)
 
 
 def _rows(cells: Cells) -> Iterator[dict[str, Any]]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ...findings import Finding
+from ...results.result import Result
 from ..directions import BROUGHT, INTO_BASE, TOWARDS
 from ..wording import share_of, shown
 
@@ -22,7 +22,7 @@ SEEN = 0.005
 
 
 @dataclass(frozen=True)
-class PositionsFinding(Finding):
+class PositionsResult(Result):
     """What one model's residual at one token and layer does to the other's decision.
 
     The table has a row per direction, layer (0 for the embedding output, l for the output of

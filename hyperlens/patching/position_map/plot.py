@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ...plots import NotebookFigure
+from ...render.plots import NotebookFigure
 from ..directions import TOWARDS
 from .finding import EVERY, direction_name
 

@@ -11,9 +11,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ...hooked import evaluating, input_device
-from ...pairing import ModelPair
-from ...stats import winner
+from ...hooks.surface import evaluating, input_device
+from ...pair import Pair
+from ...statistics.distances import winner
 from ..directions import DIRECTIONS, INTO_BASE, INTO_TUNED
 from ..hooks.cells import check_resumes
 from ..logits import check_finite, float_logits
@@ -58,7 +58,7 @@ class Cells:
 
 
 def map_positions(
-    pair: ModelPair, texts: Sequence[np.ndarray], n_offsets: int, batch_size: int, progress: bool
+    pair: Pair, texts: Sequence[np.ndarray], n_offsets: int, batch_size: int, progress: bool
 ) -> Cells:
     """Patch every layer and position of every text.
 

@@ -14,19 +14,18 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from ... import significance
 from ...errors import PatchError
-from ...experiments.contexts import open_pair_and_texts
 from ...experiments.continuing import METRICS as WRITTEN
 from ...experiments.continuing import Continuing, check_counts, check_room, choose_prompts
-from ...guarding import naming_what_to_lower
-from ...loading import Loaded, hook
-from ...pairing import describe_pair
-from ...shells import is_peft, merged
+from ...hooks.loading import LoadedModel, hook
+from ...models.weight_sharing import is_peft, merged
+from ...pair import open_inputs
+from ...passes.failures import naming_what_to_lower
+from ...statistics import significance
 from ..choosing import drawn
 from ..directions import DIRECTIONS, INTO_BASE
 from ..outcomes import METRICS, p_value
-from .finding import TransplantFinding
+from .finding import TransplantResult
 from .hybrids import Forced, Host, Hybrid, Key, forced, hosts, hybrids, key_of
 from .named import NAMED
 from .parts import moved
@@ -37,8 +36,8 @@ Written = Mapping[Key | str, Mapping[str, list[float]]]
 
 def transplant_weights(
     base: Any,
-    tuned: Any,
-    texts: Any,
+    tuned: Any = None,
+    texts: Any = None,
     *,
     enough: float = 0.9,
     n_texts: int = 64,
@@ -51,7 +50,7 @@ def transplant_weights(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     progress: bool = True,
-) -> TransplantFinding:
+) -> TransplantResult:
     """Move parts of either model into the other: the last k blocks, every k, and each part alone.
 
     The last k blocks move with and without the final norm and the unembedding. What a mixed model
@@ -85,9 +84,7 @@ def transplant_weights(
     if not 0 < enough < 1:
         raise PatchError(f"enough is a share of decisions between 0 and 1; got {enough}")
     check_counts(n_texts=n_texts, batch_size=batch_size)
-    opened = open_pair_and_texts(
-        base, tuned, texts, max_length=max_length, device=device, dtype=dtype
-    )
+    opened = open_inputs(base, tuned, texts, max_length=max_length, device=device, dtype=dtype)
     opened = drawn(opened, n_texts, seed)
     prompts: list[list[int]] = []
     if max_new_tokens:
@@ -103,7 +100,7 @@ def transplant_weights(
         read = forced(sides, keys, opened.corpus, batch_size, progress)
     continuing = Continuing(prompts, max_new_tokens, max(batch_size, 16), seed, False)
     written = _write(sides, keys, continuing, progress) if prompts else {}
-    meta = describe_pair(opened.pair) | {
+    meta = opened.pair.describe() | {
         "seed": seed,
         "options": {
             "enough": enough,
@@ -126,14 +123,14 @@ def transplant_weights(
     }
     table = (*_rows(moves, sides, read), *_written_rows(moves, sides, written))
     extras["smallest"] = [one._asdict() for one in smallest_suffixes(table, contrasts, enough)]
-    return TransplantFinding(table, extras, meta)
+    return TransplantResult(table, extras, meta)
 
 
-def _plain(loaded: Loaded) -> Loaded:
+def _plain(loaded: LoadedModel) -> LoadedModel:
     """The model itself, or with its adapter merged."""
-    if not is_peft(loaded.opened.model):
+    if not is_peft(loaded.model):
         return loaded
-    return hook(replace(loaded.opened, model=merged(loaded.opened.model)), "residual")
+    return hook(replace(loaded, model=merged(loaded.model)), "residual")
 
 
 def _part_order(part: str) -> tuple[int, int]:
@@ -144,8 +141,10 @@ def _part_order(part: str) -> tuple[int, int]:
 ALIKE = 1e-4
 
 
-def _notes(base: Loaded, tuned: Loaded, sides: Mapping[str, Host], read: Forced) -> Iterator[str]:
-    if any(is_peft(loaded.opened.model) for loaded in (base, tuned)):
+def _notes(
+    base: LoadedModel, tuned: LoadedModel, sides: Mapping[str, Host], read: Forced
+) -> Iterator[str]:
+    if any(is_peft(loaded.model) for loaded in (base, tuned)):
         yield "the adapter was merged: weights move between plain models"
     everything = read.hybrids[INTO_BASE, sides[INTO_BASE].changed]
     left = everything.estimate("kl_tuned").value

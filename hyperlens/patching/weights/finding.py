@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ...findings import Finding
+from ...results.result import Result
 from ..directions import BROUGHT, INTO_BASE, INTO_TUNED, TOWARDS
 from ..wording import NOTHING_CHANGED, changed_share, share_of, shown
 from .named import NAMED
@@ -23,7 +23,7 @@ WITH = {
 
 
 @dataclass(frozen=True)
-class TransplantFinding(Finding):
+class TransplantResult(Result):
     """What each mixed model decides and writes, beside both models.
 
     The table has a row per direction, kind, number and metric. Kinds: "suffix" (the last `number`

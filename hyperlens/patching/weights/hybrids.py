@@ -16,8 +16,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ...corpus import Corpus
-from ...hooked import (
+from ...data.corpus import Corpus
+from ...hooks.loading import LoadedModel
+from ...hooks.surface import (
     HookedModel,
     evaluating,
     final_norm,
@@ -25,8 +26,7 @@ from ...hooked import (
     run_last_residual,
     run_residuals,
 )
-from ...loading import Loaded
-from ...streams import logit_rows
+from ...passes.streams import logit_rows
 from ..directions import INTO_BASE, INTO_TUNED
 from ..hooks.cells import check_resumes, resume
 from ..logits import check_finite, check_stream, float_logits
@@ -82,7 +82,7 @@ class Host:
         changed: parts in which the two differ.
     """
 
-    loaded: Loaded
+    loaded: LoadedModel
     slots: Slots
     changed: Parts
 
@@ -92,7 +92,7 @@ class Host:
         return self.loaded.hooked
 
 
-def hosts(base: Loaded, tuned: Loaded) -> dict[str, Host]:
+def hosts(base: LoadedModel, tuned: LoadedModel) -> dict[str, Host]:
     """Both directions of two plain models.
 
     Raises:
@@ -100,7 +100,7 @@ def hosts(base: Loaded, tuned: Loaded) -> dict[str, Host]:
     """
     found = {}
     for direction, host, donor in ((INTO_BASE, base, tuned), (INTO_TUNED, tuned, base)):
-        slots = matched(host.opened.model, donor.opened.model)
+        slots = matched(host.model, donor.model)
         found[direction] = Host(host, slots, changed_parts(slots))
     return found
 

@@ -17,9 +17,9 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import nn
 
-from ...discovery import dissect
 from ...errors import PatchError
-from ...shells import is_peft
+from ...models.structure import find_structure
+from ...models.weight_sharing import is_peft
 from .named import NAMED
 
 Part: TypeAlias = int | str
@@ -143,14 +143,14 @@ def _parts(role: str, model: Any) -> dict[Part, dict[str, nn.Module]]:
             f"the {role} is a {type(model).__name__}: weights move between transformers' "
             "PreTrainedModels"
         )
-    anatomy = dissect(model)
+    structure = find_structure(model)
     part_of: dict[int, Part] = {}
-    tops: dict[Part, nn.Module] = dict(enumerate(anatomy.blocks))
-    tops |= {"final_norm": anatomy.final_norm, "unembedding": anatomy.head}
+    tops: dict[Part, nn.Module] = dict(enumerate(structure.blocks))
+    tops |= {"final_norm": structure.final_norm, "unembedding": structure.head}
     for part, top in tops.items():
         part_of |= {id(module): part for module in top.modules()}
     found: dict[Part, dict[str, nn.Module]] = {
-        part: {} for part in (*range(len(anatomy.blocks)), *NAMED)
+        part: {} for part in (*range(len(structure.blocks)), *NAMED)
     }
     for name, module in model.named_modules():
         found[part_of.get(id(module), "embedding")][name] = module

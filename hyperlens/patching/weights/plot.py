@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from matplotlib.ticker import MaxNLocator
 
-from ...plots import GREY, NotebookFigure, plain_frame
+from ...render.plots import GREY, NotebookFigure, plain_frame
 from ..directions import INTO_BASE, TOWARDS
 from ..layer_sweep.plot import COLOURS, LABELS
 

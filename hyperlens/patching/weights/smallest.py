@@ -37,7 +37,7 @@ def smallest_suffixes(
     """The smallest suffix of every direction, without and with the head.
 
     Args:
-        table, contrasts: of a `TransplantFinding`.
+        table, contrasts: of a `TransplantResult`.
         enough: what the interval of the recovered share must lie above.
     """
     for direction, metric in TOWARDS.items():

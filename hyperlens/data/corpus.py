@@ -1,0 +1,269 @@
+"""Texts to token sequences: our own tokenisation, counted exclusions, and an order of our own.
+
+Sequences are put in a fixed order (longest first, then by content), so that a result does not
+depend on the order the texts came in, batches carry little padding, and the largest batch, the
+one that could run out of memory, comes first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from numbers import Integral
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from ..errors import CorpusError
+from .texts import read_texts
+from .token_ids import are_token_ids, check_ids, read_token_ids
+
+PaddingSide = Literal["right", "left"]
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What became of the texts.
+
+    Attributes:
+        n_texts: texts given.
+        n_empty, n_short: left out, without any token or with a single one.
+        n_cut: cut to the maximal length.
+        n_duplicates: sequences equal to another one; they narrow intervals unduly.
+        n_sequences, n_tokens: what is measured, BOS included.
+        n_bos: positions left out as BOS.
+    """
+
+    n_texts: int
+    n_empty: int
+    n_short: int
+    n_cut: int
+    n_duplicates: int
+    n_sequences: int
+    n_tokens: int
+    n_bos: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A padded batch.
+
+    Attributes:
+        tokens: ids, pads being any valid id.
+        real: False at pads.
+        bos: True where a position is left out as BOS.
+        slot: which place of the token sample each sequence fills, -1 for none.
+        position: sampled positions of each sequence, -1 for unused places.
+    """
+
+    tokens: Int[Tensor, "batch pos"]
+    real: Bool[Tensor, "batch pos"]
+    bos: Bool[Tensor, "batch pos"]
+    slot: Int[Tensor, " batch"]
+    position: Int[Tensor, "batch sampled"]
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Token sequences ready to be run.
+
+    Attributes:
+        sequences: token ids, longest first.
+        bos_id: the id left out as BOS, None for none.
+        max_length: longest a sequence could be.
+        counts: what became of the texts.
+        notes: what a reader of the result should know.
+        sha256: hash of all token ids, independent of the order the texts came in.
+    """
+
+    sequences: tuple[np.ndarray, ...]
+    bos_id: int | None
+    max_length: int
+    counts: Counts
+    notes: tuple[str, ...]
+    sha256: str
+
+    def describe(self) -> dict[str, Any]:
+        """Counts, hash and options as JSON values."""
+        return asdict(self.counts) | {
+            "sha256": self.sha256,
+            "max_length": self.max_length,
+            "bos_id": self.bos_id,
+        }
+
+    def batches(
+        self,
+        batch_size: int,
+        *,
+        n_sampled_sequences: int = 0,
+        n_sampled_tokens: int = 0,
+        seed: int = 0,
+        padding_side: PaddingSide = "right",
+    ) -> Iterator[Batch]:
+        """Padded batches in the corpus's own order.
+
+        Args:
+            batch_size: sequences per batch.
+            n_sampled_sequences, n_sampled_tokens: size of the token sample.
+            seed: of the choice of the sample, which depends on content alone otherwise.
+            padding_side: right padding needs no position ids; left is there to be tested.
+        """
+        keys = [_hash(sequence, seed) for sequence in self.sequences]
+        chosen = sorted(range(len(keys)), key=lambda i: (keys[i], i))[:n_sampled_sequences]
+        slots = {i: slot for slot, i in enumerate(chosen)}
+        for start in range(0, len(self.sequences), batch_size):
+            indices = range(start, min(start + batch_size, len(self.sequences)))
+            width = max(len(self.sequences[i]) for i in indices)
+            tokens = np.zeros((len(indices), width), dtype=np.int64)
+            real = np.zeros(tokens.shape, dtype=bool)
+            position = np.full((len(indices), n_sampled_tokens), -1, dtype=np.int64)
+            for row, i in enumerate(indices):
+                sequence = self.sequences[i]
+                offset = 0 if padding_side == "right" else width - len(sequence)
+                tokens[row, offset : offset + len(sequence)] = sequence
+                real[row, offset : offset + len(sequence)] = True
+                if i in slots:
+                    drawn = self._sampled_positions(sequence, keys[i], n_sampled_tokens)
+                    position[row, : len(drawn)] = drawn + offset
+            bos = real & (tokens == self.bos_id if self.bos_id is not None else np.False_)
+            yield Batch(
+                tokens=torch.from_numpy(tokens),
+                real=torch.from_numpy(real),
+                bos=torch.from_numpy(bos),
+                slot=torch.tensor([slots.get(i, -1) for i in indices]),
+                position=torch.from_numpy(position),
+            )
+
+    def _sampled_positions(self, sequence: np.ndarray, key: int, n: int) -> np.ndarray:
+        countable = np.flatnonzero(sequence != self.bos_id) if self.bos_id is not None else None
+        candidates = np.arange(len(sequence)) if countable is None else countable
+        return np.random.default_rng(key).permutation(candidates)[:n]
+
+
+def build_corpus(
+    texts: Any,
+    tokenizer: Any,
+    *,
+    max_length: int,
+    context_length: int | None = None,
+    d_vocab: int | None = None,
+    include_bos: bool = False,
+    bos_id: int | None = None,
+) -> Corpus:
+    """Tokenise texts, or take token ids as they are.
+
+    BOS is prepended exactly where the tokenizer itself would. Special tokens are otherwise not
+    added.
+
+    Args:
+        texts: anything `read_texts` takes, or a list of token id sequences.
+        tokenizer: a Hugging Face tokenizer; may be None if token ids are given.
+        max_length: tokens per sequence, BOS included.
+        context_length: the model's own limit, if it has one.
+        d_vocab: number of logits, to find ids that the model does not have.
+        include_bos: measure BOS positions too.
+        bos_id: what BOS is where there is no tokenizer to tell.
+
+    Raises:
+        CorpusError: if nothing is left to measure, or the ids do not fit the model.
+    """
+    check_max_length(max_length)
+    longest = min(max_length, context_length or max_length)
+    notes = []
+    if tokenizer is not None:
+        bos_id = tokenizer.bos_token_id
+    raw = (
+        read_token_ids(texts, getattr(tokenizer, "pad_token_id", None))
+        if are_token_ids(texts)
+        else tokenize(read_texts(texts), tokenizer)
+    )
+    kept = [ids for ids in raw if _content_length(ids, bos_id) >= 2]
+    n_empty = sum(_content_length(ids, bos_id) == 0 for ids in raw)
+    if not kept:
+        raise CorpusError(
+            f"none of the {len(raw)} texts has two tokens or more "
+            f"({n_empty} are empty): give longer texts"
+        )
+    cut = [ids[:longest] for ids in kept]
+    check_ids(cut, d_vocab)
+    ordered = sorted(cut, key=lambda ids: (-len(ids), ids.tobytes()))
+    contents = [ids.tobytes() for ids in ordered]
+    is_bos = [] if bos_id is None or include_bos else [int((s == bos_id).sum()) for s in ordered]
+    counts = Counts(
+        n_texts=len(raw),
+        n_empty=n_empty,
+        n_short=len(raw) - len(kept) - n_empty,
+        n_cut=sum(len(ids) > longest for ids in kept),
+        n_duplicates=len(contents) - len(set(contents)),
+        n_sequences=len(ordered),
+        n_tokens=sum(map(len, ordered)),
+        n_bos=sum(is_bos),
+    )
+    if counts.n_tokens == counts.n_bos:
+        raise CorpusError("all tokens of the texts are BOS: give texts, or pass include_bos=True")
+    if counts.n_cut and longest < max_length:
+        notes.append(
+            f"{counts.n_cut} of {counts.n_sequences} texts are longer than the model's context of "
+            f"{longest} tokens and were cut to it"
+        )
+    if counts.n_duplicates:
+        notes.append(
+            f"{counts.n_duplicates} of {counts.n_sequences} sequences repeat another one: "
+            "intervals are narrower than they should be"
+        )
+    digest = hashlib.sha256()
+    for content in contents:
+        digest.update(len(content).to_bytes(8, "little") + content)
+    return Corpus(
+        sequences=tuple(ordered),
+        bos_id=None if include_bos else bos_id,
+        max_length=longest,
+        counts=counts,
+        notes=tuple(notes),
+        sha256=digest.hexdigest(),
+    )
+
+
+def check_max_length(max_length: Any) -> None:
+    """Refuse a length that leaves nothing to measure.
+
+    Raises:
+        CorpusError: below two tokens.
+    """
+    if not isinstance(max_length, Integral) or max_length < 2:
+        raise CorpusError(
+            f"max_length must be at least 2 tokens (a whole number), got {max_length}"
+        )
+
+
+def adds_bos(tokenizer: Any) -> bool:
+    """Whether the tokenizer itself starts a text with BOS."""
+    if tokenizer.bos_token_id is None:
+        return False
+    return list(tokenizer("a")["input_ids"][:1]) == [tokenizer.bos_token_id]
+
+
+def tokenize(texts: Sequence[str], tokenizer: Any) -> list[np.ndarray]:
+    """Ids of every text, BOS in front where the tokenizer puts it; `CorpusError` without one."""
+    if tokenizer is None:
+        raise CorpusError(
+            "no tokenizer was found for the base model: pass (model, tokenizer) instead of the "
+            "model, or token ids instead of texts"
+        )
+    encoded = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+    start = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
+    return [np.array(start + list(ids) if ids else [], dtype=np.int64) for ids in encoded]
+
+
+def _content_length(ids: np.ndarray, bos_id: int | None) -> int:
+    return len(ids) - (1 if len(ids) and ids[0] == bos_id else 0)
+
+
+def _hash(sequence: np.ndarray, seed: int) -> int:
+    salt = (seed % 2**128).to_bytes(16, "little")
+    digest = hashlib.blake2b(sequence.tobytes(), digest_size=8, salt=salt)
+    return int.from_bytes(digest.digest(), "little")

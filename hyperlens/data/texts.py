@@ -1,0 +1,298 @@
+"""Read texts from what people have: lists, files, tables, datasets, hub dataset names."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain, islice
+from numbers import Integral
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import CorpusError
+from ..hub import HUB_ID, first_line
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+READERS = (".txt", ".jsonl", ".csv", ".parquet")
+COLUMN = "text"
+# As an ordinary file, or with the byte order mark that some editors put in front.
+ENCODING = "utf-8-sig"
+
+
+class Texts(list[str]):
+    """Texts that know where they came from.
+
+    Args:
+        texts: the texts.
+        source: kind, name and hash or fingerprint of where they were read, as JSON values.
+    """
+
+    def __init__(self, texts: Iterable[str], source: Mapping[str, Any]) -> None:
+        super().__init__(texts)
+        self.source = source
+
+
+def read_texts(
+    source: Any,
+    *,
+    column: str | None = None,
+    split: str = "train",
+    limit: int | None = None,
+) -> Texts:
+    """Texts from a list, a file, a table, a `datasets.Dataset` or the name of a hub dataset.
+
+    A `.txt` file is split at blank lines, one text per paragraph; one without blank lines has a
+    text per line. `.jsonl`, `.csv`, `.parquet`, data frames and datasets need a text column:
+    `column`, else "text", else the only column that holds strings.
+
+    Args:
+        source: list of strings, path, data frame, dataset, or hub name ("owner/name").
+        column: which column holds the texts.
+        split: which split of a hub dataset.
+        limit: keep only the first so many texts; a hub dataset is then streamed, not downloaded.
+
+    Returns:
+        A list of strings that also says where it came from (`source`).
+
+    Raises:
+        CorpusError: if there is no such source, or no text in it.
+    """
+    at_most: Any = limit
+    if limit is not None and not (isinstance(at_most, Integral) and limit >= 1):
+        raise CorpusError(f"limit must be at least 1 text (a whole number), got {limit}")
+    streaming = limit is not None
+    texts = Texts(islice(_texts(source, column, split, streaming), limit), {})
+    texts.source = _origin(source, column, split, limit)
+    if not texts:
+        raise CorpusError(f"no texts in {_describe(source)}: expected at least one")
+    return texts
+
+
+def _texts(source: Any, column: str | None, split: str, streaming: bool) -> Iterator[str]:
+    if isinstance(source, str | Path):
+        return _named(source, column, split, streaming)
+    if hasattr(source, "column_names"):
+        return _dataset(source, column)
+    if hasattr(source, "columns") and hasattr(source, "iloc"):
+        return _table(source, column, "the data frame")
+    if isinstance(source, Iterable) and not isinstance(source, Mapping | bytes | set | frozenset):
+        return _strings(source)
+    raise CorpusError(
+        f"expected a list of strings, a path, a dataset or a hub name; got {type(source).__name__}"
+    )
+
+
+def _origin(source: Any, column: str | None, split: str, limit: int | None) -> dict[str, Any]:
+    """Where texts came from, in words that mean the same on another machine."""
+    options = {"column": column, "limit": limit}
+    chosen = {name: value for name, value in options.items() if value is not None}
+    if isinstance(source, Texts):
+        return dict(source.source) | chosen
+    if hasattr(source, "column_names"):
+        name = getattr(getattr(source, "info", None), "dataset_name", None)
+        known = {
+            "name": name,
+            "split": str(getattr(source, "split", None) or ""),
+            "fingerprint": getattr(source, "_fingerprint", None),
+        }
+        return {"kind": "dataset"} | {key: v for key, v in known.items() if v} | chosen
+    if not isinstance(source, str | Path):
+        return {"kind": "data frame" if hasattr(source, "iloc") else "list"} | chosen
+    path = Path(source)
+    if not _exists(path):
+        return {"kind": "hub dataset", "name": str(source), "split": split} | chosen
+    path = path.expanduser()
+    found = {"kind": "file", "name": path.name}
+    if path.is_file():  # what came through a pipe cannot be read twice
+        with path.open("rb") as file:
+            found["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found | chosen
+
+
+def _strings(source: Iterable[Any]) -> Iterator[str]:
+    for i, text in enumerate(source):
+        if not isinstance(text, str):
+            raise CorpusError(f"text {i} is a {type(text).__name__}: expected strings")
+        yield _encodable(text, f"text {i}")
+
+
+def _named(source: str | Path, column: str | None, split: str, streaming: bool) -> Iterator[str]:
+    path = Path(source)
+    kind = path.suffix.lower()
+    is_file = _exists(path)
+    if is_file and kind in READERS:
+        return _file(path.expanduser(), kind, column)
+    if is_file:
+        raise CorpusError(
+            f"cannot read texts from {_describe(source)}: expected a file ending in "
+            f"{', '.join(READERS)}"
+        )
+    if isinstance(source, Path) or kind in READERS or not HUB_ID.fullmatch(source):
+        raise CorpusError(
+            f"no text file {_describe(source)}: give an existing file, a hub dataset name, or a "
+            "list of texts"
+        )
+    return _hub(source, column, split, streaming)
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.expanduser().exists()
+    except (OSError, RuntimeError, ValueError):  # a text passed by mistake is no valid file name
+        return False
+
+
+def _file(path: Path, kind: str, column: str | None) -> Iterator[str]:
+    try:
+        if kind == ".txt":
+            yield from _paragraphs(path.read_text(encoding=ENCODING))
+        elif kind == ".jsonl":
+            yield from _jsonl(path, column)
+        else:
+            yield from _table(_read_table(path, kind), column, str(path))
+    except UnicodeDecodeError as error:
+        raise CorpusError(f"{path} is not UTF-8 text (byte {error.start}): convert it") from None
+    except OSError as error:
+        raise CorpusError(
+            f"cannot read {path} ({error.strerror or first_line(error)}): give a readable file"
+        ) from None
+
+
+def _paragraphs(text: str) -> list[str]:
+    lines = [line.rstrip() for line in text.splitlines()]
+    blocks = [block.strip() for block in "\n".join(lines).split("\n\n")]
+    texts = [block for block in blocks if block]
+    return texts if len(texts) > 1 else [line for line in lines if line.strip()]
+
+
+def _jsonl(path: Path, column: str | None) -> Iterator[str]:
+    chosen = None
+    for place, record in _json_records(path):
+        if chosen is None:
+            strings = {key for key, value in record.items() if isinstance(value, str)}
+            chosen = _choose_column(strings, column, place)
+        yield _string_in(record, chosen, place)
+
+
+def _json_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    with path.open(encoding=ENCODING) as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            place = f"{path}, line {number}"
+            try:
+                record = json.loads(line)
+            except UnicodeDecodeError:
+                raise
+            except (ValueError, RecursionError):
+                raise CorpusError(f"{place} is not JSON: expected one value per line") from None
+            if not isinstance(record, str | dict):
+                raise CorpusError(f"{place}: expected an object or a string")
+            yield place, {COLUMN: record} if isinstance(record, str) else record
+
+
+def _read_table(path: Path, kind: str) -> pd.DataFrame:
+    import pandas as pd
+
+    try:
+        if kind == ".csv":
+            return pd.read_csv(path, dtype=str, keep_default_na=False, encoding=ENCODING)
+        return pd.read_parquet(path)
+    except pd.errors.EmptyDataError:
+        return pd.DataFrame()
+    except (UnicodeDecodeError, FileNotFoundError, PermissionError):
+        raise
+    except (ValueError, OSError, ImportError) as error:
+        raise CorpusError(
+            f"{path} is not readable as {kind} ({first_line(error)}): write it again"
+        ) from None
+
+
+def _table(table: pd.DataFrame, column: str | None, where: str) -> Iterator[str]:
+    if not len(table):
+        return
+    names = [str(name) for name in table.columns]
+    filled = [table.iloc[:, i].map(lambda v: isinstance(v, str)).any() for i in range(len(names))]
+    strings = {name for name, has_text in zip(names, filled, strict=True) if has_text}
+    chosen = _choose_column(strings, column, where)
+    for number, value in enumerate(table.iloc[:, names.index(chosen)], 1):
+        yield _string_in({chosen: value}, chosen, f"{where}, row {number}")
+
+
+def _choose_column(strings: set[str], column: str | None, where: str) -> str:
+    found = ", ".join(sorted(strings)) or "none"
+    if column is not None:
+        if column not in strings:
+            raise CorpusError(f"{where} has no text in column {column!r}: columns of text: {found}")
+        return column
+    if COLUMN in strings:
+        return COLUMN
+    if len(strings) == 1:
+        return next(iter(strings))
+    raise CorpusError(
+        f"{where} has no column {COLUMN!r}; columns of text: {found}: read it with "
+        "read_texts(…, column=…), or --text-column on the command line"
+    )
+
+
+def _string_in(record: Mapping[str, Any], column: str, place: str) -> str:
+    value = record.get(column)
+    if not isinstance(value, str):
+        raise CorpusError(
+            f"{place} has no string in {column!r}: remove it or put a text there "
+            f"(found {type(value).__name__})"
+        )
+    return _encodable(value, place)
+
+
+def _encodable(text: str, place: str) -> str:
+    """Half of a character, as a cut emoji leaves it, is nothing that a tokenizer can read."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise CorpusError(
+            f"{place} is no valid Unicode (half of a character at {error.start}): mend or remove it"
+        ) from None
+    return text
+
+
+def _dataset(dataset: Any, column: str | None) -> Iterator[str]:
+    if isinstance(dataset.column_names, dict):
+        raise CorpusError(
+            f"this dataset has splits {', '.join(dataset.column_names)}: pass one of them, as in "
+            f"dataset[{next(iter(dataset.column_names), 'train')!r}]"
+        )
+    records = iter(dataset)
+    first = next(records, None)
+    if first is None:
+        return
+    strings = {name for name, value in first.items() if isinstance(value, str)}
+    chosen = _choose_column(strings, column, "the dataset")
+    for number, record in enumerate(chain([first], records), 1):
+        yield _string_in(record, chosen, f"the dataset, row {number}")
+
+
+def _hub(name: str, column: str | None, split: str, streaming: bool) -> Iterator[str]:
+    import datasets
+
+    try:
+        dataset = datasets.load_dataset(name, split=split, streaming=streaming)
+        yield from _dataset(dataset, column)
+    except CorpusError:
+        raise
+    except Exception as error:
+        raise CorpusError(
+            f"no text file {name!r} here, and no such hub dataset could be loaded "
+            f"({first_line(error)}): check the name, and the split {split!r}"
+        ) from error
+
+
+def _describe(source: Any) -> str:
+    if not isinstance(source, str | Path):
+        return type(source).__name__
+    text = str(source)
+    # Of a long path both ends tell something.
+    return repr(text if len(text) <= 60 else f"{text[:24]}…{text[-35:]}")

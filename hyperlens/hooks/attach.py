@@ -1,0 +1,138 @@
+"""Native modules, changed while a context lasts: what they pass on, and whether they run at all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ..errors import LoadingError
+from ..models.structure import ModelStructure, first_tensor
+from .surface import Kind
+
+Change = Callable[[Tensor], Tensor | None]
+"""What takes an activation's place; None leaves it."""
+
+
+def attach(structure: ModelStructure, kind: Kind, block: int, change: Change) -> RemovableHandle:
+    """Let a function see, and replace, what passes a site of a native model.
+
+    Args:
+        structure: where the model's parts are.
+        kind: of the site.
+        block: 0-based; of no meaning for "final_norm".
+        change: gets the activation, and returns what takes its place.
+
+    Raises:
+        LoadingError: if the model's blocks have no two branches to attach to.
+    """
+    if kind == "final_norm":
+        norm = structure.final_norm
+        return on_output(norm[-1] if isinstance(norm, nn.Sequential) else norm, change)
+    if kind == "resid_pre":
+        return on_input(structure.blocks[block], change)
+    if kind == "resid_post":
+        return on_output(structure.blocks[block], change)
+    if structure.branches is None:
+        raise LoadingError(
+            f"no {kind} in this architecture: its blocks add something other than attention and "
+            "an MLP to the stream; choose resid_pre or resid_post"
+        )
+    attention, mlp = structure.branches[block]
+    return on_output(attention if kind == "attn_out" else mlp, change)
+
+
+def on_input(module: nn.Module, change: Change) -> RemovableHandle:
+    """Let a function see, and replace, the residual that a block is given."""
+
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        given = residual_given(args, kwargs)
+        made = change(given)
+        made = given if made is None else made
+        return ((made, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": made})
+
+    return module.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def on_output(module: nn.Module, change: Change) -> RemovableHandle:
+    """Let a function see, and replace, the tensor (or first of a tuple) that a module returns."""
+
+    def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        returned = first_tensor(output)
+        if returned is None:
+            return output
+        made = change(returned)
+        made = returned if made is None else made
+        return made if isinstance(output, Tensor) else (made, *output[1:])
+
+    return module.register_forward_hook(hook)
+
+
+def residual_given(args: Any, kwargs: Any) -> Tensor:
+    """The residual among the arguments of a block's call."""
+    residual: Tensor = args[0] if args else kwargs["hidden_states"]
+    return residual
+
+
+@contextmanager
+def entering_at(
+    blocks: Sequence[nn.Module],
+    extras: Sequence[int | None],
+    first: int,
+    residual: Float[Tensor, "batch pos d_model"],
+) -> Iterator[None]:
+    """Inside, blocks before `first` do nothing, and `residual` is what enters block `first`.
+
+    Masks, positions, windows and everything else are still made by the model's own code. With
+    `first` equal to the number of blocks, the residual is what the last block returns.
+
+    The block before `first` returns it. A hook on block `first` would not do: where gradient
+    checkpointing takes in hooks, as in transformers 5.18, the block is computed again when the
+    hook is gone.
+
+    Args:
+        blocks: all blocks of the model, in order.
+        extras: how many values each returns after the residual, None for a plain tensor.
+        first: the first block to run, 0-based.
+        residual: what enters it.
+    """
+
+    def kept(given: Tensor) -> Tensor:
+        return residual.to(given.device, non_blocking=True)
+
+    with ExitStack() as changes:
+        if first == 0:
+            changes.enter_context(on_input(blocks[0], kept))
+        for index in range(first):
+            change = kept if index == first - 1 else _untouched
+            changes.enter_context(_standing_in(blocks[index], extras[index], change))
+        yield
+
+
+def _untouched(given: Tensor) -> Tensor:
+    return given
+
+
+@contextmanager
+def _standing_in(
+    block: nn.Module, extras: int | None, change: Callable[[Tensor], Tensor]
+) -> Iterator[None]:
+    """Inside, the block only changes the residual that it is given, and returns its usual form."""
+    before = vars(block).get("forward")
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        residual = change(residual_given(args, kwargs))
+        return residual if extras is None else (residual, *[None] * extras)
+
+    vars(block)["forward"] = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del vars(block)["forward"]
+        else:
+            vars(block)["forward"] = before

@@ -1,0 +1,240 @@
+"""Any model source to a hooked model, checked against its source, the caller's model untouched."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+
+from ..errors import LoadingError
+from ..hub import first_line
+from ..models.sources import OpenedModel, open_source
+from ..models.weight_sharing import merged
+from ..results.fingerprint import Known, weights_sha256
+from .parity import check_parity
+from .surface import Backend, HookedModel, backend_of, import_transformer_lens
+
+BACKENDS: tuple[Backend, ...] = get_args(Backend)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedModel(OpenedModel):
+    """An opened model with hooks on it.
+
+    Attributes:
+        hooked: the hooked model, parity-checked.
+        backend: which kind of hooked model it is.
+    """
+
+    hooked: HookedModel
+    backend: Backend
+
+    def describe(self, known: Known | None = None) -> dict[str, Any]:
+        """Name, source and hash of the weights, as JSON values.
+
+        Args:
+            known: see `weights_sha256`.
+        """
+        # A folder is called by its own name in titles; where it lies is recorded as `source`.
+        is_path = self.kind in ("folder", "adapter") and Path(self.name).is_dir()
+        is_path = is_path or Path(self.name).is_absolute()
+        return {
+            "name": Path(self.name).resolve().name if is_path else self.name,
+            "source": self.name,
+            "kind": self.kind,
+            "sha256": weights_sha256(self.model, known),
+        }
+
+
+def load_hooked(
+    source: Any,
+    *,
+    backend: Backend = "bridge",
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+) -> Any:
+    """Load a base or fine-tuned causal LM as a hooked model.
+
+    Args:
+        source: hub id, local folder, adapter folder (its base is read from its config),
+            `PreTrainedModel`, `PeftModel` (merged or not), a pair (model, tokenizer), or an
+            already hooked model, which is checked and returned as it is.
+        backend: "bridge" for TransformerLens's full hook set; "residual" for residual-stream
+            hooks over native attention, bit-exact and several times faster;
+            "hooked_transformer" where TransformerLens still has it (3.9).
+        device: None leaves objects where they are and puts folders on the best device.
+        dtype: None keeps the checkpoint's own.
+
+    Returns:
+        A hooked model whose logits were checked against the plain model's. It shares weights
+        with a model object passed in, but never changes it.
+
+    Raises:
+        LoadingError: if the source cannot be opened, or the backend is not available.
+        ParityError: if the hooked model does not reproduce its source.
+    """
+    check_backend(backend)
+    opened = open_source(source, device=parse_device(device), dtype=parse_dtype(dtype))
+    return hook(opened, backend).hooked
+
+
+def hook(opened: OpenedModel, backend: Backend) -> LoadedModel:
+    """Put hooks on an opened model and check them.
+
+    Raises:
+        LoadingError: if the backend is not available.
+        ParityError: if the hooked model does not reproduce its source.
+    """
+    found = backend_of(opened.model)
+    if found is not None:
+        check_parity(opened.model, None)
+        return _loaded(opened, opened.model, found)
+    make = {
+        "residual": _residual,
+        "bridge": _bridge,
+        "hooked_transformer": _hooked_transformer,
+    }[backend]
+    model = make(opened)
+    check_parity(model, opened.model)
+    return _loaded(opened, model, backend)
+
+
+def _loaded(opened: OpenedModel, hooked: HookedModel, backend: Backend) -> LoadedModel:
+    return LoadedModel(
+        model=opened.model,
+        tokenizer=opened.tokenizer,
+        name=opened.name,
+        kind=opened.kind,
+        notes=opened.notes,
+        hooked=hooked,
+        backend=backend,
+    )
+
+
+def check_backend(backend: str) -> None:
+    """Refuse an unknown backend, or one that the installed TransformerLens lacks.
+
+    Raises:
+        LoadingError: naming the choices, or the version to install.
+    """
+    if backend not in BACKENDS:
+        raise LoadingError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
+    if backend == "hooked_transformer":
+        _hooked_transformer_class()
+
+
+def parse_device(device: str | torch.device | None) -> torch.device | None:
+    """A torch device that exists here, or None.
+
+    Raises:
+        LoadingError: if there is no such device.
+    """
+    if device is None:
+        return None
+    try:
+        parsed = torch.device(device)
+        torch.zeros(1, device=parsed).item()
+    except (RuntimeError, AssertionError, TypeError) as error:
+        reason = first_line(error)
+        raise LoadingError(f"device {device!r} cannot be used here: {reason}") from None
+    return parsed
+
+
+def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """A floating-point dtype from its name, or None.
+
+    Raises:
+        LoadingError: if it is no floating-point dtype.
+    """
+    parsed = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if parsed is None and dtype is None:
+        return None
+    if parsed not in DTYPES:
+        raise LoadingError(f"dtype must be float32, bfloat16, float16 or float64; got {dtype!r}")
+    return parsed
+
+
+def _residual(opened: OpenedModel) -> HookedModel:
+    import_transformer_lens()
+    from .residual import ResidualModel
+
+    return ResidualModel(opened.model, tokenizer=opened.tokenizer)
+
+
+def _bridge(opened: OpenedModel) -> HookedModel:
+    import_transformer_lens()
+    builder = import_transformer_lens("model_bridge.sources._bridge_builder")
+    # Unmerged LoRA on fused projections would be read wrongly, and building changes the model.
+    plain = merged(opened.model)
+    config = copy.deepcopy(plain.config)
+    architecture = type(plain).__name__
+    try:
+        bridge = builder.build_bridge_from_module(
+            plain, architecture, hf_config=config, model_name=opened.name
+        )
+    except Exception as error:
+        reason = first_line(error)
+        raise LoadingError(
+            f"TransformerLens cannot bridge {architecture} ({reason}); use backend='residual'"
+        ) from error
+    bridge.tokenizer = opened.tokenizer
+    return bridge.eval()  # type: ignore[no-any-return]
+
+
+def _hooked_transformer_class() -> Any:
+    library = import_transformer_lens()
+    try:
+        return library.HookedTransformer
+    except (ImportError, AttributeError):
+        raise LoadingError(
+            "the installed TransformerLens has no HookedTransformer (removed in 4.0): install "
+            "'transformer-lens>=3.9,<4', or use backend='bridge' or 'residual'"
+        ) from None
+
+
+def _hooked_transformer(opened: OpenedModel) -> HookedModel:
+    """A HookedTransformer without weight processing, so that its residual stream is the model's.
+
+    TransformerLens knows this class by hub names; for a model of one's own its configuration is
+    read from a folder, whose name must not look like a known model's.
+    """
+    kind = _hooked_transformer_class()
+    registry = import_transformer_lens("loading_from_pretrained")
+    plain = merged(opened.model)
+    weight = next(plain.parameters())
+    with tempfile.TemporaryDirectory(prefix="model-") as folder:
+        config = copy.deepcopy(plain.config)
+        config.architectures = [type(plain).__name__]
+        try:
+            # transformers 5 dropped GPT-2's n_ctx, which the conversion still reads.
+            config.n_ctx = getattr(config, "n_ctx", None) or config.max_position_embeddings
+            config.save_pretrained(folder)
+            cfg = registry.get_pretrained_model_config(
+                str(Path(folder)), device=str(weight.device), dtype=weight.dtype
+            )
+            cfg.tokenizer_name = None
+            state = registry.get_pretrained_state_dict(
+                str(Path(folder)), cfg, hf_model=plain, dtype=weight.dtype
+            )
+        except Exception as error:
+            reason = first_line(error)
+            raise LoadingError(
+                f"TransformerLens has no HookedTransformer for {type(plain).__name__} "
+                f"({reason}); use backend='residual' or 'bridge'"
+            ) from error
+    model = kind(cfg)
+    model.load_and_process_state_dict(
+        state,
+        fold_ln=False,
+        center_writing_weights=False,
+        center_unembed=False,
+        fold_value_biases=False,
+    )
+    model = model.to(weight.device).eval()
+    model.tokenizer = opened.tokenizer
+    return model  # type: ignore[no-any-return]

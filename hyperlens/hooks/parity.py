@@ -1,0 +1,146 @@
+"""Does a hooked model reproduce its source? Checked on every load, before any result."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ..errors import LoadingError, ParityError
+from ..hooks import surface
+from .surface import HookedModel
+
+# Largest allowed difference of logits, relative to the largest logit. Half precision differs
+# between attention kernels by a few percent; float32 by rounding only.
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6}
+HALF_TOLERANCE = 5e-2
+LENGTHS = (9, 5)
+
+
+def check_parity(model: HookedModel, plain: Any | None) -> None:
+    """Compare a hooked model with the plain Hugging Face model it was made from.
+
+    Two sequences of different lengths are run, padded on the right and on the left. Without a
+    plain model (the caller brought a hooked one) padded runs are held against unpadded ones.
+
+    Raises:
+        LoadingError: if the model is not causal.
+        ParityError: if logits differ, or if the logit lens at the last layer is not the logits.
+    """
+    device = surface.input_device(model)
+    tolerance = TOLERANCE.get(model.cfg.dtype, HALF_TOLERANCE)
+    reference = partial(surface.run_logits, model) if plain is None else partial(_plain, plain)
+    residual = surface.backend_of(model) == "residual"
+    advice = "its architecture is not supported" if residual else "use backend='residual'"
+    with surface.evaluating(model):  # type: ignore[arg-type]
+        for side in ("right", "left"):
+            tokens, mask = _padded_batch(model.cfg.d_vocab, side, device)
+            logits = surface.run_logits(model, tokens, mask)
+            expected = _alone(reference, tokens, mask)
+            what = f"logits on a {side}-padded batch"
+            _difference(what, logits[mask.bool()], expected, tolerance, advice)
+        residuals = surface.run_residuals(model, tokens, mask)
+        last = residuals[-1][mask.bool()]
+        lens = surface.unembed(model, surface.final_norm(model, last))
+        what = "the logit lens at the last layer"
+        _difference(what, lens, logits[mask.bool()], tolerance, advice)
+        _check_causal(model, tokens, mask, logits)
+        _check_output(residuals, logits, mask)
+
+
+def _check_output(
+    residuals: list[Float[Tensor, "batch pos d_model"]],
+    logits: Float[Tensor, "batch pos d_vocab"],
+    mask: Int[Tensor, "batch pos"],
+) -> None:
+    """Broken blocks are named by the pass over the texts; a broken output is said here."""
+    real = mask.bool()
+    if surface.first_bad_layer(residuals, real) is None and not torch.isfinite(logits[real]).all():
+        raise LoadingError(
+            "the model's logits become NaN or infinite after its last block: check the weights "
+            "of its final norm and unembedding, or load it in float32"
+        )
+
+
+def _padded_batch(
+    d_vocab: int, side: str, device: torch.device
+) -> tuple[Int[Tensor, "batch pos"], Int[Tensor, "batch pos"]]:
+    longest = max(LENGTHS)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(d_vocab, (len(LENGTHS), longest), generator=generator)
+    mask = torch.zeros_like(tokens)
+    for row, length in enumerate(LENGTHS):
+        real = slice(0, length) if side == "right" else slice(longest - length, longest)
+        mask[row, real] = 1
+    return (tokens * mask).to(device), mask.to(device)
+
+
+def _plain(
+    plain: Any, tokens: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch pos"]
+) -> Float[Tensor, "batch pos d_vocab"]:
+    logits: Tensor = plain(input_ids=tokens, attention_mask=mask, use_cache=False).logits
+    return logits
+
+
+def _alone(
+    run: Callable[[Tensor, Tensor], Tensor],
+    tokens: Int[Tensor, "batch pos"],
+    mask: Int[Tensor, "batch pos"],
+) -> Float[Tensor, "n d_vocab"]:
+    """Logits of the real tokens, each sequence alone and unpadded: nothing to get wrong."""
+    alone = (t[m.bool()][None] for t, m in zip(tokens, mask, strict=True))
+    return torch.cat([run(real, torch.ones_like(real))[0] for real in alone])
+
+
+def _difference(
+    what: str,
+    got: Float[Tensor, "n d_vocab"],
+    expected: Float[Tensor, "n d_vocab"],
+    tolerance: float,
+    advice: str,
+) -> None:
+    gap, span = _gap_and_span(got, expected)
+    if not gap <= tolerance * max(span, 1e-6):
+        raise ParityError(
+            f"the hooked model does not reproduce its source: {what} differ by {gap:.2g} "
+            f"(largest logit {span:.2g}, allowed {tolerance:g} of it); {advice}"
+        )
+
+
+def _gap_and_span(
+    got: Float[Tensor, "*rows d_vocab"], expected: Float[Tensor, "*rows d_vocab"]
+) -> tuple[float, float]:
+    """Largest difference and largest value; a broken model's NaNs are the same as themselves."""
+    got, expected = got.float(), expected.float()
+    finite = torch.isfinite(expected)
+    if not torch.equal(finite, torch.isfinite(got)):
+        return math.nan, float(expected[finite].abs().max()) if bool(finite.any()) else math.nan
+    if not bool(finite.any()):
+        return 0.0, 0.0
+    return (
+        float((got - expected)[finite].abs().max()),
+        float(expected[finite].abs().max()),
+    )
+
+
+def _check_causal(
+    model: HookedModel,
+    tokens: Int[Tensor, "batch pos"],
+    mask: Int[Tensor, "batch pos"],
+    logits: Float[Tensor, "batch pos d_vocab"],
+) -> None:
+    """A later token must not reach back: an encoder's outputs would change."""
+    changed = tokens.clone()
+    changed[:, -1] = (changed[:, -1] + 1) % model.cfg.d_vocab
+    before, after = logits[:1, :-1], surface.run_logits(model, changed, mask)[:1, :-1]
+    gap, span = _gap_and_span(after, before)
+    if not gap <= TOLERANCE.get(model.cfg.dtype, HALF_TOLERANCE) * max(span, 1e-6):
+        raise LoadingError(
+            "the model looks ahead (a later token changes earlier outputs): expected a causal "
+            "language model, not an encoder"
+        )

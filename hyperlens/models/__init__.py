@@ -1,0 +1,1 @@
+"""Opening hub ids, folders, adapters and objects; model structure; weight-sharing copies."""

@@ -1,0 +1,191 @@
+"""PEFT adapters: where they are, what they hold, which base they name, whether they fit a base."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+from ..errors import LoadingError, PairError
+from ..hub import HUB_ID, first_line
+from .weight_sharing import weight_sharing_copy
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+# Fetched with an adapter from the hub, where they exist: it may come with a tokenizer of its own.
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+
+
+def adapter_folder(source: Any) -> Path | None:
+    """The folder of an adapter: its own, or its copy in the cache for a hub id; None if it is none.
+
+    Args:
+        source: whatever a model can be opened from; of a pair (model, tokenizer), the model counts.
+    """
+    if isinstance(source, tuple) and source:
+        source = source[0]
+    if not isinstance(source, str | Path):
+        return None
+    folder = Path(source).expanduser()
+    if folder.exists() or isinstance(source, Path) or not HUB_ID.fullmatch(source):
+        return folder if (folder / ADAPTER_CONFIG).exists() else None
+    # A model that was opened before is no adapter; asking again would cost a request, and half a
+    # minute where there is no network.
+    config = None if _is_cached_model(source) else _fetched(source, ADAPTER_CONFIG)
+    if config is None:
+        return None
+    for file in (ADAPTER_WEIGHTS, *TOKENIZER_FILES):
+        _fetched(source, file)
+    return config.parent
+
+
+def _is_cached_model(name: str) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    model, adapter = (
+        isinstance(try_to_load_from_cache(name, file), str)
+        for file in ("config.json", ADAPTER_CONFIG)
+    )
+    return model and not adapter
+
+
+def _fetched(name: str, file: str) -> Path | None:
+    """A file of a hub repository, downloaded into the cache unless it is there; None if missing."""
+    from transformers.utils.hub import cached_file
+
+    try:
+        found = cached_file(name, file)
+    except OSError:  # no such repository or file, or no hub: whoever loads the model says so
+        return None
+    return None if found is None else Path(found)
+
+
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """The configuration of an adapter folder that can be loaded.
+
+    Raises:
+        LoadingError: if it is unreadable, or there are no safe weights beside it.
+    """
+    from peft import PeftType
+
+    path = folder / ADAPTER_CONFIG
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise LoadingError(
+            f"{path} is not readable JSON ({first_line(error)}): save the adapter again"
+        ) from None
+    if not isinstance(config, dict) or config.get("peft_type") not in set(PeftType):
+        raise LoadingError(
+            f"{path} holds no adapter configuration that the installed peft knows: save the "
+            "adapter again, or install the peft that wrote it"
+        )
+    if not (folder / ADAPTER_WEIGHTS).exists():
+        raise LoadingError(
+            f"{folder} has no {ADAPTER_WEIGHTS}: expected an adapter folder written by PEFT's "
+            "save_pretrained (pickled adapters are not loaded)"
+        )
+    return config
+
+
+def named_base(folder: Path, config: dict[str, Any]) -> str | Path:
+    """Where the base that an adapter names is: beside the adapter, a folder, or a hub id.
+
+    Raises:
+        LoadingError: if it names none.
+    """
+    named = config.get("base_model_name_or_path")
+    if not named:
+        raise LoadingError(
+            f"{folder / ADAPTER_CONFIG} names no base model: give the base yourself, as "
+            "compare_models(base, adapter, …) does"
+        )
+    path = Path(named)
+    if path.is_absolute():
+        return path
+    return folder / named if (folder / named).is_dir() else str(named)
+
+
+def put_on(base: Any, base_name: str, folder: Path, named: str | None) -> Any:
+    """A PeftModel of an adapter folder over a shell of the base, unmerged.
+
+    Args:
+        base: plain Hugging Face model, left as it is.
+        base_name: how to call it in errors.
+        folder: adapter folder whose configuration has been read.
+        named: the base that the adapter itself names.
+
+    Raises:
+        LoadingError: if the adapter cannot be read, or is of a kind that cannot be compared.
+        PairError: if it does not fit the base.
+    """
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors import SafetensorError, safe_open
+
+    misfit = PairError(
+        f"adapter {folder} does not fit {base_name}: it was made for "
+        f"{named or 'another base'}; give that base"
+    )
+    try:
+        with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
+            stored = set(file.keys())
+        with warnings.catch_warnings():
+            # Keys that do not match are an error here, not a warning.
+            warnings.simplefilter("ignore")
+            model = PeftModel.from_pretrained(weight_sharing_copy(base), str(folder)).eval()
+            check_adapter_kind(model)
+            # Told not to look for resized embeddings, peft does not ask the hub about the base.
+            expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    except (LoadingError, PairError):
+        raise
+    except SafetensorError as error:
+        raise LoadingError(
+            f"the adapter weights in {folder} are corrupt ({first_line(error)}): copy or "
+            "download them again"
+        ) from error
+    except (RuntimeError, ValueError, KeyError) as error:
+        misfit.add_note(str(error))
+        raise misfit from error
+    except Exception as error:
+        raise LoadingError(
+            f"cannot read the adapter {folder} ({first_line(error)}): save it again with PEFT's "
+            "save_pretrained"
+        ) from error
+    # Whole embeddings may be stored beside the adapter's own weights.
+    if expected - stored or stored - expected - set(model.state_dict()):
+        raise misfit
+    return model
+
+
+def check_adapter_kind(model: Any) -> None:
+    """Refuse adapters that add positions.
+
+    Raises:
+        LoadingError: if a PeftModel holds one.
+    """
+    if any(config.is_prompt_learning for config in model.peft_config.values()):
+        raise LoadingError(
+            "prompt-learning adapters (prompt, prefix or P-tuning) add positions rather than "
+            "change weights, so streams cannot be compared token by token: give an adapter that "
+            "changes weights, such as LoRA"
+        )
+
+
+def check_not_injected(model: Any) -> None:
+    """Refuse the inside of a PeftModel, which reads as the tuned model whatever it is called.
+
+    `get_peft_model` puts its layers into the very model it is given. (What transformers' own
+    `load_adapter` made says so, and is a tuned model like any other.)
+
+    Raises:
+        LoadingError: if a plain model holds adapter layers that it does not know of.
+    """
+    if getattr(model, "_hf_peft_config_loaded", False):
+        return
+    names = {kind.__name__ for m in model.modules() for kind in type(m).__mro__}
+    if "BaseTunerLayer" in names:
+        raise LoadingError(
+            f"this {type(model).__name__} holds adapter layers: peft changes the model that it is "
+            "given. Pass the PeftModel as the tuned model, and load the base anew"
+        )

@@ -1,0 +1,151 @@
+"""Checkpoints by folder or hub id: safetensors of a whole causal language model, or one line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import LoadingError
+from ..hub import first_line
+from .adapters import ADAPTER_CONFIG
+
+
+def read_checkpoint(name: str, kind: str, dtype: torch.dtype | None) -> tuple[Any, tuple[str, ...]]:
+    """A causal LM from safetensors, and notes for the reader of a result.
+
+    Args:
+        name: folder or hub id.
+        kind: "folder" or "hub".
+        dtype: None keeps the checkpoint's own.
+
+    Raises:
+        LoadingError: if it is missing, incomplete, corrupt or no causal language model.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    loaded: Any
+    with _readable_errors(name, kind):
+        # Without code from a checkpoint, which would be asked about on the terminal.
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        check_causal(config, name, config.architectures or [])
+        with _quiet_loading():
+            loaded = AutoModelForCausalLM.from_pretrained(
+                name,
+                config=config,
+                dtype="auto" if dtype is None else dtype,
+                trust_remote_code=False,
+                use_safetensors=True,
+                # Both are refused below, in one line rather than a report.
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+    model, info = loaded
+    _check_complete(name, info)
+    notes: tuple[str, ...] = ()
+    if info["unexpected_keys"]:
+        keys = sorted(info["unexpected_keys"])
+        notes = (f"{name}: {len(keys)} weights of the checkpoint are not used ({keys[0]}, …)",)
+    return model.eval(), notes
+
+
+def check_checkpoint_folder(folder: Path) -> None:
+    """Refuse a folder that holds no readable safetensors checkpoint of a causal LM.
+
+    Raises:
+        LoadingError: naming what is missing and what to do.
+    """
+    if not (folder / "config.json").exists():
+        raise LoadingError(
+            f"{folder} has no config.json: expected a folder written by save_pretrained "
+            f"(or an adapter folder with {ADAPTER_CONFIG})"
+        )
+    if any(folder.glob("*.safetensors")):
+        return
+    pickles = [p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern)]
+    if pickles:
+        raise LoadingError(
+            f"{folder} has only pickled weights ({sorted(pickles)[0]}), which can run code when "
+            "loaded: convert them to safetensors with save_pretrained and pass that folder"
+        )
+    raise LoadingError(
+        f"{folder} has no weights: expected *.safetensors beside config.json, as save_pretrained "
+        "writes them"
+    )
+
+
+def _check_complete(name: str, info: dict[str, Any]) -> None:
+    """Refuse a checkpoint that would leave weights at random values."""
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise LoadingError(
+            f"the checkpoint {name} lacks {len(missing)} weights that the model needs "
+            f"({', '.join(missing[:3])}{', …' if len(missing) > 3 else ''}); they would be "
+            "random: save the whole model again"
+        )
+    for key, stored, expected in sorted(info["mismatched_keys"]):
+        raise LoadingError(
+            f"{key} in the checkpoint {name} is {tuple(stored)}, its config.json asks for "
+            f"{tuple(expected)}: save the model and its configuration again"
+        )
+
+
+def check_causal(config: Any, name: str, declared: Sequence[str]) -> None:
+    """Refuse what its configuration, or its declared class, says is no causal language model.
+
+    Raises:
+        LoadingError: saying what it is instead.
+    """
+    if getattr(config, "is_encoder_decoder", False):
+        raise LoadingError(
+            f"{name} is an encoder-decoder model ({config.model_type}): expected a …ForCausalLM"
+        )
+    if declared and not any("LM" in a and "Masked" not in a for a in declared):
+        shown = name if declared[0] == name else f"{name} ({declared[0]})"
+        raise LoadingError(f"{shown} is no causal language model: expected a …ForCausalLM")
+
+
+@contextmanager
+def _readable_errors(name: str, kind: str) -> Iterator[None]:
+    """Turn the many errors of loading into one line that says what to do."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except LoadingError:
+        raise
+    except SafetensorError as error:
+        raise LoadingError(
+            f"the safetensors of {name} are corrupt ({first_line(error)}): copy or download "
+            "them again"
+        ) from error
+    except Exception as error:
+        reason = first_line(error)
+        if kind == "hub":
+            raise LoadingError(
+                f"no model {name}: there is no such folder, and the model hub has none or cannot "
+                f"be reached ({reason}); check the name"
+            ) from error
+        raise LoadingError(
+            f"cannot load {name} ({reason}): expected a causal language model as save_pretrained "
+            "writes it"
+        ) from error
+
+
+@contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """No weight-loading bar and no report of what is refused here; both settings are put back."""
+    from transformers.utils import logging
+
+    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if shown:
+            logging.enable_progress_bar()

@@ -1,0 +1,247 @@
+"""Find the blocks, the final norm and the unembedding of any causal LM by watching it run.
+
+Names differ from one architecture to the next, the flow of data does not: each block takes what
+the block before it returned, and the final norm takes what the last block returned.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ..errors import LoadingError
+
+# Two sums, each rounded once, are at most one machine epsilon off; more than a few are others.
+ROUNDINGS = 4.0
+
+
+@dataclass(frozen=True)
+class ModelStructure:
+    """Where the parts of a causal LM are.
+
+    Attributes:
+        blocks: the L transformer blocks, in order.
+        branches: per block, the two modules whose outputs it adds to the stream, attention first;
+            None if its blocks do not add exactly two (a scaled residual, experts beside an MLP).
+        extras: per block, how many values it returns after the residual; None for a plain tensor.
+        final_norm: what stands between the last block and the unembedding.
+        head: the unembedding.
+        logit_scale: constant factor between the unembedding's output and the logits.
+        soft_cap: logits are cap · tanh(x / cap); 0 for none.
+    """
+
+    blocks: tuple[nn.Module, ...]
+    branches: tuple[tuple[nn.Module, nn.Module], ...] | None
+    extras: tuple[int | None, ...]
+    final_norm: nn.Module
+    head: nn.Module
+    logit_scale: float
+    soft_cap: float
+
+    def logits(self, unembedded: Float[Tensor, "*rows d_vocab"]) -> Float[Tensor, "*rows d_vocab"]:
+        """What the model makes of the unembedding's output: scaled, then capped."""
+        scaled = unembedded if self.logit_scale == 1.0 else unembedded * self.logit_scale
+        cap = self.soft_cap
+        return cap * torch.tanh(scaled / cap) if cap else scaled
+
+
+@dataclass(frozen=True)
+class _Call:
+    module: nn.Module
+    given: Tensor | None
+    returned: Tensor | None
+    extras: int | None
+
+
+def first_tensor(value: Any) -> Tensor | None:
+    """The tensor that a block passes on: itself, or the first of a tuple."""
+    if isinstance(value, Tensor):
+        return value
+    if isinstance(value, tuple | list) and value and isinstance(value[0], Tensor):
+        return value[0]
+    return None
+
+
+@torch.no_grad()
+def find_structure(model: Any) -> ModelStructure:
+    """Run four tokens through a Hugging Face causal LM (or PeftModel) and read its structure.
+
+    Raises:
+        LoadingError: if no stack of blocks, or no path from it to the logits, is found.
+    """
+    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+    config = plain.config.get_text_config()
+    head = plain.get_output_embeddings()
+    kind = type(plain).__name__
+    if head is None:
+        raise LoadingError(f"{kind} has no unembedding (output embeddings): not a language model")
+    stacks = [
+        m
+        for m in plain.modules()
+        if isinstance(m, nn.ModuleList) and len(m) == config.num_hidden_layers
+    ]
+    calls, logits = _trace(plain)
+    for stack in stacks:
+        outputs = _outputs_in_order(stack, calls)
+        if outputs is None:
+            continue
+        # What an adapter wraps the unembedding around is inside it, too.
+        inside = {id(m) for part in (*stack, head) for m in part.modules()} - {id(head)}
+        tail = _tail(calls, outputs[-1], head, inside)
+        if tail is not None:
+            final_norm, unembedded = tail
+            if head.weight.shape[-1] != outputs[-1].shape[-1]:
+                raise LoadingError(
+                    f"{kind} unembeds vectors of {head.weight.shape[-1]} numbers from a stream of "
+                    f"{outputs[-1].shape[-1]}: not supported"
+                )
+            scale, cap = _logit_map(unembedded, logits, config)
+            by_module = {id(call.module): call for call in calls}
+            return ModelStructure(
+                blocks=tuple(stack),
+                branches=_branches(stack, by_module),
+                extras=tuple(by_module[id(block)].extras for block in stack),
+                final_norm=final_norm,
+                head=head,
+                logit_scale=scale,
+                soft_cap=cap,
+            )
+    raise LoadingError(
+        f"cannot find the residual stream of {kind}: expected {config.num_hidden_layers} blocks, "
+        "each taking what the block before it returned, then a norm and the unembedding"
+    )
+
+
+def _trace(model: Any) -> tuple[list[_Call], Float[Tensor, "batch pos d_vocab"]]:
+    calls: list[_Call] = []
+
+    def record(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        given = first_tensor(args) if args else first_tensor(kwargs.get("hidden_states"))
+        extras = len(output) - 1 if isinstance(output, tuple | list) else None
+        calls.append(_Call(module, given, first_tensor(output), extras))
+
+    handles = [m.register_forward_hook(record, with_kwargs=True) for m in model.modules()]
+    try:
+        weight = model.get_input_embeddings().weight
+        tokens = torch.arange(4, device=weight.device)[None] % weight.shape[0]
+        mask = torch.ones_like(tokens)
+        output = model(input_ids=tokens, attention_mask=mask, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls, output.logits
+
+
+def _outputs_in_order(stack: nn.ModuleList, calls: list[_Call]) -> list[Tensor] | None:
+    made: list[Tensor] = []
+    by_module = {id(call.module): call for call in calls}
+    for block in stack:
+        call = by_module.get(id(block))
+        if call is None or call.given is None or call.returned is None:
+            return None
+        if made and not _same(call.given, made[-1]):
+            return None
+        made.append(call.returned)
+    return made
+
+
+def _branches(
+    stack: nn.ModuleList, calls: dict[int, _Call]
+) -> tuple[tuple[nn.Module, nn.Module], ...] | None:
+    """What each block adds to the stream: the two parts of it that sum to output - input."""
+    found = [_added_pair(block, calls) for block in stack]
+    return tuple(pair for pair in found if pair) if all(found) else None
+
+
+def _added_pair(block: nn.Module, calls: dict[int, _Call]) -> tuple[nn.Module, nn.Module] | None:
+    own = calls[id(block)]
+    if own.given is None or own.returned is None:
+        return None
+    parts = {id(part) for part in block.children()}
+    # In the order in which they ran: whatever the module calls them, attention comes first.
+    added = [
+        (call.module, call.returned)
+        for call in calls.values()
+        if id(call.module) in parts
+        and call.returned is not None
+        and call.returned.shape == own.returned.shape
+    ]
+    fits = {
+        (first, second): _misfit(own.given, one, two, own.returned)
+        for (first, one), (second, two) in combinations(added, 2)
+    }
+    best = min(fits, key=fits.__getitem__, default=None)  # the first of several
+    return best if best is not None and fits[best] <= ROUNDINGS else None
+
+
+def _misfit(given: Tensor, one: Tensor, two: Tensor, returned: Tensor) -> float:
+    """How far given + one + two is from what was returned, in roundings of its largest term.
+
+    Element by element: beside a single huge activation, everything else would look alike.
+    """
+    terms = torch.stack([given, one, two]).double()
+    gap = (terms.sum(0) - returned.double()).abs()
+    rounding = torch.finfo(returned.dtype).eps * terms.abs().sum(0)
+    finite = torch.isfinite(gap) & torch.isfinite(rounding)
+    gap, rounding = gap[finite], rounding[finite]
+    return float((gap / rounding.clamp_min(1e-300)).max()) if len(gap) else 0.0
+
+
+def _tail(
+    calls: list[_Call], last: Tensor, head: nn.Module, inside: set[int]
+) -> tuple[nn.Module, Tensor] | None:
+    """The modules that lead from the last block to the head, and the head's output."""
+    chain: list[nn.Module] = []
+    current = last
+    for call in calls:
+        if id(call.module) in inside or call.given is None or call.returned is None:
+            continue
+        if not _same(call.given, current):
+            continue
+        if call.module is head:
+            norm = chain[0] if len(chain) == 1 else nn.Sequential(*chain)
+            return norm, call.returned
+        chain.append(call.module)
+        current = call.returned
+    return None
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    if a is b:
+        return True
+    # A broken model's NaNs are the same NaNs; the pass over the texts names the block.
+    alike = a.shape == b.shape and a.dtype == b.dtype
+    return alike and torch.allclose(a, b, rtol=0.0, atol=0.0, equal_nan=True)
+
+
+def _logit_map(unembedded: Tensor, logits: Tensor, config: Any) -> tuple[float, float]:
+    """(scale, soft cap) that turn the unembedding's output into the logits."""
+    # A cap that is configured comes first: it hardly moves small logits, which look uncapped.
+    cap = float(getattr(config, "final_logit_softcapping", None) or 0.0)
+    if cap and _close(cap * torch.tanh(unembedded / cap), logits):
+        return 1.0, cap
+    if _close(unembedded, logits):
+        return 1.0, 0.0
+    flat, target = unembedded.double().flatten(), logits.double().flatten()
+    scale = float((flat @ target) / (flat @ flat))
+    if _close(unembedded * scale, logits):
+        return scale, 0.0
+    raise LoadingError(
+        "the logits are neither a multiple nor a soft cap of the unembedding's output: "
+        "this architecture is not supported"
+    )
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    tolerance = 1e-5 if a.dtype == torch.float32 else 2e-2
+    finite = torch.isfinite(a) & torch.isfinite(b)
+    if not bool(finite.any()):
+        return True
+    a, b = a[finite], b[finite]
+    span = float(b.abs().max())
+    return bool(((a - b).abs() <= tolerance * max(span, 1e-6)).all())

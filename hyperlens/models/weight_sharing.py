@@ -1,0 +1,136 @@
+"""Copies of a model that share its weights: what we do to a shell, the caller never sees."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import LoadingError
+from ..hub import first_line
+
+
+def weight_sharing_copy(model: nn.Module) -> Any:
+    """A copy of all modules around the same tensors, in evaluation mode.
+
+    Parameters are new objects over the same storage, so that merging an adapter, casting, or
+    moving the shell leaves the caller's weights, keys, training mode and configuration alone,
+    and ties between weights survive. Costs no memory for weights.
+    """
+    memo: dict[int, Any] = {id(b): b for b in model.buffers()}
+    for parameter in model.parameters():
+        # Quantised parameters carry state of their own in a subclass: share those as they are.
+        plain = type(parameter) is nn.Parameter
+        memo[id(parameter)] = (
+            nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
+            if plain
+            else parameter
+        )
+    try:
+        return copy.deepcopy(model, memo).eval()
+    except Exception as error:
+        raise LoadingError(
+            f"cannot copy the modules of {type(model).__name__} ({error}): save it with "
+            "save_pretrained and pass the folder"
+        ) from error
+
+
+def check_has_values(model: nn.Module) -> None:
+    """Refuse a model whose weights are elsewhere, or were never loaded.
+
+    Raises:
+        LoadingError: if some are on the "meta" device, as those are that accelerate offloads.
+    """
+    weights = list(model.parameters())
+    missing = sum(weight.device.type == "meta" for weight in weights)
+    if missing:
+        raise LoadingError(
+            f"{missing} of {len(weights)} weights of {type(model).__name__} have no values here "
+            "(offloaded, or never loaded): load it whole; where the GPU is too small, in "
+            "bfloat16 or on the CPU"
+        )
+
+
+def converted(shell: Any, device: torch.device | None, dtype: torch.dtype | None) -> Any:
+    """Move and cast a shell; tensors are copied only where something changes.
+
+    Cast is what a checkpoint stores, as `from_pretrained` does: buffers that the model computes
+    for itself, such as rotary frequencies, keep the precision that they were computed in.
+
+    Raises:
+        LoadingError: if the model is spread over several devices, or quantised.
+    """
+    if device is not None:
+        shell = _moved(shell, device)
+    if dtype is not None:
+        _cast(shell, dtype)
+    return shell
+
+
+def _moved(shell: Any, device: torch.device) -> Any:
+    places = {tensor.device for tensor in (*shell.parameters(), *shell.buffers())}
+    wanted = torch.empty(0, device=device).device  # "cuda" is a name for one of several
+    if places <= {wanted}:
+        return shell
+    if len({parameter.device for parameter in shell.parameters()}) > 1:
+        raise LoadingError(
+            f"{type(shell).__name__} is spread over several devices, so it cannot be moved to "
+            f"{device}: leave device out, and give both models spread in the same way"
+        )
+    try:
+        # The class's own method: accelerate puts one on the model that moves the original.
+        return type(shell).to(shell, device)
+    except (ValueError, RuntimeError) as error:
+        raise LoadingError(
+            f"cannot move {type(shell).__name__} to {device} ({first_line(error)}): load it there"
+        ) from error
+
+
+def _cast(shell: Any, dtype: torch.dtype) -> None:
+    quantised = getattr(plain_model(shell), "quantization_method", None) is not None
+    if quantised or any(type(parameter) is not nn.Parameter for parameter in shell.parameters()):
+        raise LoadingError(
+            f"{type(shell).__name__} is quantised and cannot be cast to {dtype}: leave dtype out"
+        )
+    for parameter in shell.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    done: dict[int, torch.Tensor] = {}  # a buffer that two modules share stays shared
+    for module in shell.modules():
+        for name, buffer in module._buffers.items():
+            computed = buffer is None or name in module._non_persistent_buffers_set
+            if not computed and buffer.is_floating_point():
+                module._buffers[name] = done.setdefault(id(buffer), buffer.to(dtype))
+
+
+def is_peft(model: object) -> bool:
+    """Whether this is a `peft.PeftModel` (by class name, so that peft need not be imported)."""
+    return any(c.__name__ == "PeftModel" for c in type(model).__mro__)
+
+
+def plain_model(model: Any) -> Any:
+    """The Hugging Face model inside a PeftModel; any other model is its own plain model."""
+    return model.get_base_model() if is_peft(model) else model
+
+
+def merged(model: Any) -> Any:
+    """The plain model with any unmerged adapter folded into (copied) weights.
+
+    Raises:
+        LoadingError: if this kind of adapter cannot be merged.
+    """
+    shell = weight_sharing_copy(model)
+    if not is_peft(shell):
+        return shell
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "All adapters are already merged")
+            return shell.merge_and_unload(safe_merge=True).eval()
+    except Exception as error:
+        raise LoadingError(
+            f"this adapter cannot be merged into its base ({error}); use backend='residual', "
+            "which runs it unmerged"
+        ) from error

@@ -1,0 +1,356 @@
+"""A pair of models made comparable: same kind of hooks, dtype, device, attention and tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from .data.corpus import Corpus, build_corpus, check_max_length
+from .data.texts import read_texts
+from .data.token_ids import are_token_ids
+from .errors import CorpusError, LoadingError, PairError
+from .hooks.loading import LoadedModel, check_backend, hook, parse_device, parse_dtype
+from .hooks.surface import Backend, backend_of
+from .models.sources import OpenedModel, open_source
+from .models.weight_sharing import converted, plain_model
+from .results.fingerprint import Known, versions
+
+# The two tokenizers are compared on this many texts.
+COMPARED_TEXTS = 64
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A base and a fine-tuned model, opened, hooked and checked once.
+
+    Every function of hyperlens that takes `(base, tuned, texts)` takes `(pair, texts)` too.
+
+    Attributes:
+        base, tuned: the two models; `.hooked` is the hooked one, `.model` the Hugging Face one.
+        notes: what a reader of any result should know about how they were opened.
+    """
+
+    base: LoadedModel
+    tuned: LoadedModel
+    notes: tuple[str, ...] = ()
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer that texts are read with: the base's, else the tuned model's, else None."""
+        return self.base.tokenizer or self.tuned.tokenizer
+
+    def describe(self) -> dict[str, Any]:
+        """Sizes, names, hashes of the weights and library versions, as JSON values.
+
+        The weights are hashed at the first call only.
+        """
+        return dict(self._description)
+
+    @cached_property
+    def _description(self) -> dict[str, Any]:
+        cfg = self.base.hooked.cfg
+        known: Known = {}
+        return {
+            "n_layers": cfg.n_layers,
+            "d_model": cfg.d_model,
+            "d_vocab": cfg.d_vocab,
+            "base": self.base.describe(known),
+            "tuned": self.tuned.describe(known),
+            "backend": self.base.backend,
+            "device": str(cfg.device),
+            "dtype": str(cfg.dtype).removeprefix("torch."),
+            "versions": versions(),
+        }
+
+    def tokenize(self, texts: Any, *, max_length: int = 256, include_bos: bool = False) -> Corpus:
+        """The token sequences that both models read; `.notes` says what a reader should know.
+
+        Args:
+            texts: list of strings or of token ids, path of a .txt, .jsonl, .csv or .parquet file,
+                `datasets.Dataset`, data frame, or the name of a hub dataset.
+            max_length: tokens per text, BOS included; longer texts are cut and counted.
+            include_bos: measure BOS positions too.
+
+        Raises:
+            CorpusError: if the texts cannot be read, or leave nothing to measure.
+            PairError: if the two tokenizers read them differently.
+        """
+        check_max_length(max_length)
+        notes: tuple[str, ...] = ()
+        if not are_token_ids(texts):
+            texts = read_texts(texts)
+            notes = _compared_tokenizers(self, texts[:COMPARED_TEXTS])
+        cfg = self.base.hooked.cfg
+        # BOS where there is no tokenizer to tell: what the model's own configuration says.
+        bos = getattr(getattr(plain_model(self.base.model), "config", None), "bos_token_id", None)
+        corpus = build_corpus(
+            texts,
+            self.tokenizer,
+            max_length=max_length,
+            context_length=getattr(cfg, "n_ctx", None) or None,
+            d_vocab=cfg.d_vocab,
+            include_bos=include_bos,
+            bos_id=bos if isinstance(bos, int) else None,
+        )
+        return replace(corpus, notes=(*corpus.notes, *notes))
+
+
+def open_pair(
+    base: Any,
+    tuned: Any,
+    *,
+    backend: Backend = "residual",
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+) -> Pair:
+    """Open, align, hook and check two models, once for any number of experiments.
+
+    Args:
+        base: hub id, local folder, `PreTrainedModel`, `PeftModel`, hooked model, or a pair
+            (model, tokenizer).
+        tuned: the same; or an adapter, by folder or hub id, which is put on the base's own
+            weights. They are held only once.
+        backend: how models are hooked, "residual", "bridge" or "hooked_transformer".
+        device: None leaves objects where they are and puts folders on the best device.
+        dtype: of the forward passes, for both models; None keeps the checkpoints' own.
+
+    Raises:
+        LoadingError: if a source cannot be opened.
+        ParityError: if a hooked model does not reproduce its source.
+        PairError: if the models differ in depth, width, vocabulary or kind.
+    """
+    check_backend(backend)
+    where, cast = parse_device(device), parse_dtype(dtype)
+    first = open_source(base, device=where, dtype=cast)
+    second = open_source(tuned, device=where, dtype=cast, base=first)
+    first, second, notes = _aligned(first, second)
+    kinds = {backend_of(o.model) for o in (first, second)} - {None}
+    if len(kinds) > 1:
+        raise PairError(
+            f"the base is a {backend_of(first.model)} model and the tuned one a "
+            f"{backend_of(second.model)} model, whose numbers differ: load both the same way"
+        )
+    # A hooked model given on one side decides how the other is hooked.
+    chosen = next((kind for kind in kinds if kind is not None), backend)
+    pair = Pair(hook(first, chosen), hook(second, chosen), first.notes + second.notes + notes)
+    _check_sizes(pair)
+    return pair
+
+
+class Inputs(NamedTuple):
+    """What an experiment reads.
+
+    Attributes:
+        pair: the two models.
+        corpus: the texts as token sequences.
+        notes: what a reader of the result should know of both.
+    """
+
+    pair: Pair
+    corpus: Corpus
+    notes: tuple[str, ...]
+
+    def metadata(
+        self, *, seed: int, options: dict[str, Any], notes: Sequence[str] = ()
+    ) -> dict[str, Any]:
+        """The `meta` of a result: models, texts, options, seed and notes.
+
+        Args:
+            seed: of everything drawn at random.
+            options: what else decides the numbers, as JSON values.
+            notes: what a reader should know besides.
+        """
+        return self.pair.describe() | {
+            "seed": seed,
+            "options": options,
+            "corpus": self.corpus.describe(),
+            "notes": [*self.notes, *notes],
+        }
+
+
+def open_inputs(
+    base: Any,
+    tuned: Any,
+    texts: Any,
+    *,
+    max_length: int,
+    include_bos: bool = False,
+    generates: bool = True,
+    backend: Backend | None = None,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+) -> Inputs:
+    """Open a pair unless it is open already, and tokenize the texts for it.
+
+    Args:
+        base, tuned, texts: two models and texts; or an open `Pair` and the texts, as the second or
+            third argument.
+        max_length: tokens per text, BOS included.
+        include_bos: measure BOS positions too.
+        generates: whether the models have to generate, which hooked models cannot.
+        backend, device, dtype: see `open_pair`; decided already where a `Pair` is given.
+
+    Raises:
+        HyperlensError: if a source cannot be opened, or the texts do not fit the models.
+    """
+    check_max_length(max_length)
+    if isinstance(base, Pair):
+        pair, texts = base, _texts_beside_pair(tuned, texts, backend, device, dtype)
+        if generates:
+            check_generates(pair.base.model, pair.tuned.model)
+    else:
+        if texts is None:
+            raise CorpusError(
+                "expected (base, tuned, texts) or (pair, texts), got no texts: give a list of "
+                "strings, a file or the name of a dataset"
+            )
+        if generates:
+            check_generates(base, tuned)
+        # Before any model is loaded: a mistyped file name should not cost a minute.
+        texts = texts if are_token_ids(texts) else read_texts(texts)
+        pair = open_pair(base, tuned, backend=backend or "residual", device=device, dtype=dtype)
+    return tokenized(pair, texts, max_length, include_bos)
+
+
+def tokenized(pair: Pair, texts: Any, max_length: int, include_bos: bool = False) -> Inputs:
+    """Texts as an open pair reads them, with the notes on both.
+
+    Raises:
+        HyperlensError: if the texts do not fit the models.
+    """
+    corpus = pair.tokenize(texts, max_length=max_length, include_bos=include_bos)
+    return Inputs(pair, corpus, (*pair.notes, *corpus.notes))
+
+
+def _texts_beside_pair(second: Any, third: Any, backend: Any, device: Any, dtype: Any) -> Any:
+    if second is not None and third is not None:
+        raise PairError(
+            "expected (pair, texts), got a third argument: an open pair holds both models already"
+        )
+    given = {"backend": backend, "device": device, "dtype": dtype}
+    decided = [name for name, value in given.items() if value is not None]
+    if decided:
+        raise PairError(f"{decided[0]} is decided when a pair is opened: pass it to open_pair")
+    texts = second if third is None else third
+    if texts is None:
+        raise CorpusError("expected (pair, texts), got no texts")
+    return texts
+
+
+def check_generates(base: Any, tuned: Any) -> None:
+    """Refuse models that cannot generate.
+
+    Raises:
+        LoadingError: naming the one that is hooked.
+    """
+    for side, source in (("base", base), ("tuned", tuned)):
+        model = source[0] if isinstance(source, tuple) and source else source
+        if isinstance(model, nn.Module) and backend_of(model) is not None:
+            raise LoadingError(
+                f"{side} is a hooked model, which cannot generate: pass the Hugging Face or PEFT "
+                "model, its folder or its hub id"
+            )
+
+
+def _aligned(
+    first: OpenedModel, second: OpenedModel
+) -> tuple[OpenedModel, OpenedModel, tuple[str, ...]]:
+    """The same device, dtype and attention on both sides; a difference there is not tuning."""
+    if any(backend_of(o.model) is not None for o in (first, second)):
+        if _dtype(first) != _dtype(second) or _device(first) != _device(second):
+            raise PairError(
+                f"base is {_dtype(first)} on {_device(first)}, tuned is {_dtype(second)} on "
+                f"{_device(second)}: load both with the same dtype and device"
+            )
+        return first, second, ()
+    notes = []
+    wider = torch.promote_types(_dtype(first), _dtype(second))
+    if _dtype(first) != _dtype(second):
+        notes.append(f"dtypes differ ({_dtype(first)}, {_dtype(second)}): both run in {wider}")
+    if _device(second) != _device(first):
+        second = replace(second, model=converted(second.model, _device(first), None))
+    # A model that runs in this dtype already keeps what it has in others, such as an adapter's
+    # float32 on a half-precision base.
+    first, second = (
+        o if _dtype(o) == wider else replace(o, model=converted(o.model, None, wider))
+        for o in (first, second)
+    )
+    attention = [plain_model(o.model).config._attn_implementation for o in (first, second)]
+    if attention[0] != attention[1]:
+        plain_model(second.model).set_attn_implementation(attention[0])
+        notes.append(f"attention differs ({attention[0]}, {attention[1]}): both run {attention[0]}")
+    return first, second, tuple(notes)
+
+
+def _dtype(opened: OpenedModel) -> torch.dtype:
+    dtype: torch.dtype = next(p.dtype for p in opened.model.parameters() if p.is_floating_point())
+    return dtype
+
+
+def _device(opened: OpenedModel) -> torch.device:
+    device: torch.device = next(opened.model.parameters()).device
+    return device
+
+
+def _check_sizes(pair: Pair) -> None:
+    base, tuned = pair.base.hooked.cfg, pair.tuned.hooked.cfg
+    for what, advice, a, b in (
+        ("depth", "compare models with the same blocks", base.n_layers, tuned.n_layers),
+        ("width", "compare models of one size", base.d_model, tuned.d_model),
+        (
+            "vocabulary",
+            "if tokens were added, resize the base with resize_token_embeddings too",
+            base.d_vocab,
+            tuned.d_vocab,
+        ),
+    ):
+        if a != b:
+            raise PairError(f"the models differ in {what}: base {a}, tuned {b}; {advice}")
+
+
+def _compared_tokenizers(pair: Pair, texts: list[str]) -> tuple[str, ...]:
+    """Hold the two tokenizers against each other, in vocabulary and on some of the texts.
+
+    Returns:
+        Notes on differences that do not matter here.
+
+    Raises:
+        PairError: if the same text, or the same id, means different things to the two models.
+    """
+    ours, theirs = pair.base.tokenizer, pair.tuned.tokenizer
+    if ours is None or theirs is None or ours is theirs:
+        return ()
+    vocabularies = ours.get_vocab(), theirs.get_vocab()
+    shared = set(vocabularies[0]) & set(vocabularies[1])
+    moved = sorted(t for t in shared if vocabularies[0][t] != vocabularies[1][t])
+    only = [sorted(set(v) - shared, key=v.__getitem__) for v in vocabularies]
+    encoded = [
+        t(texts, add_special_tokens=False, verbose=False)["input_ids"] for t in (ours, theirs)
+    ]
+    changed = sum(a != b for a, b in zip(*encoded, strict=True))
+    if moved or only[0] or changed:
+        details = []
+        if moved:
+            token = moved[0]
+            details.append(
+                f"{len(moved)} tokens have other ids ({token!r} is {vocabularies[0][token]} and "
+                f"{vocabularies[1][token]})"
+            )
+        if only[0]:
+            details.append(f"{len(only[0])} base tokens are gone ({only[0][0]!r})")
+        if changed:
+            details.append(f"{changed} of {len(texts)} texts are split differently")
+        raise PairError(
+            f"the tokenizers differ: {'; '.join(details)}: compare models that share a tokenizer"
+        )
+    if only[1]:
+        return (
+            f"the tuned tokenizer adds {len(only[1])} tokens ({only[1][0]!r}, …): "
+            "the base's is used",
+        )
+    return ()

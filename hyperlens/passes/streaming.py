@@ -1,0 +1,264 @@
+"""The one pass: both models over every batch, residuals to all probes, then dropped."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..data.corpus import Batch, Corpus, PaddingSide
+from ..errors import ActivationError, ResourceError
+from ..hooks import surface
+from ..hooks.surface import HookedModel
+from ..results.comparison import ProbeResult
+from ..statistics import distances
+from .failures import guarded, naming_what_to_lower
+from .heap import keep_freed_memory
+from .logits_reader import ReadsLogits, read_logits
+from .memory import MemoryNeeded, free_bytes, memory_needed
+from .streams import ModelStream, StreamPair, StreamSpec, TokenSample
+
+# Tokens are kept for intervals in at most this many bytes per layer, view and model, or in as
+# many as the moments of that stream take.
+SAMPLE_BYTES = 2 * 2**20
+MAX_SAMPLED_SEQUENCES = 128
+MAX_SAMPLED_TOKENS = 8192
+
+
+@runtime_checkable
+class RunsInAPass(Protocol):
+    """What the pass asks of a probe."""
+
+    @property
+    def name(self) -> str:
+        """What its rows are called."""
+
+    def open(self, spec: StreamSpec) -> None:
+        """Allocate."""
+
+    def update(self, pair: StreamPair) -> None:
+        """Add one batch."""
+
+    def compute(self) -> ProbeResult:
+        """Read the result."""
+
+    def state_bytes(self, spec: StreamSpec) -> int:
+        """Memory `open` will take."""
+
+
+@dataclass(frozen=True)
+class PassOptions:
+    """How the pass is run.
+
+    Attributes:
+        batch_size: sequences per batch.
+        sink_threshold: a position whose raw norm exceeds this many times its sequence's median
+            at a layer, in either model, is an attention sink there; 0 turns the mask off.
+        seed: of the token sample.
+        progress: show a progress bar.
+        padding_side: where pads go.
+        title: what the bar is called.
+    """
+
+    batch_size: int
+    sink_threshold: float
+    seed: int
+    progress: bool
+    padding_side: PaddingSide = "right"
+    title: str = "comparing"
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """Results by probe name, and what they rest on.
+
+    Attributes:
+        results: by the name of the probe.
+        sinks_per_layer: how many tokens were masked as sinks at each layer.
+        n_passes: how often the texts were read.
+    """
+
+    results: dict[str, ProbeResult]
+    sinks_per_layer: tuple[int, ...]
+    n_passes: int = 1
+
+
+def run_pass(
+    base: HookedModel,
+    tuned: HookedModel,
+    corpus: Corpus,
+    probes: Sequence[RunsInAPass],
+    options: PassOptions,
+) -> PassResult:
+    """Feed every batch's residual streams to all probes.
+
+    Raises:
+        ActivationError: if a model produces NaN or infinite activations.
+        ProbeError: if a probe fails.
+        ResourceError: if the probes' sums or a batch cannot fit in memory.
+    """
+    keep_freed_memory()
+    device = surface.input_device(base)
+    spec = stream_spec(base, corpus, device)
+    _check_memory(pass_memory(base, corpus, probes, options), device, options.progress)
+    with naming_what_to_lower(options.batch_size, ", or measure fewer views or layers"):
+        for probe in probes:
+            guarded(probe, "open", spec)
+        sinks = _read_texts(base, tuned, corpus, probes, options, spec)
+        results = {probe.name: guarded(probe, "compute") for probe in probes}
+    return PassResult(results, tuple(sinks.tolist()))
+
+
+def _read_texts(
+    base: HookedModel,
+    tuned: HookedModel,
+    corpus: Corpus,
+    probes: Sequence[RunsInAPass],
+    options: PassOptions,
+    spec: StreamSpec,
+) -> Int[Tensor, " layer"]:
+    """Show every batch to all probes, and count the sinks of all."""
+    sinks = torch.zeros(spec.n_layers + 1, dtype=torch.int64)
+    batches = corpus.batches(
+        options.batch_size,
+        n_sampled_sequences=spec.n_sampled_sequences,
+        n_sampled_tokens=spec.n_sampled_tokens,
+        seed=options.seed,
+        padding_side=options.padding_side,
+    )
+    bar = tqdm(
+        total=corpus.counts.n_tokens, unit="tok", desc=options.title, disable=not options.progress
+    )
+    with bar, surface.evaluating(base), surface.evaluating(tuned):  # type: ignore[arg-type]
+        for batch in batches:
+            pair = read_pair(base, tuned, batch, options.sink_threshold, spec.device)
+            sinks += _update(probes, pair)
+            # Its streams are let go before the next ones, or the results, are made.
+            del pair
+            bar.update(int(batch.real.sum()))
+    return sinks
+
+
+def _update(probes: Sequence[RunsInAPass], pair: StreamPair) -> Int[Tensor, " layer"]:
+    """Show a batch to all probes, and count its sinks."""
+    for probe in probes:
+        if not isinstance(probe, ReadsLogits):
+            guarded(probe, "update", pair)
+    read_logits(pair, [probe for probe in probes if isinstance(probe, ReadsLogits)])
+    return (pair.sinks & (pair.real & ~pair.bos)).sum((-1, -2)).cpu()
+
+
+def pass_memory(
+    base: HookedModel, corpus: Corpus, probes: Sequence[RunsInAPass], options: PassOptions
+) -> MemoryNeeded:
+    """What `run_pass` takes besides the weights.
+
+    Raises:
+        ProbeError: if a probe cannot say what it takes.
+    """
+    spec = stream_spec(base, corpus, surface.input_device(base))
+    rows = min(options.batch_size, corpus.counts.n_sequences) * len(corpus.sequences[0])
+    return memory_needed(spec, probes, rows, base.cfg.dtype)
+
+
+def stream_spec(model: HookedModel, corpus: Corpus, device: torch.device) -> StreamSpec:
+    """The sizes of this run. Sums live on the CPU where the accelerator has no float64."""
+    d_model = model.cfg.d_model
+    budget = min(max(SAMPLE_BYTES // (4 * d_model), 2 * d_model), MAX_SAMPLED_TOKENS)
+    sequences = min(corpus.counts.n_sequences, MAX_SAMPLED_SEQUENCES)
+    longest = len(corpus.sequences[0])
+    return StreamSpec(
+        n_layers=model.cfg.n_layers,
+        d_model=d_model,
+        d_vocab=model.cfg.d_vocab,
+        device=torch.device("cpu") if device.type == "mps" else device,
+        n_sampled_sequences=sequences,
+        n_sampled_tokens=max(2, min(longest, budget // sequences)),
+    )
+
+
+def read_pair(
+    base: HookedModel,
+    tuned: HookedModel,
+    batch: Batch,
+    sink_threshold: float,
+    device: torch.device,
+) -> StreamPair:
+    """Run both models on one batch and gather what probes see.
+
+    Raises:
+        ActivationError: if a residual stream holds NaN or infinity at a real token.
+    """
+    here = surface.input_device(base)
+    tokens, real, bos = (x.to(here) for x in (batch.tokens, batch.real, batch.bos))
+    streams, big = [], []
+    for role, model in (("base", base), ("tuned", tuned)):
+        residuals = surface.run_residuals(model, tokens, real.long())
+        _check_finite(role, residuals, real)
+        big.append(_exceeds_median(residuals, real, sink_threshold))
+        streams.append(
+            ModelStream(
+                residuals=residuals,
+                final_norm=partial(surface.final_norm, model),
+                unembed=partial(surface.unembed, model),
+                d_vocab=model.cfg.d_vocab,
+            )
+        )
+    return StreamPair(
+        base=streams[0],
+        tuned=streams[1],
+        tokens=tokens,
+        real=real,
+        bos=bos,
+        sinks=big[0] | big[1],
+        sample=TokenSample(batch.slot.to(here), batch.position.to(here)),
+        device=device,
+    )
+
+
+def _exceeds_median(
+    residuals: list[Float[Tensor, "batch pos d_model"]],
+    real: Bool[Tensor, "batch pos"],
+    threshold: float,
+) -> Bool[Tensor, "layer batch pos"]:
+    if threshold == 0:
+        return torch.zeros((len(residuals), *real.shape), dtype=torch.bool, device=real.device)
+    norms = torch.stack([torch.linalg.vector_norm(r.float(), dim=-1) for r in residuals])
+    median = distances.masked_median(norms, real.expand_as(norms))
+    return (norms > threshold * median[..., None]) & real
+
+
+def _check_finite(
+    role: str, residuals: list[Float[Tensor, "batch pos d_model"]], real: Bool[Tensor, "batch pos"]
+) -> None:
+    layer = surface.first_bad_layer(residuals, real)
+    if layer is not None:
+        where = "its embedding" if layer == 0 else f"block {layer - 1} (layer {layer})"
+        raise ActivationError(
+            f"the {role} model's activations become NaN or infinite in {where}: check its "
+            "weights, or run it in float32 or bfloat16 (dtype=…)"
+        )
+
+
+def _check_memory(needed: MemoryNeeded, device: torch.device, progress: bool) -> None:
+    free = free_bytes(device)
+    sums, streams = needed.sums / 2**30, needed.streams / 2**30
+    if needed.total > free:
+        raise ResourceError(
+            f"this comparison needs about {needed.total / 2**30:.1f} GiB ({sums:.1f} for the "
+            f"probes' sums, {streams:.1f} for a batch) and {free / 2**30:.1f} GiB is "
+            "free: give probes fewer views or layers, e.g. ParticipationRatio(views=['raw']), "
+            "or lower batch_size"
+        )
+    if progress and needed.total > 2**30:
+        tqdm.write(
+            f"memory besides the weights: {sums:.1f} GiB of sums, {streams:.1f} GiB per batch",
+            file=sys.stderr,
+        )

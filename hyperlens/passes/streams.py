@@ -1,0 +1,283 @@
+"""What a probe sees: the residual streams of both models over one batch, and which tokens count.
+
+Layers follow the paper (arXiv 2605.22579, section 4): layer 0 is the embedding output, layer l the
+output of block l - 1, layer L the output of the last block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from numbers import Integral
+from typing import Any, Literal, cast, get_args
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from ..errors import ProbeError
+from ..statistics import distances
+
+View = Literal["raw", "unit_rms", "final_norm"]
+VIEWS: tuple[View, ...] = get_args(View)
+
+TokenSet = Literal["geometry", "decisions", "all"]
+"""Which tokens a statistic is taken over; pads are never among them.
+
+`geometry`: without BOS and, layer by layer, without attention sinks, whose huge norms would
+dominate every distance and every covariance. `decisions`: without BOS only, because each
+next-token decision counts once however large its vector. `all`: every real token.
+"""
+TOKEN_SETS: tuple[TokenSet, ...] = get_args(TokenSet)
+
+
+def checked_views(views: Any) -> tuple[View, ...]:
+    """Views of the stream, known to exist.
+
+    Raises:
+        ProbeError: if there are none, or others than `VIEWS`.
+    """
+    if isinstance(views, str) or not views or not set(views) <= set(VIEWS):
+        raise ProbeError(f"views must be some of {VIEWS}, got {views!r}")
+    return tuple(views)
+
+
+def checked_token_set(token_set: Any) -> TokenSet:
+    """A token set, known to exist.
+
+    Raises:
+        ProbeError: if it is none of `TOKEN_SETS`.
+    """
+    if token_set not in TOKEN_SETS:
+        raise ProbeError(f"token_set must be one of {TOKEN_SETS}, got {token_set!r}")
+    return cast(TokenSet, token_set)
+
+
+def checked_layers(layers: Any) -> tuple[int, ...] | None:
+    """Layers as they may be asked for; whether a model has them, `StreamSpec` tells.
+
+    Raises:
+        ProbeError: if they are neither None nor one or more whole numbers.
+    """
+    if layers is None:
+        return None
+    given = list(layers) if isinstance(layers, Iterable) else []
+    if not given or not all(isinstance(layer, Integral) for layer in given):
+        raise ProbeError(f"layers must be whole numbers, as in (0, -1), or None; got {layers!r}")
+    return tuple(int(layer) for layer in given)
+
+
+# Logits exist for this many bytes' worth of rows at a time, per model, as a processor's cache holds
+# them. Below this many rows the unembedding, read anew for every chunk, is multiplied slower: where
+# the vocabulary is wide, chunks are larger than that cache.
+LOGIT_CHUNK_BYTES = 16 * 2**20
+LOGIT_CHUNK_ROWS = 256
+LARGEST_LOGIT_CHUNK_BYTES = 64 * 2**20
+# An accelerator multiplies many rows at once, or wastes most of itself.
+ACCELERATOR_CHUNK_BYTES = 128 * 2**20
+
+
+def logit_chunk_rows(d_vocab: int, device: torch.device) -> int:
+    """How many rows of logits exist at a time on a device."""
+    row = 4 * d_vocab
+    if device.type != "cpu":
+        return max(16, ACCELERATOR_CHUNK_BYTES // row)
+    wide = min(LOGIT_CHUNK_ROWS, LARGEST_LOGIT_CHUNK_BYTES // row)
+    return max(16, LOGIT_CHUNK_BYTES // row, wide)
+
+
+def logit_chunk_bytes(d_vocab: int, device: torch.device) -> int:
+    """Size of the largest chunk of logits on a device."""
+    return 4 * d_vocab * logit_chunk_rows(d_vocab, device)
+
+
+def logit_rows(n: int, d_vocab: int, device: torch.device) -> Iterator[slice]:
+    """Slices of n tokens, each of as many rows of logits as exist at a time."""
+    step = logit_chunk_rows(d_vocab, device)
+    return (slice(start, min(start + step, n)) for start in range(0, n, step))
+
+
+@dataclass(frozen=True)
+class StreamSpec:
+    """The sizes a probe allocates its sums from.
+
+    Attributes:
+        n_layers: number of blocks L; residual layers run 0..L.
+        d_model: width of the residual stream.
+        d_vocab: number of logits.
+        device: where sums live.
+        n_sampled_sequences: how many sequences keep a sample of their tokens (see `TokenSample`).
+        n_sampled_tokens: how many tokens of each of those.
+    """
+
+    n_layers: int
+    d_model: int
+    d_vocab: int
+    device: torch.device
+    n_sampled_sequences: int = 0
+    n_sampled_tokens: int = 0
+
+    @property
+    def layers(self) -> range:
+        """All residual layers, 0..L."""
+        return range(self.n_layers + 1)
+
+    def resolve_layers(self, layers: Sequence[int] | None) -> tuple[int, ...]:
+        """Layers as non-negative indices; None means all, -1 means L.
+
+        Raises:
+            ProbeError: if a layer does not exist.
+        """
+        if layers is None:
+            return tuple(self.layers)
+        count = self.n_layers + 1
+        missing = [layer for layer in layers if not -count <= layer < count]
+        if missing:
+            raise ProbeError(
+                f"layers {missing} do not exist: this model has layers 0 (embedding) to "
+                f"{self.n_layers}; choose among those"
+            )
+        return tuple(sorted({layer % count for layer in layers}))
+
+
+@dataclass(frozen=True)
+class ModelStream:
+    """One model's residual stream over one batch.
+
+    Attributes:
+        residuals: L + 1 tensors [batch, pos, d_model], in the model's own dtype.
+        final_norm: the model's own final norm, on [n, d_model].
+        unembed: final-normed vectors [n, d_model] to logits [n, d_vocab], soft cap included.
+        d_vocab: number of logits.
+    """
+
+    residuals: Sequence[Float[Tensor, "batch pos d_model"]]
+    final_norm: Callable[[Tensor], Tensor]
+    unembed: Callable[[Tensor], Tensor]
+    d_vocab: int
+
+    def vectors(
+        self, layer: int, view: View, tokens: Int[Tensor, " n"]
+    ) -> Float[Tensor, "n d_model"]:
+        """The chosen tokens' vectors at one layer in one view, as float32."""
+        (view,) = checked_views([view])
+        if view == "final_norm":
+            return self.normed(layer, tokens).float()
+        x = self._rows(layer, tokens).float()
+        return distances.unit_rms(x) if view == "unit_rms" else x
+
+    def normed(self, layer: int, tokens: Int[Tensor, " n"]) -> Float[Tensor, "n d_model"]:
+        """What `unembed` takes: the chosen tokens after the final norm, in the model's dtype."""
+        normed: Tensor = self.final_norm(self._rows(layer, tokens))
+        return normed
+
+    def _rows(self, layer: int, tokens: Int[Tensor, " n"]) -> Float[Tensor, "n d_model"]:
+        # On the CPU several times faster than square brackets.
+        return self.residuals[layer].flatten(0, 1).index_select(0, tokens)
+
+
+@dataclass(frozen=True)
+class TokenSample:
+    """A fixed set of tokens, chosen from the corpus alone, that PR intervals are computed from.
+
+    Attributes:
+        slot: which place of the sample each sequence of the batch fills, -1 for none.
+        position: the sampled positions of each sequence, -1 for unused places.
+    """
+
+    slot: Int[Tensor, " batch"]
+    position: Int[Tensor, "batch sampled"]
+
+
+@dataclass(frozen=True)
+class StreamPair:
+    """Both models' streams over one batch of the same tokens.
+
+    Attributes:
+        base, tuned: the two streams.
+        tokens: token ids.
+        real: True where a position is not padding.
+        bos: True where a position is excluded as BOS.
+        sinks: True where a position is an attention sink at a layer, in either model.
+        sample: the tokens kept for intervals.
+        device: where statistics are computed (the CPU when the accelerator has no float64).
+    """
+
+    base: ModelStream
+    tuned: ModelStream
+    tokens: Int[Tensor, "batch pos"]
+    real: Bool[Tensor, "batch pos"]
+    bos: Bool[Tensor, "batch pos"]
+    sinks: Bool[Tensor, "layer batch pos"]
+    sample: TokenSample
+    device: torch.device
+
+    @property
+    def n_layers(self) -> int:
+        """Number of blocks L."""
+        return len(self.base.residuals) - 1
+
+    @property
+    def n_sequences(self) -> int:
+        """Sequences in this batch."""
+        return self.tokens.shape[0]
+
+    def mask(self, layer: int, token_set: TokenSet) -> Bool[Tensor, "batch pos"]:
+        """True where a token belongs to the set at this layer."""
+        token_set = checked_token_set(token_set)
+        if token_set == "all":
+            return self.real
+        decisions = self.real & ~self.bos
+        return decisions if token_set == "decisions" else decisions & ~self.sinks[layer]
+
+    def index(self, layer: int, token_set: TokenSet) -> Int[Tensor, " n"]:
+        """Flat [batch * pos] indices of the tokens of the set at this layer."""
+        return self.mask(layer, token_set).flatten().nonzero().squeeze(-1)
+
+    def per_sequence(
+        self, values: Float[Tensor, " n"], layer: int, token_set: TokenSet
+    ) -> Float[Tensor, " batch"]:
+        """Sum one number per token of the set over each sequence, float64.
+
+        Written into place and summed along a row, not scattered: the same on every run, also on
+        an accelerator.
+
+        Raises:
+            ProbeError: if there are more or fewer numbers than tokens.
+        """
+        index = self.index(layer, token_set)
+        if values.shape != index.shape:
+            raise ProbeError(
+                f"expected one number for each of the {len(index)} tokens of the set "
+                f"{token_set!r}, got a tensor of shape {tuple(values.shape)}"
+            )
+        spread = torch.zeros(self.tokens.numel(), dtype=torch.float64, device=self.device)
+        spread[index.to(self.device)] = values.to(self.device, torch.float64)
+        return spread.view(self.tokens.shape).sum(-1)
+
+    def vectors(
+        self, layer: int, view: View, token_set: TokenSet = "geometry"
+    ) -> tuple[Float[Tensor, "n d_model"], Float[Tensor, "n d_model"]]:
+        """(base, tuned) vectors of the tokens of the set at one layer and view, float32."""
+        index = self.index(layer, token_set)
+        return (
+            self.base.vectors(layer, view, index).to(self.device),
+            self.tuned.vectors(layer, view, index).to(self.device),
+        )
+
+    def logits(
+        self, layer: int
+    ) -> Iterator[tuple[slice, Float[Tensor, "chunk d_vocab"], Float[Tensor, "chunk d_vocab"]]]:
+        """Logit lens of both models over the `decisions` tokens, a few rows at a time: final norm,
+        unembedding and soft cap applied at `layer`, as float32.
+
+        Yields (rows, base logits, tuned logits), `rows` being the slice of the set's tokens.
+        """
+        index = self.index(layer, "decisions")
+        base, tuned = self.base.normed(layer, index), self.tuned.normed(layer, index)
+        for rows in logit_rows(len(index), self.base.d_vocab, index.device):
+            yield (
+                rows,
+                self.base.unembed(base[rows]).float().to(self.device),
+                self.tuned.unembed(tuned[rows]).float().to(self.device),
+            )

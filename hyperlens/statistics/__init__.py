@@ -1,0 +1,1 @@
+"""Pure functions: distances, participation ratio, intervals, tests."""
