@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from .errors import CorpusError, ProbeError
-from .hooks.surface import Backend
+from .models.kinds import Backend
 from .pair import open_inputs
 from .passes.multi_pass import run_passes
 from .passes.streaming import PassOptions, PassResult

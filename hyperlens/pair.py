@@ -15,9 +15,9 @@ from .data.texts import read_texts
 from .data.token_ids import are_token_ids
 from .errors import CorpusError, LoadingError, PairError
 from .hooks.loading import LoadedModel, check_backend, hook, parse_device, parse_dtype
-from .hooks.surface import Backend, backend_of
+from .models.kinds import Backend, backend_of, plain_model
 from .models.sources import OpenedModel, open_source
-from .models.weight_sharing import converted, plain_model
+from .models.weight_sharing import converted
 from .results.fingerprint import Known, versions
 
 # The two tokenizers are compared on this many texts.

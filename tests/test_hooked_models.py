@@ -17,7 +17,8 @@ from hyperlens.errors import LoadingError, ParityError
 from hyperlens.hooks import surface as hooked
 from hyperlens.hooks.parity import check_parity
 from hyperlens.hooks.residual import ResidualModel
-from hyperlens.hooks.surface import HookedModel, backend_of, import_transformer_lens
+from hyperlens.hooks.surface import HookedModel, import_transformer_lens
+from hyperlens.models.kinds import backend_of
 
 HAS_HOOKED_TRANSFORMER = "HookedTransformer" in dir(import_transformer_lens())
 BACKENDS = ["residual", "bridge"] + ["hooked_transformer"] * HAS_HOOKED_TRANSFORMER

@@ -25,146 +25,28 @@ FOLDERS = {
     },
 }
 
-# Pure mathematics over tensors; knows neither models nor probes.
-MATHS = {"stats", "float32", "rank_correlation", "moments", "intervals", "significance"}
-
-# What whoever opens a pair and returns a finding needs.
-EXPERIMENTS_MAY_USE = {
-    "errors",
-    "guarding",
-    "hooked",
-    "residual",
-    "discovery",
-    "attaching",
-    "shells",
-    "loading",
-    "pairing",
-    "texts",
-    "corpus",
-    "token_ids",
-    "findings",
-    "fingerprint",
-    "plots",
-    "probes",
-    "results",
-    "rounds",
-    "runner",
-    "sources",
-    "streams",
-    *MATHS,
-}
-
-# Each module of hyperlens/ and what it may import of ours. The names of folders stand
-# for every module in them; modules of one folder may import each other.
-ALLOWED: dict[str, set[str]] = {
-    # the ground: nothing above them
-    "errors": set(),
-    "stats": {"errors"},
-    "rank_correlation": {"errors", "stats"},
-    "float32": set(),
-    "moments": {"errors", "stats", "float32"},
-    "intervals": {"errors", "stats", "moments"},
-    "significance": set(),
-    "hooked": {"errors"},
-    "files": {"errors"},
-    "hub": set(),
-    "heap": set(),
-    "guarding": {"errors"},
-    "randomness": set(),
-    "streams": {"errors", "hooked", *MATHS},
-    "reading": {"guarding", "stats", "streams"},
-    "results": {"errors", "files"},
-    # opening models
-    "shells": {"errors", "hub"},
-    "tokenizers": {"errors", "hub"},
-    "adapters": {"errors", "hub", "shells"},
-    "checkpoints": {"errors", "hub", "adapters"},
-    "sources": {"errors", "hooked", "hub", "shells", "tokenizers", "adapters", "checkpoints"},
-    "discovery": {"errors", "hooked"},
-    "attaching": {"errors", "hooked", "discovery"},
-    "unembedding": set(),
-    "residual": {"errors", "hooked", "discovery", "attaching", "unembedding"},
-    "parity": {"errors", "hooked"},
-    "loading": {"errors", "hooked", "residual", "discovery", "parity", "shells", "sources", "hub"},
-    # text, and the one pass over it
-    "pairing": {
-        "errors",
-        "hooked",
-        "loading",
-        "adapters",
-        "shells",
-        "sources",
-        "fingerprint",
-    },
-    "fingerprint": set(),
-    "texts": {"errors", "hub"},
-    "token_ids": {"errors"},
-    "corpus": {"errors", "texts", "token_ids"},
-    "memory": {"guarding", "streams"},
-    "rounds": {"corpus", "guarding", "hooked", "memory", "results", "runner", "streams"},
-    "runner": {
-        "errors",
-        "guarding",
-        "heap",
-        "hooked",
-        "memory",
-        "streams",
-        "reading",
-        "corpus",
-        "results",
-        "stats",
-    },
-    "probes": {"errors", "streams", "reading", "results", *MATHS},
-    # making fine-tuned models; never sees a probe
-    "training": {
-        "errors",
-        "files",
-        "hub",
-        "texts",
-        "corpus",
-        "token_ids",
-        "loading",
-        "sources",
-        "hooked",
-        "shells",
-        "adapters",
-        "discovery",
-        "attaching",
-        "fingerprint",
-        "randomness",
-        # ranks of the record, and the colours of its figures
-        "stats",
-        "plots",
-    },
-    # the model and the tales that ship with the package
-    "embedded": {"errors", "texts"},
-    # text from models, and what experiments do with a pair
-    "decoding": {"errors", "stats", "shells", "corpus", "guarding", "randomness"},
-    "experiments": {*EXPERIMENTS_MAY_USE, "decoding", "files"},
-    "patching": {*EXPERIMENTS_MAY_USE, "decoding", "experiments"},
-    "judging": {*EXPERIMENTS_MAY_USE, "adapters", "decoding", "experiments", "files"},
-    # reading results
-    "findings": {"errors", "files"},
-    "audit": {"errors", "results"},
-    "plots": {"errors", "results", "audit"},
-    "report": {"errors", "files", "results", "findings", "audit", "plots", "stats"},
-    # the command line
-    "recipe_options": {"training"},
-    "options": {"files", "texts"},
-    "__main__": {"cli"},
-}
-
-# Upward imports allowed inside a function only: a result can draw itself and write its own
-# report, yet reading one loads neither.
-LATE: dict[str, set[str]] = {"results": {"plots", "report"}, "findings": {"report"}}
-
-# The only places where everything meets. `__init__` names the public API without loading it.
-SEE_EVERYTHING = {"__init__", "compare", "demo", "cli", "commands"}
-
-TABLE = ALLOWED.keys() | SEE_EVERYTHING
-
-# Whatever reads results must not be able to reach a model.
-READERS = {"audit", "plots", "report"}
+# The rooms from the ground up: a file imports from its own room and from those above it in this
+# list, never from one below. Modules directly in hyperlens/ are rooms of one file.
+ROOMS = (
+    ("errors",),
+    ("files", "hub", "randomness"),
+    ("statistics",),
+    ("render",),
+    ("results",),
+    ("models",),
+    ("data",),
+    ("hooks",),
+    ("passes",),
+    ("probes",),
+    ("pair",),
+    ("decoding",),
+    ("training",),
+    ("compare", "experiments", "patching", "judging", "embedded"),
+    ("questions",),
+    ("demo",),
+    ("cli",),
+)
+LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
 
 # The one file that may spell out hook names, and what counts as spelling one.
 HOOK_FILE = "hyperlens/hooks/surface.py"
@@ -182,9 +64,6 @@ HEAVY = (
     "scipy",
 )
 
-MAX_LINES = 300
-KNOWN_LONG_FILES: set[str] = set()
-
 
 def package_files() -> list[Path]:
     return sorted(file for folder in FOLDERS for file in (ROOT / folder).glob("*.py"))
@@ -194,90 +73,90 @@ def relative(file: Path) -> str:
     return file.relative_to(ROOT).as_posix()
 
 
-def layer_of(file: Path) -> str:
-    """The row of the table that a file belongs to."""
-    folders = file.parent.relative_to(ROOT).parts
-    if folders == ("hyperlens",):
-        return file.stem
-    return folders[0] if folders[0] in ("probes", "training") else folders[1]
+def module_of(file: Path) -> str:
+    """The dotted name that a file is imported by."""
+    package = FOLDERS[relative(file.parent)]
+    return package if file.stem == "__init__" else f"{package}.{file.stem}"
+
+
+def room_of(module: str) -> str:
+    """The room that a module of hyperlens is in; "" for hyperlens itself."""
+    return ([*module.split("."), ""])[1]
 
 
 class Import(NamedTuple):
     line: int
-    target: str  # the row of the table it reaches
+    target: str  # the module it reaches
     is_relative: bool
-    is_late: bool  # inside a function
 
 
 def our_imports(file: Path) -> Iterator[Import]:
-    """Every import of ours, wherever in the file it stands; for type checkers only, too."""
-    package = FOLDERS[relative(file.parent)].split(".")
-    tree = ast.parse(file.read_text(encoding="utf-8"))
-    functions = (ast.FunctionDef, ast.AsyncFunctionDef)
-    late = {
-        id(inner)
-        for outer in ast.walk(tree)
-        if isinstance(outer, functions)
-        for inner in ast.walk(outer)
-    }
-    for node in ast.walk(tree):
+    """Every import of ours, late ones and those for type checkers included."""
+    modules = set(map(module_of, package_files()))
+    own = module_of(file).split(".")
+    package = own if file.stem == "__init__" else own[:-1]
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found = [(alias.name.split("."), False) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
             module = base + (node.module.split(".") if node.module else [])
-            # `from . import x` may name a module or something in __init__: keep the name.
             found = [([*module, alias.name], node.level > 0) for alias in node.names]
         else:
             continue
         for parts, is_relative in found:
             if parts[0] in ("probes", "training"):
                 parts = ["hyperlens", *parts]
-            if parts[0] != "hyperlens":
+            if parts[0] != "hyperlens" or parts[1:] == ["__version__"]:
                 continue
-            name = parts[1] if len(parts) > 1 else "__init__"
-            if name == "__version__":
-                continue  # a plain constant, free for all
-            if name not in TABLE and not (ROOT / "hyperlens" / f"{name}.py").exists():
-                name = "__init__"
-            yield Import(node.lineno, name, is_relative, id(node) in late)
+            # `from x import y`: y is a module, or something in x.
+            while ".".join(parts) not in modules:
+                parts = parts[:-1]
+            yield Import(node.lineno, ".".join(parts), is_relative)
 
 
 def broken_rules(file: Path) -> Iterator[str]:
-    layer = layer_of(file)
-    for line, target, is_relative, is_late in our_imports(file):
+    module = module_of(file)
+    room = room_of(module)
+    for line, target, is_relative in our_imports(file):
         place = f"{relative(file)}:{line}"
-        if not is_relative and layer in ("probes", "training"):
+        if not is_relative and room in ("probes", "training"):
             yield f"{place} imports {target} absolutely; write a relative import"
-        if layer in SEE_EVERYTHING or target == layer or target in ALLOWED[layer]:
-            continue
-        if is_late and target in LATE.get(layer, ()):
-            continue
-        yield f"{place} imports {target}; {layer} may import only {sorted(ALLOWED[layer])}"
+        other = room_of(target)
+        if room and other not in ("", room) and LEVEL[other] >= LEVEL[room]:
+            yield f"{place} imports {target}; {room} may import only from the rooms above it"
+        if room and not other:
+            yield f"{place} imports from hyperlens itself; name the module"
 
 
-def test_every_module_is_in_the_table() -> None:
-    unknown = {layer_of(file) for file in package_files()} - TABLE
-    assert not unknown, (
-        f"new modules {sorted(unknown)}: say in ALLOWED, in {Path(__file__).name}, "
-        "what each may import"
+def test_every_module_is_in_a_room() -> None:
+    rooms = {room_of(module_of(file)) for file in package_files()} - {"", "__main__"}
+    assert rooms <= LEVEL.keys(), (
+        f"new rooms {sorted(rooms - LEVEL.keys())}: say in ROOMS, in {Path(__file__).name}, what "
+        "each may import"
     )
-
-
-def test_the_table_has_no_cycles_and_keeps_its_promises() -> None:
-    list(TopologicalSorter(ALLOWED).static_order())
-    assert ALLOWED["errors"] == set()
-    assert ALLOWED["probes"] <= {"errors", "streams", "reading", "results", *MATHS}
-    assert "probes" not in ALLOWED["training"]
-    for layer in READERS:
-        assert ALLOWED[layer] <= {"errors", "files", "stats", "results", "findings"} | READERS
+    assert LEVEL["training"] > LEVEL["probes"]
+    assert not any(
+        room_of(target) == "probes"
+        for file in (ROOT / "training").glob("*.py")
+        for _, target, _ in our_imports(file)
+    ), "training never sees a probe"
 
 
 @pytest.mark.parametrize("file", package_files(), ids=relative)
-def test_imports_follow_the_table(file: Path) -> None:
-    if layer_of(file) not in TABLE:
-        pytest.skip("not in the table; another test says so")
-    assert not list(broken_rules(file))
+def test_imports_go_up_the_list_only(file: Path) -> None:
+    if room_of(module_of(file)) not in ("", "__main__"):
+        assert not list(broken_rules(file))
+
+
+def test_no_file_imports_in_a_circle() -> None:
+    """Late imports and those for type checkers included."""
+    graph = {
+        module_of(file): {target for _, target, _ in our_imports(file)} - {module_of(file)}
+        for file in package_files()
+        if module_of(file) != "hyperlens"  # names the public API without loading it
+    }
+    list(TopologicalSorter(graph).static_order())
 
 
 def hook_names(file: Path) -> list[str]:
@@ -304,15 +183,6 @@ def test_hook_names_are_spelled_in_one_file() -> None:
     assert not elsewhere, f"hook names belong in {HOOK_FILE}"
     if (ROOT / HOOK_FILE).exists():
         assert hook_names(ROOT / HOOK_FILE), "the search no longer finds the names it looks for"
-
-
-def test_files_can_be_read_in_one_sitting() -> None:
-    long = {
-        relative(file)
-        for file in package_files()
-        if len(file.read_text(encoding="utf-8").splitlines()) > MAX_LINES
-    }
-    assert long == KNOWN_LONG_FILES, f"over {MAX_LINES} lines: look for the seam"
 
 
 def test_probes_and_training_have_no_sub_packages() -> None:

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hyperlens import compare_models, load_hooked
 from hyperlens.errors import HyperlensError, LoadingError
 from hyperlens.hooks.loading import check_backend
-from hyperlens.hooks.surface import Backend
+from hyperlens.models.kinds import Backend
 from hyperlens.training import hyperfit, merge
 
 LENGTH = 8

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..hooks.loading import load_hooked
-from ..hooks.surface import Backend
+from ..models.kinds import Backend
 from .hyperfitting import HyperfitRun
 
 

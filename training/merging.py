@@ -12,8 +12,9 @@ from ..errors import LoadingError, TrainingError
 from ..files import check_new_folder
 from ..hooks.loading import parse_dtype
 from ..models.adapters import ADAPTER_CONFIG
+from ..models.kinds import is_peft
 from ..models.sources import OpenedModel, open_source
-from ..models.weight_sharing import converted, is_peft, merged
+from ..models.weight_sharing import converted, merged
 from ..results.fingerprint import versions
 from .hyperfitting import HyperfitRun, record_of
 from .saving import RECORD, save

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from ..errors import TrainingError
 from ..hooks.surface import evaluating
+from ..models.kinds import plain_model
 from ..models.structure import find_structure
-from ..models.weight_sharing import plain_model
 from ..statistics.distances import rank_of, winner
 from .generation import bigram_repetition, greedy, last_position_only, type_token_ratio
 from .history import Record

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import new_folder
-from ..models.weight_sharing import is_peft
+from ..models.kinds import is_peft
 from . import pissa
 from .history import FILE
 

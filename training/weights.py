@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from ..errors import TrainingError
+from ..models.kinds import is_peft
 from ..models.sources import OpenedModel
-from ..models.weight_sharing import is_peft, merged
+from ..models.weight_sharing import merged
 from ..randomness import own_randomness
 from .recipes import Recipe
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..errors import DecodingError
-from ..models.weight_sharing import plain_model
+from ..models.kinds import plain_model
 from .adaptive import Adaptive, Fixed, Strength
 from .prompts import batches, check_prompts, eos_ids, left_padded, without_dropout
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from ..models.weight_sharing import plain_model
+from ..models.kinds import plain_model
 from ..passes.failures import naming_what_to_lower
 from ..randomness import own_randomness
 from .prompts import batches, check_prompts, eos_ids, left_padded, without_dropout

@@ -12,7 +12,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from ..errors import CorpusError, LoadingError
-from ..models.weight_sharing import plain_model
+from ..models.kinds import plain_model
 
 
 def check_prompts(model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:

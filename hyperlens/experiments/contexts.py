@@ -25,7 +25,7 @@ from ..hooks.surface import (
     run_last_residual,
     unembed,
 )
-from ..models.weight_sharing import plain_model
+from ..models.kinds import plain_model
 from ..pair import Inputs, Pair
 
 # The tokenizers are held against each other on this many texts.

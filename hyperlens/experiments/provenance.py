@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ..models.weight_sharing import plain_model
+from ..models.kinds import plain_model
 from ..pair import open_inputs
 from ..probes.rank_reordering import rank_bins
 from ..statistics import significance

@@ -12,11 +12,12 @@ import torch
 
 from ..errors import LoadingError
 from ..hub import first_line
+from ..models.kinds import Backend, backend_of
 from ..models.sources import OpenedModel, open_source
 from ..models.weight_sharing import merged
 from ..results.fingerprint import Known, weights_sha256
 from .parity import check_parity
-from .surface import Backend, HookedModel, backend_of, import_transformer_lens
+from .surface import HookedModel, import_transformer_lens
 
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..errors import LoadingError, ParityError
 from ..hooks import surface
+from ..models.kinds import backend_of
 from .surface import HookedModel
 
 # Largest allowed difference of logits, relative to the largest logit. Half precision differs
@@ -35,7 +36,7 @@ def check_parity(model: HookedModel, plain: Any | None) -> None:
     device = surface.input_device(model)
     tolerance = TOLERANCE.get(model.cfg.dtype, HALF_TOLERANCE)
     reference = partial(surface.run_logits, model) if plain is None else partial(_plain, plain)
-    residual = surface.backend_of(model) == "residual"
+    residual = backend_of(model) == "residual"
     advice = "its architecture is not supported" if residual else "use backend='residual'"
     with surface.evaluating(model):  # type: ignore[arg-type]
         for side in ("right", "left"):

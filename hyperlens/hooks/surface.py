@@ -17,8 +17,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-Backend = Literal["residual", "bridge", "hooked_transformer"]
-
 # The attribute names that TransformerLens gives the two ends of a block, what its two branches add
 # to the stream in between, and what leaves the final norm.
 RESID_PRE, RESID_POST = "hook_resid_pre", "hook_resid_post"
@@ -81,16 +79,6 @@ class HookedModel(Protocol):
     @property
     def hook_dict(self) -> Any:
         """Every hook point by its name."""
-
-
-def backend_of(model: object) -> Backend | None:
-    """Which kind of hooked model this is, by class name; None if it is none."""
-    kinds: dict[str, Backend] = {
-        "ResidualModel": "residual",
-        "TransformerBridge": "bridge",
-        "HookedTransformer": "hooked_transformer",
-    }
-    return next((kinds[c.__name__] for c in type(model).__mro__ if c.__name__ in kinds), None)
 
 
 def import_transformer_lens(submodule: str = "") -> ModuleType:

@@ -11,6 +11,7 @@ from torch import nn
 
 from ..errors import LoadingError
 from ..hub import first_line
+from .kinds import is_peft, plain_model
 
 
 def weight_sharing_copy(model: nn.Module) -> Any:
@@ -104,16 +105,6 @@ def _cast(shell: Any, dtype: torch.dtype) -> None:
             computed = buffer is None or name in module._non_persistent_buffers_set
             if not computed and buffer.is_floating_point():
                 module._buffers[name] = done.setdefault(id(buffer), buffer.to(dtype))
-
-
-def is_peft(model: object) -> bool:
-    """Whether this is a `peft.PeftModel` (by class name, so that peft need not be imported)."""
-    return any(c.__name__ == "PeftModel" for c in type(model).__mro__)
-
-
-def plain_model(model: Any) -> Any:
-    """The Hugging Face model inside a PeftModel; any other model is its own plain model."""
-    return model.get_base_model() if is_peft(model) else model
 
 
 def merged(model: Any) -> Any:

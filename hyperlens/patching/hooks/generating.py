@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from ...errors import PatchError
 from ...hooks.attach import attach
 from ...hooks.surface import evaluating
+from ...models.kinds import plain_model
 from ...models.structure import ModelStructure, find_structure
-from ...models.weight_sharing import plain_model
 from .positions import Positions, chosen_so_far, counts_from_the_end
 from .sites import Site
 

@@ -24,7 +24,7 @@ from ...hooks.surface import (
     resid_post,
     run_residuals,
 )
-from ...models.weight_sharing import plain_model
+from ...models.kinds import plain_model
 from ..hooks.cells import EXACT, NEARLY, resume
 from ..hooks.generating import takes_past
 from ..logits import check_stream

@@ -18,7 +18,8 @@ from ...errors import PatchError
 from ...experiments.continuing import METRICS as WRITTEN
 from ...experiments.continuing import Continuing, check_counts, check_room, choose_prompts
 from ...hooks.loading import LoadedModel, hook
-from ...models.weight_sharing import is_peft, merged
+from ...models.kinds import is_peft
+from ...models.weight_sharing import merged
 from ...pair import open_inputs
 from ...passes.failures import naming_what_to_lower
 from ...statistics import significance

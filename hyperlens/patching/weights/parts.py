@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 from ...errors import PatchError
+from ...models.kinds import is_peft
 from ...models.structure import find_structure
-from ...models.weight_sharing import is_peft
 from .named import NAMED
 
 Part: TypeAlias = int | str

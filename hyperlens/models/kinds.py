@@ -1,0 +1,27 @@
+"""What kind of model an object is, told by class names so that no library need be imported."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+Backend = Literal["residual", "bridge", "hooked_transformer"]
+
+
+def backend_of(model: object) -> Backend | None:
+    """Which kind of hooked model this is; None if it is none."""
+    kinds: dict[str, Backend] = {
+        "ResidualModel": "residual",
+        "TransformerBridge": "bridge",
+        "HookedTransformer": "hooked_transformer",
+    }
+    return next((kinds[c.__name__] for c in type(model).__mro__ if c.__name__ in kinds), None)
+
+
+def is_peft(model: object) -> bool:
+    """Whether this is a `peft.PeftModel`."""
+    return any(c.__name__ == "PeftModel" for c in type(model).__mro__)
+
+
+def plain_model(model: Any) -> Any:
+    """The Hugging Face model inside a PeftModel; any other model is its own plain model."""
+    return model.get_base_model() if is_peft(model) else model
