@@ -555,7 +555,7 @@ def test_an_interrupted_training_says_whether_it_goes_on(
     argv = (*HYPERFIT, "--out", tmp_path / "out")
     assert failed(capsys, cli.INTERRUPTED, argv) == "hyperlens: interrupted"
     (tmp_path / "out.partial").mkdir()
-    line = failed(capsys, cli.INTERRUPTED, argv, "the same command goes on")
+    line = failed(capsys, cli.INTERRUPTED, argv, "the same command continues")
     assert line.startswith("hyperlens: interrupted: ")
 
 
@@ -580,7 +580,7 @@ def test_the_same_command_goes_on(
     out = str(tmp_path / "out")
     with monkeypatch.context() as patched:
         patched.setattr(Checkpoints, "on_save", interrupting)
-        failed(capsys, cli.INTERRUPTED, (*argv, out), "goes on from the last checkpoint")
+        failed(capsys, cli.INTERRUPTED, (*argv, out), "continues from the last checkpoint")
     assert not Path(out).exists()
     failed(capsys, cli.FAILED, (*argv, out, "--seed", "3"), "seed 0 there, 3 here")
     assert cli.main([*argv, out]) == cli.OK

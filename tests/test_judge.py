@@ -1,5 +1,6 @@
 """From answers to rates: both orders, ties, bias, tests; and judges of several kinds."""
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 from judge_for_tests import always_first, longer, verdict
 from scipy import stats as scipy_stats
 
+from hyperlens import write_report
 from hyperlens.errors import CorpusError, JudgeError, LoadingError
 from hyperlens.judging import (
     FewerRepeatedBigrams,
@@ -19,6 +21,8 @@ from hyperlens.judging import (
 )
 from hyperlens.judging.judges import repeated_bigrams
 from hyperlens.judging.pairs import JudgedPair, TextPair, bias_rows
+from hyperlens.render.blocks import Chart
+from hyperlens.render.format import PERCENT, SIGNED, interval
 from hyperlens.statistics.significance import binomial_p, holm, wilson
 
 QUIET = {"progress": False}
@@ -64,15 +68,15 @@ def test_a_judge_that_prefers_the_longer_text_always_does() -> None:
     found = judge_continuations(pairs(12), judge=longer, names=("short", "long"), **QUIET)
     for criterion in ("coherence", "diversity", "overall"):
         assert found.value(criterion=criterion, metric="b_wins") == 1
-        assert (
-            found.at(criterion=criterion, metric="first_position")["n"] == 0
-        )  # no pair is judged by place
+        # No pair is judged by place.
+        assert found.at(criterion=criterion, metric="first_position")["n"] == 0
         assert found.value(criterion=criterion, metric="orders_disagree") == 0
         assert found.value(criterion=criterion, metric="longer_wins") == 1
         p = found.at(criterion=criterion, metric="a_of_decided")["p"]
         assert p == pytest.approx(3 * scipy_stats.binomtest(0, 12).pvalue)
     assert found.value(criterion="coherence", metric="score_difference") == -5
-    assert "Overall: B (long) wins 100.0% [75.7%, 100.0%] of 12 decided pairs" in found.summary()
+    won = f"100.0% [{wilson(12, 12)[0]:.1%}, 100.0%] of 12 decided pairs, p = 0.001"
+    assert f"Overall: B (long) wins {won}" in found.summary()
     assert "The judge favours" not in found.summary()
     swapped = judge_continuations(pairs(12, "one word and another {i}", "word {i}"), judge=longer)
     assert swapped.at(criterion="overall", metric="a_wins") == found.at(
@@ -213,6 +217,47 @@ def test_nothing_at_all_could_be_judged(tmp_path: Path) -> None:
     assert "No pair could be judged" in found.summary()
     found.save(tmp_path / "out")
     assert JudgeResult.load(tmp_path / "out").extras == found.extras
+
+
+def test_page_notebook_and_summary_show_the_same_numbers(tmp_path: Path) -> None:
+    found = judge_continuations(pairs(12), judge=longer, names=("short", "long"), **QUIET)
+    page = write_report(tmp_path / "page.html", [found]).read_text(encoding="utf-8")
+    wins = interval(found.at(criterion="overall", metric="b_wins"), PERCENT)
+    gap = interval(found.at(criterion="coherence", metric="score_difference"), SIGNED)
+    for text in (found.summary(), found._repr_html_(), page):
+        assert wins in text
+        assert gap in text
+        assert "one word and another 0" in text
+    assert "new words" in page  # the question
+    assert found.plot().to_dict()
+
+
+def test_the_charts_show_the_rows_of_the_table() -> None:
+    found = judge_continuations(pairs(9), judge=always_first, **QUIET)
+    rates, biases = (block for block in found.blocks() if isinstance(block, Chart))
+    assert rates.x.scale == biases.x.scale == "share"
+    assert rates.roles == {"a": "base", "tie": "other", "b": "tuned"}
+    metrics = {"a": "a_wins", "tie": "tie", "b": "b_wins"}
+    assert len(rates.rows) == 9
+    for shown in rates.rows:
+        row = found.at(criterion=shown["criterion"], metric=metrics[shown["series"]])
+        assert [shown[key] for key in ("value", "low", "high", "pairs")] == [
+            row[key] for key in ("value", "low", "high", "n")
+        ]
+    first = [row["value"] for row in biases.rows if "shown first" in row["bias"]]
+    assert first == [1, 1, 1]
+    alike = judge_continuations(pairs(2), judge=longer, names=("tie", "tie"), **QUIET)
+    rates = next(block for block in alike.blocks() if isinstance(block, Chart))
+    assert rates.series == ["A: tie", "tie", "B: tie"]
+
+
+def test_results_of_version_0_1_are_read(tmp_path: Path) -> None:
+    found = judge_continuations(pairs(3), judge=longer, **QUIET)
+    path = found.write(tmp_path)
+    old = json.loads(path.read_text())
+    old["meta"]["data"] = old["meta"].pop("corpus")
+    path.write_text(json.dumps({**old, "format": 1}))
+    assert JudgeResult.load(tmp_path).summary() == found.summary()
 
 
 def test_examples_are_told_by_side() -> None:

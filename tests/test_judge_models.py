@@ -11,7 +11,7 @@ from peft import AutoPeftModelForCausalLM
 from test_cli import tokenizer
 from transformers import AutoModelForCausalLM
 
-from hyperlens import cli, write_report
+from hyperlens import cli, open_pair, write_report
 from hyperlens.decoding.generate import continuations
 from hyperlens.errors import CorpusError, JudgeError
 from hyperlens.experiments.continuing import choose_examples
@@ -58,6 +58,8 @@ def test_two_models_write_and_a_judge_reads(tmp_path: Path) -> None:
     }
     found.write(tmp_path)
     assert JudgeResult.load(tmp_path) == found
+    # An open pair and the texts are the same inputs.
+    assert judge_models(open_pair(base, tuned), TEXTS, judge=judge, **SHORT) == found
     write_report(tmp_path / "page.html", [found])
 
 

@@ -33,7 +33,7 @@ ASKING = ("tries", "n_examples")
 
 
 def add(commands: Any) -> None:
-    """Add `hyperlens judge`."""
+    """Add the parser of `hyperlens judge`."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "judge",
         help="let a judge compare what two models write",
