@@ -385,7 +385,7 @@ class JudgeResult(Result):
         if not row["n"]:
             return Verdict(criterion, f"{label}: no pair was decided, so there is no preference.")
         is_a = row["value"] >= 0.5
-        side = f"A ({self.base_name})" if is_a else f"B ({self.tuned_name})"
+        side = _named("A", self.base_name) if is_a else _named("B", self.tuned_name)
         share = interval(row if is_a else _complement(row), PERCENT)
         wins = f"{side} wins {share} of {count(row['n'], 'decided pair')}, {p_value(row['p'])}"
         answer = wins if row["p"] < 0.05 else f"no clear preference ({wins})"
@@ -534,7 +534,7 @@ class JudgeResult(Result):
         return [Heading("The texts, and what the judge said"), *first, *folded]
 
     def _example(self, example: Mapping[str, Any]) -> list[Block]:
-        names = (f"A: {self.base_name}", f"B: {self.tuned_name}")
+        names = (_named("A", self.base_name), _named("B", self.tuned_name))
         texts = [Sample(name, example[side]) for name, side in zip(names, SIDES, strict=True)]
         rows = [_example_row(judgement) for judgement in example["verdicts"]]
         reasons = [
@@ -570,6 +570,11 @@ class JudgeResult(Result):
         """What A and B are called in charts, also if their names are the same."""
         a, b = self.base_name, self.tuned_name
         return (a, b) if len({a, b, TIE}) == 3 else (f"A: {a}", f"B: {b}")
+
+
+def _named(side: str, name: str) -> str:
+    """A side with its name, unless that says the same."""
+    return side if name.upper() == side else f"{side} ({name})"
 
 
 def _complement(row: Mapping[str, Any]) -> Mapping[str, Any]:
