@@ -326,7 +326,9 @@ BIASES = {
     "longer_wins": "won by the longer text",
     "fewer_repeats_wins": "won by fewer repeated bigrams",
 }
-SCORE, SCORE_DIFFERENCE = Form(number, 1.0, 10.0), Form(signed, -9.0, 9.0)
+# Two decimals throughout, as numbers of the size of 5 have.
+SCORE = Form(lambda x, _: number(x, 5.0), 1.0, 10.0)
+SCORE_DIFFERENCE = Form(lambda x, _: signed(x, 5.0), -9.0, 9.0)
 # Examples shown at once; the others are folded away.
 SHOWN = 1
 
