@@ -246,9 +246,9 @@ def test_the_charts_show_the_rows_of_the_table() -> None:
         ]
     first = [row["value"] for row in biases.rows if "shown first" in row["bias"]]
     assert first == [1, 1, 1]
-    alike = judge_continuations(pairs(2), judge=longer, names=("tie", "tie"), **QUIET)
+    alike = judge_continuations(pairs(2), judge=longer, names=("x", "x"), **QUIET)
     rates = next(block for block in alike.blocks() if isinstance(block, Chart))
-    assert rates.series == ["A: tie", "tie", "B: tie"]
+    assert rates.series == ["x (base)", "tie", "x (tuned)"]
 
 
 def test_results_of_version_0_1_are_read(tmp_path: Path) -> None:

@@ -476,7 +476,7 @@ class JudgeResult(Result):
         )
 
     def _rates_chart(self) -> Chart:
-        a, b = self._series()
+        a, b = self.base_name, self.tuned_name
         names = dict(zip(OUTCOMES, (a, "tie", b), strict=True))
         rows = [
             {"series": series, "criterion": criterion, **self._numbers(criterion, metric)}
@@ -567,11 +567,6 @@ class JudgeResult(Result):
     def _agreement(self, criterion: str) -> Mapping[str, Any]:
         """The share of pairs judged alike in both orders."""
         return _complement(self._row(criterion, "orders_disagree"))
-
-    def _series(self) -> tuple[str, str]:
-        """What A and B are called in charts, also if their names are the same."""
-        a, b = self.base_name, self.tuned_name
-        return (a, b) if len({a, b, TIE}) == 3 else (f"A: {a}", f"B: {b}")
 
 
 def _named(side: str, name: str) -> str:
