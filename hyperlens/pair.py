@@ -10,9 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from .data.corpus import Corpus, build_corpus, check_max_length
+from .data.corpus import Corpus, are_token_ids, build_corpus, check_max_length
 from .data.texts import read_texts
-from .data.token_ids import are_token_ids
 from .errors import CorpusError, LoadingError, PairError
 from .hooks.loading import LoadedModel, check_backend, hook, parse_device, parse_dtype
 from .models.kinds import Backend, backend_of, plain_model

@@ -13,7 +13,7 @@ from ..passes.streams import StreamPair, StreamSpec
 from ..results.comparison import ProbeResult
 from ..statistics import distances
 from ..statistics.rank_correlation import spearman
-from .logit_probe import LogitProbe
+from .base import LogitProbe
 
 
 class RankReordering(LogitProbe):

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from ..errors import CorpusError
 from .texts import read_texts
-from .token_ids import are_token_ids, check_ids, read_token_ids
 
 PaddingSide = Literal["right", "left"]
 
@@ -102,7 +101,6 @@ class Corpus:
         n_sampled_sequences: int = 0,
         n_sampled_tokens: int = 0,
         seed: int = 0,
-        padding_side: PaddingSide = "right",
     ) -> Iterator[Batch]:
         """Padded batches in the corpus's own order.
 
@@ -110,30 +108,23 @@ class Corpus:
             batch_size: sequences per batch.
             n_sampled_sequences, n_sampled_tokens: size of the token sample.
             seed: of the choice of the sample, which depends on content alone otherwise.
-            padding_side: right padding needs no position ids; left is there to be tested.
         """
         keys = [_hash(sequence, seed) for sequence in self.sequences]
         chosen = sorted(range(len(keys)), key=lambda i: (keys[i], i))[:n_sampled_sequences]
         slots = {i: slot for slot, i in enumerate(chosen)}
         for start in range(0, len(self.sequences), batch_size):
             indices = range(start, min(start + batch_size, len(self.sequences)))
-            width = max(len(self.sequences[i]) for i in indices)
-            tokens = np.zeros((len(indices), width), dtype=np.int64)
-            real = np.zeros(tokens.shape, dtype=bool)
+            tokens, real = pad([self.sequences[i] for i in indices])
             position = np.full((len(indices), n_sampled_tokens), -1, dtype=np.int64)
             for row, i in enumerate(indices):
-                sequence = self.sequences[i]
-                offset = 0 if padding_side == "right" else width - len(sequence)
-                tokens[row, offset : offset + len(sequence)] = sequence
-                real[row, offset : offset + len(sequence)] = True
                 if i in slots:
-                    drawn = self._sampled_positions(sequence, keys[i], n_sampled_tokens)
-                    position[row, : len(drawn)] = drawn + offset
-            bos = real & (tokens == self.bos_id if self.bos_id is not None else np.False_)
+                    drawn = self._sampled_positions(self.sequences[i], keys[i], n_sampled_tokens)
+                    position[row, : len(drawn)] = drawn
+            is_bos = torch.zeros_like(real) if self.bos_id is None else tokens == self.bos_id
             yield Batch(
-                tokens=torch.from_numpy(tokens),
-                real=torch.from_numpy(real),
-                bos=torch.from_numpy(bos),
+                tokens=tokens,
+                real=real,
+                bos=real & is_bos,
                 slot=torch.tensor([slots.get(i, -1) for i in indices]),
                 position=torch.from_numpy(position),
             )
@@ -142,6 +133,27 @@ class Corpus:
         countable = np.flatnonzero(sequence != self.bos_id) if self.bos_id is not None else None
         candidates = np.arange(len(sequence)) if countable is None else countable
         return np.random.default_rng(key).permutation(candidates)[:n]
+
+
+def pad(
+    sequences: Sequence[Sequence[int] | np.ndarray], side: PaddingSide = "right", pad_id: int = 0
+) -> tuple[Int[Tensor, "batch pos"], Bool[Tensor, "batch pos"]]:
+    """Token sequences as one rectangle, as long as the longest, and where it is not padding.
+
+    >>> tokens, real = pad([[5, 6, 7], [8]], "left")
+    >>> tokens.tolist()
+    [[5, 6, 7], [0, 0, 8]]
+    >>> real.tolist()
+    [[True, True, True], [False, False, True]]
+    """
+    width = max(map(len, sequences))
+    tokens = np.full((len(sequences), width), pad_id, dtype=np.int64)
+    real = np.zeros(tokens.shape, dtype=bool)
+    for row, ids in enumerate(sequences):
+        start = 0 if side == "right" else width - len(ids)
+        tokens[row, start : start + len(ids)] = ids
+        real[row, start : start + len(ids)] = True
+    return torch.from_numpy(tokens), torch.from_numpy(real)
 
 
 def build_corpus(
@@ -257,6 +269,67 @@ def tokenize(texts: Sequence[str], tokenizer: Any) -> list[np.ndarray]:
     encoded = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
     start = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
     return [np.array(start + list(ids) if ids else [], dtype=np.int64) for ids in encoded]
+
+
+def are_token_ids(texts: Any) -> bool:
+    """Whether texts came tokenized: a list of id sequences, or a tensor of them."""
+    if isinstance(texts, Tensor):
+        return True
+    if isinstance(texts, np.ndarray):
+        return texts.dtype.kind not in "OUST" or are_token_ids(list(texts))
+    if not isinstance(texts, list | tuple) or not texts:
+        return False
+    return not isinstance(texts[0], str) and isinstance(texts[0], Sequence | Tensor | np.ndarray)
+
+
+def read_token_ids(texts: Any, pad_id: int | None) -> list[np.ndarray]:
+    """Token id sequences as arrays.
+
+    Raises:
+        CorpusError: if one is no flat list of whole numbers, or is padded.
+    """
+    sequences = []
+    for i, given in enumerate(texts):
+        try:
+            ids = np.asarray(given.cpu() if isinstance(given, Tensor) else given)
+        except (TypeError, ValueError):  # ragged, or of a kind that numpy does not know
+            ids = np.zeros((1, 1))
+        if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
+            raise CorpusError(
+                f"text {i}: expected a flat list of integer token ids, as every text in a list of "
+                "token ids must be"
+            )
+        sequences.append(ids.astype(np.int64))
+    _check_unpadded(texts, sequences, pad_id)
+    return sequences
+
+
+def _check_unpadded(texts: Any, sequences: list[np.ndarray], pad_id: int | None) -> None:
+    """A rectangle may be padded, and pads would be measured as text."""
+    if not isinstance(texts, Tensor | np.ndarray) or pad_id is None:
+        return
+    for i, ids in enumerate(sequences):
+        # One at an end may be meant: many tokenizers pad with EOS.
+        if len(ids) > 2 and any((ends == pad_id).all() for ends in (ids[:2], ids[-2:])):
+            raise CorpusError(
+                f"text {i} is padded (with id {pad_id}): give a list of the token ids without "
+                "padding, or the texts themselves"
+            )
+
+
+def check_ids(sequences: list[np.ndarray], d_vocab: int | None) -> None:
+    """Refuse ids that the model does not have.
+
+    Raises:
+        CorpusError: naming one.
+    """
+    lowest, highest = min(int(s.min()) for s in sequences), max(int(s.max()) for s in sequences)
+    if lowest < 0 or (d_vocab is not None and highest >= d_vocab):
+        bad = lowest if lowest < 0 else highest
+        raise CorpusError(
+            f"token id {bad} is outside the model's vocabulary of {d_vocab}: "
+            "give the texts, or the token ids, of this model's own tokenizer"
+        )
 
 
 def _content_length(ids: np.ndarray, bos_id: int | None) -> int:

@@ -10,8 +10,8 @@ from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import CorpusError
-from ..hub import HUB_ID, first_line
+from ..errors import CorpusError, first_line
+from ..models.kinds import HUB_ID
 
 if TYPE_CHECKING:
     import pandas as pd

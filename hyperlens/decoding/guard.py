@@ -1,4 +1,4 @@
-"""GUARD: a decoding method that follows its own uncertainty (Ding et al. 2025, EMNLP Findings).
+"""GUARD: sampling that adapts to the model's uncertainty (Ding et al. 2025, EMNLP Findings).
 
 It samples from the few most likely tokens, of which it lowers those that the text already holds.
 How few, and how much, follows from how the entropy of the next token compares with that of the
@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from .settings import check_whole
+from ..checks import check_whole
 
 EPSILON = 1e-4
 DECAY = 0.95  # of the weights of older entropies in the global mean

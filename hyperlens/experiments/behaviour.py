@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..checks import check_counts, check_seed
 from ..decoding.diversity import (
     MEASURES,
     distinct,
@@ -16,21 +17,14 @@ from ..decoding.diversity import (
     type_token_ratio,
     words,
 )
-from ..decoding.prompts import opening_and_texts
+from ..decoding.generate import GenerationRunner
+from ..decoding.prompts import check_room, choose_examples, choose_prompts, opening_and_texts
 from ..errors import CorpusError
 from ..hooks.loading import LoadedModel
+from ..models.tokenizers import token_names
 from ..pair import Pair, open_inputs
 from ..statistics import significance
 from .behaviour_finding import BehaviourResult
-from .contexts import names
-from .continuing import (
-    Continuing,
-    check_counts,
-    check_room,
-    check_seed,
-    choose_examples,
-    choose_prompts,
-)
 from .decisions import in_the_base
 
 STRATEGIES = {"greedy": False, "sample": True}
@@ -99,7 +93,7 @@ def measure_behaviour(
     check_room(pair, prompt_tokens, max_new_tokens)
     prompts = choose_prompts(opened.corpus, n_prompts, prompt_tokens, seed)
     tokenizer = pair.tokenizer
-    continuing = Continuing(prompts, max_new_tokens, batch_size, seed, progress)
+    continuing = GenerationRunner(prompts, max_new_tokens, batch_size, seed, progress)
     table: list[dict[str, Any]] = []
     together: list[dict[str, Any]] = []
     examples: list[dict[str, Any]] = []
@@ -201,7 +195,7 @@ def _example(
     sides = {
         side: {
             "text": text,
-            "tokens": names(tokenizer, tokens),
+            "tokens": token_names(tokenizer, tokens),
             "base_rank": in_the_base(pair, prompt, tokens)[0],
         }
         for (side, tokens), text in zip(written.items(), texts, strict=True)

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from ..hooks.surface import evaluating, run_logits
 from ..pair import Pair
+from ..passes.contexts import Contexts
 from ..statistics import distances
-from ..statistics.float32 import in_full_float32
-from .contexts import Contexts
+from ..statistics.moments import in_full_float32
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def in_the_base(
     """
     base = pair.base.hooked
     ids = torch.tensor([[*prompt, *tokens]], device=base.cfg.device)
-    with evaluating(base):  # type: ignore[arg-type]
+    with evaluating(base):
         logits = run_logits(base, ids, torch.ones_like(ids))[0, len(prompt) - 1 : -1].float()
     ranks: list[int] = distances.rank_of(logits, ids[0, len(prompt) :]).tolist()
     first: list[int] = distances.winner(logits).tolist()

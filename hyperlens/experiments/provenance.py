@@ -14,12 +14,15 @@ from typing import Any
 
 import torch
 
+from ..checks import check_counts, check_seed
+from ..decoding.generate import GenerationRunner
+from ..decoding.prompts import check_room, choose_prompts
 from ..models.kinds import plain_model
+from ..models.tokenizers import token_names, token_texts
 from ..pair import open_inputs
+from ..passes.contexts import read_contexts
 from ..probes.rank_reordering import rank_bins
 from ..statistics import significance
-from .contexts import names, read_contexts, token_texts
-from .continuing import Continuing, check_counts, check_room, check_seed, choose_prompts
 from .decisions import Decisions, along_continuations, along_texts, neighbours
 from .provenance_finding import BUCKETS, ProvenanceResult
 from .token_kinds import KINDS, kind_of, repeats
@@ -71,8 +74,10 @@ def provenance(
     pair = opened.pair
     check_room(pair, prompt_tokens, max_new_tokens)
     prompts = choose_prompts(opened.corpus, n_prompts, prompt_tokens, seed)
-    contexts = read_contexts(opened, batch_size, progress)
-    written = Continuing(prompts, max_new_tokens, batch_size, seed, progress).run(pair.tuned)
+    contexts = read_contexts(
+        opened.pair.base.hooked, opened.pair.tuned.hooked, opened.corpus, batch_size, progress
+    )
+    written = GenerationRunner(prompts, max_new_tokens, batch_size, seed, progress).run(pair.tuned)
     read = {
         "teacher-forced": along_texts(contexts, progress),
         "free-running": along_continuations(pair, prompts, written.tokens),
@@ -203,9 +208,11 @@ def _examples(
             yield {
                 "mode": mode,
                 "bucket": bucket,
-                "context": ("" if tokenizer is not None else " ").join(names(tokenizer, before)),
-                "picked": names(tokenizer, [one.picked[i]])[0],
-                "base_first": names(tokenizer, [one.base_first[i]])[0],
+                "context": ("" if tokenizer is not None else " ").join(
+                    token_names(tokenizer, before)
+                ),
+                "picked": token_names(tokenizer, [one.picked[i]])[0],
+                "base_first": token_names(tokenizer, [one.base_first[i]])[0],
                 "rank": one.rank[i],
                 "kind": pick["kind"],
             }

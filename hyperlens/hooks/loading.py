@@ -10,8 +10,7 @@ from typing import Any, get_args
 
 import torch
 
-from ..errors import LoadingError
-from ..hub import first_line
+from ..errors import LoadingError, first_line
 from ..models.kinds import Backend, backend_of
 from ..models.sources import OpenedModel, open_source
 from ..models.weight_sharing import merged

@@ -38,7 +38,7 @@ def check_parity(model: HookedModel, plain: Any | None) -> None:
     reference = partial(surface.run_logits, model) if plain is None else partial(_plain, plain)
     residual = backend_of(model) == "residual"
     advice = "its architecture is not supported" if residual else "use backend='residual'"
-    with surface.evaluating(model):  # type: ignore[arg-type]
+    with surface.evaluating(model):
         for side in ("right", "left"):
             tokens, mask = _padded_batch(model.cfg.d_vocab, side, device)
             logits = surface.run_logits(model, tokens, mask)

@@ -64,7 +64,7 @@ class HookedModel(Protocol):
         """n_layers, d_model, d_vocab, dtype, device and output_logits_soft_cap."""
 
     def __getattr__(self, name: str) -> Any:
-        """Its `blocks`, `ln_final` and `unembed`.
+        """Its `blocks`, `ln_final`, `unembed`, and what every torch module has.
 
         Not attributes of their own here: torch finds submodules by `__getattr__`, and from
         Python 3.12 on a protocol does not see what is found that way.
@@ -72,9 +72,6 @@ class HookedModel(Protocol):
 
     def run_with_hooks(self, *args: Any, **kwargs: Any) -> Any:
         """Forward pass with temporary hooks."""
-
-    def run_with_cache(self, *args: Any, **kwargs: Any) -> Any:
-        """Forward pass that also returns activations."""
 
     @property
     def hook_dict(self) -> Any:
@@ -93,9 +90,9 @@ def import_transformer_lens(submodule: str = "") -> ModuleType:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: HookedModel | nn.Module) -> Iterator[None]:
     """Evaluation mode and no gradients inside; every module's own mode back afterwards."""
-    training = [module for module in model.modules() if module.training]
+    training: list[nn.Module] = [module for module in model.modules() if module.training]
     try:
         for module in training:
             module.training = False
@@ -165,6 +162,15 @@ def unembed(model: HookedModel, x: Float[Tensor, "n d_model"]) -> Float[Tensor, 
     logits: Tensor = model.unembed(x[:, None])[:, 0]
     cap = getattr(model.cfg, "output_logits_soft_cap", None)
     return cap * torch.tanh(logits / cap) if cap is not None and cap > 0 else logits
+
+
+def float_logits(
+    model: HookedModel, normed: Float[Tensor, "n d_model"]
+) -> Float[Tensor, "n d_vocab"]:
+    """Logits of final-normed vectors as float32, on a device that statistics can be taken on."""
+    logits = unembed(model, normed).float()
+    # Statistics are float64, which Apple's accelerator does not have.
+    return logits.cpu() if logits.device.type == "mps" else logits
 
 
 def input_device(model: HookedModel) -> torch.device:

@@ -7,8 +7,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from ..errors import LoadingError, PairError
-from ..hub import HUB_ID, first_line
+from ..errors import LoadingError, PairError, first_line
+from .kinds import HUB_ID
 from .weight_sharing import weight_sharing_copy
 
 ADAPTER_CONFIG = "adapter_config.json"

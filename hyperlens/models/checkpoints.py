@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 
-from ..errors import LoadingError
-from ..hub import first_line
+from ..errors import LoadingError, first_line
 from .adapters import ADAPTER_CONFIG
 
 

@@ -1,8 +1,15 @@
-"""What kind of model an object is, told by class names so that no library need be imported."""
+"""What a source is: the pattern of hub ids, and kinds of model objects told by class names.
+
+Class names, because `isinstance` would import libraries that a run may not need.
+"""
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal
+
+# "name" or "owner/name", of models and of datasets.
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 Backend = Literal["residual", "bridge", "hooked_transformer"]
 

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from ..errors import LoadingError, PairError
-from ..hub import HUB_ID
 from .adapters import (
     ADAPTER_CONFIG,
     adapter_folder,
@@ -22,7 +21,7 @@ from .adapters import (
     read_adapter_config,
 )
 from .checkpoints import check_causal, check_checkpoint_folder, read_checkpoint
-from .kinds import backend_of, is_peft, plain_model
+from .kinds import HUB_ID, backend_of, is_peft, plain_model
 from .tokenizers import read_tokenizer, tokenizer_of_object
 from .weight_sharing import check_has_values, converted, weight_sharing_copy
 

@@ -13,16 +13,15 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..data.corpus import Batch, Corpus, PaddingSide
+from ..data.corpus import Batch, Corpus
 from ..errors import ActivationError, ResourceError
 from ..hooks import surface
 from ..hooks.surface import HookedModel
 from ..results.comparison import ProbeResult
 from ..statistics import distances
 from .failures import guarded, naming_what_to_lower
-from .heap import keep_freed_memory
 from .logits_reader import ReadsLogits, read_logits
-from .memory import MemoryNeeded, free_bytes, memory_needed
+from .memory import MemoryNeeded, free_bytes, keep_freed_memory, memory_needed
 from .streams import ModelStream, StreamPair, StreamSpec, TokenSample
 
 # Tokens are kept for intervals in at most this many bytes per layer, view and model, or in as
@@ -63,7 +62,6 @@ class PassOptions:
             at a layer, in either model, is an attention sink there; 0 turns the mask off.
         seed: of the token sample.
         progress: show a progress bar.
-        padding_side: where pads go.
         title: what the bar is called.
     """
 
@@ -71,7 +69,6 @@ class PassOptions:
     sink_threshold: float
     seed: int
     progress: bool
-    padding_side: PaddingSide = "right"
     title: str = "comparing"
 
 
@@ -131,12 +128,11 @@ def _read_texts(
         n_sampled_sequences=spec.n_sampled_sequences,
         n_sampled_tokens=spec.n_sampled_tokens,
         seed=options.seed,
-        padding_side=options.padding_side,
     )
     bar = tqdm(
         total=corpus.counts.n_tokens, unit="tok", desc=options.title, disable=not options.progress
     )
-    with bar, surface.evaluating(base), surface.evaluating(tuned):  # type: ignore[arg-type]
+    with bar, surface.evaluating(base), surface.evaluating(tuned):
         for batch in batches:
             pair = read_pair(base, tuned, batch, options.sink_threshold, spec.device)
             sinks += _update(probes, pair)
@@ -207,7 +203,7 @@ def read_pair(
             ModelStream(
                 residuals=residuals,
                 final_norm=partial(surface.final_norm, model),
-                unembed=partial(surface.unembed, model),
+                unembed=partial(surface.float_logits, model),
                 d_vocab=model.cfg.d_vocab,
             )
         )

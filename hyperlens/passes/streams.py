@@ -93,8 +93,31 @@ def logit_chunk_bytes(d_vocab: int, device: torch.device) -> int:
 
 def logit_rows(n: int, d_vocab: int, device: torch.device) -> Iterator[slice]:
     """Slices of n tokens, each of as many rows of logits as exist at a time."""
-    step = logit_chunk_rows(d_vocab, device)
-    return (slice(start, min(start + step, n)) for start in range(0, n, step))
+    return slices(n, logit_chunk_rows(d_vocab, device))
+
+
+def slices(n: int, size: int) -> Iterator[slice]:
+    """Consecutive slices of at most `size` that cover 0 to n.
+
+    >>> list(slices(5, 3))
+    [slice(0, 3, None), slice(3, 5, None)]
+    """
+    return (slice(start, min(start + size, n)) for start in range(0, n, size))
+
+
+def logits_in_pieces(
+    pieces: Iterable[slice], *models: tuple[Callable[[Tensor], Tensor], Float[Tensor, "n d_model"]]
+) -> Iterator[tuple[Any, ...]]:
+    """Logits a few rows at a time: the whole of them would not fit in memory.
+
+    Args:
+        pieces: which rows exist at the same time.
+        models: for each, the function from its vectors to float32 logits, and its vectors.
+
+    Yields the rows, and each model's logits [rows, d_vocab].
+    """
+    for rows in pieces:
+        yield rows, *(to_logits(vectors[rows]) for to_logits, vectors in models)
 
 
 @dataclass(frozen=True)
@@ -147,7 +170,8 @@ class ModelStream:
     Attributes:
         residuals: L + 1 tensors [batch, pos, d_model], in the model's own dtype.
         final_norm: the model's own final norm, on [n, d_model].
-        unembed: final-normed vectors [n, d_model] to logits [n, d_vocab], soft cap included.
+        unembed: final-normed vectors [n, d_model] to logits [n, d_vocab], soft cap included, as
+            float32 on the device where statistics are computed.
         d_vocab: number of logits.
     """
 
@@ -274,10 +298,8 @@ class StreamPair:
         Yields (rows, base logits, tuned logits), `rows` being the slice of the set's tokens.
         """
         index = self.index(layer, "decisions")
-        base, tuned = self.base.normed(layer, index), self.tuned.normed(layer, index)
-        for rows in logit_rows(len(index), self.base.d_vocab, index.device):
-            yield (
-                rows,
-                self.base.unembed(base[rows]).float().to(self.device),
-                self.tuned.unembed(tuned[rows]).float().to(self.device),
-            )
+        yield from logits_in_pieces(
+            logit_rows(len(index), self.base.d_vocab, index.device),
+            (self.base.unembed, self.base.normed(layer, index)),
+            (self.tuned.unembed, self.tuned.normed(layer, index)),
+        )

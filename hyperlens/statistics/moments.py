@@ -8,14 +8,14 @@ lose its variance to cancellation; PR itself does not depend on the origin.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from einops import einsum
 from jaxtyping import Float, Float64
 from torch import Tensor
-
-from .float32 import in_full_float32
 
 # A row is long if its square is this many times the median square.
 LONG = 16.0
@@ -111,6 +111,26 @@ def outer_mostly_float32(
     with in_full_float32():
         product = short.T @ short
     return product.to(torch.float64) + x[long].T @ x[long]
+
+
+@contextmanager
+def in_full_float32() -> Iterator[None]:
+    """Turn TensorFloat-32 off inside, and restore the caller's setting afterwards.
+
+    TensorFloat-32 rounds the factors of a product to 11 bits. That is the caller's choice for the
+    models; in a statistic an error of one in a thousand would be taken for a result.
+    """
+    matmul = torch.backends.cuda.matmul
+    # The older name cannot be read where the caller used the newer one, nor the other way round.
+    name, full = (
+        ("fp32_precision", "ieee") if hasattr(matmul, "fp32_precision") else ("allow_tf32", False)
+    )
+    before = getattr(matmul, name)
+    setattr(matmul, name, full)
+    try:
+        yield
+    finally:
+        setattr(matmul, name, before)
 
 
 @dataclass(frozen=True)

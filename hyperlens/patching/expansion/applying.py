@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ...passes.streams import ModelStream, StreamPair, StreamSpec, logit_chunk_bytes
-from ...statistics.float32 import in_full_float32
+from ...statistics.moments import in_full_float32
 from ..logits import check_finite
 from ..outcomes import Outcome, Tally, measure, reference
 from ..outputs import OutputReader

@@ -16,9 +16,11 @@ from jaxtyping import Bool
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ...checks import check_counts
 from ...data.corpus import Corpus
+from ...decoding.generate import GenerationRunner
+from ...decoding.prompts import check_room, choose_prompts
 from ...errors import CorpusError, PatchError
-from ...experiments.continuing import Continuing, check_counts, check_room, choose_prompts
 from ...pair import Pair, open_inputs
 from ...passes.streaming import PassOptions, run_pass
 from ...probes import ParticipationRatio
@@ -106,7 +108,7 @@ def expansion(
     run_pass(pair.base.hooked, pair.tuned.hooked, second, [reading], options)
     written: Written = {}
     if prompts:
-        continuing = Continuing(prompts, max_new_tokens, max(batch_size, 16), seed, False)
+        continuing = GenerationRunner(prompts, max_new_tokens, max(batch_size, 16), seed, False)
         written = _write(pair, planned, means, continuing, progress)
     found = Found(planned, reading.outcomes(), clouds[FITTED], clouds[READ], written)
     meta = pair.describe() | {
@@ -205,7 +207,7 @@ def _write(
     pair: Pair,
     planned: Plan,
     means: Mapping[Any, Tensor],
-    continuing: Continuing,
+    continuing: GenerationRunner,
     progress: bool,
 ) -> Written:
     """Repetition of what is written under some of the changes, and by both models as they are."""

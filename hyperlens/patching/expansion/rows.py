@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ...experiments.continuing import METRICS as WRITTEN
+from ...decoding.diversity import REPETITION_METRICS as WRITTEN
 from ...statistics import significance
 from ...statistics.significance import Estimate, holm
 from ..outcomes import METRICS, Outcome, p_value

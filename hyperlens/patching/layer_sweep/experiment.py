@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from ...checks import check_counts
+from ...decoding.diversity import REPETITION_METRICS as WRITTEN
+from ...decoding.generate import GenerationRunner
+from ...decoding.prompts import check_room, choose_prompts
 from ...errors import PatchError
-from ...experiments.continuing import METRICS as WRITTEN
-from ...experiments.continuing import Continuing, check_counts, check_room, choose_prompts
 from ...pair import Pair, open_inputs
 from ...passes.failures import naming_what_to_lower
 from ...statistics import significance
@@ -106,7 +108,7 @@ def patch_blocks(
         prompts = choose_prompts(opened.corpus, n_prompts, prompt_tokens, seed)
     with naming_what_to_lower(batch_size, ", or max_length"):
         outcomes = run_sweep(pair, opened.corpus, sweep, batch_size, progress)
-    continuing = Continuing(prompts, max_new_tokens, max(batch_size, 16), seed, False)
+    continuing = GenerationRunner(prompts, max_new_tokens, max(batch_size, 16), seed, False)
     written = _write(pair, sweep, continuing, progress) if prompts else {}
     cuts = _cuts(outcomes, swept) if positions is None and site.startswith("resid") else []
     meta = pair.describe() | {
@@ -209,7 +211,7 @@ def _corrected(
 Written = Mapping[Cell | str, Mapping[str, list[float]]]
 
 
-def _write(pair: Pair, sweep: Sweep, continuing: Continuing, progress: bool) -> Written:
+def _write(pair: Pair, sweep: Sweep, continuing: GenerationRunner, progress: bool) -> Written:
     """Repetition of what every patched model writes, and of what both models write as they are."""
     rotation = random_rotation(pair.base.hooked.cfg.d_model, sweep.seed)
     mixes = {DONOR: None, "rotation": lambda own, donated: rotated(own, donated, rotation)}

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ...statistics.float32 import in_full_float32
+from ...statistics.moments import in_full_float32
 from ..spectrum import random_basis
 
 PLACEBOS = ("other_text", "noise", "rotation")

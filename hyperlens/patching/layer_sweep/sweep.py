@@ -197,7 +197,7 @@ def _compare(
     """Logits of some cells beside the unpatched models', a few rows at a time."""
     text = batch.number[:, None].expand_as(batch.counted)[batch.counted]
     last = {name: side.stream[-1][batch.counted] for name, side in sides.items()}
-    with evaluating(sides["base"].model), evaluating(sides["tuned"].model):  # type: ignore[arg-type]
+    with evaluating(sides["base"].model), evaluating(sides["tuned"].model):
         for rows in logit_rows(len(text), pair.base.hooked.cfg.d_vocab, text.device):
             logits = {
                 name: float_logits(side.model, final_norm(side.model, last[name][rows]))

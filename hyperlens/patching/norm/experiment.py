@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from ...experiments.continuing import check_counts
+from ...checks import check_counts
 from ...pair import open_inputs
 from ...passes.streaming import PassOptions, run_pass
 from ...passes.streams import VIEWS, ModelStream, StreamPair, StreamSpec, View, logit_chunk_bytes

@@ -56,7 +56,7 @@ class Ending:
 
     def normed(self, last: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_model"]:
         """The model's final norm."""
-        with evaluating(self.model):  # type: ignore[arg-type]
+        with evaluating(self.model):
             return final_norm(self.model, last)
 
 
@@ -79,7 +79,7 @@ def read_ending(
         ActivationError: if the model overflows.
         PatchError: if it keeps something other than keys and values.
     """
-    with evaluating(model):  # type: ignore[arg-type]
+    with evaluating(model):
         stream = run_residuals(model, tokens, mask)
         check_stream(name, stream, mask.bool())
         past = _past(model, tokens[:, :-n_last], mask[:, :-n_last])
@@ -168,7 +168,7 @@ def _last_tokens(
     def keep(value: Tensor, hook: Any) -> None:
         kept.append(value.detach())
 
-    with evaluating(host.model):  # type: ignore[arg-type]
+    with evaluating(host.model):
         host.model.run_with_hooks(
             host.tokens[text][:, -host.n_last :],
             attention_mask=host.mask[text],

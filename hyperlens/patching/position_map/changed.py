@@ -137,7 +137,7 @@ def _picks(
 ) -> Int[Tensor, " n"]:
     """The model's choice after every real token, one after another, on the CPU."""
     device = input_device(model)
-    with evaluating(model):  # type: ignore[arg-type]
+    with evaluating(model):
         last = run_last_residual(model, tokens.to(device), mask.to(device))[mask.bool().to(device)]
         check_finite(f"the {name} model", last)
         pieces = (last[rows] for rows in logit_rows(len(last), model.cfg.d_vocab, last.device))

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from ...experiments.contexts import names
-from ...experiments.continuing import check_counts
+from ...checks import check_counts
+from ...models.tokenizers import token_names
 from ...pair import open_inputs
 from ...passes.failures import naming_what_to_lower
 from ...statistics.significance import Estimate, holm, wilson
@@ -151,7 +151,7 @@ def _example(cells: Cells, drawn: Drawn, tokenizer: Any) -> dict[str, Any]:
         moved = cells.moved(direction)[0] / whole
         chosen = cells.picks[direction][0]
         for layer, column in itertools.product(range(len(moved)), range(len(offsets))):
-            (choice,) = names(tokenizer, [int(chosen[layer, column])])
+            (choice,) = token_names(tokenizer, [int(chosen[layer, column])])
             found.append(
                 {
                     "direction": direction,
@@ -161,10 +161,12 @@ def _example(cells: Cells, drawn: Drawn, tokenizer: Any) -> dict[str, Any]:
                     "choice": choice,
                 }
             )
-    base_pick, tuned_pick = names(tokenizer, picks)
+    base_pick, tuned_pick = token_names(tokenizer, picks)
     return {
-        "before": "".join(names(tokenizer, ids[-WORDS_BEFORE - len(offsets) : -len(offsets)])),
-        "tokens": names(tokenizer, ids[-len(offsets) :]),
+        "before": "".join(
+            token_names(tokenizer, ids[-WORDS_BEFORE - len(offsets) : -len(offsets)])
+        ),
+        "tokens": token_names(tokenizer, ids[-len(offsets) :]),
         "base_pick": base_pick,
         "tuned_pick": tuned_pick,
         "cells": found,

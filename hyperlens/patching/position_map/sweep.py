@@ -142,7 +142,7 @@ def _padded(
 
 
 def _logits(one: Ending, normed: Float[Tensor, "text d_model"]) -> Float[Tensor, "text d_vocab"]:
-    with evaluating(one.model):  # type: ignore[arg-type]
+    with evaluating(one.model):
         return float_logits(one.model, normed)
 
 

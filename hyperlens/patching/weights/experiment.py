@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from ...checks import check_counts
+from ...decoding.diversity import REPETITION_METRICS as WRITTEN
+from ...decoding.generate import GenerationRunner
+from ...decoding.prompts import check_room, choose_prompts
 from ...errors import PatchError
-from ...experiments.continuing import METRICS as WRITTEN
-from ...experiments.continuing import Continuing, check_counts, check_room, choose_prompts
 from ...hooks.loading import LoadedModel, hook
 from ...models.kinds import is_peft
 from ...models.weight_sharing import merged
@@ -99,7 +101,7 @@ def transplant_weights(
     keys = list(dict.fromkeys(key_of(one, sides) for one in moves))
     with naming_what_to_lower(batch_size, ", or max_length"):
         read = forced(sides, keys, opened.corpus, batch_size, progress)
-    continuing = Continuing(prompts, max_new_tokens, max(batch_size, 16), seed, False)
+    continuing = GenerationRunner(prompts, max_new_tokens, max(batch_size, 16), seed, False)
     written = _write(sides, keys, continuing, progress) if prompts else {}
     meta = opened.pair.describe() | {
         "seed": seed,
@@ -180,7 +182,7 @@ def _row(
 
 
 def _write(
-    sides: Mapping[str, Host], keys: Sequence[Key], continuing: Continuing, progress: bool
+    sides: Mapping[str, Host], keys: Sequence[Key], continuing: GenerationRunner, progress: bool
 ) -> Written:
     """Repetition of what every mixed model writes, and of what both models write as they are."""
     found: dict[Key | str, Mapping[str, list[float]]] = {}

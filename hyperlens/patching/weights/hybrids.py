@@ -185,7 +185,7 @@ def _batches(corpus: Corpus, batch_size: int, device: torch.device) -> Iterator[
 
 
 def _stream(direction: str, host: Host, batch: _Batch) -> list[Float[Tensor, "batch pos d_model"]]:
-    with evaluating(host.model):  # type: ignore[arg-type]
+    with evaluating(host.model):
         stream = run_residuals(host.model, batch.tokens, batch.mask)
     check_stream("base" if direction == INTO_BASE else "tuned", stream, batch.mask.bool())
     return stream
@@ -209,7 +209,7 @@ def last_residual(
     blocks = [part for part in parts if isinstance(part, int)]
     with moved(host.slots, parts):
         if "embedding" in parts:
-            with evaluating(host.model):  # type: ignore[arg-type]
+            with evaluating(host.model):
                 return run_last_residual(host.model, tokens, mask)
         first = min(blocks, default=host.model.cfg.n_layers)
         return resume(host.model, tokens, mask, first, stream[first])
@@ -262,5 +262,5 @@ def logits_of(
     host: Host, parts: Parts, last: Float[Tensor, "n d_model"]
 ) -> Float[Tensor, "n d_vocab"]:
     """What the host, with these parts of the donor, makes of what leaves its last block."""
-    with moved(host.slots, parts & HEAD), evaluating(host.model):  # type: ignore[arg-type]
+    with moved(host.slots, parts & HEAD), evaluating(host.model):
         return float_logits(host.model, final_norm(host.model, last))
