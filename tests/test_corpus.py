@@ -63,6 +63,19 @@ def test_bos_is_put_where_the_tokenizer_puts_it() -> None:
         assert adds_bos(tokenizer) == bool(start)
 
 
+def test_a_text_that_begins_with_bos_itself_gets_no_second() -> None:
+    corpus = corpus_of(["<s>once upon", "<s> a time there was", "a king"])
+    assert lists(corpus) == [[BOS, 5, 6, 7, 8], [BOS, 3, 4], [BOS, 5, 9]]
+    assert corpus.counts.n_bos == 3
+    (note,) = corpus.notes
+    assert note == "2 of 3 texts begin with '<s>' themselves: no second BOS was put in front"
+    assert corpus.sha256 == corpus_of(["once upon", "a time there was", "a king"]).sha256
+    # Where the tokenizer puts none, the text's own is a token like any other.
+    without = corpus_of(["<s>once upon"], make_tokenizer(start=False))
+    assert lists(without) == [[BOS, 3, 4]]
+    assert without.notes == ()
+
+
 def test_a_tokenizer_without_bos() -> None:
     tokenizer = make_tokenizer(start=False, bos=False)
     corpus = corpus_of(["once upon a time"], tokenizer, bos_id=3)

@@ -1,4 +1,4 @@
-"""Texts to token sequences: our own tokenisation, counted exclusions, and an order of our own.
+"""Texts to token sequences: tokenisation, counted exclusions, a fixed order, padded batches.
 
 Sequences are put in a fixed order (longest first, then by content), so that a result does not
 depend on the order the texts came in, batches carry little padding, and the largest batch, the
@@ -168,8 +168,8 @@ def build_corpus(
 ) -> Corpus:
     """Tokenise texts, or take token ids as they are.
 
-    BOS is prepended exactly where the tokenizer itself would. Special tokens are otherwise not
-    added.
+    BOS is put in front exactly where the tokenizer itself would, and never twice. Other special
+    tokens are not added.
 
     Args:
         texts: anything `read_texts` takes, or a list of token id sequences.
@@ -185,14 +185,15 @@ def build_corpus(
     """
     check_max_length(max_length)
     longest = min(max_length, context_length or max_length)
-    notes = []
+    notes: list[str] = []
     if tokenizer is not None:
         bos_id = tokenizer.bos_token_id
-    raw = (
-        read_token_ids(texts, getattr(tokenizer, "pad_token_id", None))
-        if are_token_ids(texts)
-        else tokenize(read_texts(texts), tokenizer)
-    )
+    if are_token_ids(texts):
+        raw = read_token_ids(texts, getattr(tokenizer, "pad_token_id", None))
+    else:
+        texts = read_texts(texts)
+        raw = tokenize(texts, tokenizer)
+        notes += _bos_notes(texts, tokenizer)
     kept = [ids for ids in raw if _content_length(ids, bos_id) >= 2]
     n_empty = sum(_content_length(ids, bos_id) == 0 for ids in raw)
     if not kept:
@@ -241,7 +242,7 @@ def build_corpus(
 
 
 def check_max_length(max_length: Any) -> None:
-    """Refuse a length that leaves nothing to measure.
+    """Raise unless `max_length` leaves something to measure.
 
     Raises:
         CorpusError: below two tokens.
@@ -253,14 +254,20 @@ def check_max_length(max_length: Any) -> None:
 
 
 def adds_bos(tokenizer: Any) -> bool:
-    """Whether the tokenizer itself starts a text with BOS."""
+    """Whether the tokenizer itself puts BOS in front of a text."""
     if tokenizer.bos_token_id is None:
         return False
     return list(tokenizer("a")["input_ids"][:1]) == [tokenizer.bos_token_id]
 
 
 def tokenize(texts: Sequence[str], tokenizer: Any) -> list[np.ndarray]:
-    """Ids of every text, BOS in front where the tokenizer puts it; `CorpusError` without one."""
+    """Ids of every text, with BOS in front where the tokenizer itself puts it.
+
+    A text that begins with the BOS token's own text, as chat templates write it, gets no second.
+
+    Raises:
+        CorpusError: if there is no tokenizer.
+    """
     if tokenizer is None:
         raise CorpusError(
             "no tokenizer was found for the base model: pass (model, tokenizer) instead of the "
@@ -268,11 +275,31 @@ def tokenize(texts: Sequence[str], tokenizer: Any) -> list[np.ndarray]:
         )
     encoded = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
     start = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
-    return [np.array(start + list(ids) if ids else [], dtype=np.int64) for ids in encoded]
+    return [
+        np.array(ids if ids[:1] == start or not ids else start + ids, dtype=np.int64)
+        for ids in map(list, encoded)
+    ]
+
+
+def _bos_notes(texts: Sequence[str], tokenizer: Any) -> list[str]:
+    """Says how many texts, such as chats, begin with BOS themselves."""
+    if not adds_bos(tokenizer):
+        return []
+    n = sum(text.startswith(tokenizer.bos_token) for text in texts)
+    if n == 0:
+        return []
+    return [
+        f"{n} of {len(texts)} texts begin with {tokenizer.bos_token!r} themselves: no second BOS "
+        "was put in front"
+    ]
 
 
 def are_token_ids(texts: Any) -> bool:
-    """Whether texts came tokenized: a list of id sequences, or a tensor of them."""
+    """Whether texts are token ids already: a list of id sequences, or a tensor of them.
+
+    >>> are_token_ids([[1, 2], [3]]), are_token_ids(["some text"])
+    (True, False)
+    """
     if isinstance(texts, Tensor):
         return True
     if isinstance(texts, np.ndarray):
@@ -289,9 +316,9 @@ def read_token_ids(texts: Any, pad_id: int | None) -> list[np.ndarray]:
         CorpusError: if one is no flat list of whole numbers, or is padded.
     """
     sequences = []
-    for i, given in enumerate(texts):
+    for i, sequence in enumerate(texts):
         try:
-            ids = np.asarray(given.cpu() if isinstance(given, Tensor) else given)
+            ids = np.asarray(sequence.cpu() if isinstance(sequence, Tensor) else sequence)
         except (TypeError, ValueError):  # ragged, or of a kind that numpy does not know
             ids = np.zeros((1, 1))
         if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
@@ -305,11 +332,11 @@ def read_token_ids(texts: Any, pad_id: int | None) -> list[np.ndarray]:
 
 
 def _check_unpadded(texts: Any, sequences: list[np.ndarray], pad_id: int | None) -> None:
-    """A rectangle may be padded, and pads would be measured as text."""
+    """Raise for a padded rectangle: its pads would be measured as text."""
     if not isinstance(texts, Tensor | np.ndarray) or pad_id is None:
         return
     for i, ids in enumerate(sequences):
-        # One at an end may be meant: many tokenizers pad with EOS.
+        # A single one may be intended: many tokenizers pad with EOS.
         if len(ids) > 2 and any((ends == pad_id).all() for ends in (ids[:2], ids[-2:])):
             raise CorpusError(
                 f"text {i} is padded (with id {pad_id}): give a list of the token ids without "
@@ -318,10 +345,10 @@ def _check_unpadded(texts: Any, sequences: list[np.ndarray], pad_id: int | None)
 
 
 def check_ids(sequences: list[np.ndarray], d_vocab: int | None) -> None:
-    """Refuse ids that the model does not have.
+    """Raise if an id is outside the model's vocabulary.
 
     Raises:
-        CorpusError: naming one.
+        CorpusError: naming the id.
     """
     lowest, highest = min(int(s.min()) for s in sequences), max(int(s.max()) for s in sequences)
     if lowest < 0 or (d_vocab is not None and highest >= d_vocab):

@@ -84,7 +84,7 @@ def null_test(
     opened = open_inputs(base, tuned, texts, max_length=max_length, device=device, dtype=dtype)
     check_room(opened.pair, prompt_tokens, max_new_tokens)
     prompts = choose_prompts(opened.corpus, n_prompts, prompt_tokens, seed)
-    continuing = GenerationRunner(prompts, max_new_tokens, max(batch_size, 16), seed, False)
+    continuing = GenerationRunner(prompts, max_new_tokens, batch_size, seed, False)
     plain = merged(opened.pair.base.model)
     changes = changed_tensors(plain, merged(opened.pair.tuned.model))
     if not changes:
