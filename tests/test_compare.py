@@ -17,7 +17,7 @@ from hyperlens import compare_models, load_hooked
 from hyperlens.errors import ResourceError
 from hyperlens.hooks.surface import import_transformer_lens
 from hyperlens.pair import open_pair
-from hyperlens.passes import multi_pass as rounds
+from hyperlens.passes import multi_pass
 from hyperlens.passes import streaming as runner
 from hyperlens.passes.streams import StreamSpec
 from hyperlens.probes import MeanProbe, ParticipationRatio, ResidualDrift
@@ -283,7 +283,7 @@ def test_numbers_may_be_numpys(pair):
 
 
 def test_the_memory_of_the_sums_is_refused_before_the_run(pair, monkeypatch):
-    for module in (runner, rounds):
+    for module in (runner, multi_pass):
         monkeypatch.setattr(module, "free_bytes", lambda device: 1000)
     with pytest.raises(ResourceError, match="fewer views or layers"):
         compare(*pair)

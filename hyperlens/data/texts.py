@@ -283,7 +283,7 @@ def _encodable(text: str, place: str) -> str:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise CorpusError(
-            f"{place} is not valid Unicode (half a character at {error.start}): correct it"
+            f"{place} is no valid Unicode (half of a character at {error.start}): mend or remove it"
         ) from None
     return text
 

@@ -16,7 +16,7 @@ from ..errors import DecodingError
 from ..hooks.loading import LoadedModel
 from ..hooks.surface import evaluating
 from ..models.kinds import plain_model
-from ..passes.failures import naming_what_to_lower
+from ..passes.failures import explaining_out_of_memory
 from ..randomness import own_randomness
 from .diversity import repetition, type_token_ratio
 from .prompts import batches, check_prompts, eos_ids
@@ -79,7 +79,7 @@ def continuations(
     bar = tqdm(total=len(prompts), desc="generating", unit="text", disable=not progress)
     device = next(model.parameters()).device
     with (
-        naming_what_to_lower(batch_size, ", or max_new_tokens"),
+        explaining_out_of_memory(batch_size, ", or max_new_tokens"),
         bar,
         own_randomness(seed, device),
         _own_settings(model, settings),

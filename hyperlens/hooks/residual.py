@@ -21,11 +21,11 @@ import_transformer_lens()
 from transformer_lens.hook_points import HookPoint  # noqa: E402
 from transformer_lens.HookedRootModule import HookedRootModule  # noqa: E402
 
-# Columns of one product per thread. A vocabulary is so much wider than a chunk of tokens is long
-# that the processor's libraries pack the whole weight before they multiply; a piece of it that
-# stays in the cache is multiplied up to three times as fast.
+# Columns of one product per thread. Where the vocabulary is much larger than the number of rows,
+# BLAS libraries repack the whole weight before they multiply; a piece of it that stays in the
+# cache is multiplied up to three times as fast.
 COLUMNS_PER_THREAD = 256
-# Fewer rows gain nothing, and a single one is another routine altogether.
+# Fewer rows gain nothing; a single one is a matrix-vector product.
 FEWEST_ROWS = 16
 
 
@@ -205,9 +205,9 @@ def linear_in_pieces(
 
 
 def _gains_from_pieces(head: nn.Linear, x: Tensor) -> bool:
-    """Whether this is a plain product on the CPU that nobody listens to or differentiates.
+    """Whether this is a plain float32 product on the CPU without hooks or gradients.
 
-    Half precision has routines of its own there, which gain nothing.
+    Half-precision products use other CPU routines, which gain nothing.
     """
     return (
         type(head) is nn.Linear  # and no adapter that is one, too

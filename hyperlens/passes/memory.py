@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 import torch
 
-from .failures import guarded
+from .failures import run_probe_step
 from .streams import StreamSpec, logit_chunk_bytes
 
 CGROUPS, OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
@@ -46,7 +46,7 @@ def memory_needed(
     d = spec.d_model
     widest = max(rows, spec.n_sampled_sequences * spec.n_sampled_tokens)
     return MemoryNeeded(
-        sums=sum(int(guarded(probe, "state_bytes", spec)) for probe in probes),
+        sums=sum(int(run_probe_step(probe, "state_bytes", spec)) for probe in probes),
         streams=2 * len(spec.layers) * rows * d * dtype.itemsize,
         work=8 * logit_chunk_bytes(spec.d_vocab, spec.device) + 8 * d * (COPIES * widest + 4 * d),
     )

@@ -18,7 +18,7 @@ from ...decoding.generate import GenerationRunner
 from ...decoding.prompts import check_room, choose_prompts
 from ...errors import PatchError
 from ...pair import Pair, open_inputs
-from ...passes.failures import naming_what_to_lower
+from ...passes.failures import explaining_out_of_memory
 from ...statistics import significance
 from ..choosing import drawn
 from ..directions import DIRECTIONS, INTO_BASE, INTO_TUNED
@@ -106,7 +106,7 @@ def patch_blocks(
         for loaded in (pair.base, pair.tuned):
             check_keeps(loaded.model)
         prompts = choose_prompts(opened.corpus, n_prompts, prompt_tokens, seed)
-    with naming_what_to_lower(batch_size, ", or max_length"):
+    with explaining_out_of_memory(batch_size, ", or max_length"):
         outcomes = run_sweep(pair, opened.corpus, sweep, batch_size, progress)
     continuing = GenerationRunner(prompts, max_new_tokens, max(batch_size, 16), seed, False)
     written = _write(pair, sweep, continuing, progress) if prompts else {}

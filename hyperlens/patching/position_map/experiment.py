@@ -17,7 +17,7 @@ import torch
 from ...checks import check_counts
 from ...models.tokenizers import token_names
 from ...pair import open_inputs
-from ...passes.failures import naming_what_to_lower
+from ...passes.failures import explaining_out_of_memory
 from ...statistics.significance import Estimate, holm, wilson
 from ..directions import DIRECTIONS, INTO_BASE
 from ..outcomes import p_value, ratio
@@ -83,7 +83,7 @@ def patch_positions(
         seed=seed,
         progress=progress,
     )
-    with naming_what_to_lower(batch_size, ", or max_length"):
+    with explaining_out_of_memory(batch_size, ", or max_length"):
         cells = map_positions(pair, drawn.texts, offsets, batch_size, progress)
     meta = pair.describe() | {
         "seed": seed,

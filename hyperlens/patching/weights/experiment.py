@@ -23,7 +23,7 @@ from ...hooks.loading import LoadedModel, hook
 from ...models.kinds import is_peft
 from ...models.weight_sharing import merged
 from ...pair import open_inputs
-from ...passes.failures import naming_what_to_lower
+from ...passes.failures import explaining_out_of_memory
 from ...statistics import significance
 from ..choosing import drawn
 from ..directions import DIRECTIONS, INTO_BASE
@@ -99,7 +99,7 @@ def transplant_weights(
         one for way in DIRECTIONS for one in hybrids(way, opened.pair.base.hooked.cfg.n_layers)
     ]
     keys = list(dict.fromkeys(key_of(one, sides) for one in moves))
-    with naming_what_to_lower(batch_size, ", or max_length"):
+    with explaining_out_of_memory(batch_size, ", or max_length"):
         read = forced(sides, keys, opened.corpus, batch_size, progress)
     continuing = GenerationRunner(prompts, max_new_tokens, max(batch_size, 16), seed, False)
     written = _write(sides, keys, continuing, progress) if prompts else {}
