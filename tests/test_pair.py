@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from conftest import lora, make_tiny, perturbed, token_texts
 
-from hyperlens import compare_models, measure_behaviour, null_test, provenance
+from hyperlens import compare_models, measure_behaviour, run_null_test, trace_provenance
 from hyperlens.errors import CorpusError, HyperlensError, PairError
 from hyperlens.hooks import loading
 from hyperlens.models import sources
@@ -28,11 +28,11 @@ def behaviour(*models_and_texts: Any) -> Any:
 
 
 def null(*models_and_texts: Any) -> Any:
-    return null_test(*models_and_texts, n_placebos=2, **SHORT)
+    return run_null_test(*models_and_texts, n_placebos=2, **SHORT)
 
 
 def traced(*models_and_texts: Any) -> Any:
-    return provenance(*models_and_texts, **SHORT)
+    return trace_provenance(*models_and_texts, **SHORT)
 
 
 EXPERIMENTS: tuple[Callable[..., Any], ...] = (compared, behaviour, null, traced)
@@ -103,7 +103,7 @@ def test_what_a_pair_cannot_be_given_with(folders) -> None:
     wrong: list[tuple[type[HyperlensError], str, Callable[[], object]]] = [
         (PairError, "got a third argument", lambda: compare_models(pair, folders[1], TEXTS)),
         (PairError, "device is decided", lambda: compare_models(pair, TEXTS, device="cpu")),
-        (PairError, "dtype is decided", lambda: provenance(pair, TEXTS, dtype="float32")),
+        (PairError, "dtype is decided", lambda: trace_provenance(pair, TEXTS, dtype="float32")),
         (CorpusError, "got no texts", lambda: compare_models(pair)),
         (CorpusError, "got no texts", lambda: compare_models(*folders)),
     ]

@@ -26,7 +26,7 @@ from ..passes.multi_pass import run_passes
 from ..passes.streaming import PassOptions
 from ..passes.streams import View
 from ..probes import LogitLens, ParticipationRatio, Probe, RankReordering, ResidualDrift
-from ..results.comparison import Row
+from ..results.rows import Row
 from ..statistics.significance import estimate
 from .null_test_finding import NullTestResult
 from .placebo import changed_tensors, placebo
@@ -41,7 +41,7 @@ MEASURED = {
 SINK_THRESHOLD = 10.0
 
 
-def null_test(
+def run_null_test(
     base: Any,
     tuned: Any = None,
     texts: Any = None,

@@ -17,7 +17,7 @@ from ..data.corpus import Batch, Corpus
 from ..errors import ActivationError, ResourceError
 from ..hooks import surface
 from ..hooks.surface import HookedModel
-from ..results.comparison import ProbeResult
+from ..results.rows import ProbeResult
 from ..statistics import distances
 from .failures import explaining_out_of_memory, run_probe_step
 from .logits_reader import ReadsLogits, read_logits
