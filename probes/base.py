@@ -87,8 +87,8 @@ class Probe(ABC):
 
     def options(self) -> dict[str, Any]:
         """The settings this probe was made with, for the record of the run."""
-        kept = {k: v for k, v in vars(self).items() if k not in ("spec", "sums")}
-        return {k: v for k, v in kept.items() if not k.startswith("_")}
+        settings = {k: v for k, v in vars(self).items() if k not in ("spec", "sums")}
+        return {k: v for k, v in settings.items() if not k.startswith("_")}
 
     def _check_mergeable(self, other: Probe) -> None:
         if type(other) is not type(self) or other.options() != self.options():

@@ -194,14 +194,14 @@ def build_corpus(
         texts = read_texts(texts)
         raw = tokenize(texts, tokenizer)
         notes += _bos_notes(texts, tokenizer)
-    kept = [ids for ids in raw if _content_length(ids, bos_id) >= 2]
+    long_enough = [ids for ids in raw if _content_length(ids, bos_id) >= 2]
     n_empty = sum(_content_length(ids, bos_id) == 0 for ids in raw)
-    if not kept:
+    if not long_enough:
         raise CorpusError(
             f"none of the {len(raw)} texts has two tokens or more "
             f"({n_empty} are empty): give longer texts"
         )
-    cut = [ids[:longest] for ids in kept]
+    cut = [ids[:longest] for ids in long_enough]
     check_ids(cut, d_vocab)
     ordered = sorted(cut, key=lambda ids: (-len(ids), ids.tobytes()))
     contents = [ids.tobytes() for ids in ordered]
@@ -209,8 +209,8 @@ def build_corpus(
     counts = Counts(
         n_texts=len(raw),
         n_empty=n_empty,
-        n_short=len(raw) - len(kept) - n_empty,
-        n_cut=sum(len(ids) > longest for ids in kept),
+        n_short=len(raw) - len(long_enough) - n_empty,
+        n_cut=sum(len(ids) > longest for ids in long_enough),
         n_duplicates=len(contents) - len(set(contents)),
         n_sequences=len(ordered),
         n_tokens=sum(map(len, ordered)),

@@ -252,17 +252,19 @@ def _table(table: pd.DataFrame, column: str | None, where: str) -> Iterator[str]
 
 
 def _choose_column(strings: set[str], column: str | None, where: str) -> str:
-    found = ", ".join(sorted(strings)) or "none"
+    columns = ", ".join(sorted(strings)) or "none"
     if column is not None:
         if column not in strings:
-            raise CorpusError(f"{where} has no text in column {column!r}: columns of text: {found}")
+            raise CorpusError(
+                f"{where} has no text in column {column!r}: columns of text: {columns}"
+            )
         return column
     if COLUMN in strings:
         return COLUMN
     if len(strings) == 1:
         return next(iter(strings))
     raise CorpusError(
-        f"{where} has no column {COLUMN!r}; columns of text: {found}: read it with "
+        f"{where} has no column {COLUMN!r}; columns of text: {columns}: read it with "
         "read_texts(…, column=…), or --text-column on the command line"
     )
 

@@ -148,9 +148,9 @@ def _search(
                     break
                 if len(going) < len(alive):
                     alive = [alive[row] for row in going]
-                    kept = torch.tensor(going, device=device)
-                    texts.keep(kept)
-                    rule.keep(kept)
+                    rows = torch.tensor(going, device=device)
+                    texts.keep(rows)
+                    rule.keep(rows)
             bar.update(len(batch))
     return generated
 
@@ -343,8 +343,8 @@ class Adaptive:
 
 def _entropy(p: Float[Tensor, "rows n"]) -> Float[Tensor, " rows"]:
     """In nats; 0 · log 0 is 0."""
-    found: Tensor = torch.special.entr(p).sum(-1)
-    return found
+    entropy: Tensor = torch.special.entr(p).sum(-1)
+    return entropy
 
 
 def _median(values: Float[Tensor, "t rows"]) -> Float[Tensor, " rows"]:

@@ -82,16 +82,16 @@ def distinct_by_text(texts: Sequence[Sequence[Hashable]], n: int) -> list[float]
     their mean is the jackknife's. All NaN where one text holds all n-grams.
     """
     grams = [[tuple(text[i : i + n]) for i in range(len(text) - n + 1)] for text in texts]
-    holders = Counter(gram for found in grams for gram in set(found))
+    holders = Counter(gram for own_grams in grams for gram in set(own_grams))
     total = sum(map(len, grams))
-    if total == 0 or any(len(found) == total for found in grams):
+    if total == 0 or any(len(own_grams) == total for own_grams in grams):
         return [math.nan] * len(texts)
     without = []
-    for found in grams:
-        only_here = sum(holders[gram] == 1 for gram in set(found))
-        without.append((len(holders) - only_here) / (total - len(found)))
-    whole, usual = len(holders) / total, sum(without) / len(without)
-    return [whole + (len(texts) - 1) * (usual - one) for one in without]
+    for own_grams in grams:
+        only_here = sum(holders[gram] == 1 for gram in set(own_grams))
+        without.append((len(holders) - only_here) / (total - len(own_grams)))
+    of_all, mean_without = len(holders) / total, sum(without) / len(without)
+    return [of_all + (len(texts) - 1) * (mean_without - value) for value in without]
 
 
 def longest_loop(items: Sequence[Hashable]) -> int:

@@ -66,9 +66,11 @@ class Guard(LogitsProcessor):
         history = torch.stack(self._entropies, dim=-1)
         k, alpha = strengths(history, self.window, scores.shape[-1])
         counts = _counts(input_ids.to(p.device), scores.shape[-1], self.pad_token_id)
-        kept = log_p.argsort(dim=-1, descending=True, stable=True).argsort(-1) < k.int()[:, None]
+        among_top_k = (
+            log_p.argsort(dim=-1, descending=True, stable=True).argsort(-1) < k.int()[:, None]
+        )
         # As logarithms: powers of α vanish where every likely token has occurred many times.
-        penalised = (log_p + counts * alpha.log()[:, None]).masked_fill(~kept, -torch.inf)
+        penalised = (log_p + counts * alpha.log()[:, None]).masked_fill(~among_top_k, -torch.inf)
         return penalised.log_softmax(-1).to(scores)
 
     def _continues(self, input_ids: Tensor) -> bool:

@@ -137,10 +137,10 @@ def run_last_residual(
 def _residuals(
     model: HookedModel, tokens: Tensor, attention_mask: Tensor, layers: Sequence[int]
 ) -> list[Tensor]:
-    kept: dict[int, Tensor] = {}
+    residuals: dict[int, Tensor] = {}
 
     def keep(residual: Tensor, hook: Any, layer: int) -> None:
-        kept[layer] = residual.detach()
+        residuals[layer] = residual.detach()
 
     model.run_with_hooks(
         tokens,
@@ -148,7 +148,7 @@ def _residuals(
         return_type=None,
         fwd_hooks=[(layer_hook(layer), partial(keep, layer=layer)) for layer in layers],
     )
-    return [kept[layer] for layer in layers]
+    return [residuals[layer] for layer in layers]
 
 
 def final_norm(model: HookedModel, x: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_model"]:

@@ -184,7 +184,9 @@ def _open_adapter(
     return OpenedModel(converted(model, device, dtype), tokenizer, name, "adapter", notes)
 
 
-def same_source(one: str, other: str) -> bool:
+def same_source(first: str, second: str) -> bool:
     """Whether two names are the same hub id, or lead to the same folder."""
-    one, other = (os.path.realpath(name) if os.path.isdir(name) else name for name in (one, other))
-    return one == other
+    first, second = (
+        os.path.realpath(name) if os.path.isdir(name) else name for name in (first, second)
+    )
+    return first == second

@@ -65,8 +65,8 @@ def _free_in_container() -> int:
     """Bytes that the tightest control group of this process leaves it (Linux, cgroup v2)."""
     free = sys.maxsize
     try:
-        own = OWN_CGROUP.read_text().rpartition("::/")[2].strip()
-        for group in (CGROUPS / own, *(CGROUPS / own).parents):
+        group_of_process = OWN_CGROUP.read_text().rpartition("::/")[2].strip()
+        for group in (CGROUPS / group_of_process, *(CGROUPS / group_of_process).parents):
             if not group.is_relative_to(CGROUPS) or not (group / "memory.max").exists():
                 continue
             limit = (group / "memory.max").read_text().strip()

@@ -103,17 +103,17 @@ def ratio_influence(m: Moments, sample: SampledTokens) -> RatioInfluence:
     through = (einsum(x, covariance, "s t i, i j -> s t j") * x).sum(-1)
     # Squared products of the sampled pairs of one sequence: what is subtracted below.
     gram = einsum(x, x, "s t i, s u i -> s t u").square()
-    kept = sample.valid.sum(-1, keepdim=True)
-    own = (gram.sum(-1) - norm.square()) / (kept - 1).clamp_min(1) * sample.valid
+    n_sampled = sample.valid.sum(-1, keepdim=True)
+    same_pairs = (gram.sum(-1) - norm.square()) / (n_sampled - 1).clamp_min(1) * sample.valid
 
     length = sample.length[:, None]
     # The share of ordered pairs of different tokens that lie in one sequence, over all sequences.
     same = (sample.sum_nn - n) / (n * (n - 1))
-    weight = (sample.length * (sample.length - 1)) * (kept.squeeze(-1) > 1)
+    weight = (sample.length * (sample.length - 1)) * (n_sampled.squeeze(-1) > 1)
     share = weight / weight.sum().clamp_min(1.0)
-    others = (kept * (kept - 1)).clamp_min(1)
+    others = (n_sampled * (n_sampled - 1)).clamp_min(1)
     same_norms = (norm.sum(-1) ** 2 - norm.square().sum(-1)) / others.squeeze(-1)
-    same_products = own.sum(-1) / kept.squeeze(-1).clamp_min(1)
+    same_products = same_pairs.sum(-1) / n_sampled.squeeze(-1).clamp_min(1)
 
     # A mean over all pairs is (1 - same)·(other pairs) + same·(same-sequence pairs): solve for
     # the other pairs.
@@ -122,7 +122,7 @@ def ratio_influence(m: Moments, sample: SampledTokens) -> RatioInfluence:
         (row.trace_squared - same * (share * same_norms).sum()) / (1 - same),
         (row.square_trace - same * (share * same_products).sum()) / (1 - same),
     )
-    across = (n * through - norm.square() - (length - 1) * own) / (n - length)
+    across = (n * through - norm.square() - (length - 1) * same_pairs) / (n - length)
     # ratio = T² / Q with T a mean over tokens and Q one over pairs, so to first order
     # d ratio / ratio = 2 dT/T - dQ/Q, and dQ counts each pair from both of its ends.
     centred = norm / _mean(norm, sample) - across / _mean(across, sample)
@@ -146,20 +146,20 @@ def influence_half_width(
     mean covariance of two tokens of a sequence; both are estimated from the sample and scaled
     to the corpus's own sequence lengths.
     """
-    kept = sample.valid.sum(-1)
-    n_used = float((kept > 0).sum())
+    n_sampled = sample.valid.sum(-1)
+    n_used = float((n_sampled > 0).sum())
     if n_used < 2:
         return math.nan
     squares = influence.square().sum(-1)
-    products = (influence.sum(-1) ** 2 - squares) / (kept * (kept - 1)).clamp_min(1)
-    squares = squares / kept.clamp_min(1)
-    pairs = sample.length * (sample.length - 1) * (kept > 1)
+    products = (influence.sum(-1) ** 2 - squares) / (n_sampled * (n_sampled - 1)).clamp_min(1)
+    squares = squares / n_sampled.clamp_min(1)
+    pairs = sample.length * (sample.length - 1) * (n_sampled > 1)
     covariance = float((products * pairs).sum() / pairs.sum().clamp_min(1.0))
     token_variance = float(_mean(influence.square(), sample))
     variance = (n * token_variance + (sample.sum_nn - n) * max(covariance, 0.0)) / n**2
     # A variance to which few sequences contribute most is itself uncertain: Satterthwaite's (1946)
     # degrees of freedom, 2·mean² / variance of the contributions, at most those of all sequences.
-    parts = (sample.length * squares + pairs * products)[kept > 0]
+    parts = (sample.length * squares + pairs * products)[n_sampled > 0]
     degrees = 2 * parts.sum() ** 2 / (n_used * parts.var()).clamp_min(1e-300)
     factor = t_factor(min(max(float(degrees), 2.0), n_used - 1))
     # S / (S - 1) as in the jackknife: each sequence also pulls the mean it is compared with.

@@ -43,15 +43,15 @@ def estimate(values: Sequence[float]) -> Estimate:
     >>> found.value, round(found.low, 3), round(found.high, 3), found.n
     (2.0, -0.484, 4.484, 3)
     """
-    kept = np.asarray(values, dtype=np.float64)
-    kept = kept[~np.isnan(kept)]
-    n = len(kept)
+    units = np.asarray(values, dtype=np.float64)
+    units = units[~np.isnan(units)]
+    n = len(units)
     if n == 0:
         return Estimate(math.nan, math.nan, math.nan, math.nan, 0)
-    mean = float(kept.mean())
+    mean = float(units.mean())
     if n == 1:
         return Estimate(mean, math.nan, math.nan, math.nan, 1)
-    se = float(kept.std(ddof=1) / math.sqrt(n))
+    se = float(units.std(ddof=1) / math.sqrt(n))
     half = float(stats.t.ppf(0.5 + CONFIDENCE / 2, n - 1)) * se
     return Estimate(mean, mean - half, mean + half, se, n)
 
