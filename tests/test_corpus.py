@@ -309,15 +309,16 @@ def test_batching_and_padding_change_nothing(
 
 def test_pads_are_on_the_asked_side() -> None:
     ids = [[3, 4, 5], np.array([6, 7])]
-    (right, real_right), (left, real_left) = (pad(ids, side) for side in ("right", "left"))
+    (right, mask_right), (left, mask_left) = (pad(ids, side=side) for side in ("right", "left"))
     assert right.tolist() == [[3, 4, 5], [6, 7, 0]]
     assert left.tolist() == [[3, 4, 5], [0, 6, 7]]
-    assert real_right.tolist() == [[True] * 3, [True, True, False]]
-    assert real_left.tolist() == [[True] * 3, [False, True, True]]
-    assert pad(ids, "left", 9)[0].tolist() == [[3, 4, 5], [9, 6, 7]]
+    assert mask_right.tolist() == [[1, 1, 1], [1, 1, 0]]
+    assert mask_left.tolist() == [[1, 1, 1], [0, 1, 1]]
+    assert pad(ids, side="left", pad_id=9)[0].tolist() == [[3, 4, 5], [9, 6, 7]]
+    assert pad(ids, side="left", width=4)[1].tolist() == [[0, 1, 1, 1], [0, 0, 1, 1]]
     batch = next(corpus_of([[3, 4, 5], [6, 7]], None).batches(2))
     assert batch.tokens.tolist() == right.tolist()
-    assert batch.real.tolist() == real_right.tolist()
+    assert batch.real.long().tolist() == mask_right.tolist()
 
 
 def test_a_pad_that_looks_like_bos_is_no_bos() -> None:

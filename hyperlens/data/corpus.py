@@ -114,7 +114,8 @@ class Corpus:
         slots = {i: slot for slot, i in enumerate(chosen)}
         for start in range(0, len(self.sequences), batch_size):
             indices = range(start, min(start + batch_size, len(self.sequences)))
-            tokens, real = pad([self.sequences[i] for i in indices])
+            tokens, mask = pad([self.sequences[i] for i in indices])
+            real = mask.bool()
             position = np.full((len(indices), n_sampled_tokens), -1, dtype=np.int64)
             for row, i in enumerate(indices):
                 if i in slots:
@@ -136,24 +137,32 @@ class Corpus:
 
 
 def pad(
-    sequences: Sequence[Sequence[int] | np.ndarray], side: PaddingSide = "right", pad_id: int = 0
-) -> tuple[Int[Tensor, "batch pos"], Bool[Tensor, "batch pos"]]:
-    """Token sequences as one rectangle, as long as the longest, and where it is not padding.
+    sequences: Sequence[Sequence[int] | np.ndarray],
+    *,
+    side: PaddingSide = "right",
+    width: int | None = None,
+    pad_id: int = 0,
+) -> tuple[Int[Tensor, "text pos"], Int[Tensor, "text pos"]]:
+    """Token ids and attention mask of several sequences in one batch.
 
-    >>> tokens, real = pad([[5, 6, 7], [8]], "left")
-    >>> tokens.tolist()
-    [[5, 6, 7], [0, 0, 8]]
-    >>> real.tolist()
-    [[True, True, True], [False, False, True]]
+    Args:
+        sequences: token ids.
+        side: where the pads go, "right" or "left".
+        width: of the batch; None for that of the longest sequence.
+        pad_id: what pads are.
+
+    >>> tokens, mask = pad([[5, 6, 7], [8]], side="left")
+    >>> tokens.tolist(), mask.tolist()
+    ([[5, 6, 7], [0, 0, 8]], [[1, 1, 1], [0, 0, 1]])
     """
-    width = max(map(len, sequences))
+    width = max(map(len, sequences)) if width is None else width
     tokens = np.full((len(sequences), width), pad_id, dtype=np.int64)
-    real = np.zeros(tokens.shape, dtype=bool)
+    mask = np.zeros_like(tokens)
     for row, ids in enumerate(sequences):
         start = 0 if side == "right" else width - len(ids)
         tokens[row, start : start + len(ids)] = ids
-        real[row, start : start + len(ids)] = True
-    return torch.from_numpy(tokens), torch.from_numpy(real)
+        mask[row, start : start + len(ids)] = 1
+    return torch.from_numpy(tokens), torch.from_numpy(mask)
 
 
 def build_corpus(

@@ -137,8 +137,8 @@ def _search(
         for batch in batches(prompts, batch_size):
             # A new one for every batch: what it remembers belongs to these texts.
             rule, alive = strength(), list(batch)
-            tokens, real = pad([prompts[i] for i in batch], "left")
-            texts = _Texts.begin(model, tokens.to(device), real.long().to(device))
+            tokens, mask = pad([prompts[i] for i in batch], side="left")
+            texts = _Texts.begin(model, tokens.to(device), mask.to(device))
             for left in range(max_new_tokens, 0, -1):
                 chosen = texts.extend(rule)
                 going = [row for row, token in enumerate(chosen) if token not in eos]

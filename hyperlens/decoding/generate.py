@@ -89,10 +89,12 @@ def continuations(
             for processor in logits_processors:
                 if hasattr(processor, "reset"):
                     processor.reset()
-            tokens, real = pad([prompts[i] for i in batch], "left", settings.pad_token_id)
+            tokens, mask = pad(
+                [prompts[i] for i in batch], side="left", pad_id=settings.pad_token_id
+            )
             output = model.generate(
                 input_ids=tokens.to(device),
-                attention_mask=real.long().to(device),
+                attention_mask=mask.to(device),
                 generation_config=settings,
                 logits_processor=list(logits_processors),
             )

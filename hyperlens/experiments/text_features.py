@@ -81,11 +81,11 @@ class Featurizer:
     def _last(self, batch: Sequence[np.ndarray]) -> Float[Tensor, "batch d_model"]:
         """Padded on the right: what comes after a text's last token cannot change it."""
         model = self.loaded.hooked
-        tokens, real = pad(batch)
-        lengths = real.sum(-1)
+        tokens, mask = pad(batch)
+        lengths = mask.sum(-1)
         device = input_device(model)
         with evaluating(model):
-            residual = run_last_residual(model, tokens.to(device), real.long().to(device))
+            residual = run_last_residual(model, tokens.to(device), mask.to(device))
             last = residual[torch.arange(len(batch)), lengths - 1]
             vectors = final_norm(model, last).float()
         if not bool(torch.isfinite(vectors).all()):

@@ -167,10 +167,18 @@ def unembed(model: HookedModel, x: Float[Tensor, "n d_model"]) -> Float[Tensor, 
 def float_logits(
     model: HookedModel, normed: Float[Tensor, "n d_model"]
 ) -> Float[Tensor, "n d_vocab"]:
-    """Logits of final-normed vectors as float32, on a device that statistics can be taken on."""
+    """Float32 logits of final-normed vectors, on a device that has float64."""
     logits = unembed(model, normed).float()
     # Statistics are float64, which Apple's accelerator does not have.
     return logits.cpu() if logits.device.type == "mps" else logits
+
+
+def residual_logits(
+    model: HookedModel, last: Float[Tensor, "n d_model"]
+) -> Float[Tensor, "n d_vocab"]:
+    """Float32 logits of last-layer residual vectors, on a device that has float64."""
+    with evaluating(model):
+        return float_logits(model, final_norm(model, last))
 
 
 def input_device(model: HookedModel) -> torch.device:

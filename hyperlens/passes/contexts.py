@@ -21,8 +21,7 @@ from ..errors import ActivationError
 from ..hooks.surface import (
     HookedModel,
     evaluating,
-    final_norm,
-    float_logits,
+    residual_logits,
     run_last_residual,
 )
 from .streams import logits_in_pieces, slices
@@ -81,13 +80,13 @@ class Contexts:
         """Which contexts, and their base and tuned logits in float32, piece by piece."""
         yield from logits_in_pieces(
             self._pieces(what, progress),
-            (partial(_lens, self.base_model), self.base),
-            (partial(_lens, self.tuned_model), self.tuned),
+            (partial(residual_logits, self.base_model), self.base),
+            (partial(residual_logits, self.tuned_model), self.tuned),
         )
 
     def base_rows(self) -> Iterator[tuple[slice, Float[Tensor, "n d_vocab"]]]:
         """The same of the base model alone."""
-        base = partial(_lens, self.base_model), self.base
+        base = partial(residual_logits, self.base_model), self.base
         yield from logits_in_pieces(self._pieces("", False), base)
 
     def _pieces(self, what: str, progress: bool) -> Iterator[slice]:
@@ -128,8 +127,3 @@ def _last_residual(role: str, model: HookedModel, tokens: Tensor, real: Tensor) 
             "dtype='float32'"
         )
     return last
-
-
-def _lens(model: HookedModel, residual: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_vocab"]:
-    with evaluating(model):
-        return float_logits(model, final_norm(model, residual))
