@@ -35,23 +35,27 @@ if TYPE_CHECKING:
     from .judging.finding import JudgeResult as JudgeResult
     from .judging.judge import judge_continuations as judge_continuations
     from .judging.judge import judge_models as judge_models
-    from .patching.expansion.experiment import expansion as expansion
-    from .patching.expansion.finding import ExpansionResult as ExpansionResult
-    from .patching.layer_sweep.experiment import patch_blocks as patch_blocks
-    from .patching.layer_sweep.finding import BlocksResult as BlocksResult
-    from .patching.norm.experiment import norm_question as norm_question
-    from .patching.norm.finding import NormResult as NormResult
-    from .patching.position_map.experiment import patch_positions as patch_positions
-    from .patching.position_map.finding import PositionsResult as PositionsResult
-    from .patching.weights.experiment import transplant_weights as transplant_weights
-    from .patching.weights.finding import TransplantResult as TransplantResult
+    from .patching.blocks import BlocksResult as BlocksResult
+    from .patching.blocks import patch_blocks as patch_blocks
+    from .patching.expansion.experiment import patch_expansion as expansion
+    from .patching.expansion.experiment import patch_expansion as patch_expansion
+    from .patching.expansion.result import ExpansionResult as ExpansionResult
+    from .patching.norm import NormResult as NormResult
+    from .patching.norm import patch_norm as norm_question
+    from .patching.norm import patch_norm as patch_norm
+    from .patching.positions import PositionsResult as PositionsResult
+    from .patching.positions import patch_positions as patch_positions
+    from .patching.weights import WeightsResult as TransplantResult
+    from .patching.weights import WeightsResult as WeightsResult
+    from .patching.weights import patch_weights as patch_weights
+    from .patching.weights import patch_weights as transplant_weights
     from .results.comparison import Comparison as Comparison
 
 __version__ = "0.1.0"
 
 _HOME = {
     "BehaviourResult": ".experiments.behaviour_finding",
-    "BlocksResult": ".patching.layer_sweep.finding",
+    "BlocksResult": ".patching.blocks",
     "compare_models": ".compare",
     "Comparison": ".results.comparison",
     "Corpus": ".data.corpus",
@@ -60,8 +64,8 @@ _HOME = {
     "decoding_baselines": ".experiments.decoding_baselines",
     "DecodingResult": ".experiments.decoding_finding",
     "Endpoint": ".judging.endpoint",
-    "expansion": ".patching.expansion.experiment",
-    "ExpansionResult": ".patching.expansion.finding",
+    "expansion": ".patching.expansion.experiment:patch_expansion",
+    "ExpansionResult": ".patching.expansion.result",
     "HyperlensError": ".errors",
     "judge_continuations": ".judging.judge",
     "judge_models": ".judging.judge",
@@ -70,13 +74,16 @@ _HOME = {
     "mauve_score": ".experiments.mauve",
     "MauveResult": ".experiments.mauve_finding",
     "measure_behaviour": ".experiments.behaviour",
-    "norm_question": ".patching.norm.experiment",
-    "NormResult": ".patching.norm.finding",
+    "norm_question": ".patching.norm:patch_norm",
+    "NormResult": ".patching.norm",
     "null_test": ".experiments.null_test",
     "NullTestResult": ".experiments.null_test_finding",
-    "patch_blocks": ".patching.layer_sweep.experiment",
-    "patch_positions": ".patching.position_map.experiment",
-    "PositionsResult": ".patching.position_map.finding",
+    "patch_blocks": ".patching.blocks",
+    "patch_expansion": ".patching.expansion.experiment",
+    "patch_norm": ".patching.norm",
+    "patch_positions": ".patching.positions",
+    "patch_weights": ".patching.weights",
+    "PositionsResult": ".patching.positions",
     "provenance": ".experiments.provenance",
     "ProvenanceResult": ".experiments.provenance_finding",
     "read_texts": ".data.texts",
@@ -84,8 +91,9 @@ _HOME = {
     "StaticBiasResult": ".experiments.static_bias_finding",
     "temperature": ".experiments.temperature",
     "TemperatureResult": ".experiments.temperature_finding",
-    "transplant_weights": ".patching.weights.experiment",
-    "TransplantResult": ".patching.weights.finding",
+    "transplant_weights": ".patching.weights:patch_weights",
+    "TransplantResult": ".patching.weights:WeightsResult",
+    "WeightsResult": ".patching.weights",
 }
 
 __all__ = [
@@ -107,6 +115,7 @@ __all__ = [
     "StaticBiasResult",
     "TemperatureResult",
     "TransplantResult",
+    "WeightsResult",
     "__version__",
     "compare_models",
     "cross_domain",
@@ -120,7 +129,10 @@ __all__ = [
     "norm_question",
     "null_test",
     "patch_blocks",
+    "patch_expansion",
+    "patch_norm",
     "patch_positions",
+    "patch_weights",
     "provenance",
     "read_texts",
     "static_bias",
@@ -131,7 +143,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in _HOME:
-        return getattr(import_module(_HOME[name], __name__), name)
+        module, _, now = _HOME[name].partition(":")
+        return getattr(import_module(module, __name__), now or name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -35,7 +35,7 @@ class RankReordering(LogitProbe):
     """
 
     name = "rank_reordering"
-    metrics = ("top1_agreement", "spearman", "rank_1", "rank_2_10", "rank_gt_10", "rank_ge_200")
+    metrics = ("top1_agreement", "spearman", *distances.RANK_BUCKETS)
     bounds = {metric: (-1.0 if metric == "spearman" else 0.0, 1.0) for metric in metrics}
 
     def __init__(self) -> None:
@@ -54,10 +54,7 @@ class RankReordering(LogitProbe):
         return {
             "top1_agreement": (distances.winner(base) == winner).double(),
             "spearman": spearman(base, chunk.tuned),
-            "rank_1": (rank == 1).double(),
-            "rank_2_10": ((rank >= 2) & (rank <= 10)).double(),
-            "rank_gt_10": (rank > 10).double(),
-            "rank_ge_200": (rank >= 200).double(),
+            **{name: x.double() for name, x in distances.rank_buckets(rank).items()},
             "rank": rank,
             "tied": (base == best).to(torch.float32).sum(-1) > 1,
         }

@@ -17,17 +17,17 @@ from hyperlens import (
     compare_models,
     cross_domain,
     decoding_baselines,
-    expansion,
     load_hooked,
     measure_behaviour,
-    norm_question,
     null_test,
     patch_blocks,
+    patch_expansion,
+    patch_norm,
     patch_positions,
+    patch_weights,
     provenance,
     static_bias,
     temperature,
-    transplant_weights,
 )
 from hyperlens.data.corpus import build_corpus
 from hyperlens.decoding.generate import continuations
@@ -56,9 +56,9 @@ EXPERIMENTS = {
     "decoding_baselines": (decoding_baselines, PROMPTS | {"methods": ["greedy", "contrastive"]}),
     "patch_blocks": (patch_blocks, PROMPTS),
     "patch_positions": (patch_positions, {"offsets": 4, "progress": False}),
-    "transplant_weights": (transplant_weights, PROMPTS),
-    "expansion": (expansion, PROMPTS | {"n_random": 1}),
-    "norm_question": (norm_question, {"progress": False}),
+    "patch_weights": (patch_weights, PROMPTS),
+    "patch_expansion": (patch_expansion, PROMPTS | {"n_random": 1}),
+    "patch_norm": (patch_norm, {"progress": False}),
 }
 
 

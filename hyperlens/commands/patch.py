@@ -6,10 +6,9 @@ import argparse
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from importlib import import_module
 from typing import Any
 
-from .. import __version__
+from .. import __version__, patching
 from ..files import check_claim, claim_folder
 from ..options import STYLE, add_counts, add_pair, add_running, given, read
 
@@ -19,13 +18,13 @@ DESCRIPTION = """\
 Does what changed inside cause the behaviour? Put activations or weights of one model into the
 other and see which decisions come with them.
 
-  blocks      each block's activation, in both directions, beside placebos; the 2 x 2 of every cut
-              (whose state enters the late blocks, whose late blocks they are); what patched
-              models write
+  blocks      each block's activation, in both directions, next to controls; the 2 x 2 of every
+              cut (whose residual enters the late blocks, whose late blocks they are); greedy text
+              of the patched models
   positions   layer by position: where before a decision its cause can be found
   weights     the last k blocks, single blocks, final norm, unembedding: the smallest suffix
               that reproduces the behaviour
-  dimensions  the expansion taken away, or given to the base: is it the extra dimensions?
+  expansion   the expansion taken away, or given to the base: is it the extra dimensions?
   norm        only the final norm's weights: how much of the expansion is block, how much norm"""
 
 EXAMPLES = """\
@@ -37,37 +36,26 @@ With --out, a part that is done is kept: after Ctrl-C the same command goes on."
 
 STAMP, WORK = "patch.json", "a run of hyperlens patch"
 
-# Each part: where its function is, where its result's class is, and the options it takes.
-READS = ("n_texts", "max_length")
-WRITES = ("n_prompts", "prompt_tokens", "max_new_tokens")
+# Each part: its function and the class of its result, both in hyperlens.patching, and the options
+# that it takes.
+READING = ("n_texts", "max_length")
+GENERATING = ("n_prompts", "prompt_tokens", "max_new_tokens")
 PARTS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "blocks": (
-        "layer_sweep.experiment:patch_blocks",
-        "layer_sweep.finding:BlocksResult",
-        ("site", "positions", "placebos", *READS, *WRITES),
+        "patch_blocks",
+        "BlocksResult",
+        ("site", "positions", "controls", *READING, *GENERATING),
     ),
-    "positions": (
-        "position_map.experiment:patch_positions",
-        "position_map.finding:PositionsResult",
-        READS,
-    ),
-    "weights": (
-        "weights.experiment:transplant_weights",
-        "weights.finding:TransplantResult",
-        (*READS, *WRITES),
-    ),
-    "dimensions": (
-        "expansion.experiment:expansion",
-        "expansion.finding:ExpansionResult",
-        (*READS, *WRITES),
-    ),
-    "norm": ("norm.experiment:norm_question", "norm.finding:NormResult", ("max_length",)),
+    "positions": ("patch_positions", "PositionsResult", READING),
+    "weights": ("patch_weights", "WeightsResult", (*READING, *GENERATING)),
+    "expansion": ("patch_expansion", "ExpansionResult", (*READING, *GENERATING)),
+    "norm": ("patch_norm", "NormResult", ("max_length",)),
 }
 SITES = ("resid_post", "resid_pre", "attn_out", "mlp_out", "final_norm")
 
 
 def add(commands: Any) -> None:
-    """The parser."""
+    """Add `hyperlens patch` to the command line."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "patch",
         help="patch one model with the other: does what changed cause the behaviour?",
@@ -99,10 +87,10 @@ def add(commands: Any) -> None:
         help="of `blocks`: tokens to patch, as 0,3 or 5: (from the sixth on) (default: all)",
     )
     group.add_argument(
-        "--no-placebos",
-        dest="placebos",
+        "--no-controls",
+        dest="controls",
         action="store_false",
-        help="of `blocks`: a quarter of the time, nothing to hold it against (default: with them)",
+        help="of `blocks`: skip the controls: four times faster, no baseline (default: with them)",
     )
     group.add_argument(
         "--n-texts",
@@ -120,10 +108,14 @@ def add(commands: Any) -> None:
     add_counts(
         group,
         (
-            ("--n-prompts", 16, "texts, drawn at random, that are continued, greedy"),
+            ("--n-prompts", 16, "texts, drawn at random, whose beginnings are continued greedily"),
             ("--prompt-tokens", 17, "their first tokens that are the prompt, BOS included"),
-            ("--max-new-tokens", 48, "tokens added to each; 0 writes none, which saves much time"),
-            ("--batch-size", 8, "texts per forward pass"),
+            (
+                "--max-new-tokens",
+                48,
+                "tokens added to each; 0 generates none, which saves much time",
+            ),
+            ("--batch-size", 8, "texts, or prompts, per forward pass"),
             ("--seed", 0, "of everything drawn at random"),
         ),
     )
@@ -134,16 +126,16 @@ def run(args: argparse.Namespace) -> str:
     """Run every part, save it when it is done, and return what to print."""
     texts = read(args, args.texts, args.split)
     if args.out is None:
-        return "\n\n".join(_found(name, args, texts).summary() for name in args.what)
+        return "\n\n".join(_result(name, args, texts).summary() for name in args.what)
     stamp = _stamp(args, texts)
     check_claim(args.out, STAMP, stamp, WORK)
-    said = [_kept(name, args, texts, stamp).summary() for name in args.what]
+    summaries = [_kept(name, args, texts, stamp).summary() for name in args.what]
     from ..render import write_report
     from ..render.saved import read_results
 
     # Parts of earlier calls belong on the page too.
     page = write_report(args.out / "report.html", read_results([args.out]))
-    return "\n\n".join([*said, f"saved in {args.out}; report: {page}"])
+    return "\n\n".join([*summaries, f"saved in {args.out}; report: {page}"])
 
 
 def _kept(
@@ -152,27 +144,22 @@ def _kept(
     """The result of one part, from the folder if it is there already, else saved there."""
     place = args.out / name
     if place.is_dir():
-        return _named(PARTS[name][1]).load(place)
-    finding = _found(name, args, texts)
+        return getattr(patching, PARTS[name][1]).load(place)
+    result = _result(name, args, texts)
     # Only now, so that a command that fails leaves the folder to the corrected one.
     claim_folder(args.out, STAMP, stamp, WORK)
-    finding.save(place)
-    return finding
+    result.save(place)
+    return result
 
 
-def _found(name: str, args: argparse.Namespace, texts: Sequence[str]) -> Any:
+def _result(name: str, args: argparse.Namespace, texts: Sequence[str]) -> Any:
     """The result of one part."""
-    experiment, _, options = PARTS[name]
-    run_it: Callable[..., Any] = _named(experiment)
+    function, _, options = PARTS[name]
+    run_it: Callable[..., Any] = getattr(patching, function)
     chosen = given(args, *options, "batch_size", "seed")
     # What is left open is decided by the part.
     chosen = {option: value for option, value in chosen.items() if value is not None}
     return run_it(args.base, args.tuned, texts, **chosen)
-
-
-def _named(where: str) -> Any:
-    module, name = where.split(":")
-    return getattr(import_module(f"...patching.{module}", __name__), name)
 
 
 def _stamp(args: argparse.Namespace, texts: Sequence[str]) -> dict[str, Any]:
@@ -200,7 +187,11 @@ def _parts(text: str) -> list[str]:
 
 
 def positions(text: str) -> slice | list[int]:
-    """Positions as people type them."""
+    """Parse positions of the command line: `0,3` or `5:`.
+
+    >>> positions("5:"), positions("0,3")
+    (slice(5, None, None), [0, 3])
+    """
     try:
         if ":" in text:
             start, stop = text.split(":")

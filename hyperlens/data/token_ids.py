@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from ..errors import CorpusError
@@ -70,3 +72,27 @@ def check_ids(sequences: list[np.ndarray], d_vocab: int | None) -> None:
             f"token id {bad} is outside the model's vocabulary of {d_vocab}: "
             "give the texts, or the token ids, of this model's own tokenizer"
         )
+
+
+def pad(
+    sequences: Sequence[np.ndarray], *, side: str = "right", width: int | None = None
+) -> tuple[Int[Tensor, "text pos"], Int[Tensor, "text pos"]]:
+    """Token ids and attention mask of several sequences in one batch; pads have id 0.
+
+    Args:
+        sequences: token ids.
+        side: where the pads go, "right" or "left".
+        width: of the batch; None for that of the longest sequence.
+
+    >>> tokens, mask = pad([np.array([5, 6, 7]), np.array([8])], side="left")
+    >>> tokens.tolist(), mask.tolist()
+    ([[5, 6, 7], [0, 0, 8]], [[1, 1, 1], [0, 0, 1]])
+    """
+    width = max(map(len, sequences)) if width is None else width
+    tokens = torch.zeros(len(sequences), width, dtype=torch.long)
+    mask = torch.zeros_like(tokens)
+    for row, ids in enumerate(sequences):
+        start = 0 if side == "right" else width - len(ids)
+        tokens[row, start : start + len(ids)] = torch.from_numpy(ids)
+        mask[row, start : start + len(ids)] = 1
+    return tokens, mask

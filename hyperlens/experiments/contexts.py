@@ -21,9 +21,8 @@ from ..errors import ActivationError
 from ..hooks.surface import (
     HookedModel,
     evaluating,
-    final_norm,
+    residual_logits,
     run_last_residual,
-    unembed,
 )
 from ..models.kinds import plain_model
 from ..pair import Inputs, Pair
@@ -80,14 +79,14 @@ class Contexts:
         for rows in self._pieces(what, progress):
             yield (
                 rows,
-                _logits(self.pair.base.hooked, self.base[rows]),
-                _logits(self.pair.tuned.hooked, self.tuned[rows]),
+                residual_logits(self.pair.base.hooked, self.base[rows]),
+                residual_logits(self.pair.tuned.hooked, self.tuned[rows]),
             )
 
     def base_rows(self) -> Iterator[tuple[slice, Float[Tensor, "n d_vocab"]]]:
         """The same of the base model alone."""
         for rows in self._pieces("", False):
-            yield rows, _logits(self.pair.base.hooked, self.base[rows])
+            yield rows, residual_logits(self.pair.base.hooked, self.base[rows])
 
     def _pieces(self, what: str, progress: bool) -> Iterator[slice]:
         size = max(1, CHUNK_BYTES // (4 * self.pair.base.hooked.cfg.d_vocab))
@@ -149,13 +148,6 @@ def _last_residual(side: str, model: HookedModel, tokens: Tensor, real: Tensor) 
             "dtype='float32'"
         )
     return last
-
-
-def _logits(model: HookedModel, residual: Float[Tensor, "n d_model"]) -> Tensor:
-    with evaluating(model):  # type: ignore[arg-type]
-        logits = unembed(model, final_norm(model, residual)).float()
-    # Statistics are float64, which Apple's accelerator does not have.
-    return logits.cpu() if logits.device.type == "mps" else logits
 
 
 def names(tokenizer: Any, ids: Sequence[int]) -> list[str]:

@@ -17,6 +17,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from ..errors import ActivationError
+
 # The attribute names that TransformerLens gives the two ends of a block, what its two branches add
 # to the stream in between, and what leaves the final norm.
 RESID_PRE, RESID_POST = "hook_resid_pre", "hook_resid_post"
@@ -167,6 +169,19 @@ def unembed(model: HookedModel, x: Float[Tensor, "n d_model"]) -> Float[Tensor, 
     return cap * torch.tanh(logits / cap) if cap is not None and cap > 0 else logits
 
 
+def float_logits(model: HookedModel, normed: Float[Tensor, "n d_model"]) -> Float[Tensor, "n v"]:
+    """Float32 logits of final-normed vectors, on a device that has float64."""
+    logits = unembed(model, normed).float()
+    # Statistics are float64, which Apple's accelerator does not have.
+    return logits.cpu() if logits.device.type == "mps" else logits
+
+
+def residual_logits(model: HookedModel, last: Float[Tensor, "n d_model"]) -> Float[Tensor, "n v"]:
+    """Float32 logits of last-layer residual vectors, on a device that has float64."""
+    with evaluating(model):  # type: ignore[arg-type]
+        return float_logits(model, final_norm(model, last))
+
+
 def input_device(model: HookedModel) -> torch.device:
     """Where token ids must live."""
     device: torch.device = next(model.parameters()).device
@@ -182,3 +197,40 @@ def first_bad_layer(
         if not torch.isfinite(residual).all() and not torch.isfinite(residual[real]).all():
             return layer
     return None
+
+
+def check_stream(
+    name: str,
+    stream: list[Float[Tensor, "batch pos d_model"]],
+    real: Bool[Tensor, "batch pos"],
+) -> None:
+    """Raise if a model's residual stream overflowed.
+
+    Args:
+        name: of the model, "base" or "tuned".
+        stream: all residual layers.
+        real: False at pads.
+
+    Raises:
+        ActivationError: naming the first layer with NaN or infinity at a real token.
+    """
+    layer = first_bad_layer(stream, real)
+    if layer is not None:
+        raise _overflow(f"the {name} model", f" at layer {layer}")
+
+
+def check_finite(whose: str, x: Float[Tensor, "*rows d_model"]) -> None:
+    """Raise if vectors overflowed, those of a patched or mixed model too.
+
+    Raises:
+        ActivationError: if one holds NaN or infinity.
+    """
+    if not bool(torch.isfinite(x).all()):
+        raise _overflow(whose)
+
+
+def _overflow(whose: str, where: str = "") -> ActivationError:
+    return ActivationError(
+        f"{whose} has NaN or infinite activations{where}: load both models in a wider dtype, as in "
+        "dtype='float32'"
+    )

@@ -40,12 +40,13 @@ def _read(folder: Path) -> list[AnyResult]:
 
 
 def finding_classes() -> dict[str, type[Result]]:
-    """The class of every experiment that the page knows, by the name of its file."""
-    classes = {}
+    """The class of every experiment that the page knows, by the names of its file, old ones too."""
+    classes: dict[str, type[Result]] = {}
     for module in section_modules():
         if where := getattr(module, "LOADS", None):
             home, name = where.split(":")
-            classes[module.READS] = getattr(import_module(home), name)
+            kind = getattr(import_module(home), name)
+            classes |= dict.fromkeys((module.READS, *kind.old_names), kind)
     return classes
 
 

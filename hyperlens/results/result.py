@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -17,7 +17,11 @@ if TYPE_CHECKING:
     import matplotlib.figure
     import pandas as pd
 
-FORMAT = 1
+FORMAT = 2
+# Version 0.1 wrote this format, with names that were changed since.
+OLD_FORMAT = 1
+# Where the extras keep labels of the experiment; other strings may be people's own text.
+LABEL_KEYS = ("against", "effect", "cell")
 
 Found = TypeVar("Found", bound="Result")
 
@@ -30,6 +34,8 @@ class Result(ABC):
         name: what the experiment is called; its file is `<name>.json`, and the report shows it
             with the section of this name.
         columns: the columns of the table, in order.
+        old_names: names of its file in version 0.1.
+        renamed: columns, labels and keys of version 0.1, and what they are called now.
         table: one mapping per row, with exactly these columns; JSON values, NaN allowed.
         extras: what does not fit a table (texts, histograms), as JSON values.
         meta: everything needed to repeat the run: models and their hashes, options, seeds,
@@ -38,6 +44,8 @@ class Result(ABC):
 
     name: ClassVar[str]
     columns: ClassVar[tuple[str, ...]]
+    old_names: ClassVar[tuple[str, ...]] = ()
+    renamed: ClassVar[Mapping[str, str]] = {}
 
     table: tuple[Mapping[str, Any], ...]
     extras: Mapping[str, Any] = field(default_factory=dict)
@@ -117,18 +125,24 @@ class Result(ABC):
     def load(cls: type[Found], folder: str | Path) -> Found:
         """Read back what `save` or `write` wrote; every number returns bit for bit.
 
+        What version 0.1 wrote is read too, under the names of today.
+
         Raises:
             ResultsError: if the folder holds no readable result of this experiment.
         """
-        path = expand_user(folder) / f"{cls.name}.json"
+        names = (cls.name, *cls.old_names)
+        paths = [expand_user(folder) / f"{name}.json" for name in names]
+        path = next((path for path in paths if path.is_file()), paths[0])
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
-            if data["format"] != FORMAT or data["name"] != cls.name:
+            if data["format"] not in (OLD_FORMAT, FORMAT) or data["name"] not in names:
                 raise ResultsError(
                     f"{path} has format {data['format']} of {data['name']!r}, expected format "
                     f"{FORMAT} of {cls.name!r}; run the experiment again"
                 )
             plain = _unmarked(data)
+            if data["format"] == OLD_FORMAT:
+                plain = _with_new_names(plain, cls.renamed, {*cls.columns, *LABEL_KEYS})
             return cls(table=tuple(plain["table"]), extras=plain["extras"], meta=plain["meta"])
         except FileNotFoundError:
             raise ResultsError(
@@ -160,3 +174,30 @@ def _unmarked(value: Any) -> Any:
     if isinstance(value, list):
         return [_unmarked(inner) for inner in value]
     return value
+
+
+def _with_new_names(
+    data: Mapping[str, Any], renamed: Mapping[str, str], labels: Collection[str]
+) -> dict[str, Any]:
+    """A file of version 0.1 with the names of today.
+
+    Args:
+        data: what the file holds.
+        renamed: old names and new ones.
+        labels: keys (new) under which strings are labels and may be renamed.
+    """
+
+    def new(value: Any, key: str = "") -> Any:
+        if isinstance(value, Mapping):
+            return {
+                renamed.get(name, name): new(inner, renamed.get(name, name))
+                for name, inner in value.items()
+            }
+        if isinstance(value, list):
+            return [new(inner) for inner in value]
+        return renamed.get(value, value) if isinstance(value, str) and key in labels else value
+
+    meta = {"corpus" if name == "data" else name: value for name, value in data["meta"].items()}
+    if "options" in meta:
+        meta["options"] = new(meta["options"])
+    return {"table": new(data["table"]), "extras": new(data["extras"]), "meta": meta}

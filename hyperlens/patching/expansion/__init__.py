@@ -1,1 +1,1 @@
-"""Is it the extra dimensions? Take them away, or bring them about, and judge."""
+"""patch_expansion: is it the extra dimensions? Take them away, or bring them about, and judge."""

@@ -24,7 +24,7 @@ from ..words import plain
 ORDER = 131
 TITLE = "From which token does a changed decision come?"
 READS = "patch_positions"
-LOADS = "hyperlens.patching.position_map.finding:PositionsResult"
+LOADS = "hyperlens.patching.positions:PositionsResult"
 
 DIRECTIONS = {
     "tuned into base": "tuned into base: what brings the decision about",
@@ -39,10 +39,10 @@ def body(results: Sequence[Any]) -> Markup:
     parts = [
         paragraph(
             "At one decision per text that tuning changed, the residual of one model at one token "
-            "and layer is put into the other. Colour: how far the logit of the tuned model's "
-            "choice less that of the base's moves, from the host's (0) to the donor's (1). The "
-            "column “all” patches every position up to the decision. Hover for the interval and "
-            "for the share of decisions that become the donor's."
+            "and layer is put into the other. Colour: how far the logit difference (tuned "
+            "model's top-1 token less base's) moves, from the target's (0) to the source's (1). "
+            "The column “all” patches every position up to the decision. Hover for the interval and "
+            "for the share of decisions that become the source's."
         )
     ]
     for result in results:
@@ -51,8 +51,8 @@ def body(results: Sequence[Any]) -> Markup:
         parts.append(grid(*(_map(result, way, words) for way, words in DIRECTIONS.items())))
         example = result.extras["example"]
         text = f"{example['before']}{''.join(example['tokens'])}"
-        picks = [f"“{plain(example[side])}”" for side in ("base_pick", "tuned_pick")]
-        goes_on = f" goes on with {picks[0]} (base) or {picks[1]} (tuned)."
+        top_1 = [f"“{plain(example[side])}”" for side in ("base_top_1", "tuned_top_1")]
+        goes_on = f" goes on with {top_1[0]} (base) or {top_1[1]} (tuned)."
         parts.append(paragraph("One of the texts, “", plain(text), "”,", goes_on))
         parts.append(grid(*(_text(result, way, words) for way, words in DIRECTIONS.items())))
         parts.append(details("In words", preformatted(result.summary())))
@@ -77,7 +77,7 @@ def _map(result: Any, direction: str, words: str) -> Markup:
     ]
     order = [*map(str, result.offsets), "all"]
     alt = f"{words}: {_said(result, direction)}"
-    hover = {"moved": "moved", "low": "95% from", "high": "to", "recovered": "become the donor's"}
+    hover = {"moved": "moved", "low": "95% from", "high": "to", "recovered": "become the source's"}
     return chart(_heat(rows, order, "tokens before the last one", hover), words, alt, rows)
 
 
@@ -91,7 +91,7 @@ def _said(result: Any, direction: str) -> str:
 def _text(result: Any, direction: str, words: str) -> Markup:
     rows = list(_cells(result, direction))
     order = list(dict.fromkeys(row["position"] for row in rows))
-    hover = {"moved": "moved", "choice": "then the model writes"}
+    hover = {"moved": "moved", "top_1": "then the model's top-1 token is"}
     title = f"that text, {direction}"
     return chart(_heat(rows, order, "token", hover), title, f"{words}, in that text", rows)
 
@@ -107,7 +107,7 @@ def _cells(result: Any, direction: str) -> Iterator[dict[str, Any]]:
                     # A token may come twice: its place keeps the columns apart.
                     "position": f"{plain(token)} ({-offset})",
                     "moved": one["moved"],
-                    "choice": plain(one["choice"]),
+                    "top_1": plain(one["top_1"]),
                 }
 
 
