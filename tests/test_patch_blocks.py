@@ -17,6 +17,7 @@ from hyperlens.hooks.residual import ResidualModel
 from hyperlens.hooks.sites import in_blocks
 from hyperlens.hooks.surface import run_logits
 from hyperlens.pair import open_pair
+from hyperlens.patching import patch_expansion, patch_weights
 from hyperlens.patching.blocks import Cell, Sweep, run_sweep
 from hyperlens.patching.outcomes import INTO_BASE, INTO_TUNED, METRICS
 
@@ -262,3 +263,20 @@ def test_refusals_say_what_to_do() -> None:
         patch_blocks(without_branches, perturbed(without_branches), TEXTS, site="attn_out", **QUICK)
     with pytest.raises(HyperlensError, match="hooked model"):
         patch_blocks(ResidualModel(base), tuned, TEXTS, **QUICK)
+
+
+@pytest.mark.parametrize("experiment", [patch_blocks, patch_weights, patch_expansion])
+def test_prompts_go_through_in_batches_of_the_size_asked_for(experiment, monkeypatch):
+    base = make_tiny("llama")
+    sizes = set()
+    generate = type(base).generate
+
+    def watched(self, *args, **options):
+        sizes.add(len(options["input_ids"] if "input_ids" in options else args[0]))
+        return generate(self, *args, **options)
+
+    monkeypatch.setattr(type(base), "generate", watched)
+    texts = token_texts(16, shortest=12, longest=20)
+    options = {"n_prompts": 4, "prompt_tokens": 6, "max_new_tokens": 2, "progress": False}
+    experiment(base, perturbed(base, 0.1), texts, batch_size=3, **options)
+    assert sizes == {3, 1}

@@ -8,6 +8,7 @@ import transformers
 from conftest import ARCHITECTURES, GPT_SIZES, SIZES, lora, make_tiny, perturbed
 from test_hooked_models import BACKENDS, padded, supported
 
+import hyperlens.patching
 from hyperlens import load_hooked
 from hyperlens.decoding.generate import continuations
 from hyperlens.errors import HyperlensError, PatchError
@@ -399,3 +400,11 @@ def test_positions_of_a_text_being_written_count_from_its_start():
     ):
         pass
     assert resid_pre(0) == site_hook("resid_pre", 0)
+
+
+def test_the_package_shows_what_it_has():
+    assert {"Site", "record", "patch_hooks", "donating", "changing", "transplanted"} <= set(
+        dir(hyperlens.patching)
+    )
+    for name in hyperlens.patching.__all__:
+        assert getattr(hyperlens.patching, name) is not None

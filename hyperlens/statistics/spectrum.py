@@ -1,8 +1,8 @@
 """How variance is spread over directions, and linear changes of it: pure maths in float64.
 
 A change scales the axes aᵢ of an orthonormal basis about the mean,
-x ↦ x + Σᵢ (gᵢ - 1) aᵢ aᵢᵀ (x - mean). With every gain gᵢ = 1 it is exactly the identity; a gain of 0 removes an axis. Such maps are
-symmetric, so a covariance C becomes A C A with A = Σᵢ gᵢ aᵢ aᵢᵀ.
+x ↦ x + Σᵢ (gᵢ - 1) aᵢ aᵢᵀ (x - mean). With every gain gᵢ = 1 it is exactly the identity; a gain of
+0 removes an axis. Such maps are symmetric, so a covariance C becomes A C A with A = Σᵢ gᵢ aᵢ aᵢᵀ.
 """
 
 from __future__ import annotations

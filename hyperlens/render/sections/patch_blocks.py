@@ -58,7 +58,8 @@ def body(results: Sequence[Any]) -> Markup:
             "An activation of one model is put into the other, at every token, and all blocks "
             "after it run on. A patch of a layer carries all that came before: read where a curve "
             "rises. The 2 x 2 keeps apart whose residual enters the late blocks and whose late "
-            "blocks they are; an interaction says that neither does by itself what both do together."
+            "blocks they are; an interaction says that neither does by itself what both do "
+            "together."
         )
     ]
     for result in results:

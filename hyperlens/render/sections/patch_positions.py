@@ -41,8 +41,8 @@ def body(results: Sequence[Any]) -> Markup:
             "At one decision per text that tuning changed, the residual of one model at one token "
             "and layer is put into the other. Colour: how far the logit difference (tuned "
             "model's top-1 token less base's) moves, from the target's (0) to the source's (1). "
-            "The column “all” patches every position up to the decision. Hover for the interval and "
-            "for the share of decisions that become the source's."
+            "The column “all” patches every position up to the decision. Hover for the interval "
+            "and for the share of decisions that become the source's."
         )
     ]
     for result in results:
