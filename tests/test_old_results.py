@@ -14,7 +14,7 @@ from hyperlens.patching import (
     PositionsResult,
     WeightsResult,
 )
-from hyperlens.render.saved import read_results
+from hyperlens.questions import read_results
 from hyperlens.results.result import Result
 
 ESTIMATE = {"value": 0.25, "low": {"float": "nan"}, "high": {"float": "nan"}, "se": 0.1, "n": 3}
@@ -45,7 +45,7 @@ def test_a_layer_sweep(tmp_path: Path) -> None:
     written(tmp_path / "old", "patching", rows, extras=extras, meta=meta)
     found = BlocksResult.load(tmp_path / "old")
     assert found.activations == ["source", "random_direction"]
-    (row,) = found.at("tuned into base", "logit_difference")
+    (row,) = found.along("tuned into base", "logit_difference")
     assert (row["value"], row["n"]) == (0.25, 3)
     assert row["low"] != row["low"]
     assert found.contrasts("tuned into base", "logit_difference")[0]["activation"] == "rotated"
@@ -63,7 +63,7 @@ def test_a_weight_transplant(tmp_path: Path) -> None:
     extras = {"contrasts": [change, place | {"against": "donor", "p": 1.0} | ESTIMATE]}
     written(tmp_path / "old", "transplant", [place | {"metric": "gap"} | ESTIMATE], extras=extras)
     found = WeightsResult.load(tmp_path / "old")
-    assert found.at("tuned into base", "suffix", "logit_difference")[0]["value"] == 0.25
+    assert found.along("tuned into base", "suffix", "logit_difference")[0]["value"] == 0.25
     first, second = found.extras["contrasts"]
     assert (first["kind"], first["against"], second["against"]) == ("source", "target", "source")
 
@@ -80,7 +80,7 @@ def test_an_expansion(tmp_path: Path) -> None:
     meta = META | {"options": {"doses": [4]}}
     written(tmp_path / "old", "expansion", [row | ESTIMATE], extras=extras, meta=meta)
     found = ExpansionResult.load(tmp_path / "old")
-    assert found.value("base_spectrum", 4, "shuffled_gains", "logit_difference") == 0.25
+    assert found.value_of("base_spectrum", 4, "shuffled_gains", "logit_difference") == 0.25
     assert found.contrast("base_spectrum", 4, "shuffled_gains", "ttr") is not None
     assert found.extras["verdict"] == {
         "overall": "supports",
@@ -117,7 +117,7 @@ def test_what_is_written_now_has_format_2_and_keeps_its_words(tmp_path: Path) ->
 @pytest.mark.parametrize("kind", [BlocksResult, NormResult])
 def test_other_formats_and_names_are_refused(kind: type[Result], tmp_path: Path) -> None:
     written(tmp_path, kind.old_names[0], [], name="other")
-    with pytest.raises(ResultsError, match="has format 1 of 'other', expected format 2 of"):
+    with pytest.raises(ResultsError, match="a file of 'other', expected"):
         kind.load(tmp_path)
     written(tmp_path, kind.name, [], format=3)
     with pytest.raises(ResultsError, match="has format 3"):

@@ -27,7 +27,7 @@ SHORT = {"n_prompts": 4, "prompt_tokens": 6, "max_new_tokens": 6, "progress": Fa
 
 
 def along(finding, direction, metric, activation="source"):
-    return [row["value"] for row in finding.at(direction, metric, activation)]
+    return [row["value"] for row in finding.along(direction, metric, activation)]
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox"])
@@ -135,7 +135,7 @@ def test_shares_equal_whole_forward_passes(kind):
     tuned = perturbed(base, 0.15)
     found = patch_blocks(base, tuned, TEXTS, site=kind, **QUICK)
     for site in in_blocks(kind, range(3)):
-        (row,) = [r for r in found.at(INTO_BASE, "to_tuned") if r["block"] == site.block
+        (row,) = [r for r in found.along(INTO_BASE, "to_tuned") if r["block"] == site.block
                   and r["site"] == kind]  # fmt: skip
         assert row["value"] == pytest.approx(brute_force(base, tuned, site, TEXTS), abs=1e-9)
 
@@ -202,7 +202,7 @@ def test_it_comes_back_from_disk_and_draws(tmp_path: Path) -> None:
     assert BlocksResult.load(folder) == found
     assert len(found.plot().axes) == 3
     page = (folder / "report.html").read_text()
-    assert 'data-section="patching"' in page
+    assert 'data-section="patch_blocks"' in page
     assert "before the last block" in found.summary()
     metrics = {row["metric"] for row in found.table}
     assert metrics == {*METRICS, "ttr", "rep_2", "rep_3"}

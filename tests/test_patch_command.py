@@ -10,8 +10,8 @@ from conftest import D_VOCAB, make_tiny, perturbed
 from test_cli import tokenizer
 
 from hyperlens import cli
-from hyperlens.commands import patch
-from hyperlens.render.saved import read_results
+from hyperlens.patching import command as patch
+from hyperlens.questions import read_results
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def test_every_part_is_saved_and_the_same_command_reads_them_again(
     found = {result.name for result in read_results([out])}
     assert found == {f"patch_{part}" for part in patch.PARTS}
     page = (out / "report.html").read_text()
-    for section in (f"patch-{part}" for part in patch.PARTS):
+    for section in (f"patch_{part}" for part in patch.PARTS):
         assert f'data-section="{section}"' in page, section
 
     def again(*_: object, **__: object) -> None:
@@ -123,7 +123,7 @@ def test_the_page_has_the_parts_of_earlier_calls(home: Path, tmp_path: Path) -> 
     for what in ("norm", "positions"):
         assert cli.main(command(home, "--what", what, "--out", str(out))) == cli.OK
     page = (out / "report.html").read_text()
-    for section in ("patch-norm", "patch-positions"):
+    for section in ("patch_norm", "patch_positions"):
         assert page.count(f'data-section="{section}"') == 1, section
 
 

@@ -15,9 +15,8 @@ from hyperlens.patching.engine import draw_texts, second_half, subset
 from hyperlens.patching.expansion.changes import BY_DIRECTIONS, METHODS, VARIANCE_CONTROL
 from hyperlens.patching.expansion.experiment import patch_expansion
 from hyperlens.patching.expansion.result import COUNTED, NAMES, ExpansionResult
-from hyperlens.render import write_report
-from hyperlens.render.saved import finding_classes
-from hyperlens.render.sections import patch_expansion as section
+from hyperlens.questions import QUESTIONS, result_class
+from hyperlens.render.page import write_report
 from hyperlens.statistics.ratios import p_value
 from hyperlens.statistics.significance import Estimate, holm
 
@@ -36,13 +35,13 @@ def found():
 def test_what_is_written_follows_the_changes(found):
     """Planted: with the base's spectrum the tuned model writes as the base does, and back."""
     for metric in ("ttr", "rep_2", "rep_3"):
-        own = {side: found.at("none", 0, side, metric) for side in ("base", "tuned")}
+        own = {side: found.row("none", 0, side, metric) for side in ("base", "tuned")}
         for method, side in (("base_spectrum", "base"), ("tuned_spectrum", "tuned")):
-            row = found.at(method, 0, "itself", metric)
+            row = found.row(method, 0, "itself", metric)
             assert [row[k] for k in ("value", "low", "high")] == [
                 own[side][k] for k in ("value", "low", "high")
             ]
-    assert found.value("none", 0, "base", "ttr") != found.value("none", 0, "tuned", "ttr")
+    assert found.value_of("none", 0, "base", "ttr") != found.value_of("none", 0, "tuned", "ttr")
     written = {(r["method"], r["condition"]) for r in found.table if r["metric"] == "ttr"}
     assert written == {("none", "base"), ("none", "tuned")} | {
         (method, condition)
@@ -65,7 +64,8 @@ def test_contrasts_are_paired_and_corrected(found):
             assert [row["n_directions"] for row in rows] == found.sizes(method)
             for row in rows:
                 values = [
-                    found.value(method, row["n_directions"], a, metric) for a in ("itself", control)
+                    found.value_of(method, row["n_directions"], a, metric)
+                    for a in ("itself", control)
                 ]
                 assert row["value"] == pytest.approx(values[0] - values[1], abs=1e-12)
             alone = [p_value(Estimate(*(row[key] for key in Estimate._fields))) for row in rows]
@@ -76,7 +76,7 @@ def test_controls_are_means_over_their_draws(found):
     draws = [d for d in found.extras["draws"] if d["method"] == "tuned_spectrum"]
     assert [d["draw"] for d in draws] == [0, 1]
     mean = sum(d["to_tuned"] for d in draws) / 2
-    assert found.value("tuned_spectrum", 0, "shuffled_gains", "to_tuned") == pytest.approx(mean)
+    assert found.value_of("tuned_spectrum", 0, "shuffled_gains", "to_tuned") == pytest.approx(mean)
 
 
 def test_a_change_that_overflows_is_refused():
@@ -96,8 +96,7 @@ def test_a_change_that_overflows_is_refused():
 def test_the_names_are_those_of_the_experiment():
     assert tuple(NAMES) == METHODS
     assert tuple(COUNTED) == BY_DIRECTIONS
-    assert set(section.METHODS) == set(NAMES)
-    assert finding_classes()["patch_expansion"] is ExpansionResult
+    assert ExpansionResult in map(result_class, QUESTIONS)
 
 
 def test_the_summary_says_what_the_verdict_rests_on(found):
@@ -145,7 +144,7 @@ def test_an_adapter_without_text_written():
     found = patch_expansion(
         base, adapted, TEXTS, n_directions=[4], n_random=1, max_new_tokens=0, progress=False
     )
-    assert found.at("none", 0, "base", "ttr") is None
+    assert found.row("none", 0, "base", "ttr") is None
     assert len(found.plot().axes) == 2
     assert re.search("(CONTRADICTS|SUPPORTS|CANNOT TELL)", found.summary())
 

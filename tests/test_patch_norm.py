@@ -16,8 +16,8 @@ from hyperlens.models.structure import find_structure
 from hyperlens.passes.streams import StreamSpec
 from hyperlens.patching.norm import CrossedNorms, NormResult, patch_norm, quantities
 from hyperlens.probes import ParticipationRatio
-from hyperlens.render import write_report
-from hyperlens.render.saved import finding_classes
+from hyperlens.questions import QUESTIONS, result_class
+from hyperlens.render.page import write_report
 
 TEXTS = token_texts(24, shortest=8, longest=20)
 ARCHITECTURES = ("llama", "gpt2", "gemma2", "gpt_neox")
@@ -187,7 +187,7 @@ def test_a_result_returns_from_its_folder(found, tmp_path):
     assert "&lt;b&gt;other → LlamaForCausalLM" in page
     assert "<b>other" not in page
     assert len(found.plot().axes) == 3
-    assert finding_classes()["patch_norm"] is NormResult
+    assert NormResult in map(result_class, QUESTIONS)
 
 
 def test_the_summary_says_what_a_script_would_read(found):

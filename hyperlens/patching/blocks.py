@@ -480,6 +480,7 @@ class BlocksResult(Result):
     """
 
     name = "patch_blocks"
+    title = "Which blocks' activations cause the behaviour?"
     old_names: ClassVar[tuple[str, ...]] = ("patching",)
     renamed: ClassVar[Mapping[str, str]] = {
         **RENAMED_METRICS,
@@ -497,15 +498,15 @@ class BlocksResult(Result):
         *("value", "low", "high", "se", "n"),
     )
 
-    def at(
+    def along(
         self, direction: str, metric: str, activation: str = SOURCE_ACTIVATION
     ) -> list[Mapping[str, Any]]:
         """One metric along the sites."""
-        return self.select(direction=direction, activation=activation, metric=metric)
+        return self.rows(direction=direction, activation=activation, metric=metric)
 
     def unpatched(self, model: str, metric: str) -> Mapping[str, Any] | None:
         """A metric of the base or the tuned model as it is; None if it was not measured."""
-        rows = self.at("unpatched", metric, model)
+        rows = self.along("unpatched", metric, model)
         return rows[0] if rows else None
 
     @property
@@ -573,7 +574,7 @@ class BlocksResult(Result):
         sentences = []
         for direction in DIRECTIONS:
             target, source = TARGET[direction], SOURCE[direction]
-            rows, own = self.at(direction, "ttr"), self.unpatched(target, "ttr")
+            rows, own = self.along(direction, "ttr"), self.unpatched(target, "ttr")
             theirs = self.unpatched(source, "ttr")
             if rows and own and theirs:
                 last = rows[-1]
@@ -615,17 +616,17 @@ class BlocksResult(Result):
     def _sweep(self, direction: str) -> list[str]:
         metric = TOWARDS[direction]
         controls = self.activations[1:]
-        ttr = {row["layer"]: row for row in self.at(direction, "ttr")}
+        ttr = {row["layer"]: row for row in self.along(direction, "ttr")}
         head = f"{direction}: {BROUGHT[direction]}"
         lines = [
             head,
             f"{'layer':>5}  {'source [95%]':<26}{'greatest control':<18}{'greedy TTR':<10}",
         ]
-        for row in shown(self.at(direction, metric)):
+        for row in shown(self.along(direction, metric)):
             others = [
                 other["value"]
                 for name in controls
-                for other in self.at(direction, metric, name)
+                for other in self.along(direction, metric, name)
                 if other["layer"] == row["layer"]
             ]
             beats = {True: "  beyond all", False: "", None: ""}[
@@ -675,7 +676,7 @@ def draw(result: Any) -> matplotlib.figure.Figure:
     """Decisions brought about, effects of the 2 x 2, and diversity of generated text."""
     panels = [_decisions]
     panels += [_effects] if result.extras["effects"] else []
-    panels += [_generated] if result.at(INTO_BASE, "ttr") else []
+    panels += [_generated] if result.along(INTO_BASE, "ttr") else []
     figure = NotebookFigure(figsize=(4.4 * len(panels), 3.9), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for ax, panel in zip(axes, panels, strict=True):
@@ -690,9 +691,9 @@ def draw(result: Any) -> matplotlib.figure.Figure:
 def _decisions(ax: Any, result: Any) -> None:
     ax.set_title("changed decisions that ...", loc="left", fontsize=10)
     for direction, metric in TOWARDS.items():
-        _line(ax, result.at(direction, metric), COLOURS[direction], LABELS[direction])
+        _line(ax, result.along(direction, metric), COLOURS[direction], LABELS[direction])
         for name in result.activations[1:]:
-            rows = result.at(direction, metric, name)
+            rows = result.along(direction, metric, name)
             label = "controls" if (direction, name) == (INTO_BASE, OTHER_TEXT) else None
             ax.plot(*_points(rows), color=COLOURS[direction], ls=":", lw=1, label=label)
     ax.set_ylim(-0.03, 1.03)
@@ -709,8 +710,8 @@ def _effects(ax: Any, result: Any) -> None:
 def _generated(ax: Any, result: Any) -> None:
     ax.set_title("type-token ratio of greedy text", loc="left", fontsize=10)
     for direction, colour in COLOURS.items():
-        _line(ax, result.at(direction, "ttr"), colour, direction)
-        rows = result.at(direction, "ttr", ROTATED)
+        _line(ax, result.along(direction, "ttr"), colour, direction)
+        rows = result.along(direction, "ttr", ROTATED)
         if rows:
             ax.plot(*_points(rows), color=colour, ls=":", lw=1, label=f"{direction}, rotated")
     for model, style in (("base", "--"), ("tuned", "-.")):

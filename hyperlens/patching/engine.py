@@ -27,7 +27,7 @@ from ..hooks.loading import LoadedModel
 from ..hooks.surface import HookedModel, evaluating, final_norm, float_logits
 from ..pair import Inputs, Pair
 from ..passes.streams import ModelStream, StreamPair, StreamSpec, logit_chunk_bytes, logit_rows
-from ..results.comparison import ProbeResult
+from ..results.rows import ProbeResult
 from .outcomes import SIDES, Accumulator, Outcome, Side, measure, reference
 
 # Outputs of patched models are kept until they take so many bytes, then compared together.

@@ -341,17 +341,18 @@ class NormResult(Result):
     """
 
     name = "patch_norm"
+    title = "Is the expansion in the block, or in the final norm?"
     old_names: ClassVar[tuple[str, ...]] = ("final_norm",)
     renamed: ClassVar[Mapping[str, str]] = RENAMED
     columns = ("what", "name", "metric", "value", "low", "high", "naive", "n")
 
     def dimension(self, name: str) -> Mapping[str, Any]:
         """One quantity, in dimensions."""
-        return self.select(what="dimension", name=name)[0]
+        return self.rows(what="dimension", name=name)[0]
 
     def decided(self, name: str, metric: str) -> Mapping[str, Any]:
         """One metric of one swap."""
-        return self.select(what="decisions", name=name, metric=metric)[0]
+        return self.rows(what="decisions", name=name, metric=metric)[0]
 
     def conclusions(self) -> list[str]:
         """What the numbers say, sentence by sentence."""

@@ -184,6 +184,7 @@ class PositionsResult(Result):
     """
 
     name = "patch_positions"
+    title = "From which token does a changed decision come?"
     renamed: ClassVar[Mapping[str, str]] = {
         "base_pick": "base_top_1",
         "tuned_pick": "tuned_top_1",
@@ -196,12 +197,12 @@ class PositionsResult(Result):
 
     def cell(self, direction: str, layer: int, offset: int, metric: str) -> Mapping[str, Any]:
         """One cell of a map."""
-        (row,) = self.select(direction=direction, layer=layer, offset=offset, metric=metric)
+        (row,) = self.rows(direction=direction, layer=layer, offset=offset, metric=metric)
         return row
 
     def column(self, direction: str, offset: int, metric: str) -> list[Mapping[str, Any]]:
         """One position along the layers."""
-        return self.select(direction=direction, offset=offset, metric=metric)
+        return self.rows(direction=direction, offset=offset, metric=metric)
 
     @property
     def offsets(self) -> list[int]:
@@ -251,7 +252,7 @@ class PositionsResult(Result):
                 )
             sure = [
                 row
-                for row in self.select(direction=direction, metric="moved")
+                for row in self.rows(direction=direction, metric="moved")
                 if row["offset"] > 0 and row["p"] < 0.05
             ]
             if sure:

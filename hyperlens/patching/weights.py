@@ -370,19 +370,20 @@ class WeightsResult(Result):
     """
 
     name = "patch_weights"
+    title = "Which weights are needed?"
     old_names: ClassVar[tuple[str, ...]] = ("transplant",)
     renamed: ClassVar[Mapping[str, str]] = {**RENAMED, "host": "target", "donor": "source"}
     columns = ("direction", "kind", "number", "metric", "value", "low", "high", "se", "n")
 
-    def at(self, direction: str, kind: str, metric: str) -> list[Mapping[str, Any]]:
+    def along(self, direction: str, kind: str, metric: str) -> list[Mapping[str, Any]]:
         """One metric of one kind, by number."""
-        rows = self.select(direction=direction, kind=kind, metric=metric)
+        rows = self.rows(direction=direction, kind=kind, metric=metric)
         return sorted(rows, key=lambda row: row["number"])
 
     def alone(self, direction: str, metric: str) -> list[tuple[str, Mapping[str, Any]]]:
         """(name, row) of every part that moves alone, in the order of the model."""
-        blocks = [(f"block {row['number']}", row) for row in self.at(direction, "block", metric)]
-        one = {kind: self.at(direction, kind, metric) for kind in NAMED}
+        blocks = [(f"block {row['number']}", row) for row in self.along(direction, "block", metric)]
+        one = {kind: self.along(direction, kind, metric) for kind in NAMED}
         named = {kind: [(kind.replace("_", " "), row) for row in one[kind]] for kind in NAMED}
         return [*named["embedding"], *blocks, *named["final_norm"], *named["unembedding"]]
 
@@ -458,10 +459,10 @@ class WeightsResult(Result):
             f"{'k':>3}  {'blocks alone':<25}{'with norm and unembed':<25}"
             f"{'the first of them alone':<27}{'greedy TTR':<10}",
         ]
-        blocks = {row["number"]: row for row in self.at(direction, "block", metric)}
-        ttr = {row["number"]: row for row in self.at(direction, "suffix_and_head", "ttr")}
-        heads = self.at(direction, "suffix_and_head", metric)
-        pairs = list(zip(self.at(direction, "suffix", metric), heads, strict=True))
+        blocks = {row["number"]: row for row in self.along(direction, "block", metric)}
+        ttr = {row["number"]: row for row in self.along(direction, "suffix_and_head", "ttr")}
+        heads = self.along(direction, "suffix_and_head", metric)
+        pairs = list(zip(self.along(direction, "suffix", metric), heads, strict=True))
         for plain, with_head in shown(pairs):
             k = plain["number"]
             first = blocks.get(self.depth - k)
@@ -472,7 +473,7 @@ class WeightsResult(Result):
         others = [
             f"{kind.replace('_', ' ')} {share_of(row)}"
             for kind in (*NAMED, "all")
-            for row in self.at(direction, kind, metric)
+            for row in self.along(direction, kind, metric)
         ]
         return [*lines, f"alone: {'; '.join(others[:-1])}.", f"all weights: {others[-1][4:]}."]
 
@@ -497,7 +498,7 @@ STYLES = {"suffix_and_head": ("-", "o"), "suffix": (":", "s")}
 def draw(result: Any) -> matplotlib.figure.Figure:
     """Decisions by number of last blocks, parts alone, and diversity of generated text."""
     panels = [_suffixes, _alone]
-    panels += [_generated] if result.at(INTO_BASE, "suffix", "ttr") else []
+    panels += [_generated] if result.along(INTO_BASE, "suffix", "ttr") else []
     figure = NotebookFigure(figsize=(4.7 * len(panels), 4.1), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for ax, panel in zip(axes, panels, strict=True):
@@ -512,7 +513,7 @@ def _suffixes(ax: Axes, result: Any) -> None:
     for direction, metric in TOWARDS.items():
         for kind in STYLES:
             label = LABELS[direction] if kind == "suffix_and_head" else None
-            _line(ax, result.at(direction, kind, metric), direction, kind, label)
+            _line(ax, result.along(direction, kind, metric), direction, kind, label)
     enough = result.meta["options"]["enough"]
     ax.axhline(enough, color=GREY, lw=0.8, ls="--", label=f"enough: {enough:.0%}")
     ax.set_ylim(-0.03, 1.03)
@@ -542,9 +543,9 @@ def _generated(ax: Axes, result: Any) -> None:
     for direction in TOWARDS:
         for kind in STYLES:
             label = direction if kind == "suffix_and_head" else None
-            _line(ax, result.at(direction, kind, "ttr"), direction, kind, label)
+            _line(ax, result.along(direction, kind, "ttr"), direction, kind, label)
     for model, style in (("base", "--"), ("tuned", "-.")):
-        (own,) = result.at("unpatched", model, "ttr")
+        (own,) = result.along("unpatched", model, "ttr")
         ax.axhline(own["value"], color=GREY, ls=style, lw=1, label=f"the {model} model")
     _blocks_axis(ax)
 

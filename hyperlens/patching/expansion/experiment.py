@@ -28,7 +28,7 @@ from ...pair import Pair, open_inputs
 from ...passes.streaming import PassOptions, run_pass
 from ...passes.streams import StreamPair, StreamSpec
 from ...probes import ParticipationRatio
-from ...results.comparison import ProbeResult
+from ...results.rows import ProbeResult
 from ...statistics.moments import moments_of
 from ...statistics.significance import Estimate
 from ...statistics.spectrum import Cloud, participation

@@ -69,6 +69,7 @@ class ExpansionResult(Result):
     """
 
     name = "patch_expansion"
+    title = "Is it the extra dimensions?"
     old_names: ClassVar[tuple[str, ...]] = ("expansion",)
     renamed: ClassVar[Mapping[str, str]] = {
         **RENAMED,
@@ -92,14 +93,14 @@ class ExpansionResult(Result):
         size: int | None = self.extras["matched"].get(method, 0)
         return size
 
-    def at(self, method: str, size: int, condition: str, metric: str) -> Mapping[str, Any] | None:
+    def row(self, method: str, size: int, condition: str, metric: str) -> Mapping[str, Any] | None:
         """One row; None if it was not measured."""
-        found = self.select(method=method, n_directions=size, condition=condition, metric=metric)
+        found = self.rows(method=method, n_directions=size, condition=condition, metric=metric)
         return found[0] if found else None
 
-    def value(self, method: str, size: int, condition: str, metric: str) -> float:
+    def value_of(self, method: str, size: int, condition: str, metric: str) -> float:
         """The value of one row; NaN if it was not measured."""
-        row = self.at(method, size, condition, metric)
+        row = self.row(method, size, condition, metric)
         return math.nan if row is None else float(row["value"])
 
     def contrast(
@@ -163,7 +164,7 @@ class ExpansionResult(Result):
         for name, effect in self.extras["evidence"][method]["effects"].items():
             metric = "to_base" if name == "returned" else "to_tuned"
             values = [
-                self.value(method, size, condition, metric)
+                self.value_of(method, size, condition, metric)
                 for condition in ("itself", VARIANCE_CONTROL[method])
             ]
             own, other = (1 - value if name == "lost" else value for value in values)
@@ -177,15 +178,15 @@ class ExpansionResult(Result):
         return f"{NAMES[method]}{count}: {' and '.join(shares)}, {answer}"
 
     def _of_generation(self) -> Iterator[str]:
-        own = {side: self.value("none", 0, side, "ttr") for side in ("base", "tuned")}
+        own = {side: self.value_of("none", 0, side, "ttr") for side in ("base", "tuned")}
         if not all(map(math.isfinite, own.values())):
             return
         parts = []
         for method in NAMES:
             size = self.judged(method)
-            row = None if size is None else self.at(method, size, "itself", "ttr")
+            row = None if size is None else self.row(method, size, "itself", "ttr")
             if row is not None and size is not None:
-                control = self.value(method, size, VARIANCE_CONTROL[method], "ttr")
+                control = self.value_of(method, size, VARIANCE_CONTROL[method], "ttr")
                 side = side_of(method)
                 parts.append(
                     f"the {side} model {NAMES[method]} {row['value']:.3f} [{row['low']:.3f}, "
@@ -227,15 +228,17 @@ class ExpansionResult(Result):
         for size in self.sizes(method):
             mark = "*" if method in COUNTED and size == self.judged(method) else " "
             cells = f"{size if method in COUNTED else '':>7}{mark}"
-            cells += f"{self.value(method, size, 'itself', 'dimension'):>11.1f}"
+            cells += f"{self.value_of(method, size, 'itself', 'dimension'):>11.1f}"
             for metric in ("to_tuned", "to_base"):
-                (row,) = self.select(
+                (row,) = self.rows(
                     method=method, n_directions=size, condition="itself", metric=metric
                 )
                 cells += (
-                    f"{share_of(row):>24}{percent(self.value(method, size, control, metric)):>9}"
+                    f"{share_of(row):>24}{percent(self.value_of(method, size, control, metric)):>9}"
                 )
-            ttr = [self.value(method, size, condition, "ttr") for condition in ("itself", control)]
+            ttr = [
+                self.value_of(method, size, condition, "ttr") for condition in ("itself", control)
+            ]
             if math.isfinite(ttr[0]):
                 cells += f"{ttr[0]:>8.3f}{ttr[1]:>9.3f}"
             lines.append(cells)
@@ -269,7 +272,7 @@ STYLES = {
 
 def draw(result: Any) -> matplotlib.figure.Figure:
     """Changed decisions over the dimension that is left or made, and diversity of greedy text."""
-    has_text = math.isfinite(result.value("none", 0, "base", "ttr"))
+    has_text = math.isfinite(result.value_of("none", 0, "base", "ttr"))
     panels = [("A  The tuned model, its expansion taken away", REMOVING, "to_tuned"),
               ("B  The base model, expanded", ADDING, "to_tuned")]  # fmt: skip
     panels += [("C  Diversity of greedy text", tuple(NAMES), "ttr")] if has_text else []
@@ -312,9 +315,9 @@ def _draw_method(axes: Axes, result: Any, method: str, metric: str) -> None:
     colour, mark = STYLES[method]
     for condition, filled in (("itself", True), (VARIANCE_CONTROL[method], False)):
         rows = [
-            (result.value(method, size, condition, "dimension"), row)
+            (result.value_of(method, size, condition, "dimension"), row)
             for size in result.sizes(method)
-            if (row := result.at(method, size, condition, metric)) is not None
+            if (row := result.row(method, size, condition, metric)) is not None
         ]
         if not rows:
             continue
@@ -330,8 +333,8 @@ def _draw_method(axes: Axes, result: Any, method: str, metric: str) -> None:
 
 def _draw_models(axes: Axes, result: Any, metric: str) -> None:
     for side, style in (("base", "--"), ("tuned", "-.")):
-        at = result.value("none", 0, side, "dimension")
-        value = result.value("none", 0, side, metric)
+        at = result.value_of("none", 0, side, "dimension")
+        value = result.value_of("none", 0, side, metric)
         axes.axvline(at, color=GREY, ls=style, lw=0.8)
         axes.plot([at], [value], marker="*", ms=12, color="black", ls=style,
                   label=f"the {side} model as it is")  # fmt: skip
