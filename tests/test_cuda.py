@@ -21,10 +21,6 @@ from hyperlens import (
     measure_behaviour,
     null_test,
     patch_blocks,
-    patch_expansion,
-    patch_norm,
-    patch_positions,
-    patch_weights,
     provenance,
     static_bias,
     temperature,
@@ -37,6 +33,7 @@ from hyperlens.passes import multi_pass as rounds
 from hyperlens.passes import streaming as runner
 from hyperlens.passes.memory import free_bytes
 from hyperlens.passes.streaming import PassOptions, pass_memory
+from hyperlens.patching import patch_expansion, patch_norm, patch_positions, patch_weights
 from hyperlens.probes import default_probes
 from hyperlens.statistics import rank_correlation
 from hyperlens.statistics.moments import moments_of

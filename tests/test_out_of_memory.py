@@ -4,9 +4,10 @@ import pytest
 import torch
 from conftest import make_tiny, perturbed, token_texts
 
-from hyperlens import compare_models, patch_blocks, patch_positions, patch_weights
+from hyperlens import compare_models
 from hyperlens.decoding.generate import continuations
 from hyperlens.errors import ResourceError
+from hyperlens.patching import patch_blocks, patch_positions, patch_weights
 from hyperlens.probes import ResidualDrift
 
 TEXTS = token_texts(6)

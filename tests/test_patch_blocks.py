@@ -10,14 +10,13 @@ from conftest import ARCHITECTURES, SIZES, make_tiny, perturbed, token_texts
 from test_patch_hooks import blocks_perturbed, overflowing_together, state_space
 from transformers import AutoModelForCausalLM, GraniteConfig
 
-from hyperlens import BlocksResult, patch_blocks
 from hyperlens.data.corpus import build_corpus
 from hyperlens.errors import ActivationError, HyperlensError, PatchError
 from hyperlens.hooks.residual import ResidualModel
 from hyperlens.hooks.sites import in_blocks
 from hyperlens.hooks.surface import run_logits
 from hyperlens.pair import open_pair
-from hyperlens.patching import patch_expansion, patch_weights
+from hyperlens.patching import BlocksResult, patch_blocks, patch_expansion, patch_weights
 from hyperlens.patching.blocks import Cell, Sweep, run_sweep
 from hyperlens.patching.outcomes import INTO_BASE, INTO_TUNED, METRICS
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -89,7 +89,7 @@ def patch_norm(
     ratios = quantities(plain, crossed).items()
     table = (
         *(_row("dimension", name, ratio) for name, ratio in ratios),
-        *_decisions({**outcomes.models, **outcomes.patched}),
+        *_decisions([*outcomes.models.items(), *outcomes.patched.items()]),
     )
     return NormResult(table, extras, meta)
 
@@ -178,8 +178,8 @@ def _row(what: str, name: str, ratio: Dimension) -> Row:
     }
 
 
-def _decisions(outcomes: Mapping[str, Outcome]) -> Iterator[Row]:
-    for name, outcome in outcomes.items():
+def _decisions(outcomes: Iterable[tuple[str, Outcome]]) -> Iterator[Row]:
+    for name, outcome in outcomes:
         for metric in METRICS:
             estimate = outcome.estimate(metric)._asdict()
             estimate.pop("se")
