@@ -13,8 +13,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import PrinterCallback, TrainerCallback
 
-from ..errors import TrainingError
-from ..hub import first_line
+from ..errors import TrainingError, first_line
 from . import processes
 from .checkpoints import Checkpoints
 from .interrupts import Interrupts

@@ -49,7 +49,7 @@ def record(
 
     hooks = [(hook_name(model, site), partial(keep, site=site)) for site in where]
     mask = torch.ones_like(tokens) if attention_mask is None else attention_mask
-    with evaluating(model):  # type: ignore[arg-type]
+    with evaluating(model):
         model.run_with_hooks(tokens, attention_mask=mask, return_type=None, fwd_hooks=hooks)
     return activations
 

@@ -76,7 +76,7 @@ def resume(
         hooks.append((hook_name(model, site), lambda own, hook: value.to(own)))
     hooks.append((resid_post(last), keep))
     cache = {} if past is None else {"past_key_values": past}
-    with evaluating(model):  # type: ignore[arg-type]
+    with evaluating(model):
         model.run_with_hooks(
             tokens,
             attention_mask=attention_mask,
@@ -115,7 +115,7 @@ def run_patched(
     else:
         entering = stream[site.block]
         last = resume(model, tokens, attention_mask, site.block, entering, replaced=(site, value))
-    with evaluating(model):  # type: ignore[arg-type]
+    with evaluating(model):
         return final_norm(model, last.flatten(0, 1)).view(last.shape)
 
 

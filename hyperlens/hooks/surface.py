@@ -66,7 +66,7 @@ class HookedModel(Protocol):
         """n_layers, d_model, d_vocab, dtype, device and output_logits_soft_cap."""
 
     def __getattr__(self, name: str) -> Any:
-        """Its `blocks`, `ln_final` and `unembed`.
+        """Its `blocks`, `ln_final`, `unembed`, and what every torch module has.
 
         Not attributes of their own here: torch finds submodules by `__getattr__`, and from
         Python 3.12 on a protocol does not see what is found that way.
@@ -74,9 +74,6 @@ class HookedModel(Protocol):
 
     def run_with_hooks(self, *args: Any, **kwargs: Any) -> Any:
         """Forward pass with temporary hooks."""
-
-    def run_with_cache(self, *args: Any, **kwargs: Any) -> Any:
-        """Forward pass that also returns activations."""
 
     @property
     def hook_dict(self) -> Any:
@@ -95,9 +92,9 @@ def import_transformer_lens(submodule: str = "") -> ModuleType:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: HookedModel | nn.Module) -> Iterator[None]:
     """Evaluation mode and no gradients inside; every module's own mode back afterwards."""
-    training = [module for module in model.modules() if module.training]
+    training: list[nn.Module] = [module for module in model.modules() if module.training]
     try:
         for module in training:
             module.training = False
@@ -142,10 +139,10 @@ def run_last_residual(
 def _residuals(
     model: HookedModel, tokens: Tensor, attention_mask: Tensor, layers: Sequence[int]
 ) -> list[Tensor]:
-    kept: dict[int, Tensor] = {}
+    residuals: dict[int, Tensor] = {}
 
     def keep(residual: Tensor, hook: Any, layer: int) -> None:
-        kept[layer] = residual.detach()
+        residuals[layer] = residual.detach()
 
     model.run_with_hooks(
         tokens,
@@ -153,7 +150,7 @@ def _residuals(
         return_type=None,
         fwd_hooks=[(layer_hook(layer), partial(keep, layer=layer)) for layer in layers],
     )
-    return [kept[layer] for layer in layers]
+    return [residuals[layer] for layer in layers]
 
 
 def final_norm(model: HookedModel, x: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_model"]:
@@ -169,16 +166,20 @@ def unembed(model: HookedModel, x: Float[Tensor, "n d_model"]) -> Float[Tensor, 
     return cap * torch.tanh(logits / cap) if cap is not None and cap > 0 else logits
 
 
-def float_logits(model: HookedModel, normed: Float[Tensor, "n d_model"]) -> Float[Tensor, "n v"]:
+def float_logits(
+    model: HookedModel, normed: Float[Tensor, "n d_model"]
+) -> Float[Tensor, "n d_vocab"]:
     """Float32 logits of final-normed vectors, on a device that has float64."""
     logits = unembed(model, normed).float()
     # Statistics are float64, which Apple's accelerator does not have.
     return logits.cpu() if logits.device.type == "mps" else logits
 
 
-def residual_logits(model: HookedModel, last: Float[Tensor, "n d_model"]) -> Float[Tensor, "n v"]:
+def residual_logits(
+    model: HookedModel, last: Float[Tensor, "n d_model"]
+) -> Float[Tensor, "n d_vocab"]:
     """Float32 logits of last-layer residual vectors, on a device that has float64."""
-    with evaluating(model):  # type: ignore[arg-type]
+    with evaluating(model):
         return float_logits(model, final_norm(model, last))
 
 

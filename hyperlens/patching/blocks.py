@@ -17,11 +17,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..data.corpus import Corpus
-from ..data.token_ids import pad
+from ..checks import check_counts
+from ..data.corpus import Corpus, pad
+from ..decoding.diversity import REPETITION_METRICS as REPETITION
 from ..errors import PatchError
-from ..experiments.continuing import METRICS as REPETITION
-from ..experiments.continuing import check_counts
 from ..hooks.generation import check_takes_past, donating
 from ..hooks.loading import LoadedModel
 from ..hooks.resuming import Activations, check_resumes, read, run_patched
@@ -36,7 +35,7 @@ from ..hooks.sites import (
 )
 from ..hooks.surface import HookedModel, check_finite, check_stream, float_logits, input_device
 from ..pair import Pair, open_inputs
-from ..passes.failures import naming_what_to_lower
+from ..passes.failures import explaining_out_of_memory
 from ..render.plots import BLUE, GREY, LAYER_LABEL, ORANGE, NotebookFigure, plain_frame
 from ..results.result import Result
 from ..statistics import significance
@@ -165,7 +164,7 @@ def patch_blocks(
         batch_size=batch_size,
         seed=seed,
     )
-    with naming_what_to_lower(batch_size, ", or max_length"):
+    with explaining_out_of_memory(batch_size, ", or max_length"):
         outcomes = run_sweep(pair, inputs.corpus, sweep, batch_size, progress)
     models: dict[Side, LoadedModel] = {"base": pair.base, "tuned": pair.tuned}
     repetition = patched_repetition(

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..statistics.float32 import in_full_float32
+from ..statistics.moments import in_full_float32
 from ..statistics.spectrum import random_basis
 
 OTHER_TEXT, RANDOM_DIRECTION, ROTATED = "other_text", "random_direction", "rotated"

@@ -21,8 +21,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..data.corpus import Corpus
+from ..decoding.generate import GenerationRunner
+from ..decoding.prompts import check_room, choose_prompts
 from ..errors import CorpusError
-from ..experiments.continuing import Continuing, check_room, choose_prompts
 from ..hooks.loading import LoadedModel
 from ..hooks.surface import HookedModel, evaluating, final_norm, float_logits
 from ..pair import Inputs, Pair
@@ -190,7 +191,7 @@ def _compare(
 ) -> None:
     """Compare some patched models, a few rows of logits at a time."""
     text = outputs.batch.text
-    with evaluating(models["base"]), evaluating(models["tuned"]):  # type: ignore[arg-type]
+    with evaluating(models["base"]), evaluating(models["tuned"]):
         for rows in logit_rows(len(text), models["base"].cfg.d_vocab, text.device):
             own = {
                 side: float_logits(model, final_norm(model, outputs.last[side][rows]))
@@ -306,7 +307,7 @@ def greedy_generation(
     max_new_tokens: int,
     batch_size: int,
     seed: int,
-) -> Continuing | None:
+) -> GenerationRunner | None:
     """Prompts drawn from a corpus, to be continued greedily; None for `max_new_tokens=0`.
 
     Raises:
@@ -316,11 +317,11 @@ def greedy_generation(
         return None
     check_room(pair, prompt_tokens, max_new_tokens)
     prompts = choose_prompts(corpus, n_prompts, prompt_tokens, seed)
-    return Continuing(prompts, max_new_tokens, batch_size, seed, progress=False)
+    return GenerationRunner(prompts, max_new_tokens, batch_size, seed, progress=False)
 
 
 def patched_repetition(
-    generation: Continuing | None,
+    generation: GenerationRunner | None,
     models: Mapping[Side, LoadedModel],
     keys: Sequence[Key],
     patch: Callable[[Key], tuple[LoadedModel, AbstractContextManager[Any]]],

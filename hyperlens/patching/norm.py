@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..experiments.continuing import check_counts
+from ..checks import check_counts
 from ..pair import open_inputs
 from ..passes.streaming import PassOptions, run_pass
 from ..passes.streams import VIEWS, StreamPair, View

@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ..statistics import distances
+from ..statistics.rank_buckets import DEEP_TAIL, RANK_BUCKETS
 from ..statistics.ratios import ratio
 from ..statistics.significance import Estimate
 
@@ -36,7 +37,11 @@ BROUGHT = {
 }
 
 CHANGED = ("to_tuned", "to_base", "logit_difference")
-EVERY = ("agreement_tuned", "agreement_base", "kl_tuned", "kl_base", *distances.RANK_BUCKETS)
+BUCKETS = (*RANK_BUCKETS, DEEP_TAIL)
+EVERY = (
+    *("agreement_tuned", "agreement_base", "kl_tuned", "kl_base"),
+    *(bucket.metric for bucket in BUCKETS),
+)
 METRICS = (*CHANGED, *EVERY)
 """What is measured of a patched model.
 
@@ -108,7 +113,7 @@ def measure(
         "agreement_base": made.top_1 == models.base.top_1,
         "kl_tuned": _divergence(models.tuned, models.tuned_p, made),
         "kl_base": _divergence(models.base, models.base_p, made),
-    } | distances.rank_buckets(rank)
+    } | {bucket.metric: bucket.holds(rank) for bucket in BUCKETS}
     return {name: value.to(torch.float64) for name, value in values.items()}
 
 

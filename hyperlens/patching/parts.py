@@ -330,7 +330,7 @@ def _outputs(
 
 
 def _stream(side: Side, target: Target, batch: Batch) -> list[Float[Tensor, "batch pos d_model"]]:
-    with evaluating(target.model):  # type: ignore[arg-type]
+    with evaluating(target.model):
         stream = run_residuals(target.model, batch.tokens, batch.mask)
     check_stream(side, stream, batch.mask.bool())
     return stream
@@ -372,7 +372,7 @@ def last_residual(
     blocks = [part for part in parts if isinstance(part, int)]
     with moved(target.slots, parts):
         if "embedding" in parts:
-            with evaluating(target.model):  # type: ignore[arg-type]
+            with evaluating(target.model):
                 return run_last_residual(target.model, tokens, mask)
         first = min(blocks, default=target.model.cfg.n_layers)
         return resume(target.model, tokens, mask, first, stream[first])

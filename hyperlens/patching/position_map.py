@@ -18,8 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..data.corpus import Corpus
-from ..data.token_ids import pad
+from ..data.corpus import Corpus, pad
 from ..errors import PatchError
 from ..hooks.generation import takes_past
 from ..hooks.resuming import check_resumes, excess, resume
@@ -153,7 +152,7 @@ def _top_1(
 ) -> Int[Tensor, " n"]:
     """The model's top-1 token after every real token, one after another, on the CPU."""
     device = input_device(model)
-    with evaluating(model):  # type: ignore[arg-type]
+    with evaluating(model):
         last = run_last_residual(model, tokens.to(device), mask.to(device))[mask.bool().to(device)]
         check_finite(f"the {name} model", last)
         pieces = (last[rows] for rows in logit_rows(len(last), model.cfg.d_vocab, last.device))
@@ -189,7 +188,7 @@ class TextEndings:
 
     def normed(self, last: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_model"]:
         """The model's final norm."""
-        with evaluating(self.model):  # type: ignore[arg-type]
+        with evaluating(self.model):
             return final_norm(self.model, last)
 
 
@@ -212,7 +211,7 @@ def read_endings(
         ActivationError: if the model overflows.
         PatchError: if it keeps something other than keys and values.
     """
-    with evaluating(model):  # type: ignore[arg-type]
+    with evaluating(model):
         stream = run_residuals(model, tokens, mask)
         check_stream(name, stream, mask.bool())
         past = _past(model, tokens[:, :-n_last], mask[:, :-n_last])
@@ -251,7 +250,7 @@ def patched_singly(
 
 
 def check_continues(target: TextEndings) -> None:
-    """Continuing from kept keys and values, half-way, a model must end where it ended.
+    """GenerationRunner from kept keys and values, half-way, a model must end where it ended.
 
     Raises:
         PatchError: where it does not.
@@ -436,7 +435,7 @@ def _fill(
 def _logits(
     ending: TextEndings, normed: Float[Tensor, "text d_model"]
 ) -> Float[Tensor, "text d_vocab"]:
-    with evaluating(ending.model):  # type: ignore[arg-type]
+    with evaluating(ending.model):
         return float_logits(ending.model, normed)
 
 

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from ..experiments.contexts import names
-from ..experiments.continuing import check_counts
+from ..checks import check_counts
+from ..models.tokenizers import token_names
 from ..pair import open_inputs
-from ..passes.failures import naming_what_to_lower
+from ..passes.failures import explaining_out_of_memory
 from ..render.plots import NotebookFigure
 from ..results.result import Result
 from ..statistics.ratios import holm_p_values, ratio
@@ -93,7 +93,7 @@ def patch_positions(
         seed=seed,
         progress=progress,
     )
-    with naming_what_to_lower(batch_size, ", or max_length"):
+    with explaining_out_of_memory(batch_size, ", or max_length"):
         cells = map_positions(pair, drawn.texts, offsets, batch_size, progress)
     meta = inputs.metadata(
         seed=seed,
@@ -150,15 +150,15 @@ def _example(cells: MapCells, drawn: DrawnDecisions, tokenizer: Any) -> dict[str
                     "layer": layer,
                     "offset": offsets[column],
                     "moved": float(moved[layer, column]),
-                    "top_1": names(tokenizer, [int(top_1[layer, column])])[0],
+                    "top_1": token_names(tokenizer, [int(top_1[layer, column])])[0],
                 }
             )
     of_models = [int(cells.base_top_1[0]), int(cells.tuned_top_1[0])]
-    base_top_1, tuned_top_1 = names(tokenizer, of_models)
+    base_top_1, tuned_top_1 = token_names(tokenizer, of_models)
     before = ids[-CONTEXT_TOKENS - len(offsets) : -len(offsets)]
     return {
-        "before": "".join(names(tokenizer, before)),
-        "tokens": names(tokenizer, ids[-len(offsets) :]),
+        "before": "".join(token_names(tokenizer, before)),
+        "tokens": token_names(tokenizer, ids[-len(offsets) :]),
         "base_top_1": base_top_1,
         "tuned_top_1": tuned_top_1,
         "cells": rows,

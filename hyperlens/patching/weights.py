@@ -16,14 +16,15 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import torch
 from matplotlib.ticker import MaxNLocator
 
+from ..checks import check_counts
+from ..decoding.diversity import REPETITION_METRICS as REPETITION
+from ..decoding.generate import GenerationRunner
 from ..errors import PatchError
-from ..experiments.continuing import METRICS as REPETITION
-from ..experiments.continuing import Continuing, check_counts
 from ..hooks.loading import LoadedModel, hook
 from ..models.kinds import is_peft
 from ..models.weight_sharing import merged
 from ..pair import open_inputs
-from ..passes.failures import naming_what_to_lower
+from ..passes.failures import explaining_out_of_memory
 from ..render.plots import GREY, NotebookFigure, plain_frame
 from ..results.result import Result
 from ..statistics import significance
@@ -147,7 +148,7 @@ def patch_weights(
     n_blocks = pair.base.hooked.cfg.n_layers
     moves = [mixed for direction in DIRECTIONS for mixed in mixed_models(direction, n_blocks)]
     keys = list(dict.fromkeys(key_of(mixed, of) for mixed in moves))
-    with naming_what_to_lower(batch_size, ", or max_length"):
+    with explaining_out_of_memory(batch_size, ", or max_length"):
         outcomes = read_mixed(of, keys, inputs.corpus, batch_size, progress)
     repetition = _repetition(generation, of, keys, progress)
     meta = inputs.metadata(
@@ -220,7 +221,10 @@ def _row(direction: str, kind: str, number: int, metric: str, estimate: Estimate
 
 
 def _repetition(
-    generation: Continuing | None, of: Mapping[str, Target], keys: Sequence[Key], progress: bool
+    generation: GenerationRunner | None,
+    of: Mapping[str, Target],
+    keys: Sequence[Key],
+    progress: bool,
 ) -> dict[Key | Side, Repetition]:
     """Repetition of greedy text of every mixed model, and of both unpatched models."""
 

@@ -137,21 +137,3 @@ def rank_of(logits: Float[Tensor, "n d_vocab"], token: Int[Tensor, " n"]) -> Int
     # Counted as float32 (exact to 2^24): several times faster than any reduction of bools.
     larger = torch.gt(logits, own, out=torch.empty_like(logits))
     return larger.sum(-1).to(torch.int64) + 1
-
-
-RANK_BUCKETS: dict[str, tuple[int, float]] = {
-    "rank_1": (1, 1),
-    "rank_2_10": (2, 10),
-    "rank_gt_10": (11, math.inf),
-    "rank_ge_200": (200, math.inf),
-}
-"""Lowest and highest rank of each bucket; the last one is part of the one before."""
-
-
-def rank_buckets(rank: Int[Tensor, " n"]) -> dict[str, Bool[Tensor, " n"]]:
-    """Which ranks fall into each of `RANK_BUCKETS`.
-
-    >>> rank_buckets(torch.tensor([1, 10, 200]))["rank_gt_10"].tolist()
-    [False, False, True]
-    """
-    return {name: (rank >= low) & (rank <= high) for name, (low, high) in RANK_BUCKETS.items()}

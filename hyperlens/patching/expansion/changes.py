@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ...statistics.float32 import in_full_float32
+from ...statistics.moments import in_full_float32
 from ...statistics.spectrum import (
     EMPTY,
     Cloud,

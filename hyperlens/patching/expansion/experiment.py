@@ -17,9 +17,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from ...checks import check_counts
 from ...data.corpus import Corpus
 from ...errors import CorpusError, PatchError
-from ...experiments.continuing import check_counts
 from ...hooks.generation import changing
 from ...hooks.loading import LoadedModel
 from ...hooks.sites import Site

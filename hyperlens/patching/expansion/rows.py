@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ...experiments.continuing import METRICS as REPETITION
+from ...decoding.diversity import REPETITION_METRICS as REPETITION
 from ...statistics import significance
 from ...statistics.ratios import NOTHING, holm_p_values
 from ...statistics.significance import Estimate
