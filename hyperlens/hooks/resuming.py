@@ -138,13 +138,13 @@ def check_resumes(
             again = resume(model, tokens, attention_mask, block, stream[block])
         except (LookupError, AttributeError, TypeError) as error:
             raise PatchError(_passes_on_more(model, block, "it does not run")) from error
-        difference = excess(model, again[real], stream[-1][real])
+        difference = beyond_rounding(model, again[real], stream[-1][real])
         if difference is not None:
             away = f"it ends {difference:.2g} away from where it ended"
             raise PatchError(_passes_on_more(model, block, away))
 
 
-def excess(
+def beyond_rounding(
     model: HookedModel,
     again: Float[Tensor, "*rows d_model"],
     before: Float[Tensor, "*rows d_model"],

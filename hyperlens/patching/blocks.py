@@ -107,7 +107,7 @@ def patch_blocks(
     dtype: str | torch.dtype | None = None,
     progress: bool = True,
 ) -> BlocksResult:
-    """Patch every block in both directions, and compare what the patched models decide and write.
+    """Patch every block in both directions, and compare what patched models decide and generate.
 
     "Tuned into base" puts the tuned model's activation into the base (what does it bring about?),
     "base into tuned" the other way round (what does it undo?). Patches of the residual stream at

@@ -307,7 +307,9 @@ def read_mixed(
         ActivationError: if a model overflows.
         PatchError: if a model's blocks pass on more than the residual stream.
     """
-    models: dict[Side, HookedModel] = {TARGET[way]: of[way].model for way in DIRECTIONS}
+    models: dict[Side, HookedModel] = {
+        TARGET[direction]: of[direction].model for direction in DIRECTIONS
+    }
     outputs = _outputs(of, keys, corpus, batch_size)
     return compare_patched(outputs, models, len(corpus.sequences), progress)
 
@@ -325,7 +327,7 @@ def _outputs(
         if index == 0:
             for direction, target in of.items():
                 check_resumes(target.model, batch.tokens, batch.mask, streams[direction])
-        last = {TARGET[way]: streams[way][-1][batch.counted] for way in DIRECTIONS}
+        last = {TARGET[key]: stream[-1][batch.counted] for key, stream in streams.items()}
         yield BatchOutputs(batch, last, _mixed_outputs(of, bodies, streams, batch))
 
 

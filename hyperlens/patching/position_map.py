@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from ..data.corpus import Corpus, pad
 from ..errors import PatchError
 from ..hooks.generation import takes_past
-from ..hooks.resuming import check_resumes, excess, resume
+from ..hooks.resuming import beyond_rounding, check_resumes, resume
 from ..hooks.surface import (
     HookedModel,
     check_finite,
@@ -250,7 +250,7 @@ def patched_singly(
 
 
 def check_continues(target: TextEndings) -> None:
-    """GenerationRunner from kept keys and values, half-way, a model must end where it ended.
+    """Raise unless a model that continues from kept keys and values ends where it ended.
 
     Raises:
         PatchError: where it does not.
@@ -259,7 +259,7 @@ def check_continues(target: TextEndings) -> None:
     every = torch.arange(len(target.tokens), device=target.tokens.device)
     again = _last_tokens(target, every, middle, target.stream[middle][:, -target.n_last :])
     before = target.stream[-1][:, -target.n_last :]
-    difference = excess(target.model, again, before)
+    difference = beyond_rounding(target.model, again, before)
     if difference is not None:
         raise PatchError(
             f"{target.model.cfg.model_name} does not read on from kept keys and values as it reads "

@@ -232,12 +232,14 @@ def _repetition(
         target = of[key[0]]
         return target.loaded, moved(target.slots, key[1])
 
-    models: dict[Side, LoadedModel] = {TARGET[way]: of[way].loaded for way in DIRECTIONS}
+    models: dict[Side, LoadedModel] = {
+        TARGET[direction]: target.loaded for direction, target in of.items()
+    }
     mixed = [key for key in keys if key[1]]
     found = patched_repetition(generation, models, mixed, patch, progress)
     # Without a moved part it is the target itself.
     unmoved: dict[Key | Side, Repetition] = {
-        (way, frozenset()): found[TARGET[way]] for way in DIRECTIONS if found
+        (direction, frozenset()): found[TARGET[direction]] for direction in DIRECTIONS if found
     }
     return found | unmoved
 
