@@ -650,7 +650,7 @@ class BlocksResult(Result):
             lines.append(f"{rows[0]['layer']:>5}  {cells}".rstrip())
         return lines
 
-    def plot(self) -> matplotlib.figure.Figure:
+    def plot(self) -> matplotlib.figure.Figure:  # type: ignore[override]
         """Decisions brought about along the layers, the 2 x 2, and generated text."""
         return draw(self)
 

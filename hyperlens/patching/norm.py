@@ -424,7 +424,7 @@ class NormResult(Result):
         row = self.dimension(name)
         return f"{row['value']:.1f} ({row['naive']:.1f})"
 
-    def plot(self) -> matplotlib.figure.Figure:
+    def plot(self) -> matplotlib.figure.Figure:  # type: ignore[override]
         """The steps, the 2 x 2, and the decisions."""
         return draw(self)
 

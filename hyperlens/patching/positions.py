@@ -300,7 +300,7 @@ class PositionsResult(Result):
             lines.append(line.rstrip())
         return lines
 
-    def plot(self) -> matplotlib.figure.Figure:
+    def plot(self) -> matplotlib.figure.Figure:  # type: ignore[override]
         """Both maps, and those of the example."""
         return draw(self)
 

@@ -483,7 +483,7 @@ class WeightsResult(Result):
         ]
         return [*lines, f"alone: {'; '.join(others[:-1])}.", f"all weights: {others[-1][4:]}."]
 
-    def plot(self) -> matplotlib.figure.Figure:
+    def plot(self) -> matplotlib.figure.Figure:  # type: ignore[override]
         """Suffixes, single parts, and the diversity of generated text."""
         return draw(self)
 

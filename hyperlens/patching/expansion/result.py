@@ -244,7 +244,7 @@ class ExpansionResult(Result):
             lines.append(cells)
         return [*lines, ""]
 
-    def plot(self) -> matplotlib.figure.Figure:
+    def plot(self) -> matplotlib.figure.Figure:  # type: ignore[override]
         """Decisions over the dimension that is left or made, and generated text."""
         return draw(self)
 
