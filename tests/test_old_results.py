@@ -21,11 +21,11 @@ ESTIMATE = {"value": 0.25, "low": {"float": "nan"}, "high": {"float": "nan"}, "s
 META = {"data": {"n_sequences": 3}, "options": {}, "notes": []}
 
 
-def written(folder: Path, name: str, table: list[Any], **parts: Any) -> Path:
+def written(folder: Path, file: str, table: list[Any], **parts: Any) -> Path:
     """A file as version 0.1 wrote it."""
-    data = {"format": 1, "name": name, "meta": META, "extras": {}, "table": table} | parts
+    data = {"format": 1, "name": file, "meta": META, "extras": {}, "table": table} | parts
     folder.mkdir(exist_ok=True)
-    (folder / f"{name}.json").write_text(json.dumps(data))
+    (folder / f"{file}.json").write_text(json.dumps(data))
     return folder
 
 

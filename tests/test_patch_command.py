@@ -10,7 +10,7 @@ from conftest import D_VOCAB, make_tiny, perturbed
 from test_cli import tokenizer
 
 from hyperlens import cli
-from hyperlens.patching import command as patch
+from hyperlens.cli import patch
 from hyperlens.questions import read_results
 
 

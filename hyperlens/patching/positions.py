@@ -84,16 +84,16 @@ def patch_positions(
     check_counts(offsets=offsets, n_texts=n_texts, batch_size=batch_size)
     inputs = open_inputs(base, tuned, texts, max_length=max_length, device=device, dtype=dtype)
     pair = inputs.pair
-    drawn = draw_changed(
-        pair,
-        inputs.corpus,
-        n_texts=n_texts,
-        offsets=offsets,
-        batch_size=batch_size,
-        seed=seed,
-        progress=progress,
-    )
     with explaining_out_of_memory(batch_size, ", or max_length"):
+        drawn = draw_changed(
+            pair,
+            inputs.corpus,
+            n_texts=n_texts,
+            offsets=offsets,
+            batch_size=batch_size,
+            seed=seed,
+            progress=progress,
+        )
         cells = map_positions(pair, drawn.texts, offsets, batch_size, progress)
     meta = inputs.metadata(
         seed=seed,
