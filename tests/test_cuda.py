@@ -17,17 +17,13 @@ from hyperlens import (
     compare_models,
     cross_domain,
     decoding_baselines,
-    expansion,
     load_hooked,
     measure_behaviour,
-    norm_question,
     null_test,
     patch_blocks,
-    patch_positions,
     provenance,
     static_bias,
     temperature,
-    transplant_weights,
 )
 from hyperlens.data.corpus import build_corpus
 from hyperlens.decoding.generate import continuations
@@ -37,6 +33,7 @@ from hyperlens.passes import multi_pass
 from hyperlens.passes import streaming as runner
 from hyperlens.passes.memory import free_bytes
 from hyperlens.passes.streaming import PassOptions, pass_memory
+from hyperlens.patching import patch_expansion, patch_norm, patch_positions, patch_weights
 from hyperlens.probes import default_probes
 from hyperlens.statistics import rank_correlation
 from hyperlens.statistics.moments import moments_of
@@ -56,9 +53,9 @@ EXPERIMENTS = {
     "decoding_baselines": (decoding_baselines, PROMPTS | {"methods": ["greedy", "contrastive"]}),
     "patch_blocks": (patch_blocks, PROMPTS),
     "patch_positions": (patch_positions, {"offsets": 4, "progress": False}),
-    "transplant_weights": (transplant_weights, PROMPTS),
-    "expansion": (expansion, PROMPTS | {"n_random": 1}),
-    "norm_question": (norm_question, {"progress": False}),
+    "patch_weights": (patch_weights, PROMPTS),
+    "patch_expansion": (patch_expansion, PROMPTS | {"n_random": 1}),
+    "patch_norm": (patch_norm, {"progress": False}),
 }
 
 

@@ -17,6 +17,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from ..errors import ActivationError
+
 # The attribute names that TransformerLens gives the two ends of a block, what its two branches add
 # to the stream in between, and what leaves the final norm.
 RESID_PRE, RESID_POST = "hook_resid_pre", "hook_resid_post"
@@ -196,3 +198,40 @@ def first_bad_layer(
         if not torch.isfinite(residual).all() and not torch.isfinite(residual[real]).all():
             return layer
     return None
+
+
+def check_stream(
+    name: str,
+    stream: list[Float[Tensor, "batch pos d_model"]],
+    real: Bool[Tensor, "batch pos"],
+) -> None:
+    """Raise if a model's residual stream overflowed.
+
+    Args:
+        name: of the model, "base" or "tuned".
+        stream: all residual layers.
+        real: False at pads.
+
+    Raises:
+        ActivationError: naming the first layer with NaN or infinity at a real token.
+    """
+    layer = first_bad_layer(stream, real)
+    if layer is not None:
+        raise _overflow(f"the {name} model", f" at layer {layer}")
+
+
+def check_finite(whose: str, x: Float[Tensor, "*rows d_model"]) -> None:
+    """Raise if vectors overflowed, those of a patched or mixed model too.
+
+    Raises:
+        ActivationError: if one holds NaN or infinity.
+    """
+    if not bool(torch.isfinite(x).all()):
+        raise _overflow(whose)
+
+
+def _overflow(whose: str, where: str = "") -> ActivationError:
+    return ActivationError(
+        f"{whose} has NaN or infinite activations{where}: load both models in a wider dtype, as in "
+        "dtype='float32'"
+    )

@@ -6,9 +6,11 @@ before it returned, and the final norm takes what the last block returned.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from jaxtyping import Float
@@ -67,14 +69,46 @@ def first_tensor(value: Any) -> Tensor | None:
     return None
 
 
-@torch.no_grad()
 def find_structure(model: Any) -> ModelStructure:
     """Run four tokens through a Hugging Face causal LM (or PeftModel) and read its structure.
+
+    It is found once: a model that is asked about again is not run, unless a module of it was
+    added, removed or exchanged meanwhile.
 
     Raises:
         LoadingError: if no stack of blocks, or no path from it to the logits, is found.
     """
     plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+    known = _KNOWN.get(plain)
+    if known is None or not known.is_current(plain):
+        known = _Known(_traced_structure(plain), [ref(module) for module in plain.modules()])
+        _KNOWN[plain] = known
+    return known.structure
+
+
+@dataclass(frozen=True)
+class _Known:
+    """A structure that was found, and all modules of the model at that time, in order.
+
+    References are weak: the number of a module that is gone may be given to another one.
+    """
+
+    structure: ModelStructure
+    modules: Sequence[ref[nn.Module]]
+
+    def is_current(self, model: nn.Module) -> bool:
+        """Whether the model still has exactly these modules."""
+        now = list(model.modules())
+        return len(now) == len(self.modules) and all(
+            reference() is module for reference, module in zip(self.modules, now, strict=True)
+        )
+
+
+_KNOWN: WeakKeyDictionary[nn.Module, _Known] = WeakKeyDictionary()
+
+
+@torch.no_grad()
+def _traced_structure(plain: Any) -> ModelStructure:
     config = plain.config.get_text_config()
     head = plain.get_output_embeddings()
     kind = type(plain).__name__
