@@ -19,9 +19,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..errors import DecodingError
+from ..hooks.surface import evaluating
 from ..models.kinds import plain_model
 from .adaptive import Adaptive, Fixed, Strength
-from .prompts import batches, check_prompts, eos_ids, left_padded, without_dropout
+from .prompts import batches, check_prompts, eos_ids, left_padded
 
 
 def contrastive_search(
@@ -128,7 +129,7 @@ def _search(
     made: list[list[int]] = [[] for _ in prompts]
     device = next(model.parameters()).device
     bar = tqdm(total=len(prompts), desc="searching", unit="text", disable=not progress)
-    with bar, without_dropout(model), torch.no_grad():
+    with bar, evaluating(model):
         for batch in batches(prompts, batch_size):
             # A new one for every batch: what it remembers belongs to these texts.
             rule, alive = strength(), list(batch)

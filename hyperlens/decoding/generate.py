@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from ..hooks.surface import evaluating
 from ..models.kinds import plain_model
 from ..passes.failures import naming_what_to_lower
 from ..randomness import own_randomness
-from .prompts import batches, check_prompts, eos_ids, left_padded, without_dropout
+from .prompts import batches, check_prompts, eos_ids, left_padded
 from .settings import check_sampling
 
 
@@ -125,7 +126,7 @@ def _own_settings(model: Any, settings: Any) -> Iterator[None]:
     before = plain.generation_config
     plain.generation_config = copy.deepcopy(settings)
     try:
-        with without_dropout(model):
+        with evaluating(model):
             yield
     finally:
         plain.generation_config = before

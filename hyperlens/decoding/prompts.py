@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from os.path import commonprefix
 from typing import Any
 
@@ -99,14 +98,3 @@ def opening_and_texts(
     wholes = [as_text(tokenizer, [*prompt, *tokens]) for tokens in written]
     opening = commonprefix([as_text(tokenizer, prompt), *wholes])  # noqa: RUF071 - by characters
     return opening, [whole[len(opening) :] for whole in wholes]
-
-
-@contextmanager
-def without_dropout(model: Any) -> Iterator[None]:
-    """Evaluation mode inside, whatever it was before."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
