@@ -26,7 +26,7 @@ from hyperlens.commands.compare import PROBES
 from hyperlens.errors import LoadingError
 from hyperlens.probes import default_probes
 from hyperlens.training import Recipe, hyperfit, preset
-from hyperlens.training.recipes import HELP
+from hyperlens.training.recipes import HELP, Method
 
 ROOT = Path(__file__).resolve().parent.parent
 SAVED = {"comparison.json", "layers.csv", "layers.png", "summary.txt"}
@@ -326,7 +326,7 @@ CHANGES = {
 
 @pytest.mark.parametrize(("method", "ignored"), [("lora", "last_k"), ("late_lora", "blocks")])
 def test_every_field_of_the_recipe_is_an_option(
-    method: Any, ignored: str, monkeypatch: pytest.MonkeyPatch
+    method: Method, ignored: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
 

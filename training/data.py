@@ -262,17 +262,17 @@ def _notes(manifest: dict[str, Any], recipe: Recipe, n_held_out: int) -> tuple[s
     if n < recipe.n_sequences:
         notes.append(f"only {n} of the {recipe.n_sequences} sequences asked for were found")
     validation = manifest["validation"]
-    for prefix, counts in (("", manifest), ("validation: ", validation or {})):
+    for of, counts in (("", manifest), ("validation: ", validation or {})):
         if counts.get("n_short"):
             notes.append(
-                f"{prefix}{counts['n_short']:,} of {counts['n_read']:,} texts have fewer than "
+                f"{of}{counts['n_short']:,} of {counts['n_read']:,} texts have fewer than "
                 f"{recipe.sequence_length} tokens and were left out"
             )
         if counts.get("n_duplicates"):
-            notes.append(f"{prefix}{counts['n_duplicates']:,} duplicate sequences were left out")
+            notes.append(f"{of}{counts['n_duplicates']:,} duplicate sequences were left out")
         if counts.get("n_trained_on"):
             notes.append(
-                f"{prefix}{counts['n_trained_on']:,} sequences are also trained on and were left out"
+                f"{of}{counts['n_trained_on']:,} sequences are also trained on and were left out"
             )
     if n_held_out and not held_out:
         notes.append(

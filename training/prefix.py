@@ -213,8 +213,8 @@ def _mapped(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         tensor = torch.from_file(str(path), shared=True, size=size, dtype=dtype).view(shape)
     except OSError as error:
         raise ResourceError(
-            f"cannot store the prefix cache in {path} ({error.strerror or error}): free some space, "
-            "or turn the cache off (prefix_cache=False, --no-prefix-cache)"
+            f"cannot store the prefix cache in {path} ({error.strerror or error}): free some "
+            "space, or turn the cache off (prefix_cache=False, --no-prefix-cache)"
         ) from None
     finally:
         path.unlink(missing_ok=True)
