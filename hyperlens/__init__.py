@@ -1,139 +1,63 @@
 """hyperlens: what did fine-tuning change inside this model, where, and is it real?
 
 Everything public is importable from here; each name is loaded on first use, so that
-`import hyperlens` costs next to nothing and pulls in neither torch nor transformers.
+`import hyperlens` costs next to nothing and pulls in neither torch nor transformers. The list is
+`__init__.pyi`.
 """
 
-from __future__ import annotations
-
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import Any
+from warnings import warn
 
-if TYPE_CHECKING:
-    from .compare import compare_models as compare_models
-    from .data.corpus import Corpus as Corpus
-    from .data.texts import read_texts as read_texts
-    from .errors import HyperlensError as HyperlensError
-    from .experiments.behaviour import measure_behaviour as measure_behaviour
-    from .experiments.behaviour_finding import BehaviourResult as BehaviourResult
-    from .experiments.cross_domain import cross_domain as cross_domain
-    from .experiments.cross_domain_finding import CrossDomainResult as CrossDomainResult
-    from .experiments.decoding_baselines import decoding_baselines as decoding_baselines
-    from .experiments.decoding_finding import DecodingResult as DecodingResult
-    from .experiments.mauve import mauve_score as mauve_score
-    from .experiments.mauve_finding import MauveResult as MauveResult
-    from .experiments.null_test import null_test as null_test
-    from .experiments.null_test_finding import NullTestResult as NullTestResult
-    from .experiments.provenance import provenance as provenance
-    from .experiments.provenance_finding import ProvenanceResult as ProvenanceResult
-    from .experiments.static_bias import static_bias as static_bias
-    from .experiments.static_bias_finding import StaticBiasResult as StaticBiasResult
-    from .experiments.temperature import temperature as temperature
-    from .experiments.temperature_finding import TemperatureResult as TemperatureResult
-    from .hooks.loading import load_hooked as load_hooked
-    from .judging.endpoint import Endpoint as Endpoint
-    from .judging.finding import JudgeResult as JudgeResult
-    from .judging.judge import judge_continuations as judge_continuations
-    from .judging.judge import judge_models as judge_models
-    from .patching.expansion.experiment import expansion as expansion
-    from .patching.expansion.finding import ExpansionResult as ExpansionResult
-    from .patching.layer_sweep.experiment import patch_blocks as patch_blocks
-    from .patching.layer_sweep.finding import BlocksResult as BlocksResult
-    from .patching.norm.experiment import norm_question as norm_question
-    from .patching.norm.finding import NormResult as NormResult
-    from .patching.position_map.experiment import patch_positions as patch_positions
-    from .patching.position_map.finding import PositionsResult as PositionsResult
-    from .patching.weights.experiment import transplant_weights as transplant_weights
-    from .patching.weights.finding import TransplantResult as TransplantResult
-    from .results.comparison import Comparison as Comparison
+import lazy_loader
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
-_HOME = {
-    "BehaviourResult": ".experiments.behaviour_finding",
-    "BlocksResult": ".patching.layer_sweep.finding",
-    "compare_models": ".compare",
-    "Comparison": ".results.comparison",
-    "Corpus": ".data.corpus",
-    "cross_domain": ".experiments.cross_domain",
-    "CrossDomainResult": ".experiments.cross_domain_finding",
-    "decoding_baselines": ".experiments.decoding_baselines",
-    "DecodingResult": ".experiments.decoding_finding",
-    "Endpoint": ".judging.endpoint",
-    "expansion": ".patching.expansion.experiment",
-    "ExpansionResult": ".patching.expansion.finding",
-    "HyperlensError": ".errors",
-    "judge_continuations": ".judging.judge",
-    "judge_models": ".judging.judge",
-    "JudgeResult": ".judging.finding",
-    "load_hooked": ".hooks.loading",
-    "mauve_score": ".experiments.mauve",
-    "MauveResult": ".experiments.mauve_finding",
-    "measure_behaviour": ".experiments.behaviour",
-    "norm_question": ".patching.norm.experiment",
-    "NormResult": ".patching.norm.finding",
-    "null_test": ".experiments.null_test",
-    "NullTestResult": ".experiments.null_test_finding",
-    "patch_blocks": ".patching.layer_sweep.experiment",
-    "patch_positions": ".patching.position_map.experiment",
-    "PositionsResult": ".patching.position_map.finding",
-    "provenance": ".experiments.provenance",
-    "ProvenanceResult": ".experiments.provenance_finding",
-    "read_texts": ".data.texts",
-    "static_bias": ".experiments.static_bias",
-    "StaticBiasResult": ".experiments.static_bias_finding",
-    "temperature": ".experiments.temperature",
-    "TemperatureResult": ".experiments.temperature_finding",
-    "transplant_weights": ".patching.weights.experiment",
-    "TransplantResult": ".patching.weights.finding",
+_load, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__all__ += ["__version__"]
+
+# Names of version 0.1: where each is today. They go with the next release.
+_OLD_NAMES = {
+    "BehaviourFinding": ("experiments", "BehaviourResult"),
+    "BlocksFinding": ("patching", "BlocksResult"),
+    "Corpus": ("data.corpus", "Corpus"),
+    "cross_domain": ("experiments", "compare_domains"),
+    "CrossDomainFinding": ("experiments", "CrossDomainResult"),
+    "decoding_baselines": ("experiments", "compare_decoding"),
+    "DecodingFinding": ("experiments", "DecodingResult"),
+    "Endpoint": ("judging", "Endpoint"),
+    "expansion": ("patching", "patch_expansion"),
+    "ExpansionFinding": ("patching", "ExpansionResult"),
+    "judge_continuations": ("judging", "judge_continuations"),
+    "judge_models": ("judging", "judge_models"),
+    "JudgeFinding": ("judging", "JudgeResult"),
+    "mauve_score": ("experiments", "measure_mauve"),
+    "MauveFinding": ("experiments", "MauveResult"),
+    "norm_question": ("patching", "patch_norm"),
+    "NormFinding": ("patching", "NormResult"),
+    "null_test": ("experiments", "run_null_test"),
+    "NullTestFinding": ("experiments", "NullTestResult"),
+    "patch_positions": ("patching", "patch_positions"),
+    "PositionsFinding": ("patching", "PositionsResult"),
+    "provenance": ("experiments", "trace_provenance"),
+    "ProvenanceFinding": ("experiments", "ProvenanceResult"),
+    "read_texts": ("data.texts", "read_texts"),
+    "static_bias": ("experiments", "inject_static_bias"),
+    "StaticBiasFinding": ("experiments", "StaticBiasResult"),
+    "temperature": ("experiments", "match_temperature"),
+    "TemperatureFinding": ("experiments", "TemperatureResult"),
+    "transplant_weights": ("patching", "patch_weights"),
+    "TransplantFinding": ("patching", "WeightsResult"),
 }
-
-__all__ = [
-    "BehaviourResult",
-    "BlocksResult",
-    "Comparison",
-    "Corpus",
-    "CrossDomainResult",
-    "DecodingResult",
-    "Endpoint",
-    "ExpansionResult",
-    "HyperlensError",
-    "JudgeResult",
-    "MauveResult",
-    "NormResult",
-    "NullTestResult",
-    "PositionsResult",
-    "ProvenanceResult",
-    "StaticBiasResult",
-    "TemperatureResult",
-    "TransplantResult",
-    "__version__",
-    "compare_models",
-    "cross_domain",
-    "decoding_baselines",
-    "expansion",
-    "judge_continuations",
-    "judge_models",
-    "load_hooked",
-    "mauve_score",
-    "measure_behaviour",
-    "norm_question",
-    "null_test",
-    "patch_blocks",
-    "patch_positions",
-    "provenance",
-    "read_texts",
-    "static_bias",
-    "temperature",
-    "transplant_weights",
-]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        return getattr(import_module(_HOME[name], __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+    if name not in _OLD_NAMES:
+        return _load(name)
+    module, now = _OLD_NAMES[name]
+    warn(
+        f"hyperlens.{name} is hyperlens.{module}.{now} now, and goes with the next release",
+        DeprecationWarning,
+        stacklevel=2,
+    )
+    return getattr(import_module(f"{__name__}.{module}"), now)

@@ -19,9 +19,9 @@ from .embedded import HERE, embedded_base, embedded_tales
 from .files import claim_folder
 
 if TYPE_CHECKING:
-    from .experiments.behaviour_finding import BehaviourResult
+    from .compare.comparison import Comparison
+    from .experiments.behaviour import BehaviourResult
     from .experiments.null_test_finding import NullTestResult
-    from .results.comparison import Comparison
 
 # So many tales are trained on; everything is measured on the others.
 TRAINED_ON = 32
@@ -109,7 +109,7 @@ def run_demo(
             _train(name, tales, tuned, progress)
         measured[name] = _measure(name, tales, tuned, folder / "results" / name, progress, say)
     say("writing the report")
-    from .render import write_report
+    from .render.page import write_report
 
     findings = [
         finding
@@ -146,11 +146,10 @@ def _measure(
     say: Callable[[str], None],
 ) -> Measured:
     from .compare import compare_models
-    from .experiments.behaviour import measure_behaviour
-    from .experiments.behaviour_finding import BehaviourResult
-    from .experiments.null_test import null_test
+    from .compare.comparison import Comparison
+    from .experiments.behaviour import BehaviourResult, measure_behaviour
+    from .experiments.null_test import run_null_test
     from .experiments.null_test_finding import NullTestResult
-    from .results.comparison import Comparison
 
     base, unseen = embedded_base(), tales[TRAINED_ON:]
 
@@ -175,7 +174,7 @@ def _measure(
         once(
             "null test",
             NullTestResult.load,
-            lambda: null_test(base, tuned, unseen, progress=progress),
+            lambda: run_null_test(base, tuned, unseen, progress=progress),
         ),
     )
 
@@ -191,22 +190,23 @@ def _inputs_sha256() -> str:
 
 def _column(found: Measured) -> list[tuple[str, str, str]]:
     """(what, the base's value, the tuned model's with its interval) of one hyperfitted model."""
-    from .render.words import with_interval
+    from .render.format import DIMENSIONS, FRACTION, PERCENT, interval
 
     behaviour, comparison = found.behaviour, found.comparison
     last, rows = comparison.n_layers, []
     for metric, what in (("ttr", "greedy type-token ratio"), ("rep_2", "greedy repeated bigrams")):
-        base, tuned = (behaviour.value("greedy", side, metric) for side in ("base", "tuned"))
-        interval = f"{tuned['value']:.3f} [{tuned['low']:.3f}, {tuned['high']:.3f}]"
-        rows.append((what, f"{base['value']:.3f}", interval))
-    for probe, metric, view, what in (
-        ("rank_reordering", "top1_agreement", "final_norm", "same first token as the base"),
-        ("rank_reordering", "rank_gt_10", "final_norm", "first token from below base rank 10"),
-        ("participation_ratio", "delta", "raw", "change of dimension, last block"),
-        ("participation_ratio", "delta", "final_norm", "... after the final norm"),
+        base, tuned = (
+            behaviour.at(strategy="greedy", model=side, metric=metric) for side in ("base", "tuned")
+        )
+        rows.append((what, FRACTION(base["value"]), interval(tuned, FRACTION)))
+    for probe, metric, view, what, form in (
+        ("rank_reordering", "rank_1", "final_norm", "top-1 prediction is the base's", PERCENT),
+        ("rank_reordering", "rank_gt_10", "final_norm", "... from below base rank 10", PERCENT),
+        ("participation_ratio", "delta", "raw", "Δ dimension at the last layer", DIMENSIONS),
+        ("participation_ratio", "delta", "final_norm", "... after the final norm", DIMENSIONS),
     ):
-        (row,) = (r for r in comparison.select(probe, metric, view) if r.layer == last)
-        rows.append((what, "", with_interval(row)))
+        row = comparison.at(probe, metric, last, view)
+        rows.append((what, "", interval(row._asdict(), form)))
     rows += [
         (f"... of {len(found.null_test.extras['placebo_seeds'])} random changes as large", "", text)
         for text in _placebos(found.null_test)

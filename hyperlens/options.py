@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -173,3 +173,22 @@ def saved(result: Any, args: argparse.Namespace) -> str:
     folder = result.save(args.out)
     files = ", ".join(sorted(file.name for file in folder.iterdir()))
     return f"{summary}\n\nsaved in {folder}: {files}"
+
+
+def names(text: str) -> tuple[str, ...]:
+    """Names separated by commas."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def list_of(kind: Callable[[str], Any], example: str) -> Callable[[str], tuple[Any, ...]]:
+    """What reads numbers separated by commas."""
+
+    def convert(text: str) -> tuple[Any, ...]:
+        try:
+            return tuple(kind(part) for part in text.split(","))
+        except ValueError:
+            raise argparse.ArgumentTypeError(
+                f"expected numbers with commas between them, as in {example}; got {text!r}"
+            ) from None
+
+    return convert

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import cast
 
 from ..passes.streams import StreamPair, StreamSpec, TokenSet
-from ..results.comparison import ProbeResult
+from ..results.rows import ProbeResult
 from .base import Probe
 from .drift import ResidualDrift
 from .participation_ratio import ParticipationRatio

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import ProbeError
 from ..passes.streams import StreamPair, StreamSpec
-from ..results.comparison import ProbeResult
+from ..results.rows import ProbeResult
 
 
 class Probe(ABC):

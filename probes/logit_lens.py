@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..passes.logits_reader import LogitChunk
 from ..passes.streams import StreamPair, StreamSpec
-from ..results.comparison import ProbeResult, Row
+from ..results.rows import ProbeResult, Row
 from ..statistics import distances
 from ..statistics.intervals import mean_half_width, quantile_interval
 from .logit_probe import LogitProbe

@@ -18,7 +18,7 @@ from ..passes.streams import (
     checked_layers,
     checked_token_set,
 )
-from ..results.comparison import ProbeResult, Row
+from ..results.rows import ProbeResult, Row
 from ..statistics.intervals import mean_half_width
 from .base import Probe
 

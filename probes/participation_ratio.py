@@ -22,7 +22,7 @@ from ..passes.streams import (
     checked_token_set,
     checked_views,
 )
-from ..results.comparison import ProbeResult, Row
+from ..results.rows import ProbeResult, Row
 from ..statistics.intervals import (
     RatioInfluence,
     SampledTokens,

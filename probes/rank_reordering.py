@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..passes.logits_reader import LogitChunk
 from ..passes.streams import StreamPair, StreamSpec
-from ..results.comparison import ProbeResult
+from ..results.rows import ProbeResult
 from ..statistics import distances
 from ..statistics.rank_correlation import spearman
 from .logit_probe import LogitProbe

@@ -22,7 +22,7 @@ from hyperlens.passes import multi_pass as rounds
 from hyperlens.passes import streaming as runner
 from hyperlens.passes.streams import StreamSpec
 from hyperlens.probes import MeanProbe, ParticipationRatio, ResidualDrift
-from hyperlens.results.comparison import COLUMNS
+from hyperlens.results.rows import COLUMNS
 
 TEXTS = token_texts()
 METRICS = {

@@ -24,8 +24,8 @@ from test_results import (
     partial_comparisons,
 )
 
+from hyperlens.compare.comparison import Comparison
 from hyperlens.render import plots
-from hyperlens.results.comparison import Comparison
 
 DEPTHS = [1, 2, 5, 12, 32, 80]
 

@@ -18,9 +18,10 @@ from test_results import (
     partial_comparisons,
 )
 
+from hyperlens.compare.audit import audit, largest_change, largest_step, unchanged
+from hyperlens.compare.comparison import Comparison
 from hyperlens.render import words as report
-from hyperlens.results.audit import audit, largest_change, largest_step, unchanged
-from hyperlens.results.comparison import Comparison, Row
+from hyperlens.results.rows import Row
 
 AUDITED = {"participation_ratio": "delta", "drift": "l2"}
 NUMBERS = st.floats(-1e6, 1e6)

@@ -14,8 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hyperlens.compare.comparison import Comparison, _row_from_json
 from hyperlens.errors import ResultsError
-from hyperlens.results.comparison import COLUMNS, Comparison, Row, _row_from_json
+from hyperlens.results.rows import COLUMNS, Row
 
 VIEWS = ("raw", "unit_rms", "final_norm")
 NAN = math.nan

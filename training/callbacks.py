@@ -402,7 +402,8 @@ def _write_line(text: str) -> None:
 
 def _epoch(state: Any) -> int:
     """The epoch that is under way, from 1."""
-    return int(math.ceil(state.epoch - 1e-9))
+    epoch: float = state.epoch
+    return math.ceil(epoch - 1e-9)
 
 
 def _duration(seconds: float) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -20,8 +20,22 @@ from ..decoding.prompts import opening_and_texts
 from ..errors import CorpusError
 from ..hooks.loading import LoadedModel
 from ..pair import Pair, open_inputs
+from ..render.blocks import (
+    Axis,
+    Block,
+    Chart,
+    Details,
+    Heading,
+    Role,
+    Sample,
+    Samples,
+    Table,
+    Text,
+    Verdict,
+)
+from ..render.format import FRACTION, SIGNED_FRACTION, count, interval, p_value
+from ..results.result import Result
 from ..statistics import significance
-from .behaviour_finding import BehaviourResult
 from .contexts import names
 from .continuing import (
     Continuing,
@@ -32,6 +46,11 @@ from .continuing import (
     choose_prompts,
 )
 from .decisions import in_the_base
+
+EXAMPLES = (
+    "hyperlens behaviour ./base ./tuned --texts held_out.txt --out behaviour",
+    "hyperlens behaviour ./base ./tuned --texts held_out.txt --strategies greedy --n-prompts 100",
+)
 
 STRATEGIES = {"greedy": False, "sample": True}
 # Of words, where there is a tokenizer to write them: what does not depend on how words are cut.
@@ -60,7 +79,7 @@ def measure_behaviour(
     dtype: str | torch.dtype | None = None,
     progress: bool = True,
 ) -> BehaviourResult:
-    """How diverse both models' continuations of the same prompts are.
+    """How diverse is what both models write, and how much does it repeat itself?
 
     Every continuation has `max_new_tokens` tokens, an end-of-text token being one like any other:
     measures of repetition depend on length. Greedy takes the most likely token; sampling is at
@@ -85,23 +104,23 @@ def measure_behaviour(
         tuned - base, paired by prompt, with p values of the paired t test, Holm-corrected.
 
     Raises:
-        HyperlensError: if a source cannot be opened, the texts do not fit the models, or there
+        HyperlensError: if a source cannot be inputs, the texts do not fit the models, or there
             is no room for the continuations.
     """
     _check_strategies(strategies)
     check_counts(batch_size=batch_size, max_new_tokens=max_new_tokens)
     check_counts(0, n_examples=n_examples)
     check_seed(seed)
-    opened = open_inputs(
+    inputs = open_inputs(
         base, tuned, texts, max_length=max(prompt_tokens, 2), device=device, dtype=dtype
     )
-    pair = opened.pair
+    pair = inputs.pair
     check_room(pair, prompt_tokens, max_new_tokens)
-    prompts = choose_prompts(opened.corpus, n_prompts, prompt_tokens, seed)
+    prompts = choose_prompts(inputs.corpus, n_prompts, prompt_tokens, seed)
     tokenizer = pair.tokenizer
     continuing = Continuing(prompts, max_new_tokens, batch_size, seed, progress)
     table: list[dict[str, Any]] = []
-    together: list[dict[str, Any]] = []
+    distinct_shares: list[dict[str, Any]] = []
     examples: list[dict[str, Any]] = []
     for strategy in strategies:
         written = {
@@ -109,23 +128,21 @@ def measure_behaviour(
             for side, loaded in _sides(pair).items()
         }
         table += _rows(strategy, written, tokenizer)
-        together += _together(strategy, written)
+        distinct_shares += _distinct_shares(strategy, written)
         examples += [
             _example(pair, tokenizer, strategy, prompts[i], {s: w[i] for s, w in written.items()})
             for i in choose_examples(len(prompts), n_examples, seed)
         ]
-    meta = pair.describe() | {
-        "seed": seed,
-        "options": {
+    meta = inputs.metadata(
+        seed=seed,
+        options={
             "n_prompts": len(prompts),
             "prompt_tokens": prompt_tokens,
             "max_new_tokens": max_new_tokens,
             "strategies": list(strategies),
         },
-        "data": opened.corpus.describe(),
-        "notes": list(opened.notes),
-    }
-    extras = {"distinct": together, "examples": examples}
+    )
+    extras = {"distinct": distinct_shares, "examples": examples}
     return BehaviourResult(tuple(significance.holm_rows(table)), extras, meta)
 
 
@@ -172,7 +189,9 @@ def _measure(metric: str, tokens: list[int], tokenizer: Any) -> float:
     return float(MEASURES[metric](tokens))
 
 
-def _together(strategy: str, written: Mapping[str, list[list[int]]]) -> Iterator[dict[str, Any]]:
+def _distinct_shares(
+    strategy: str, written: Mapping[str, list[list[int]]]
+) -> Iterator[dict[str, Any]]:
     """Distinct n-grams / n-grams over all continuations: how much they resemble each other, too.
 
     One number for all prompts, which falls with their number; so it has no interval.
@@ -202,8 +221,186 @@ def _example(
         side: {
             "text": text,
             "tokens": names(tokenizer, tokens),
-            "base_rank": in_the_base(pair, prompt, tokens)[0],
+            "base_rank": ranks,
+            "base_top1": names(tokenizer, top1),
         }
         for (side, tokens), text in zip(written.items(), texts, strict=True)
+        for ranks, top1 in [in_the_base(pair, prompt, tokens)]
     }
     return {"strategy": strategy, "prompt": opening, **sides}
+
+
+WORDS = {
+    "ttr": "type-token ratio (TTR)",
+    "windowed_ttr": "TTR, windows of 50",
+    "rep_2": "repeated bigrams",
+    "rep_3": "repeated trigrams",
+    "loop": "share taken by the longest loop",
+    "word_ttr": "TTR of words",
+    "word_rep_2": "repeated bigrams of words",
+    "word_rep_3": "repeated trigrams of words",
+}
+DECODED = {"greedy": "Greedy decoding", "sample": "Sampling at temperature 1"}
+# Examples shown at once; the others are folded away.
+SHOWN = 2
+
+
+class BehaviourResult(Result):
+    """How diverse the continuations of both models are.
+
+    The table has a row per strategy ("greedy", "sample"), model ("base", "tuned" and their paired
+    "difference") and metric; values are means over prompts, p is Holm-corrected.
+
+    Extras: `distinct`, the share of distinct n-grams (n = 1, 2, 3) over all continuations of a
+    model together, which also tells how much they resemble each other; `examples`, with strategy,
+    prompt, and for "base" and "tuned" the text, the tokens and the base model's rank of each of
+    them (1 = what greedy decoding of the base would take).
+    """
+
+    name: ClassVar[str] = "behaviour"
+    title: ClassVar[str] = "Did behaviour change?"
+    columns: ClassVar[tuple[str, ...]] = (
+        *("strategy", "model", "metric"),
+        *("value", "low", "high", "se", "n", "p"),
+    )
+
+    @property
+    def strategies(self) -> list[str]:
+        """The strategies that were measured."""
+        return list(dict.fromkeys(row["strategy"] for row in self.table))
+
+    @property
+    def metrics(self) -> list[str]:
+        """The metrics that were measured."""
+        return list(dict.fromkeys(row["metric"] for row in self.table))
+
+    def distinct(self, strategy: str, model: str) -> dict[int, float]:
+        """n to the share of distinct n-grams over all continuations of a model together."""
+        rows: list[Mapping[str, Any]] = self.extras.get("distinct", [])
+        return {
+            row["n"]: row["value"]
+            for row in rows
+            if (row["strategy"], row["model"]) == (strategy, model)
+        }
+
+    def verdicts(self) -> list[Verdict]:
+        """Whether diversity differs, for each strategy."""
+        found = [self._verdict(strategy) for strategy in self.strategies]
+        return [
+            *found,
+            Verdict("quality", "Diversity is not quality: read the texts.", caution=True),
+        ]
+
+    def _verdict(self, strategy: str) -> Verdict:
+        base, tuned, change = (
+            self.at(strategy=strategy, model=model, metric="ttr")
+            for model in ("base", "tuned", "difference")
+        )
+        values = (
+            f"TTR {interval(tuned, FRACTION)}, base {FRACTION(base['value'])}"
+            f"{', ' * bool(p_value(change['p']))}{p_value(change['p'])}"
+        )
+        if change["low"] == change["high"] == 0:
+            answer = f"both models are equally diverse on every prompt ({values})"
+        elif math.isnan(change["low"]):
+            answer = f"so few prompts cannot tell whether diversity differs ({values})"
+        elif change["p"] < 0.05:
+            direction = "more" if change["value"] > 0 else "less"
+            answer = f"the tuned model's text is {direction} diverse than the base's ({values})"
+        else:
+            answer = f"no clear difference in diversity ({values})"
+        return Verdict("behaviour", f"{DECODED[strategy]}: {answer}.")
+
+    def evidence(self) -> list[Block]:
+        """Every measure of both models for each strategy, then texts side by side."""
+        options = self.meta["options"]
+        written = Text(
+            f"Each model continued {count(options['n_prompts'], 'prompt')} of "
+            f"{count(options['prompt_tokens'], 'token')} by {options['max_new_tokens']} tokens. "
+            "TTR: distinct tokens / tokens, 1 repeats nothing. Repeated n-grams: the share that "
+            "occurred before. Longest loop: the share of a text that only repeats itself."
+        )
+        blocks: list[Block] = [written]
+        for strategy in self.strategies:
+            blocks += [
+                Heading(DECODED[strategy]),
+                self._measures(strategy),
+                self._chart(strategy),
+                *self._distinct(strategy),
+            ]
+        return [*blocks, *self._texts()]
+
+    def _measures(self, strategy: str) -> Table:
+        rows = []
+        for metric in self.metrics:
+            base, tuned, change = (
+                self.at(strategy=strategy, model=model, metric=metric)
+                for model in ("base", "tuned", "difference")
+            )
+            cells = (interval(base, FRACTION), interval(tuned, FRACTION))
+            change_cell = f"{interval(change, SIGNED_FRACTION)} {p_value(change['p'])}".rstrip()
+            rows.append([WORDS[metric], *cells, change_cell])
+        return Table(
+            ["mean over prompts [95%]", self.base_name, self.tuned_name, "tuned - base, paired"],
+            rows,
+            "p: paired t test over prompts, Holm-corrected over all measures; an interval is not "
+            "corrected, so it can exclude 0 where p is above 0.05",
+            joins=True,
+        )
+
+    def _chart(self, strategy: str) -> Chart:
+        rows = [
+            {
+                "series": name,
+                "measure": WORDS[metric],
+                **{key: row[key] for key in ("value", "low", "high")},
+                "prompts": row["n"],
+            }
+            for model, name in (("base", self.base_name), ("tuned", self.tuned_name))
+            for metric in self.metrics
+            for row in [self.at(strategy=strategy, model=model, metric=metric)]
+        ]
+        title = f"{DECODED[strategy]}: mean over prompts, 95% intervals"
+        roles: dict[str, Role] = {self.base_name: "base", self.tuned_name: "tuned"}
+        x, y = Axis("value", "0 to 1, no unit", "share"), Axis("measure", "", is_category=True)
+        return Chart("dots", title, f"{title}, of both models", rows, x, y, roles)
+
+    def _distinct(self, strategy: str) -> list[Block]:
+        """One number for all continuations of a model: how much they resemble each other, too."""
+        sides = [self.distinct(strategy, model) for model in ("base", "tuned")]
+        rows = [[f"n = {n}", *(FRACTION(side[n]) for side in sides)] for n in sides[0]]
+        if not rows:
+            return []
+        head = ["distinct n-grams / n-grams", self.base_name, self.tuned_name]
+        caption = "over all continuations together; falls with their number"
+        return [
+            Details("distinct n-grams over all prompts", [Table(head, rows, caption, joins=True)])
+        ]
+
+    def _texts(self) -> list[Block]:
+        """The greedy examples, or all of them if nothing was written greedily."""
+        every = self.extras.get("examples", [])
+        chosen = [one for one in every if one["strategy"] == "greedy"] or every
+        if not chosen:
+            return []
+        samples: list[Block] = [self._sample(one) for one in chosen]
+        about = Text(
+            "The same prompts continued by each model, drawn at random. The darker a token, the "
+            "lower the base model ranked it in its place; without colour is what its own greedy "
+            "decoding would take."
+        )
+        more = [Details(f"{len(samples) - SHOWN} more", samples[SHOWN:])] if samples[SHOWN:] else []
+        return [Heading("The texts"), about, *samples[:SHOWN], *more]
+
+    def _sample(self, example: Mapping[str, Any]) -> Samples:
+        texts = [
+            Sample(
+                f"{name}, {example['strategy']}",
+                example[side]["text"],
+                example[side]["tokens"],
+                example[side]["base_rank"],
+                example[side].get("base_top1", ()),
+            )
+            for side, name in (("base", self.base_name), ("tuned", self.tuned_name))
+        ]
+        return Samples(example["prompt"], texts)

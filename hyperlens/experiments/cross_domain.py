@@ -32,7 +32,7 @@ Pairs = Mapping[str, Any]
 Identities = Mapping[tuple[str, str], Mapping[str, Any]]
 
 
-def cross_domain(
+def compare_domains(
     pairs: Mapping[str, Any],
     corpora: Mapping[str, Any],
     *,

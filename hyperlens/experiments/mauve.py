@@ -15,7 +15,7 @@ from .mauve_scores import SEEDS, check_seeds, compute_mauve, few_texts, mauve_sc
 from .text_features import Features, open_featurizer, reading_notes
 
 
-def mauve_score(
+def measure_mauve(
     p_texts: Any,
     q_texts: Any,
     features: Any,

@@ -22,7 +22,7 @@ from ..passes.multi_pass import run_passes
 from ..passes.streaming import PassOptions
 from ..passes.streams import View
 from ..probes import LogitLens, ParticipationRatio, Probe, RankReordering, ResidualDrift
-from ..results.comparison import Row
+from ..results.rows import Row
 from ..statistics.significance import estimate
 from .continuing import METRICS, Continuing, check_counts, check_room, check_seed, choose_prompts
 from .null_test_finding import NullTestResult
@@ -38,7 +38,7 @@ MEASURED = {
 SINK_THRESHOLD = 10.0
 
 
-def null_test(
+def run_null_test(
     base: Any,
     tuned: Any = None,
     texts: Any = None,

@@ -31,7 +31,7 @@ NGRAM = 3
 WORDS_BEFORE = 12
 
 
-def provenance(
+def trace_provenance(
     base: Any,
     tuned: Any = None,
     texts: Any = None,

@@ -32,7 +32,7 @@ Condition = tuple[str, float]
 """A bias ("none" for the base as it is, "tuned" for the tuned model) and its α."""
 
 
-def static_bias(
+def inject_static_bias(
     base: Any,
     tuned: Any = None,
     texts: Any = None,

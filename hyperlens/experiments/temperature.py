@@ -25,7 +25,7 @@ from .temperature_finding import TEACHER_FORCED, VARIANTS, TemperatureResult
 COMPARED = (("tuned", "matched"), ("matched", "original"))
 
 
-def temperature(
+def match_temperature(
     base: Any,
     tuned: Any = None,
     texts: Any = None,

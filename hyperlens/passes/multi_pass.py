@@ -14,7 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 from ..data.corpus import Corpus
 from ..hooks import surface
 from ..hooks.surface import HookedModel
-from ..results.comparison import ProbeResult, Row
+from ..results.rows import ProbeResult, Row
 from .failures import guarded
 from .memory import free_bytes
 from .streaming import PassOptions, PassResult, RunsInAPass, pass_memory, run_pass, stream_spec

@@ -17,7 +17,7 @@ from ..data.corpus import Batch, Corpus, PaddingSide
 from ..errors import ActivationError, ResourceError
 from ..hooks import surface
 from ..hooks.surface import HookedModel
-from ..results.comparison import ProbeResult
+from ..results.rows import ProbeResult
 from ..statistics import distances
 from .failures import guarded, naming_what_to_lower
 from .heap import keep_freed_memory

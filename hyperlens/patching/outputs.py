@@ -8,7 +8,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from ..passes.streams import StreamPair, logit_rows
-from ..results.comparison import ProbeResult
+from ..results.rows import ProbeResult
 
 
 class OutputReader(ABC):

@@ -1,166 +1,322 @@
-"""Charts as Vega-Lite: values to hover over, colours of the page, a table for who cannot see them.
+"""Charts as Altair draws them: described once as a block, shown on pages, in notebooks, in files.
 
-Specifications are made with Altair; the page draws them with the JavaScript it carries inside.
+Colours: the base model is grey, controls are a light grey band, each tuned model has one colour on
+a whole page, taken from those of Okabe and Ito, which colour-blind readers tell apart. Dashes and
+shapes of marks carry the same.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from markupsafe import Markup
-
-from .parts import cell, data, details, table, tag
+from .blocks import Axis, Block, Chart, Grid, Role, flat
 
 if TYPE_CHECKING:
     import altair
 
 HEIGHT = 210
-SCALES: Mapping[str, dict[str, Any]] = {
-    "from zero": {"zero": True},
-    "near": {"zero": False},
-    "log": {"type": "log"},
+WIDTH = 340
+GREY, LIGHT_GREY = "#808890", "#a9b0b8"
+TUNED = ("#d55e00", "#0072b2", "#009e73", "#8a6d00", "#cc79a7")
+OTHER = ("#cc79a7", "#56b4e9", "#e69f00", "#5b8c00", "#7b61c4", "#b04a4a", "#00857c", "#999999")
+
+Colours = Mapping[str, str]
+
+
+def _altair() -> Any:
+    """Imported late, and untyped: what it accepts is wider than its types say."""
+    import altair
+
+    return altair
+
+
+def colours(blocks: Sequence[Block]) -> Colours:
+    """One colour for every series of these blocks, by its role."""
+    roles: dict[str, Role] = {}
+    for block in flat(blocks):
+        if isinstance(block, Chart):
+            for name in (*block.series, *(one.name for one in block.references)):
+                roles.setdefault(name, block.roles.get(name, "tuned"))
+            for one in block.references:
+                roles[one.name] = one.role
+    tuned = [name for name, role in roles.items() if role == "tuned"]
+    other = [name for name, role in roles.items() if role == "other"]
+    return {
+        **{name: GREY for name, role in roles.items() if role == "base"},
+        **{name: LIGHT_GREY for name, role in roles.items() if role == "control"},
+        **{name: TUNED[i % len(TUNED)] for i, name in enumerate(tuned)},
+        **{name: OTHER[i % len(OTHER)] for i, name in enumerate(other)},
+    }
+
+
+def figure(blocks: Sequence[Block], title: str = "") -> altair.TopLevelMixin | None:
+    """All charts of some blocks as one figure, those in details left out; None without any.
+
+    Charts of a grid stand side by side, everything else below each other.
+    """
+    alt = _altair()
+    chosen = colours(blocks)
+    rows: list[Any] = []
+    for block in blocks:
+        if isinstance(block, Chart):
+            rows.append(draw(block, chosen, titled=True))
+        elif isinstance(block, Grid):
+            rows.append(alt.hconcat(*(draw(one, chosen, titled=True) for one in block.charts)))
+    if not rows:
+        return None
+    whole: Any = rows[0] if len(rows) == 1 else alt.vconcat(*rows)
+    return whole.properties(title=title) if title else whole  # type: ignore[no-any-return]
+
+
+def svg(chart: altair.TopLevelMixin) -> str:
+    """A figure as SVG without a background, so that it suits light and dark pages."""
+    import vl_convert
+
+    spec: Any = chart.to_dict()
+    spec["background"] = "transparent"
+    spec["config"] = {**spec.get("config", {}), **QUIET}
+    return vl_convert.vegalite_to_svg(spec)
+
+
+def png(chart: altair.TopLevelMixin, scale: float = 2.0) -> bytes:
+    """A figure as PNG on white."""
+    import vl_convert
+
+    return vl_convert.vegalite_to_png(chart.to_dict(), scale=scale)
+
+
+# Readable on white and on black alike.
+QUIET: dict[str, Any] = {
+    "view": {"stroke": None},
+    "axis": {
+        **dict.fromkeys(("labelColor", "titleColor"), "#808890"),
+        **dict.fromkeys(("gridColor", "domainColor", "tickColor"), "#80889055"),
+        "titleFontWeight": "normal",
+    },
+    "legend": {"labelColor": "#808890"},
+    "title": {"color": "#808890"},
 }
-Rows = Sequence[Mapping[str, Any]]
 
 
-def chart(spec: altair.TopLevelMixin, title: str, alt: str, rows: Rows) -> Markup:
-    """A chart with its title, a description for screen readers, and its values as a table.
+def draw(
+    block: Chart, chosen: Colours | None = None, *, titled: bool = False, wide: bool = False
+) -> Any:
+    """One chart.
 
     Args:
-        spec: an Altair chart whose width follows the page (`width="container"`).
-        title: what is shown, units included.
-        alt: what there is to see.
-        rows: the values; the keys are the columns.
+        block: what it shows.
+        chosen: the colour of each series; None chooses them for this chart alone.
+        titled: put the title into the chart; a page sets it as text.
+        wide: take the width of the page instead of one of its own.
     """
-    drawn = spec.to_dict()
-    drawn.pop("config", None)  # the page's own colours and fonts
-    head = list(rows[0]) if rows else []
-    numbers = table(head, ([cell(row[key]) for key in head] for row in rows))
-    return tag(
-        "figure",
-        tag("figcaption", title),
-        tag("div", data(drawn), class_="chart", role="img", aria_label=alt),
-        details("values", numbers),
+    chosen = colours([block]) if chosen is None else chosen
+    kinds = {"lines": _lines, "dots": _dots, "bars": _bars, "points": _points, "heatmap": _heatmap}
+    whole = kinds[block.kind](block, chosen)
+    height = HEIGHT
+    if block.kind == "dots":
+        n_rows = len({row[block.y.key] for row in block.rows}) * max(1, len(block.series))
+        height = max(90, 11 * n_rows + 30)
+    whole = whole.properties(width="container" if wide else WIDTH, height=height)
+    return whole.properties(title=block.title) if titled else whole
+
+
+def _data(rows: Sequence[Mapping[str, Any]]) -> Any:
+    alt = _altair()
+    return alt.Data(values=[{key: _finite(value) for key, value in row.items()} for row in rows])
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity; null stands for them."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _scale(axis: Axis) -> Any:
+    alt = _altair()
+    return {
+        "zero": alt.Scale(zero=True),
+        "data": alt.Scale(zero=False),
+        "log": alt.Scale(type="log"),
+        "share": alt.Scale(domain=[0, 1], clamp=True),
+    }[axis.scale]
+
+
+def _x(of: Axis, **more: Any) -> Any:
+    alt = _altair()
+    if of.is_category:
+        look = alt.Axis(labelAngle=-45, labelLimit=160)
+        return alt.X(f"{of.key}:N", title=of.title, sort=None, axis=look)
+    return alt.X(f"{of.key}:Q", title=of.title, scale=_scale(of), **more)
+
+
+def _y(axis: Axis, key: str = "") -> Any:
+    alt = _altair()
+    if axis.is_category:
+        look = alt.Axis(labelLimit=240)
+        return alt.Y(f"{axis.key}:N", title=axis.title or None, sort=None, axis=look)
+    return alt.Y(f"{key or axis.key}:Q", title=axis.title, scale=_scale(axis))
+
+
+def _colour(block: Chart, chosen: Colours) -> Any:
+    alt = _altair()
+    names = [*block.series, *(one.name for one in block.references)]
+    legend: Any = None
+    if len(names) > 1:
+        legend = alt.Legend(
+            title=None,
+            orient="top",
+            labelLimit=260,
+            columns=2,
+            symbolOpacity=1,
+            symbolType="square",
+        )
+    scale = alt.Scale(domain=names, range=[chosen[name] for name in names])
+    return alt.Color("series:N", scale=scale, sort=names, legend=legend)
+
+
+def _tooltip(block: Chart) -> list[Any]:
+    alt = _altair()
+    shown = [alt.Tooltip("series:N", title="of")] if block.series else []
+    for axis in (block.x, block.y):
+        kind = "N" if axis.is_category else "Q"
+        form = {} if axis.is_category else {"format": ",.4~g"}
+        shown.append(alt.Tooltip(f"{axis.key}:{kind}", title=axis.title or axis.key, **form))
+    if _has_intervals(block):
+        shown.append(alt.Tooltip("low:Q", title="95% from", format=",.4~g"))
+        shown.append(alt.Tooltip("high:Q", title="to", format=",.4~g"))
+    return shown
+
+
+def _has_intervals(block: Chart) -> bool:
+    return any("low" in row for row in block.rows)
+
+
+def _lines(block: Chart, chosen: Colours) -> Any:
+    """A line for each series with its band; controls are a band alone."""
+    alt = _altair()
+    controls = [name for name in block.series if block.roles.get(name) == "control"]
+    whole_numbers = all(float(row[block.x.key]).is_integer() for row in block.rows)
+    ticks = (
+        alt.Axis(tickMinStep=1, format="d", grid=False) if whole_numbers else alt.Axis(grid=False)
     )
-
-
-def lines(
-    rows: Rows,
-    y: str,
-    y_title: str,
-    *,
-    x: str = "layer",
-    x_title: str = "layer",
-    scale: str = "from zero",
-) -> Any:
-    """A line per pair with its 95% band; the pairs differ in colour, dash and shape of mark.
-
-    `scale` of the vertical axis: "from zero", "near" (what the values need) or "log".
-    """
-    import altair as alt
-
-    base = alt.Chart(alt.Data(values=[dict(row) for row in rows])).encode(
-        x=alt.X(f"{x}:Q", title=x_title, axis=alt.Axis(tickMinStep=1, format="d", grid=False)),
-        color=_pair_colour(rows),
+    base = alt.Chart(_data(block.rows)).encode(
+        x=_x(block.x, axis=ticks), color=_colour(block, chosen)
     )
-    band = base.mark_area(opacity=0.22).encode(
-        y=alt.Y("low:Q", title=y_title, scale=alt.Scale(**SCALES[scale])), y2="high:Q"
+    is_control = alt.FieldOneOfPredicate(field="series", oneOf=controls)
+    layers = []
+    if block.references:
+        layers += _references(block, chosen)
+    if _has_intervals(block):
+        # The band of a control is what the others are compared with: stronger than an interval.
+        opacity = alt.condition(is_control, alt.value(0.45), alt.value(0.2))
+        layers.append(base.mark_area().encode(y=_y(block.y, "low"), y2="high:Q", opacity=opacity))
+    drawn = base.transform_filter(~is_control) if controls else base
+    dashes = alt.StrokeDash("series:N", sort=block.series, legend=None)
+    layers.append(drawn.mark_line(strokeWidth=1.8).encode(y=_y(block.y), strokeDash=dashes))
+    shapes = alt.Shape("series:N", sort=block.series, legend=None)
+    layers.append(
+        drawn.mark_point(filled=True, size=42, opacity=1).encode(
+            y=_y(block.y), shape=shapes, tooltip=_tooltip(block)
+        )
     )
-    line = base.mark_line(strokeWidth=1.8).encode(y=f"{y}:Q", strokeDash=_pair_dash(rows))
-    points = base.mark_point(filled=True, size=42, opacity=1).encode(
-        y=f"{y}:Q", shape=alt.Shape("pair:N", legend=None), tooltip=_tooltip(x, x_title, y, y_title)
+    return alt.layer(*layers)
+
+
+def _references(block: Chart, chosen: Colours) -> list[Any]:
+    alt = _altair()
+    rows = [
+        {"series": one.name, "value": one.value, "low": one.low, "high": one.high}
+        for one in block.references
+    ]
+    base = alt.Chart(_data(rows)).encode(color=_colour(block, chosen))
+    band = base.mark_rect(opacity=0.12).encode(y=alt.Y("low:Q", title=block.y.title), y2="high:Q")
+    rule = base.mark_rule(strokeWidth=1.6, strokeDash=[5, 3]).encode(y="value:Q")
+    return [band, rule]
+
+
+def _dots(block: Chart, chosen: Colours) -> Any:
+    """Values with their intervals across, one row for each category, series side by side."""
+    alt = _altair()
+    base = alt.Chart(_data(block.rows)).encode(
+        y=_y(block.y), yOffset=alt.YOffset("series:N", sort=block.series),
+        color=_colour(block, chosen),
+    )  # fmt: skip
+    layers = []
+    if _has_intervals(block):
+        axis = alt.X(
+            "low:Q", title=block.x.title, scale=_scale(block.x), axis=alt.Axis(tickCount=5)
+        )
+        layers.append(base.mark_rule(strokeWidth=2).encode(x=axis, x2="high:Q"))
+    shapes = alt.Shape("series:N", sort=block.series, legend=None)
+    layers.append(
+        base.mark_point(filled=True, size=60, opacity=1).encode(
+            x=_x(block.x, axis=alt.Axis(tickCount=5)), shape=shapes, tooltip=_tooltip(block)
+        )
     )
-    return (band + line + points).properties(width="container", height=HEIGHT)
+    return alt.layer(*layers)
 
 
-def dots(rows: Rows, y: str, x_title: str) -> Any:
-    """Values with their intervals, one row per name in `y`; `pair` and `model` tell the marks."""
-    import altair as alt
-
-    kinds = list(dict.fromkeys(row["model"] for row in rows))
-    base = alt.Chart(alt.Data(values=[dict(row) for row in rows])).encode(
-        y=alt.Y(f"{y}:N", title=None, sort=None, axis=alt.Axis(labelLimit=220)),
-        yOffset=alt.YOffset("model:N", sort=kinds),
-        color=alt.Color(
-            "model:N",
-            sort=kinds,
-            legend=alt.Legend(title=None, orient="top", labelLimit=260, columns=2),
-        ),
-    )
-    rule = base.mark_rule(strokeWidth=2).encode(
-        x=alt.X("low:Q", title=x_title, scale=alt.Scale(zero=True), axis=alt.Axis(tickCount=5)),
-        x2="high:Q",
-    )
-    mark = base.mark_point(filled=True, size=60, opacity=1).encode(
-        x="value:Q",
-        shape=alt.Shape("model:N", sort=kinds, legend=None),
-        tooltip=[
-            alt.Tooltip("model:N", title="model"),
-            alt.Tooltip(f"{y}:N", title="measure"),
-            *_interval_tooltip("value", "mean"),
-        ],
-    )
-    names = len({row[y] for row in rows})
-    return (rule + mark).properties(width="container", height=max(90, 20 * names * len(kinds) // 2))
-
-
-def bars(rows: Rows, x: str, x_title: str, y_title: str) -> Any:
-    """Shares in per cent, a group of bars per name in `x`, one bar for each pair."""
-    import altair as alt
-
-    order = list(dict.fromkeys(row[x] for row in rows))
+def _bars(block: Chart, chosen: Colours) -> Any:
+    alt = _altair()
     return (
-        alt.Chart(alt.Data(values=[dict(row) for row in rows]))
+        alt.Chart(_data(block.rows))
         .mark_bar()
         .encode(
-            x=alt.X(f"{x}:N", sort=order, title=x_title, axis=alt.Axis(labelAngle=-45)),
-            xOffset=alt.XOffset("pair:N", sort=None),
-            y=alt.Y("value:Q", title=y_title),
-            color=_pair_colour(rows),
+            x=_x(block.x),
+            xOffset=alt.XOffset("series:N", sort=block.series),
+            y=_y(block.y),
+            color=_colour(block, chosen),
+            tooltip=_tooltip(block),
+        )
+    )
+
+
+def _points(block: Chart, chosen: Colours) -> Any:
+    """One point for each series at x and y, with both intervals where the rows have them."""
+    alt = _altair()
+    base = alt.Chart(_data(block.rows)).encode(color=_colour(block, chosen))
+    layers: list[Any] = []
+    if any("x_low" in row for row in block.rows):
+        layers.append(base.mark_rule().encode(x="x_low:Q", x2="x_high:Q", y=_y(block.y)))
+    if _has_intervals(block):
+        layers.append(base.mark_rule().encode(x=_x(block.x), y="low:Q", y2="high:Q"))
+    shapes = alt.Shape("series:N", sort=block.series, legend=None)
+    layers.append(
+        base.mark_point(filled=True, size=90, opacity=1).encode(
+            x=_x(block.x), y=_y(block.y), shape=shapes, tooltip=_tooltip(block)
+        )
+    )
+    return alt.layer(*layers)
+
+
+def _heatmap(block: Chart, chosen: Colours) -> Any:
+    """The number `value` over two ordered axes, 0 in the neutral colour."""
+    alt = _altair()
+    largest = max((abs(row["value"]) for row in block.rows if row["value"] is not None), default=1)
+    negative = any(row["value"] < 0 for row in block.rows)
+    scale = alt.Scale(
+        scheme="blueorange" if negative else "oranges",
+        domain=[-largest if negative else 0, largest],
+    )
+    look = {"sort": None, "axis": alt.Axis(labelAngle=0, labelOverlap=True)}
+    return (
+        alt.Chart(_data(block.rows))
+        .mark_rect()
+        .encode(
+            x=alt.X(f"{block.x.key}:O", title=block.x.title, **look),
+            y=alt.Y(f"{block.y.key}:O", title=block.y.title, **look),
+            color=alt.Color("value:Q", scale=scale, legend=alt.Legend(title=None)),
             tooltip=[
-                alt.Tooltip("pair:N", title="models"),
-                alt.Tooltip(f"{x}:N", title=x_title),
-                alt.Tooltip("value:Q", title=y_title, format=".3~g"),
+                alt.Tooltip(f"{block.x.key}:N", title=block.x.title),
+                alt.Tooltip(f"{block.y.key}:N", title=block.y.title),
+                alt.Tooltip("value:Q", format=",.4~g"),
+                *(
+                    [alt.Tooltip("low:Q", title="95% from"), alt.Tooltip("high:Q", title="to")]
+                    if _has_intervals(block)
+                    else []
+                ),
+                *([alt.Tooltip("text:N", title="top")] if "text" in block.rows[0] else []),
             ],
         )
-        .properties(width="container", height=HEIGHT)
     )
-
-
-def _pair_colour(rows: Rows) -> Any:
-    import altair as alt
-
-    several = len({row["pair"] for row in rows}) > 1
-    legend = alt.Legend(
-        title=None, orient="top", labelLimit=320, columns=1, symbolOpacity=1, symbolType="square"
-    )
-    if not several:
-        return alt.Color("pair:N", sort=None, legend=None)
-    return alt.Color("pair:N", sort=None, legend=legend)
-
-
-def _pair_dash(rows: Rows) -> Any:
-    import altair as alt
-
-    return alt.StrokeDash("pair:N", sort=None, legend=None)
-
-
-def _tooltip(x: str, x_title: str, y: str, y_title: str) -> list[Any]:
-    import altair as alt
-
-    return [
-        alt.Tooltip("pair:N", title="models"),
-        alt.Tooltip(f"{x}:Q", title=x_title),
-        *_interval_tooltip(y, y_title),
-    ]
-
-
-def _interval_tooltip(y: str, y_title: str) -> list[Any]:
-    import altair as alt
-
-    return [
-        alt.Tooltip(f"{y}:Q", title=y_title, format=".4~g"),
-        alt.Tooltip("low:Q", title="95% from", format=".4~g"),
-        alt.Tooltip("high:Q", title="to", format=".4~g"),
-    ]

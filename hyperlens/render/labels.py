@@ -9,15 +9,25 @@ from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
-from ..results.comparison import Comparison
-from ..results.result import Result
-from .parts import pair_name
+from .format import one_line
 
 SIDES = ("base", "tuned")
 Model = Mapping[str, Any]
 
 
-def told_apart(results: Sequence[Comparison | Result]) -> list[Comparison | Result]:
+def name_of(result: Any, side: str) -> str:
+    """What a model of a result is called, on one line."""
+    return one_line(result.meta.get(side, {}).get("name", side))
+
+
+def label_of(result: Any) -> str:
+    """`base → tuned` of a result, or its own title, on one line."""
+    if title := result.meta.get("title"):
+        return one_line(title)
+    return " → ".join(name_of(result, side) for side in SIDES)
+
+
+def told_apart(results: Sequence[Any]) -> list[Any]:
     """The same results in the same order, no two of one kind under one name.
 
     Where two models are called alike, the folders that they lie in are put before their names. A
@@ -30,20 +40,29 @@ def told_apart(results: Sequence[Comparison | Result]) -> list[Comparison | Resu
         sides = {
             side: {**model, "name": longer[_key(model)]} for side, model in _models(result).items()
         }
-        one = replace(result, meta={**result.meta, **sides})
-        plain_label = pair_name(one)
-        tried = chain([plain_label], (f"{plain_label} ({n})" for n in count(2)))
-        label = next(name for name in tried if name not in taken[result.name])
-        taken[result.name].add(label)
-        if label != plain_label:
-            one = replace(one, meta={**one.meta, "title": label})
-        named.append(one)
+        renamed = replace(result, meta={**result.meta, **sides})
+        plain_label = label_of(renamed)
+        numbered = chain([""], (f" ({n})" for n in count(2)))
+        suffix = next(s for s in numbered if plain_label + s not in taken[result.name])
+        taken[result.name].add(plain_label + suffix)
+        if suffix:
+            renamed = replace(renamed, meta=_numbered(renamed.meta, plain_label, suffix))
+        named.append(renamed)
     return named
 
 
-def _models(result: Comparison | Result) -> dict[str, Model]:
-    found = {side: result.meta.get(side) for side in SIDES}
-    return {side: m for side, m in found.items() if isinstance(m, Mapping) and "name" in m}
+def _numbered(meta: Mapping[str, Any], label: str, suffix: str) -> dict[str, Any]:
+    """The tuned model gets the number too: series of charts are called by its name."""
+    tuned = meta.get("tuned")
+    sides = {}
+    if isinstance(tuned, Mapping) and "name" in tuned:
+        sides["tuned"] = {**tuned, "name": f"{tuned['name']}{suffix}"}
+    return {**meta, **sides, "title": f"{label}{suffix}"}
+
+
+def _models(result: Any) -> dict[str, Model]:
+    sides = {side: result.meta.get(side) for side in SIDES}
+    return {side: m for side, m in sides.items() if isinstance(m, Mapping) and "name" in m}
 
 
 def _key(model: Model) -> tuple[str, str]:
@@ -51,7 +70,7 @@ def _key(model: Model) -> tuple[str, str]:
     return str(model["name"]), str(model.get("sha256") or model.get("source", ""))
 
 
-def _longer_names(results: Sequence[Comparison | Result]) -> dict[tuple[str, str], str]:
+def _longer_names(results: Sequence[Any]) -> dict[tuple[str, str], str]:
     """What to call each model: its name, with as few of its folders as tell it from others."""
     alike: dict[str, dict[tuple[str, str], str]] = defaultdict(dict)
     for result in results:

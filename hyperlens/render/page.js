@@ -1,5 +1,5 @@
 "use strict";
-// Draws every chart and token view from the JSON beside it. Nothing is fetched.
+// Draws every chart from the JSON beside it. Nothing is fetched.
 (() => {
   const dark = window.matchMedia("(prefers-color-scheme: dark)");
   const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
@@ -16,7 +16,7 @@
         labelFontSize: 11, gridColor: line, domainColor: line, tickColor: line,
       },
       legend: { labelColor: ink, labelFontSize: 12 },
-      range: { category: [1, 2, 3, 4, 5].map((i) => colour(`--pair-${i}`)) },
+      title: { color: ink },
     };
   };
 
@@ -31,28 +31,19 @@
     await window.vegaEmbed(place, JSON.parse(JSON.stringify(element.spec)), options);
   };
 
-  let views = 0;
-  const drawTokens = (element) => {
-    const given = props(element);
-    element.id = `tokens-${views++}`;
-    CircuitsVis.render(element.id, CircuitsVis.ColoredTokens, given);
-  };
-
   // What is folded away has no width yet: it is drawn when it is opened.
   const visible = (element) => !element.closest("details:not([open])");
   const onScreen = (element) => element.getBoundingClientRect().top < window.innerHeight;
 
-  // One view at a time, with room between for the browser to paint and to scroll: first what is on
-  // the screen, then the charts, then the long texts.
+  // One chart at a time, with room between for the browser to paint and to scroll: first those on
+  // the screen.
   const turn = () => new Promise((resolve) => setTimeout(resolve));
   const draw = async (root) => {
-    const waiting = (kind, paint) => [...root.querySelectorAll(kind)].filter(visible).map((e) => [e, paint]);
-    const all = [...waiting(".chart", drawChart), ...waiting(".tokens", drawTokens)];
-    const first = all.filter(([element]) => onScreen(element));
-    for (const [element, paint] of [...first, ...all]) {
+    const all = [...root.querySelectorAll(".chart")].filter(visible);
+    for (const element of [...all.filter(onScreen), ...all]) {
       if (element.dataset.drawn) continue;
       element.dataset.drawn = "yes";
-      await paint(element);
+      await drawChart(element);
       await turn();
     }
   };

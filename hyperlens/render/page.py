@@ -1,29 +1,26 @@
-"""The page itself: one HTML file with everything inside it and nothing fetched."""
+"""One self-contained page: HTML with everything inside it and nothing fetched."""
 
 from __future__ import annotations
 
-import importlib.util
-import pkgutil
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib import import_module
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from markupsafe import Markup
 
 from .. import __version__
 from ..errors import ResultsError
 from ..files import expand_user, write_text
-from ..results.comparison import Comparison
-from ..results.result import Result
-from . import plain, sections
-from .labels import told_apart
-from .parts import join, pair_name, paragraph, tag
+from . import charts
+from .blocks import Block, Samples, Verdict, flat, joined
+from .format import one_line
+from .html import Content, join, rank_legend, tag, to_html
+from .labels import label_of, told_apart
 
 HERE = Path(__file__).resolve().parent
-AnyResult = Comparison | Result
+# So many sentences stand in the box at the top of a page.
+MAX_FINDINGS = 6
 
 # Nothing may be loaded from anywhere; the charts' expressions are compiled by the page itself.
 POLICY = (
@@ -40,12 +37,28 @@ DOCUMENT = Markup(
 )
 
 
-def write_report(path: str | Path, results: Sequence[AnyResult], title: str | None = None) -> Path:
+@runtime_checkable
+class Presented(Protocol):
+    """What a page asks of a result."""
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+
+    @property
+    def meta(self) -> Mapping[str, Any]:
+        """Models, options, seeds, versions and notes."""
+
+    def blocks(self) -> list[Block]:
+        """Verdicts first, then what they rest on."""
+
+
+def write_report(path: str | Path, results: Any, title: str | None = None) -> Path:
     """Write one self-contained page about any number of results; atomic.
 
     Args:
         path: of the HTML file, which is replaced if it exists.
-        results: comparisons and findings, of one pair of models or of several.
+        results: a result or a list of results, of one pair of models or of several. Sections are
+            in their order; results of one kind share a section.
         title: of the page; None names the models.
 
     Returns:
@@ -54,28 +67,40 @@ def write_report(path: str | Path, results: Sequence[AnyResult], title: str | No
     Raises:
         ResultsError: if there is nothing to show, or the file cannot be written.
     """
-    if not results:
-        raise ResultsError("expected at least one result to report on, got none")
-    results = told_apart(results)
-    by_name: dict[str, list[AnyResult]] = defaultdict(list)
-    for result in results:
+    shown = told_apart(_checked(path, results))
+    by_name: dict[str, list[Any]] = defaultdict(list)
+    for result in shown:
         by_name[result.name].append(result)
-    pairs = list(dict.fromkeys(pair_name(result) for result in results))
-    shown = list(_shown(by_name))
+    sections = {name: _blocks(same) for name, same in by_name.items()}
+    colours = charts.colours([block for blocks in sections.values() for block in blocks])
+    pairs = list(dict.fromkeys(map(label_of, shown)))
     heading = title or ("; ".join(pairs) if len(pairs) < 4 else f"{len(pairs)} pairs of models")
-    top = [tag("h1", heading)]
-    if title:
-        top.append(tag("p", "; ".join(pairs), class_="pairs"))
-    contents = tag(
-        "nav",
-        tag("ol", *(tag("li", tag("a", text, href=f"#{name}")) for name, text, _ in shown)),
-        aria_label="contents",
+    titles = {name: same[0].title for name, same in by_name.items()}
+    body = join(
+        [
+            tag(
+                "header",
+                tag("h1", heading),
+                tag("p", "; ".join(pairs), class_="pairs") if title else "",
+            ),
+            _contents(titles),
+            tag(
+                "main",
+                _findings(by_name),
+                *(
+                    tag(
+                        "section",
+                        tag("h2", titles[name]),
+                        _body(blocks, colours),
+                        id=name.replace("_", "-"),
+                        data_section=name,
+                    )
+                    for name, blocks in sections.items()
+                ),
+            ),
+            _footer(shown),
+        ]
     )
-    bodies = (
-        tag("section", tag("h2", text), body, id=name, data_section=name)
-        for name, text, body in shown
-    )
-    body = join([tag("header", *top, contents), tag("main", *bodies), _footer(results)])
     page = DOCUMENT.format(
         policy=POLICY,
         version=__version__,
@@ -89,71 +114,113 @@ def write_report(path: str | Path, results: Sequence[AnyResult], title: str | No
     return path
 
 
-def section_modules() -> list[ModuleType]:
-    """Every section there is, in the order of the page."""
-    names = (found.name for found in pkgutil.iter_modules(sections.__path__))
-    modules = [import_module(f"{sections.__name__}.{name}") for name in names]
-    return sorted(modules, key=lambda module: module.ORDER)
+def notebook_html(result: Presented) -> str:
+    """A result as HTML for notebooks: no script, charts as pictures, pure ASCII."""
+    blocks = result.blocks()
+    body = join(
+        [
+            tag("style", Markup(_own("notebook.css"))),
+            tag("h3", f"{result.title} {label_of(result)}"),
+            to_html(blocks, charts.colours(blocks), static=True),
+        ]
+    )
+    text = str(tag("div", body, class_="hyperlens"))
+    return text.encode("ascii", "xmlcharrefreplace").decode("ascii")
 
 
-def _shown(by_name: Mapping[str, list[AnyResult]]) -> Iterator[tuple[str, str, Markup]]:
-    """(id, title, body) of every section that has something to show."""
-    modules = section_modules()
-    for module in modules:
-        if results := by_name.get(module.READS):
-            body = _whole(module.READS, module.body, results)
-            if body:
-                yield module.__name__.rsplit(".", 1)[-1].replace("_", "-"), module.TITLE, body
-    with_section = {module.READS for module in modules}
-    for name, results in by_name.items():
-        if name not in with_section:
-            findings = [result for result in results if isinstance(result, Result)]
-            if body := _whole(name, plain.body, findings):
-                yield name.replace("_", "-"), name.replace("_", " ").capitalize(), body
+def _checked(path: Any, results: Any) -> list[Any]:
+    if not isinstance(path, str | Path):
+        raise ResultsError(
+            f"expected write_report(path, results), got a {type(path).__name__} as the path"
+        )
+    several = [results] if isinstance(results, Presented) else results
+    if not isinstance(several, Sequence) or isinstance(several, str):
+        raise ResultsError(f"expected a result or a list of results, got {type(results).__name__}")
+    for one in several:
+        if not isinstance(one, Presented):
+            raise ResultsError(f"expected results of hyperlens, got a {type(one).__name__}")
+    if not several:
+        raise ResultsError("expected at least one result to report on, got none")
+    return list(several)
 
 
-def _whole(
-    name: str, body: Callable[[Any], Markup | None], results: Sequence[AnyResult]
-) -> Markup | None:
-    """A section's body; what a result lacks, because somebody else wrote it, is one error."""
+def _blocks(results: Sequence[Any]) -> list[Block]:
+    """The blocks of all results of one kind; what a result lacks is one error."""
     try:
-        return body(results)
+        return joined([(label_of(result), result.blocks()) for result in results])
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise ResultsError(
-            f"a result of {name} cannot be shown, it lacks something or has it in another form "
-            f"({type(error).__name__}: {error}): expected it as save() wrote it"
+            f"a result of {results[0].name} cannot be shown, it lacks something or has it in "
+            f"another form ({type(error).__name__}: {error}): expected it as save() wrote it"
         ) from error
 
 
-def _footer(results: Sequence[AnyResult]) -> Markup:
-    meta: dict[str, Any] = dict(results[0].meta)
-    versions = ", ".join(f"{name} {version}" for name, version in meta.get("versions", {}).items())
+def _body(blocks: Sequence[Block], colours: charts.Colours) -> Markup:
+    coloured = any(
+        isinstance(block, Samples) and any(text.ranks for text in block.texts)
+        for block in flat(blocks)
+    )
+    return join([to_html(blocks, colours), rank_legend() if coloured else ""])
+
+
+def _contents(titles: Mapping[str, str]) -> Markup:
+    links = (
+        tag("li", tag("a", title, href=f"#{name.replace('_', '-')}"))
+        for name, title in titles.items()
+    )
+    return tag("nav", tag("ol", *links), aria_label="contents")
+
+
+def _findings(by_name: Mapping[str, Sequence[Any]]) -> Markup:
+    """The first answers of every section, each with a link to what it rests on."""
+    items = list(_answers(by_name))
+    return (
+        tag("section", tag("h2", "Findings"), tag("ul", *items), id="findings")
+        if items
+        else join([])
+    )
+
+
+def _answers(by_name: Mapping[str, Sequence[Any]]) -> Iterator[Content]:
+    results = [result for same in by_name.values() for result in same]
+    several = len({label_of(result) for result in results}) > 1
+    each = max(1, MAX_FINDINGS // max(1, len(results)))
+    for result in results:
+        answers = [
+            block for block in result.blocks() if isinstance(block, Verdict) and not block.caution
+        ]
+        for verdict in answers[:each]:
+            of = f" ({label_of(result)})" if several else ""
+            link = tag("a", "evidence", href=f"#{result.name.replace('_', '-')}")
+            yield tag("li", tag("b", f"{verdict.topic}{of}: "), f"{verdict.answer} ", link)
+
+
+def _footer(results: Sequence[Any]) -> Markup:
+    versions = results[0].meta.get("versions", {})
+    listed = ", ".join(f"{name} {version}" for name, version in versions.items())
     return tag(
         "footer",
-        paragraph(
+        tag(
+            "p",
             f"Made by hyperlens {__version__}. Intervals are 95%, over whole sequences or prompts. "
-            "Every number, with options, seeds and hashes, is in the results' JSON files."
+            "Every number, with options, seeds and hashes, is in the results' JSON files.",
         ),
-        paragraph(versions) if versions else "",
-        paragraph(
+        tag("p", one_line(listed)) if listed else "",
+        tag(
+            "p",
             "Measures of arXiv 2605.22579, “Beyond Temperature: Hyperfitting as a Late-Stage "
-            "Geometric Expansion”."
+            "Geometric Expansion”.",
         ),
     )
 
 
 def _scripts(body: Markup) -> Markup:
-    """The JavaScript that what is on the page needs, each once."""
-    needed = []
-    if 'class="chart"' in body:
-        needed.append(_vega())
-    if 'class="tokens"' in body:
-        needed.append(_circuitsvis())
-    needed.append(_own("page.js"))
+    """The page's own script, and the charts' JavaScript where there are any."""
+    needed = [_vega()] if 'class="chart"' in body else []
     # A closing tag inside a string of a library would end the element.
     return Markup("\n").join(
         Markup("<script>{}</script>").format(Markup(code.replace("</script", "<\\/script")))
-        for code in needed
+        for code in (*needed, _own("page.js"))
     )
 
 
@@ -168,12 +235,3 @@ def _vega() -> str:
     # Its stub asks for a snippet; without one, the bundle gives vegaEmbed to the window.
     bundle = vl_convert.javascript_bundle()  # type: ignore[call-arg]
     return f"(() => {{{bundle}}})();"
-
-
-def _circuitsvis() -> str:
-    """Read, not imported: the package's import pulls in torch and tries the network."""
-    found = importlib.util.find_spec("circuitsvis")
-    if found is None or not found.submodule_search_locations:
-        raise ResultsError("circuitsvis is not installed: pip install circuitsvis")
-    folder = Path(next(iter(found.submodule_search_locations)))
-    return (folder / "dist" / "cdn" / "iife.js").read_text(encoding="utf-8")

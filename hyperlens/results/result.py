@@ -1,43 +1,60 @@
-"""What every experiment returns: a small table, the facts needed to repeat it, and its file."""
+"""What every comparison and experiment returns: a table, the facts to repeat it, its presentation.
+
+A subclass names the columns of its table and says what was found (`verdicts`) and what that rests
+on (`evidence`); text, notebook display, page, figures and files come from those.
+"""
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from abc import ABC
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from ..errors import ResultsError
 from ..files import expand_user, new_folder, write_text
+from ..render import charts
+from ..render.blocks import Block, Text, Verdict
+from ..render.format import one_line
+from ..render.labels import label_of, name_of
+from ..render.page import notebook_html, write_report
+from ..render.terminal import to_text
 
 if TYPE_CHECKING:
-    import matplotlib.figure
+    import altair
     import pandas as pd
 
-FORMAT = 1
+# 1 was written by version 0.1; it is still read.
+FORMAT = 2
 
-Found = TypeVar("Found", bound="Result")
+AnyResult = TypeVar("AnyResult", bound="Result")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Result(ABC):
-    """The result of one experiment. Subclasses name it, put it into words and draw it.
+    """The result of one question.
 
     Attributes:
-        name: what the experiment is called; its file is `<name>.json`, and the report shows it
-            with the section of this name.
+        name: what the question is called; its file is `<name>.json`.
+        title: the question, as a heading.
         columns: the columns of the table, in order.
+        old_names: what files of version 0.1 call it.
+        renamed: columns, keys and words of version 0.1 to what they are called now.
         table: one mapping per row, with exactly these columns; JSON values, NaN allowed.
         extras: what does not fit a table (texts, histograms), as JSON values.
-        meta: everything needed to repeat the run: models and their hashes, options, seeds,
-            versions, data hash, and `notes` for the reader.
+        meta: everything needed to repeat the run: models and their hashes, `corpus`, `options`,
+            `seed`, `versions`, and `notes` for the reader.
     """
 
     name: ClassVar[str]
+    title: ClassVar[str]
     columns: ClassVar[tuple[str, ...]]
+    old_names: ClassVar[tuple[str, ...]] = ()
+    renamed: ClassVar[Mapping[str, str]] = {}
 
     table: tuple[Mapping[str, Any], ...]
     extras: Mapping[str, Any] = field(default_factory=dict)
@@ -51,13 +68,48 @@ class Result(ABC):
                     f"{sorted(self.columns)}"
                 )
 
-    @abstractmethod
-    def summary(self) -> str:
-        """What was found, in a screenful of plain text."""
+    def verdicts(self) -> list[Verdict]:
+        """The answers, each with the number that decides it; cautions last."""
+        return []
 
-    @abstractmethod
-    def plot(self) -> matplotlib.figure.Figure:
-        """The figure."""
+    def evidence(self) -> list[Block]:
+        """Tables, charts and texts that the verdicts rest on."""
+        return []
+
+    @property
+    def base_name(self) -> str:
+        """What the base model is called in tables and charts."""
+        return name_of(self, "base")
+
+    @property
+    def tuned_name(self) -> str:
+        """What the tuned model is called in tables and charts."""
+        return name_of(self, "tuned")
+
+    @property
+    def notes(self) -> list[str]:
+        """What a reader should know of the models and the data."""
+        return [one_line(note) for note in self.meta.get("notes", [])]
+
+    def blocks(self) -> list[Block]:
+        """All that is shown of the result: verdicts, evidence, notes."""
+        notes = [Text(note, role="note") for note in self.notes]
+        return [*self.verdicts(), *self.evidence(), *notes]
+
+    def conclusions(self) -> list[str]:
+        """The verdicts as sentences."""
+        return [verdict.answer for verdict in self.verdicts()]
+
+    def summary(self) -> str:
+        """Verdicts and tables in a screenful of plain text."""
+        return to_text(f"{self.title}  {label_of(self)}", self.blocks())
+
+    def plot(self) -> altair.TopLevelMixin | None:
+        """The charts as one Altair figure, which shows itself in notebooks; None without any.
+
+        It can be restyled, and saved with `.save("figure.svg")` (or .png, .pdf, .html).
+        """
+        return charts.figure(self.blocks(), label_of(self))
 
     def to_frame(self) -> pd.DataFrame:
         """The table as pandas."""
@@ -65,98 +117,188 @@ class Result(ABC):
 
         return pd.DataFrame([dict(row) for row in self.table], columns=list(self.columns))
 
-    def select(self, **wanted: Any) -> list[Mapping[str, Any]]:
-        """Rows whose columns have these values, in order."""
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as JSON values, NaN and infinity included as floats."""
+        return {
+            "format": FORMAT,
+            "name": self.name,
+            "meta": dict(self.meta),
+            "extras": dict(self.extras),
+            "table": [dict(row) for row in self.table],
+        }
+
+    def rows(self, **wanted: Any) -> list[Mapping[str, Any]]:
+        """Rows whose columns have these values, in order; none where nothing was measured."""
         return [row for row in self.table if all(row[k] == v for k, v in wanted.items())]
+
+    def select(self, **wanted: Any) -> list[Mapping[str, Any]]:
+        """Rows whose columns have these values, in order.
+
+        Raises:
+            ResultsError: if there is no such column, or no row has one of the values.
+        """
+        for column, value in wanted.items():
+            if column not in self.columns:
+                raise ResultsError(unknown("column", column, self.columns))
+            known = list(dict.fromkeys(row[column] for row in self.table))
+            if value not in known:
+                raise ResultsError(unknown(column, value, known))
+        return self.rows(**wanted)
+
+    def at(self, **wanted: Any) -> Mapping[str, Any]:
+        """The one row whose columns have these values.
+
+        Raises:
+            ResultsError: if there is none, or more than one.
+        """
+        found = self.select(**wanted)
+        if len(found) != 1:
+            raise ResultsError(
+                f"{len(found)} rows of {self.name} have {wanted}: name the columns that tell one "
+                f"row from the others, among {', '.join(self.columns)}"
+            )
+        return found[0]
+
+    def value(self, **wanted: Any) -> float:
+        """The number in the one row whose columns have these values.
+
+        Raises:
+            ResultsError: if there is no such row, or more than one.
+        """
+        return float(self.at(**wanted)["value"])
 
     def __str__(self) -> str:
         return self.summary()
 
-    def save(self, folder: str | Path) -> Path:
-        """Write <name>.json, <name>.csv, summary.txt, the figure and report.html.
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({label_of(self)}, {len(self.table)} rows)"
+
+    def _repr_html_(self) -> str:
+        return notebook_html(self)
+
+    def save(self, folder: str | Path, *, figures: bool = False) -> Path:
+        """Write <name>.json, <name>.csv, summary.txt and report.html into a new folder.
 
         The folder appears whole or not at all.
+
+        Args:
+            folder: a new one.
+            figures: write the charts as <name>.svg and <name>.png, too.
 
         Raises:
             ResultsError: if the folder exists and is not empty, or cannot be written.
         """
-        from ..render import write_report
-
         folder = expand_user(folder)
         with new_folder(folder) as staging:
             self.write(staging)
-            self.to_frame().to_csv(staging / f"{self.name}.csv", index=False)
+            self.to_frame().to_csv(staging / self.csv_name(), index=False)
             write_text(staging / "summary.txt", self.summary() + "\n")
-            figure = self.plot()
-            figure.savefig(staging / f"{self.name}.png", dpi=150)
-            figure.savefig(staging / f"{self.name}.svg")
             write_report(staging / "report.html", [self])
+            figure = self.plot() if figures else None
+            if figure is not None:
+                write_text(staging / f"{self.name}.svg", charts.svg(figure))
+                (staging / f"{self.name}.png").write_bytes(charts.png(figure))
         return folder
+
+    @classmethod
+    def csv_name(cls) -> str:
+        """What the table is called in a saved folder."""
+        return f"{cls.name}.csv"
 
     def write(self, folder: Path) -> Path:
         """Write only <name>.json into a folder that exists; atomic."""
-        data = {
-            "format": FORMAT,
-            "name": self.name,
-            "meta": self.meta,
-            "extras": self.extras,
-            "table": self.table,
-        }
         try:
-            text = json.dumps(_marked(data), indent=1, allow_nan=False)
+            text = json.dumps(_mark(self.to_dict()), indent=1, allow_nan=False)
         except (TypeError, ValueError) as error:
             raise ResultsError(
-                f"{self.name} holds something that is not JSON ({error}): experiments return plain "
-                "numbers, strings, lists and dicts"
+                f"{self.name} holds something that is not JSON ({error}): probes and experiments "
+                "return plain numbers, strings, lists and dicts"
             ) from None
         path = folder / f"{self.name}.json"
         write_text(path, text)
         return path
 
     @classmethod
-    def load(cls: type[Found], folder: str | Path) -> Found:
+    def load(cls: type[AnyResult], folder: str | Path) -> AnyResult:
         """Read back what `save` or `write` wrote; every number returns bit for bit.
 
         Raises:
-            ResultsError: if the folder holds no readable result of this experiment.
+            ResultsError: if the folder holds no readable result of this kind.
         """
-        path = expand_user(folder) / f"{cls.name}.json"
+        folder = expand_user(folder)
+        names = [f"{name}.json" for name in (cls.name, *cls.old_names)]
+        path = next((folder / name for name in names if (folder / name).exists()), None)
+        if path is None:
+            raise ResultsError(f"no {names[0]} in {folder}: expected it as save() wrote it")
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-            if data["format"] != FORMAT or data["name"] != cls.name:
+            data = _unmark(json.loads(path.read_text(encoding="utf-8")))
+            if data["format"] not in (1, FORMAT):
                 raise ResultsError(
-                    f"{path} has format {data['format']} of {data['name']!r}, expected format "
-                    f"{FORMAT} of {cls.name!r}; run the experiment again"
+                    f"{path} has format {data['format']}, this version reads formats 1 and "
+                    f"{FORMAT}: run it again, or install the version that wrote it"
                 )
-            plain = _unmarked(data)
-            return cls(table=tuple(plain["table"]), extras=plain["extras"], meta=plain["meta"])
-        except FileNotFoundError:
-            raise ResultsError(
-                f"no {path.name} in {folder}: expected it as save() wrote it"
-            ) from None
+            if data["format"] == 1:
+                data = cls.from_format_1(data)
+            if data["name"] != cls.name:
+                raise ResultsError(f"{path} is of {data['name']!r}, expected {cls.name!r}")
+            if not isinstance(data["meta"], dict) or not isinstance(data["extras"], dict):
+                raise TypeError("meta and extras must be objects")
+            return cls(table=tuple(data["table"]), extras=data["extras"], meta=data["meta"])
         except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError) as error:
             raise ResultsError(f"{path} is not readable as {cls.name}: {error}") from None
+
+    @classmethod
+    def from_format_1(cls, data: dict[str, Any]) -> dict[str, Any]:
+        """What version 0.1 wrote, with the names of today."""
+        if data["name"] not in (cls.name, *cls.old_names):
+            raise ResultsError(f"a file of {data['name']!r}, expected {cls.name!r}")
+        meta = dict(data["meta"])
+        if "data" in meta:
+            meta["corpus"] = meta.pop("data")
+        return {
+            **data,
+            "name": cls.name,
+            "meta": meta,
+            "table": _rename(data["table"], cls.renamed),
+            "extras": _rename(data["extras"], cls.renamed),
+        }
+
+
+def unknown(what: str, given: Any, known: Sequence[Any]) -> str:
+    """The message about a name that does not exist, with the nearest one that does."""
+    near = difflib.get_close_matches(str(given), list(map(str, known)), n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return f"no {what} {given!r}: expected one of {', '.join(map(str, known))}{hint}"
+
+
+def _rename(value: Any, renamed: Mapping[str, str]) -> Any:
+    """Keys and words by their names of today, wherever they stand."""
+    if isinstance(value, Mapping):
+        return {renamed.get(key, key): _rename(inner, renamed) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_rename(inner, renamed) for inner in value]
+    return renamed.get(value, value) if isinstance(value, str) else value
 
 
 _NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
-def _marked(value: Any) -> Any:
+def _mark(value: Any) -> Any:
     """JSON has no NaN and no infinity: a one-key object stands for them."""
     if isinstance(value, float) and not math.isfinite(value):
         return {"float": str(value)}
     if isinstance(value, Mapping):
-        return {key: _marked(inner) for key, inner in value.items()}
+        return {key: _mark(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_marked(inner) for inner in value]
+        return [_mark(inner) for inner in value]
     return value
 
 
-def _unmarked(value: Any) -> Any:
+def _unmark(value: Any) -> Any:
     if isinstance(value, dict):
         if value.keys() == {"float"} and value["float"] in _NOT_FINITE:
             return _NOT_FINITE[value["float"]]
-        return {key: _unmarked(inner) for key, inner in value.items()}
+        return {key: _unmark(inner) for key, inner in value.items()}
     if isinstance(value, list):
-        return [_unmarked(inner) for inner in value]
+        return [_unmark(inner) for inner in value]
     return value

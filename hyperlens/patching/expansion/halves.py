@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ...errors import CorpusError
 from ...passes.streams import StreamPair, StreamSpec
-from ...results.comparison import ProbeResult
+from ...results.rows import ProbeResult
 from ...statistics.moments import moments_of
 from ..spectrum import Cloud
 from .interventions import Side

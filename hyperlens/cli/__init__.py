@@ -1,0 +1,150 @@
+"""The command line: one command per question, and one line on stderr for what goes wrong.
+
+Nothing heavy is imported before a command runs: --help and a mistyped option answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import io
+import logging
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from importlib import import_module
+from typing import Any, NoReturn
+
+from .. import __version__
+from ..errors import HyperlensError
+from ..options import DEBUG, STYLE
+from ..questions import QUESTIONS
+from . import demo, experiments, hyperfit, merge, report
+
+DESCRIPTION = """\
+What did fine-tuning change inside a language model, in which block, and is it real?
+
+Examples:
+  hyperlens demo
+  hyperlens compare ./base ./tuned --texts held_out.txt --out comparison
+  hyperlens hyperfit ./base --texts stories.txt --recipe demo --out hyperfitted
+
+`hyperlens COMMAND --help` tells more. Exit codes: 0 done, 1 an error (one line on stderr),
+2 a wrong command line, 130 interrupted."""
+
+OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+
+
+class Parser(argparse.ArgumentParser):
+    """Says which option was probably meant by one that does not exist."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the usage and the message, and exit with 2."""
+        word = message.rpartition(" ")[2]
+        if message.startswith("unrecognized arguments") and word.startswith("--"):
+            known = [name for action in self._actions for name in action.option_strings]
+            if near := difflib.get_close_matches(word.partition("=")[0], known, n=1):
+                message += f"; did you mean {near[0]}?"
+        super().error(message)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse does, but unknown options are reported by the command they were given to."""
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            getattr(found, "parser", self).error(f"unrecognized arguments: {' '.join(unknown)}")
+        return found
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands, in the order in which --help lists them."""
+    parser = Parser(prog="hyperlens", description=DESCRIPTION, **STYLE)
+    parser.add_argument("--version", action="version", version=f"hyperlens {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", title="commands", parser_class=Parser)
+    demo.add(commands)
+    for question in QUESTIONS:
+        if not question.command:
+            experiments.add(commands, question)
+    # Commands of their own; that of patching serves all of its questions.
+    own = dict.fromkeys(question.command for question in QUESTIONS if question.command)
+    for module in own:
+        import_module(f"hyperlens.{module}").add(commands)
+    for command in (hyperfit, merge, report):
+        command.add(commands)
+    for name, one in commands.choices.items():
+        one.set_defaults(parser=one, command=name)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: the arguments; None takes the program's own.
+
+    Returns:
+        The exit code: 0 done, 1 an error, 2 wrong usage, 130 interrupted.
+    """
+    try:
+        parser = build_parser()
+        args = parser.parse_args(argv)
+        if "run" not in args:  # no command
+            _say(parser.format_help().rstrip())
+            return OK
+    except SystemExit as stop:  # argparse has said why
+        return stop.code if isinstance(stop.code, int) else USAGE
+    debug = args.debug or os.environ.get(DEBUG, "") not in ("", "0")
+    try:
+        with _only_our_voice(debug):
+            text = args.run(args)
+        # Started several times by torchrun, a command answers once.
+        if os.environ.get("RANK", "0") == "0":
+            _say(text)
+        return OK
+    except BrokenPipeError:  # whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except KeyboardInterrupt:
+        _complain(args.interrupted(args) if "interrupted" in args else "interrupted")
+        return INTERRUPTED
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        if isinstance(error, HyperlensError):
+            _complain(f"error: {error}")
+        elif isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+            _complain("error: out of memory: lower --batch-size, or choose another --device")
+        else:
+            hint = "" if debug else "; see the traceback with --debug, and please report it"
+            _complain(f"unexpected error: {type(error).__name__}: {error}{hint}")
+        return FAILED
+
+
+@contextmanager
+def _only_our_voice(debug: bool) -> Iterator[None]:
+    """Keep what other libraries print, log and warn off the terminal, unless debugging."""
+    if debug:
+        yield
+        return
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def _say(text: str) -> None:
+    """Print, whatever the terminal's alphabet."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, "replace").decode(encoding), flush=True)
+
+
+def _complain(text: str) -> None:
+    encoding = sys.stderr.encoding or "utf-8"
+    line = " ".join(f"hyperlens: {text}".split())
+    print(line.encode(encoding, "backslashreplace").decode(encoding), file=sys.stderr)

@@ -1,0 +1,167 @@
+"""The options of a command from the signature and docstring of its function, without importing it.
+
+Importing an experiment loads torch, which takes seconds; `--help` reads the source instead. So
+defaults and descriptions are written once, in the function.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import re
+from collections.abc import Callable, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..options import list_of, names
+
+# Given by every command in the same way, or not from the command line at all.
+SHARED = {"base", "tuned", "texts", "device", "dtype", "progress"}
+
+
+class Signature(NamedTuple):
+    """A function as its command needs it.
+
+    Attributes:
+        summary: the first line of its docstring.
+        description: the rest, before "Args:".
+        options: keyword-only parameters.
+        examples: the module's EXAMPLES, lines of the command line.
+    """
+
+    summary: str
+    description: str
+    options: list[Option]
+    examples: tuple[str, ...]
+
+
+class Option(NamedTuple):
+    """One keyword-only parameter: its name, annotation, default and description."""
+
+    name: str
+    annotation: str
+    default: Any
+    text: str
+
+
+def read_signature(module: str, function: str) -> Signature:
+    """Read a function's signature from the source of its module.
+
+    Args:
+        module: its full name.
+        function: a function at its top level.
+    """
+    tree = ast.parse(_source(module))
+    constants = _constants(tree)
+    node = next(n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == function)
+    doc = ast.get_docstring(node) or ""
+    about = doc.split("\nArgs:")[0]
+    summary, _, rest = about.partition("\n\n")
+    texts = _parameter_texts(doc)
+    options = [
+        Option(
+            one.arg, ast.unparse(one.annotation), _value(default, constants), texts.get(one.arg, "")
+        )
+        for one, default in zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True)
+        if one.annotation is not None and default is not None
+    ]
+    return Signature(summary, rest.strip(), options, tuple(constants.get("EXAMPLES", ())))
+
+
+def _source(module: str) -> str:
+    spec = find_spec(module)
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError(module)
+    return Path(spec.origin).read_text(encoding="utf-8")
+
+
+def _constants(tree: ast.Module) -> dict[str, Any]:
+    """Literals that are given a name at the top of a module."""
+    found: dict[str, Any] = {}
+    for node in tree.body:
+        if isinstance(node, ast.AnnAssign) and node.value is not None:
+            targets: list[ast.expr] = [node.target]
+            value = node.value
+        elif isinstance(node, ast.Assign):
+            targets, value = node.targets, node.value
+        else:
+            continue
+        for target in targets:
+            if isinstance(target, ast.Name):
+                try:
+                    found[target.id] = _value(value, found)
+                except ValueError:
+                    continue
+    return found
+
+
+def _value(node: ast.expr, constants: Mapping[str, Any]) -> Any:
+    """A default: a literal, a constant of the module, or tuple(...) of one."""
+    if isinstance(node, ast.Name) and node.id in constants:
+        return constants[node.id]
+    if isinstance(node, ast.Call) and ast.unparse(node.func) == "tuple":
+        return tuple(_value(node.args[0], constants))
+    if isinstance(node, ast.Dict):
+        return {ast.literal_eval(key): None for key in node.keys if key is not None}
+    return ast.literal_eval(node)
+
+
+def _parameter_texts(doc: str) -> dict[str, str]:
+    """Parameter to its description, from the "Args:" of a docstring."""
+    found: dict[str, str] = {}
+    section = re.search(r"\nArgs:\n(.*?)(?:\n\S|\Z)", doc, re.S)
+    if section is None:
+        return found
+    for parameters, text in re.findall(
+        r"^    ([a-z][\w, ]*): (.*?)(?=\n    \S|\Z)", section[1], re.S | re.M
+    ):
+        for name in parameters.split(","):
+            found[name.strip()] = " ".join(text.split())
+    return found
+
+
+def add_options(group: Any, options: list[Option]) -> None:
+    """An argparse option for every parameter that is the function's own."""
+    for one in options:
+        if one.name not in SHARED:
+            _add(group, one)
+
+
+# Annotation, without "| None", to what reads a value and what it is called in --help.
+KINDS: dict[str, tuple[Callable[[str], Any], str]] = {
+    "int": (int, "N"),
+    "float": (float, "X"),
+    "str": (str, "NAME"),
+    "Any": (str, "MODEL"),
+    "Sequence[str]": (names, "NAME[,NAME]"),
+    "Sequence[Probe | str]": (names, "NAME[,NAME]"),
+    "Sequence[int]": (list_of(int, "0,1,2"), "N[,N]"),
+    "Sequence[float]": (list_of(float, "0.1,0.5,1"), "X[,X]"),
+    "Backend": (str, "NAME"),
+}
+
+
+def _add(group: Any, one: Option) -> None:
+    option = f"--{one.name.replace('_', '-')}"
+    text = f"{one.text.rstrip('.')} (default: {_shown(one.default)})".replace("%", "%%")
+    if one.annotation == "bool":
+        action = argparse.BooleanOptionalAction
+        group.add_argument(option, action=action, default=one.default, help=text)
+        return
+    kind, metavar = KINDS[one.annotation.removesuffix(" | None")]
+    group.add_argument(option, type=kind, default=one.default, metavar=metavar, help=text)
+
+
+def _shown(default: Any) -> str:
+    if isinstance(default, tuple | list):
+        return ",".join(map(_shown, default))
+    if isinstance(default, bool):
+        return "yes" if default else "no"
+    return (
+        "none"
+        if default is None
+        else f"{default:g}"
+        if isinstance(default, float)
+        else str(default)
+    )

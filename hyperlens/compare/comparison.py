@@ -1,0 +1,541 @@
+"""The result of compare_models: one long table, and what it says about output, layers and norm."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from typing import Any, ClassVar
+
+from ..errors import ResultsError
+from ..render import charts
+from ..render.blocks import Axis, Block, Chart, Details, Grid, Heading, Role, Table, Text, Verdict
+from ..render.format import (
+    COSINE,
+    DIMENSIONS,
+    DISTANCE,
+    MISSING,
+    NATS,
+    NUMBER,
+    PERCENT,
+    Form,
+    count,
+    interval,
+    one_line,
+)
+from ..results.result import Result, unknown
+from ..results.rows import COLUMNS, Row
+from .audit import Decomposition, audit, largest_step, last_block, unchanged
+
+# Below this width a model says little about those that people use.
+SMALL_WIDTH = 1024
+# Layers in the table of the summary; the other tables and the frame have all of them.
+MAX_LAYERS = 14
+
+DIMENSION = "Δ effective dimension"
+VIEWS = {
+    "raw": "raw residual stream",
+    "unit_rms": "scaled to unit RMS",
+    "final_norm": "after the final norm",
+}
+FORMS: Mapping[str, Form] = {
+    "cosine": COSINE,
+    "spearman": COSINE,
+    "l2": DISTANCE,
+    "relative_l2": DISTANCE,
+    "delta": DIMENSIONS,
+    "kl": NATS,
+    "base_entropy": NATS,
+    "tuned_entropy": NATS,
+    **dict.fromkeys(
+        ("top1_agreement", "rank_1", "rank_2_10", "rank_gt_10", "rank_ge_200"), PERCENT
+    ),
+}
+OUTPUT = {
+    ("rank_reordering", "rank_1"): "top-1 prediction is the base's too (base rank 1)",
+    ("rank_reordering", "rank_2_10"): "top-1 prediction from base ranks 2-10",
+    ("rank_reordering", "rank_gt_10"): "top-1 prediction from below base rank 10",
+    ("rank_reordering", "rank_ge_200"): "of which from base rank 200 or lower",
+    ("rank_reordering", "spearman"): "Spearman's ρ of the logits over the vocabulary",
+    ("logit_lens", "kl"): "KL(tuned ‖ base)",
+    ("logit_lens", "base_entropy"): "entropy of the base",
+    ("logit_lens", "tuned_entropy"): "entropy of the tuned model",
+}
+LAYERS = {
+    "cosine": ("drift", "cosine", "raw"),
+    "relative L2": ("drift", "relative_l2", "raw"),
+    "ΔPR raw [95%]": ("participation_ratio", "delta", "raw"),
+    "ΔPR final norm": ("participation_ratio", "delta", "final_norm"),
+    "lens agrees": ("logit_lens", "top1_agreement", "final_norm"),
+}
+LENS = {
+    "top1_agreement": (
+        "agreement of the two lenses",
+        "share of tokens with the same top-1",
+        "share",
+    ),
+    "kl": ("KL(tuned ‖ base)", "nats", "zero"),
+    "median_base_rank": ("median base rank of the tuned model's final top-1", "rank", "log"),
+}
+PROBES = {
+    "drift": "drift",
+    "participation_ratio": "effective dimension",
+    "logit_lens": "logit lens",
+    "rank_reordering": "output ranks",
+    "artefact_audit": "last layer with sinks and BOS",
+}
+EXCLUSIONS = {
+    "n_bos": "BOS position",
+    "n_empty": "empty text",
+    "n_short": "one-token text",
+    "n_cut": "text cut at its end",
+}
+LAYER = Axis("layer", "layer (0 = embedding, l = output of block l - 1)")
+NO_CHANGE = "No change: everything measured reads exactly as for two identical models."
+PR_NOTE = (
+    "PR is the participation ratio tr(Σ)²/‖Σ‖² of the stream's covariance, its effective "
+    "dimension: how many directions share its variance. Its intervals take out that tokens of one "
+    "text resemble each other, so they may lie to one side of the value."
+)
+AUDIT_NOTE = (
+    "Hugging Face's last hidden state is taken after the final norm and all others before it, and "
+    "scripts count BOS and attention sinks (a few tokens with huge norms) as well. So a jump at "
+    "the last layer may come from how it is read. Here the number as usually read is a sum of "
+    "parts; only the raw part is the blocks' work, and only what is new since the layer before is "
+    "the last block's."
+)
+
+
+class Comparison(Result):
+    """What fine-tuning changed, block by block.
+
+    Attributes:
+        table: one mapping per number; `to_frame()` gives it as pandas, `rows_of()` as `Row`s.
+        extras: per probe, what does not fit a table (histograms), as JSON values.
+        meta: everything needed to repeat the run: models and their hashes, options, versions,
+            seed, corpus hash, counts of what was excluded, and `notes` for the reader.
+    """
+
+    name: ClassVar[str] = "comparison"
+    title: ClassVar[str] = "What did fine-tuning change, and where?"
+    columns: ClassVar[tuple[str, ...]] = COLUMNS
+
+    @classmethod
+    def of(
+        cls, rows: Iterable[Row], extras: Mapping[str, Any], meta: Mapping[str, Any]
+    ) -> Comparison:
+        """From the rows that probes compute."""
+        return cls(tuple(row._asdict() for row in rows), extras, meta)
+
+    @cached_property
+    def long(self) -> tuple[Row, ...]:
+        """The table as `Row`s."""
+        return tuple(Row(**row) for row in self.table)
+
+    @property
+    def n_layers(self) -> int:
+        """Number of blocks L of the compared models."""
+        return int(self.meta["n_layers"])
+
+    def measured(self, probe: str, metric: str, view: str | None = None) -> list[Row]:
+        """Rows of one metric in order of layer, in one view if given; none if not measured."""
+        chosen = (row for row in self.long if (row.probe, row.metric) == (probe, metric))
+        return sorted((r for r in chosen if view in (None, r.view)), key=lambda r: r.layer)
+
+    def select(  # type: ignore[override]
+        self, probe: str, metric: str | None = None, view: str | None = None
+    ) -> list[Row]:
+        """Rows of one probe, of one metric and view if given, in order of layer.
+
+        Raises:
+            ResultsError: if there is no such probe, or it has no such metric or view.
+        """
+        for column, given in (("probe", probe), ("metric", metric), ("view", view)):
+            near = [r for r in self.long if column == "probe" or r.probe == probe]
+            known = list(dict.fromkeys(getattr(row, column) for row in near))
+            if given is not None and given not in known:
+                raise ResultsError(unknown(column, given, known))
+        chosen = (r for r in self.long if r.probe == probe and metric in (None, r.metric))
+        return sorted((r for r in chosen if view in (None, r.view)), key=lambda r: r.layer)
+
+    def at(  # type: ignore[override]
+        self, probe: str, metric: str, layer: int, view: str
+    ) -> Row:
+        """One row of the table.
+
+        Args:
+            probe, metric, view: as in the table.
+            layer: 0 to L; negative layers count from the last.
+
+        Raises:
+            ResultsError: if there is no such probe, metric or view, or the layer was not measured.
+        """
+        wanted = layer + self.n_layers + 1 if layer < 0 else layer
+        found = {row.layer: row for row in self.select(probe, metric, view)}
+        if wanted not in found:
+            raise ResultsError(f"layer {layer} was not measured: expected one of {[*found]}")
+        return found[wanted]
+
+    def value(  # type: ignore[override]
+        self, probe: str, metric: str, layer: int, view: str
+    ) -> float:
+        """The number in one row of the table; see `at`.
+
+        Raises:
+            ResultsError: if there is no such row.
+        """
+        return self.at(probe, metric, layer, view).value
+
+    @classmethod
+    def csv_name(cls) -> str:
+        """The tidy table."""
+        return "layers.csv"
+
+    @classmethod
+    def from_format_1(cls, data: dict[str, Any]) -> dict[str, Any]:
+        """Version 0.1 wrote rows as lists, null for NaN and words for infinity."""
+        rows = [_row_of_format_1(row)._asdict() for row in data["rows"]]
+        return {"name": cls.name, "meta": data["meta"], "extras": data["extras"], "table": rows}
+
+    def plot_ranks(self) -> Any:
+        """Base ranks of the tuned model's top-1 predictions (Figure 4 of arXiv 2605.22579).
+
+        An Altair chart, or None where ranks were not measured.
+        """
+        found = self._histogram()
+        return charts.draw(found, titled=True) if found else None
+
+    def verdicts(self) -> list[Verdict]:
+        """Output, layers, dimension, and how much of it is the last block's or the norm's."""
+        if unchanged(self):
+            return [Verdict("changed?", NO_CHANGE)]
+        found = [self._output_verdict(), self._where_verdict(), self._dimension_verdict()]
+        found += [_audit_verdict(self, one) for one in audit(self)[:1]]
+        return [verdict for verdict in found if verdict is not None]
+
+    def _output_verdict(self) -> Verdict | None:
+        shares = {row.metric: row for row in self._at_output("rank_reordering")}
+        if not {"rank_1", "rank_gt_10"} <= shares.keys():
+            return None
+        same, far = (interval(shares[m]._asdict(), PERCENT) for m in ("rank_1", "rank_gt_10"))
+        return Verdict(
+            "output",
+            f"The tuned model's top-1 prediction is the base's in {same} of contexts; in {far} it "
+            "comes from below the base's rank 10, which no temperature can do.",
+        )
+
+    def _where_verdict(self) -> Verdict | None:
+        step = largest_step(self, "drift", "relative_l2")
+        if step is None or step.change == 0:
+            return None
+        return Verdict(
+            "where",
+            f"The raw residual streams part most in block {step.layer - 1}: their relative L2 "
+            f"distance goes from {DISTANCE(step.before)} to {DISTANCE(step.after)} there.",
+        )
+
+    def _dimension_verdict(self) -> Verdict | None:
+        rows = {row.layer: row for row in self.measured("participation_ratio", "delta", "raw")}
+        last = rows.get(self.n_layers)
+        if last is None:
+            return None
+        total = interval(last._asdict(), DIMENSIONS)
+        added = last_block(self)
+        by_last = f"; the last block adds {DIMENSIONS(added)} of it" if added is not None else ""
+        return Verdict(
+            "dimension",
+            f"At the last layer the effective dimension of the raw stream has changed by {total}, "
+            f"all blocks together{by_last}.",
+        )
+
+    def evidence(self) -> list[Block]:
+        """Output, layers, audit and ranks."""
+        return [
+            *self._small(),
+            *self._output(),
+            *self._layers(),
+            *self._audit(),
+            *self._ranks(),
+            *self._inputs(),
+        ]
+
+    def _small(self) -> list[Block]:
+        if int(self.meta.get("d_model", SMALL_WIDTH)) >= SMALL_WIDTH:
+            return []
+        return [
+            Text(
+                "These are small models: a demonstration of the measurements, not evidence about "
+                "large models.",
+                role="note",
+            )
+        ]
+
+    def _at_output(self, probe: str) -> list[Row]:
+        return [
+            row
+            for row in self.long
+            if row.probe == probe and row.layer == self.n_layers and row.view == "final_norm"
+        ]
+
+    def _output(self) -> list[Block]:
+        found = {
+            (r.probe, r.metric): r
+            for p in ("rank_reordering", "logit_lens")
+            for r in self._at_output(p)
+        }
+        rows = [
+            [words, interval(found[key]._asdict(), FORMS[key[1]])]
+            for key, words in OUTPUT.items()
+            if key in found
+        ]
+        if not rows:
+            return [Text("Neither output ranks nor the logit lens was measured.")]
+        caption = "teacher-forced, over all tokens of the texts, 95% intervals over texts"
+        return [
+            Heading("The output"),
+            Table(["at the output", self.tuned_name], rows, caption, joins=True),
+        ]
+
+    def _layers(self) -> list[Block]:
+        table = self._layer_table(MAX_LAYERS)
+        drawn = self._layer_charts()
+        if not drawn and not table:
+            return [Text("None of drift, effective dimension and logit lens was measured.")]
+        blocks: list[Block] = [Heading("Along the layers"), *table]
+        if drawn:
+            blocks.append(Grid(drawn))
+        return [*blocks, Text(PR_NOTE), *self._dimensions()]
+
+    def _layer_table(self, most: int) -> list[Block]:
+        columns = {
+            heading: self._column(*which, "[" in heading) for heading, which in LAYERS.items()
+        }
+        columns = {heading: cells for heading, cells in columns.items() if cells}
+        layers = sorted({layer for cells in columns.values() for layer in cells})
+        if not layers:
+            return []
+        shown = chosen_layers(layers, most)
+        table = [
+            [
+                str(layer),
+                str(layer - 1) if layer else "embedding",
+                *(cells.get(layer, MISSING) for cells in columns.values()),
+            ]
+            for layer in shown
+        ]
+        caption = "the layers in between are in to_frame()" if len(shown) < len(layers) else ""
+        return [Table(["layer", "block", *columns], table, caption)]
+
+    def _column(self, probe: str, metric: str, view: str, with_interval: bool) -> dict[int, str]:
+        """Layer to the number there as text."""
+        form, rows = FORMS[metric], self.measured(probe, metric, view)
+        if with_interval:
+            return {row.layer: interval(row._asdict(), form) for row in rows}
+        return {row.layer: form(row.value) for row in rows}
+
+    def _layer_charts(self) -> list[Chart]:
+        """Drift once (its cosine is the same in two views), dimension in every view."""
+        drawn = [
+            self._line(
+                "drift", "relative_l2", "raw", "relative L2 distance of the raw streams", "zero"
+            ),
+            self._line("drift", "cosine", "raw", "cosine of the raw streams", "data"),
+            *(
+                self._line(
+                    "participation_ratio", "delta", view, f"Δ effective dimension, {words}", "zero"
+                )
+                for view, words in VIEWS.items()
+            ),
+        ]
+        return [chart for chart in drawn if chart is not None]
+
+    def _line(self, probe: str, metric: str, view: str, title: str, scale: Any) -> Chart | None:
+        rows = [
+            {
+                "series": self.tuned_name,
+                "layer": row.layer,
+                "value": row.value,
+                "low": row.low,
+                "high": row.high,
+                "tokens": row.n,
+            }
+            for row in self.measured(probe, metric, view)
+            if math.isfinite(row.value)
+        ]
+        if not rows:
+            return None
+        ends = "; ".join(
+            f"{row['value']:.3g} at layer {row['layer']}" for row in (rows[0], rows[-1])
+        )
+        roles: dict[str, Role] = {self.tuned_name: "tuned"}
+        y = Axis("value", title.split(",")[0], scale)
+        return Chart("lines", title, f"{title}, by layer: {ends}", rows, LAYER, y, roles)
+
+    def _dimensions(self) -> list[Block]:
+        rows = []
+        for view in VIEWS:
+            sides = {
+                metric: {
+                    row.layer: row for row in self.measured("participation_ratio", metric, view)
+                }
+                for metric in ("base", "tuned", "delta")
+            }
+            for layer, delta in sides["delta"].items():
+                cells = [
+                    interval(sides[side][layer]._asdict(), NUMBER)
+                    if layer in sides[side]
+                    else MISSING
+                    for side in ("base", "tuned")
+                ]
+                rows.append([str(layer), view, *cells, interval(delta._asdict(), DIMENSIONS)])
+        head = ["layer", "view", "base", "tuned", "tuned - base [95%]"]
+        return [Details("effective dimension at every layer", [Table(head, rows)])] if rows else []
+
+    def _audit(self) -> list[Block]:
+        rows = [_audit_row(one) for one in audit(self)]
+        if not rows:
+            text = (
+                "The audit needs the last layer raw, after the final norm, and with sinks and BOS."
+            )
+            return [Text(text, role="note")]
+        head = [
+            "at the last layer, all blocks together",
+            "as usually read",
+            "= raw output",
+            "+ final norm",
+            "+ sinks",
+            "+ BOS",
+            "added by the last block",
+        ]
+        return [
+            Heading("Is it the blocks, or how the last layer is read?"),
+            Table(head, rows, AUDIT_NOTE),
+        ]
+
+    def _ranks(self) -> list[Block]:
+        histogram = self._histogram()
+        lens = [
+            self._line("logit_lens", metric, "final_norm", f"{what}, {unit}", scale)
+            for metric, (what, unit, scale) in LENS.items()
+        ]
+        drawn = [chart for chart in lens if chart is not None]
+        blocks: list[Block] = []
+        if histogram:
+            blocks += [
+                Heading("Where did the base model rank the tuned model's predictions?"),
+                Text(
+                    "Teacher-forced, at every token. Temperature never changes a rank, so any "
+                    "share beyond rank 1 is reordering. Tied logits share the best rank."
+                ),
+                histogram,
+            ]
+        if drawn:
+            about = "Logit lens: each model's own final norm and unembedding, applied early."
+            blocks.append(Details("the same along the layers", [Text(about), Grid(drawn)]))
+        return blocks
+
+    def _histogram(self) -> Chart | None:
+        bins = self.extras.get("rank_reordering", {}).get("rank_histogram", [])
+        total = sum(one["count"] for one in bins)
+        rows = [
+            {
+                "series": self.tuned_name,
+                "rank": _bin(one["low"], one["high"]),
+                "value": 100 * one["count"] / total if total else 0.0,
+                "decisions": one["count"],
+            }
+            for one in bins
+        ]
+        title = "Base rank of the tuned model's top-1 prediction: share of contexts, %"
+        axes = Axis("rank", "base rank", is_category=True), Axis("value", "share, %", "zero")
+        return Chart("bars", title, f"{title}; bins widen with rank", rows, *axes) if rows else None
+
+    def _inputs(self) -> list[Block]:
+        """Models and texts, with what is needed to find them again, and what was left out."""
+        rows = [
+            [
+                side,
+                one_line(model.get("name", side)),
+                one_line(model.get("kind", "")),
+                one_line(model.get("sha256", ""))[:16],
+            ]
+            for side in ("base", "tuned")
+            if (model := self.meta.get(side))
+        ]
+        head = ["", "model", "opened as", "SHA-256 of its weights"]
+        return [
+            Text(self._over()),
+            *(Text(line) for line in self._left_out()),
+            Details("what was compared", [Table(head, rows)]),
+        ]
+
+    def _over(self) -> str:
+        corpus = self.meta.get("corpus", {})
+        parts = [
+            count(corpus[f"n_{what}s"], what)
+            for what in ("token", "sequence")
+            if f"n_{what}s" in corpus
+        ]
+        parts.append(count(self.n_layers, "block"))
+        parts += [
+            f"{k} {one_line(self.meta[k])}"
+            for k in ("backend", "device", "dtype")
+            if k in self.meta
+        ]
+        return f"Read: {', '.join(parts)}."
+
+    def _left_out(self) -> list[str]:
+        corpus = self.meta.get("corpus", {})
+        items = [count(corpus[key], words) for key, words in EXCLUSIONS.items() if corpus.get(key)]
+        sinks: list[int] = self.meta.get("excluded", {}).get("sinks_per_layer", [])
+        if any(sinks):
+            items.append(f"attention sinks (at most {max(sinks):,} in a layer)")
+        measured = dict.fromkeys(row.probe for row in self.long)
+        absent = [words for name, words in PROBES.items() if name not in measured]
+        custom = [one_line(name) for name in measured if name not in PROBES]
+        facts = {"Left out": items, "Not measured": absent, "Also in the table": custom}
+        return [f"{what}: {', '.join(some)}." for what, some in facts.items() if some]
+
+
+def _audit_verdict(result: Comparison, one: Decomposition) -> Verdict:
+    largest = max(one.parts, key=lambda part: abs(one.parts[part]))
+    return Verdict(
+        "real?",
+        f"Read as scripts do, after the final norm and with every token, the change is "
+        f"{DIMENSIONS(one.total)}: {DIMENSIONS(one.block)} is in the blocks' raw output, "
+        f"{DIMENSIONS(one.norm)} comes from the final norm, {DIMENSIONS(one.sinks + one.bos)} from "
+        f"attention sinks and BOS. The largest part is the {largest}.",
+    )
+
+
+def _audit_row(one: Decomposition) -> list[str]:
+    is_dimension = one.quantity == "participation_ratio"
+    words = DIMENSION if is_dimension else "L2 distance (the norm changes its scale)"
+    form = DIMENSIONS if is_dimension else DISTANCE
+    parts = (one.norm, one.sinks, one.bos, one.terminal_jump)
+    return [words, form(one.total), form(one.block), *(DIMENSIONS(part) for part in parts)]
+
+
+def _bin(low: int, high: int) -> str:
+    return f"{low:,}" if low == high else f"{low:,}-{high:,}"
+
+
+def chosen_layers(layers: Sequence[int], most: int) -> list[int]:
+    """The first, some in between, and the last two of the layers, at most so many.
+
+    >>> chosen_layers(range(5), 4), chosen_layers(range(3), 4)
+    ([0, 2, 3, 4], [0, 1, 2])
+    """
+    if len(layers) <= most:
+        return list(layers)
+    *inner, last = layers
+    spread = (round(i * (len(inner) - 1) / (most - 2)) for i in range(most - 1))
+    return [*(inner[i] for i in spread), last]
+
+
+def _row_of_format_1(row: Any) -> Row:
+    if not isinstance(row, list) or len(row) != len(COLUMNS):
+        raise TypeError(f"a row must have {len(COLUMNS)} fields")
+    probe, metric, layer, view, *numbers, n = row
+    value, low, high = (math.nan if number is None else float(number) for number in numbers)
+    return Row(str(probe), str(metric), int(layer), str(view), value, low, high, int(n))

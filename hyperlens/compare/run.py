@@ -1,0 +1,175 @@
+"""compare_models: one call that tells what fine-tuning changed, block by block."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Sequence
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+
+from ..errors import CorpusError, ProbeError
+from ..models.kinds import Backend
+from ..pair import open_inputs
+from ..passes.multi_pass import run_passes
+from ..passes.streaming import PassOptions, PassResult
+from ..probes import Probe, default_probes
+from ..results.result import unknown
+from .comparison import Comparison
+
+EXAMPLES = (
+    "hyperlens compare ./base ./tuned --texts held_out.txt --out comparison",
+    "hyperlens compare ./base ./lora-adapter --texts owner/dataset --split test --limit 200",
+    "hyperlens compare ./base ./tuned --texts t.jsonl --text-column story --probes drift",
+)
+
+
+def compare_models(
+    base: Any,
+    tuned: Any = None,
+    texts: Any = None,
+    *,
+    probes: Sequence[Probe | str] | None = None,
+    max_length: int = 256,
+    batch_size: int = 8,
+    include_bos: bool = False,
+    sink_threshold: float = 10.0,
+    backend: Backend | None = None,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> Comparison:
+    """Compare a base causal LM with a fine-tuned one on some text, at every block.
+
+    Both models read the same tokens in one streaming pass, or in several where the sums of all
+    layers do not fit in memory, which does not grow with the number of texts. The statistics are
+    those of arXiv 2605.22579 (sections 3 and 4), each in three views so that what a block does can
+    be told from what the final norm does.
+
+    Args:
+        base, tuned: hub id, local folder, `PreTrainedModel`, `PeftModel`, hooked model, or a
+            pair (model, tokenizer); `tuned` may also be an adapter, by folder or hub id, which is
+            put on `base`.
+        texts: list of strings or of token ids, a .txt / .jsonl / .csv / .parquet file, a
+            `datasets.Dataset`, or a hub dataset name. With an open `Pair` as `base` the texts are
+            the second argument.
+        probes: what to measure: built-in probes by name (drift, participation_ratio, logit_lens,
+            rank_reordering, artefact_audit) or probes of one's own; None for all built-in ones.
+        max_length: tokens per text, BOS included; longer texts are cut and counted.
+        batch_size: texts per forward pass; does not change the result.
+        include_bos: measure BOS positions too. They are left out, by id, by default.
+        sink_threshold: positions whose norm exceeds this many times their sequence's median are
+            masked as attention sinks, layer by layer; 0 masks none.
+        backend: how models are hooked, "residual" (the default), "bridge" or
+            "hooked_transformer".
+        device: None leaves objects where they are and puts folders on the best device.
+        dtype: of the forward passes, for both models; None keeps the checkpoints' own.
+            Statistics are always float32 with float64 sums.
+        seed: of the token sample that participation-ratio intervals are computed from.
+        progress: show a progress bar.
+
+    Returns:
+        A `Comparison`: `to_frame()`, `summary()`, `plot()`, `save(folder)`.
+
+    Raises:
+        HyperlensError: LoadingError, ParityError, PairError, CorpusError, ActivationError,
+            ProbeError or ResourceError, each with one line that says what to do.
+    """
+    chosen = _checked_probes(probes)
+    options = _checked_options(batch_size, sink_threshold, seed, progress)
+    inputs = open_inputs(
+        base,
+        tuned,
+        texts,
+        max_length=max_length,
+        include_bos=include_bos,
+        generates=False,
+        backend=backend,
+        device=device,
+        dtype=dtype,
+    )
+    pair = inputs.pair
+    outcome = run_passes(pair.base.hooked, pair.tuned.hooked, inputs.corpus, chosen, options)
+    meta = inputs.metadata(
+        seed=options.seed,
+        options={
+            "batch_size": options.batch_size,
+            "sink_threshold": options.sink_threshold,
+            "max_length": max_length,
+            "include_bos": include_bos,
+        },
+        notes=_passes_note(outcome),
+    )
+    meta["excluded"] = {
+        "bos": inputs.corpus.counts.n_bos,
+        "sinks_per_layer": list(outcome.sinks_per_layer),
+    }
+    meta["probes"] = {probe.name: _json_options(probe) for probe in chosen}
+    return Comparison.of(
+        rows=(row for result in outcome.results.values() for row in result.rows),
+        extras={name: dict(r.extras) for name, r in outcome.results.items() if r.extras},
+        meta=meta,
+    )
+
+
+def _checked_probes(given: Sequence[Probe | str] | None) -> list[Probe]:
+    if given is None:
+        return default_probes()
+    if not isinstance(given, list | tuple) or not given:
+        raise ProbeError(f"probes must be a list: name at least one, or pass None; got {given!r}")
+    built_in = {probe.name: probe for probe in default_probes()}
+    for name in given:
+        if isinstance(name, str) and name not in built_in:
+            raise ProbeError(unknown("probe", name, list(built_in)))
+    probes = [built_in[probe] if isinstance(probe, str) else probe for probe in given]
+    for probe in probes:
+        if not isinstance(probe, Probe):
+            raise ProbeError(
+                f"expected instances of hyperlens.probes.Probe, got {probe!r}; "
+                "write ResidualDrift() rather than ResidualDrift"
+            )
+        if not isinstance(getattr(probe, "name", None), str):
+            raise ProbeError(f"{type(probe).__name__} has no name: give its class name = '...'")
+        _json_options(probe)  # now rather than after the run
+    # Copies: a run leaves the caller's probes as they were.
+    chosen = [copy.deepcopy(probe) for probe in probes]
+    names = [probe.name for probe in chosen]
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise ProbeError(f"two probes are named {repeated[0]!r}: give each its own name")
+    return chosen
+
+
+def _json_options(probe: Probe) -> Any:
+    try:
+        return json.loads(json.dumps(probe.options(), default=str))
+    except (TypeError, ValueError) as error:
+        raise ProbeError(
+            f"the options of probe {probe.name!r} cannot be recorded ({error}): keep what is no "
+            "option in an attribute whose name begins with an underscore"
+        ) from None
+
+
+def _checked_options(
+    batch_size: Any, sink_threshold: Any, seed: Any, progress: bool
+) -> PassOptions:
+    if not isinstance(batch_size, Integral) or batch_size < 1:
+        raise CorpusError(f"batch_size must be at least 1 (a whole number), got {batch_size}")
+    number = isinstance(sink_threshold, Real) and math.isfinite(sink_threshold)
+    if not number or not (sink_threshold == 0 or sink_threshold > 1):
+        raise CorpusError(
+            f"sink_threshold must be 0 (off) or more than 1 median norm, got {sink_threshold}"
+        )
+    if not isinstance(seed, Integral) or seed < 0:
+        raise CorpusError(f"seed must be a whole number and not negative, got {seed}")
+    return PassOptions(int(batch_size), float(sink_threshold), int(seed), progress)
+
+
+def _passes_note(outcome: PassResult) -> list[str]:
+    if outcome.n_passes == 1:
+        return []
+    return [f"read {outcome.n_passes} times: the sums of all layers did not fit in memory"]

@@ -1,0 +1,16 @@
+from .behaviour import BehaviourResult as BehaviourResult
+from .behaviour import measure_behaviour as measure_behaviour
+from .cross_domain import CrossDomainResult as CrossDomainResult
+from .cross_domain import compare_domains as compare_domains
+from .decoding import DecodingResult as DecodingResult
+from .decoding import compare_decoding as compare_decoding
+from .mauve import MauveResult as MauveResult
+from .mauve import measure_mauve as measure_mauve
+from .null_test import NullTestResult as NullTestResult
+from .null_test import run_null_test as run_null_test
+from .provenance import ProvenanceResult as ProvenanceResult
+from .provenance import trace_provenance as trace_provenance
+from .static_bias import StaticBiasResult as StaticBiasResult
+from .static_bias import inject_static_bias as inject_static_bias
+from .temperature import TemperatureResult as TemperatureResult
+from .temperature import match_temperature as match_temperature

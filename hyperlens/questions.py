@@ -1,0 +1,113 @@
+"""Every question that hyperlens answers, once: the command line, saved folders and pages go by it.
+
+To add one, write its file (function, result, evidence) and add its line here. The order is that of
+`hyperlens --help` and of pages made from saved folders.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .errors import ResultsError
+
+
+class Question(NamedTuple):
+    """A question: where its function and its result are.
+
+    Attributes:
+        name: what it is called everywhere; its file is `<name>.json`.
+        module: where both are, below hyperlens.
+        function: answers it, from two models and texts.
+        result: the class of the answer.
+        old_names: what version 0.1 called its file.
+        command: the module of its command where the command line is not made from the function's
+            signature; one module may serve several questions.
+    """
+
+    name: str
+    module: str
+    function: str
+    result: str
+    old_names: tuple[str, ...] = ()
+    command: str = ""
+
+
+def _patch(name: str, module: str, result: str, old_names: tuple[str, ...]) -> Question:
+    """A part of `hyperlens patch`, which is one command for all of them."""
+    return Question(name, f"patching.{module}", name, result, old_names, "patching.command")
+
+
+QUESTIONS = (
+    Question("comparison", "compare", "compare_models", "Comparison"),
+    Question("behaviour", "experiments.behaviour", "measure_behaviour", "BehaviourResult"),
+    Question("null_test", "experiments.null_test", "run_null_test", "NullTestResult"),
+    Question("provenance", "experiments.provenance", "trace_provenance", "ProvenanceResult"),
+    Question("temperature", "experiments.temperature", "match_temperature", "TemperatureResult"),
+    Question("static_bias", "experiments.static_bias", "inject_static_bias", "StaticBiasResult"),
+    Question("decoding", "experiments.decoding", "compare_decoding", "DecodingResult"),
+    Question(
+        "cross_domain",
+        "experiments.cross_domain",
+        "compare_domains",
+        "CrossDomainResult",
+        command="experiments.cross_domain_command",
+    ),
+    Question(
+        "mauve",
+        "experiments.mauve",
+        "measure_mauve",
+        "MauveResult",
+        command="experiments.mauve_command",
+    ),
+    Question("judge", "judging.judge", "judge_models", "JudgeResult", command="judging.command"),
+    _patch("patch_blocks", "blocks", "BlocksResult", ("patching",)),
+    _patch("patch_positions", "positions", "PositionsResult", ()),
+    _patch("patch_weights", "weights", "WeightsResult", ("transplant",)),
+    _patch("patch_expansion", "expansion", "ExpansionResult", ("expansion",)),
+    _patch("patch_norm", "norm", "NormResult", ("final_norm",)),
+)
+
+
+def result_class(question: Question) -> Any:
+    """The class of a question's result."""
+    return getattr(import_module(f"{__package__}.{question.module}"), question.result)
+
+
+def read_results(folders: Sequence[str | Path]) -> list[Any]:
+    """Every saved result in these folders and the folders inside them, in the order of QUESTIONS.
+
+    Raises:
+        ResultsError: if a folder does not exist or holds none, or a result cannot be read.
+    """
+    found = [one for folder in folders for one in _in_folder(Path(folder).expanduser())]
+    order = {question.name: place for place, question in enumerate(QUESTIONS)}
+    return sorted(found, key=lambda result: order[result.name])
+
+
+def _in_folder(folder: Path) -> list[Any]:
+    if not folder.is_dir():
+        raise ResultsError(f"no folder {folder}: give one that --out of a command wrote")
+    by_file = {name: one for one in QUESTIONS for name in (one.name, *one.old_names)}
+    found = [
+        result_class(by_file[path.stem]).load(path.parent)
+        for path in sorted(folder.rglob("*.json"))
+        if path.stem in by_file and _is_result(path)
+    ]
+    if not found:
+        raise ResultsError(
+            f"no results in {folder}: expected comparison.json or the JSON file of an experiment"
+        )
+    return found
+
+
+def _is_result(path: Path) -> bool:
+    """Whether a file of a result's name is one; whoever loads a broken one says what is wrong."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return True
+    return isinstance(data, dict) and data.get("name", path.stem) == path.stem

@@ -1,0 +1,39 @@
+"""Rows of the long table of a comparison, which probes compute."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+COLUMNS = ("probe", "metric", "layer", "view", "value", "low", "high", "n")
+
+
+class Row(NamedTuple):
+    """One number of a comparison.
+
+    Attributes:
+        probe, metric: what was measured.
+        layer: 0 for the embedding output, l for the output of block l - 1, L for the last.
+        view: "raw", "unit_rms" or "final_norm".
+        value: the number.
+        low, high: its 95% interval over sequences; NaN where there is none.
+        n: how many tokens it is taken over.
+    """
+
+    probe: str
+    metric: str
+    layer: int
+    view: str
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """What a probe computes: rows of the table, and anything else (JSON values only)."""
+
+    rows: tuple[Row, ...]
+    extras: Mapping[str, Any] = field(default_factory=dict)
