@@ -565,7 +565,7 @@ def test_an_interrupted_training_says_whether_it_goes_on(
     argv = (*HYPERFIT, "--out", tmp_path / "out")
     assert failed(capsys, cli.INTERRUPTED, argv) == "hyperlens: interrupted"
     (tmp_path / "out.partial").mkdir()
-    line = failed(capsys, cli.INTERRUPTED, argv, "the same command goes on")
+    line = failed(capsys, cli.INTERRUPTED, argv, "the same command continues")
     assert line.startswith("hyperlens: interrupted: ")
 
 
@@ -578,7 +578,7 @@ def test_the_same_command_goes_on(
 ) -> None:
     from hyperlens.training.callbacks import Checkpoints
 
-    argv = [*HYPERFIT, *SHORT, *method, "--checkpoint-minutes", "0", "--out"]
+    argv = [*HYPERFIT, *SHORT, *method, "--checkpoint-minutes", "0", "--quiet", "--out"]
     assert cli.main([*argv, str(tmp_path / "whole")]) == cli.OK
     saved = Checkpoints.on_save
 
