@@ -90,12 +90,12 @@ def reported(name: str, method: str) -> frozenset[str]:
     """
     if name == "demo":
         return frozenset()
-    fields = {"preset", *PRESETS[name]}
-    if name == "li2026" or method == "full":  # the original paper trains all weights only
-        fields.add("method")
+    names = {"preset", *PRESETS[name]}
+    if name == "li2026" or method == "full":  # Carlsson et al. train all weights only
+        names.add("method")
     if method != "full":
-        fields.discard("learning_rate")
-    return frozenset(fields)
+        names.discard("learning_rate")
+    return frozenset(names)
 
 
 @dataclass(frozen=True)
