@@ -16,9 +16,9 @@ import pytest
 from judge_for_tests import KEY, Act, after, fails, longer, says, serving, verdict
 
 from hyperlens import cli, write_report
+from hyperlens.cli.judge import GENERATION
 from hyperlens.errors import JudgeError
 from hyperlens.judging import Endpoint, JudgeResult, judge_continuations, judge_models
-from hyperlens.judging.command import GENERATION
 
 ROOT = Path(__file__).resolve().parent.parent
 N = 8

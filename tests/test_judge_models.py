@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from hyperlens import cli, open_pair, write_report
 from hyperlens.decoding.generate import continuations
+from hyperlens.decoding.prompts import choose_examples
 from hyperlens.errors import CorpusError, JudgeError
-from hyperlens.experiments.continuing import choose_examples
 from hyperlens.judging import (
     JudgeResult,
     LocalJudge,
