@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy.optimize import brentq
 
 from hyperlens.errors import ProbeError
-from hyperlens.experiments.entropy_matching import (
+from hyperlens.decoding.entropy_matching import (
     MATCHED,
     EntropyMatched,
     entropy_at,
