@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import brentq
 
-from hyperlens.errors import ProbeError
 from hyperlens.decoding.entropy_matching import (
     MATCHED,
     EntropyMatched,
@@ -19,6 +18,7 @@ from hyperlens.decoding.entropy_matching import (
     scaled,
     tied_maxima,
 )
+from hyperlens.errors import ProbeError
 
 NONE = -math.inf
 

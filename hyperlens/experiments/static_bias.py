@@ -30,6 +30,7 @@ from ..render.blocks import (
     Heading,
     Reference,
     Role,
+    Scale,
     Table,
     Text,
     Verdict,
@@ -614,9 +615,9 @@ class StaticBiasResult(Result):
             rows.append({"series": CONTROL_BAND, "alpha": alpha, **ends, "n": len(CONTROLS)})
         roles: dict[str, Role] = {CONTROL_BAND: "control"}
         roles |= {WORDS[bias]: "other" for bias in TESTED}
-        scale = "log" if min(self.alphas) > 0 else "data"
+        scale: Scale = "log" if min(self.alphas) > 0 else "data"
         x = Axis("alpha", "α, strength of the bias", scale)
-        title = f"{WORDS[metric]}: mean and 95% interval"
+        title = f"{WORDS[metric]} [95%]"
         alt = f"{title}, over α from {self.alphas[0]:g} to {self.alphas[-1]:g}"
         y = Axis("value", "0 to 1, no unit", "share")
         return Chart("lines", title, alt, rows, x, y, roles, self._references(metric))
