@@ -18,15 +18,15 @@ from hyperlens import (
     cross_domain,
     decoding_baselines,
     expansion,
+    inject_static_bias,
     load_hooked,
+    match_temperature,
     measure_behaviour,
     norm_question,
     null_test,
     patch_blocks,
     patch_positions,
     provenance,
-    static_bias,
-    temperature,
     transplant_weights,
 )
 from hyperlens.data.corpus import build_corpus
@@ -49,9 +49,9 @@ TEXTS = token_texts(16, shortest=14, longest=24)
 PROMPTS = {"n_prompts": 4, "prompt_tokens": 6, "max_new_tokens": 6, "progress": False}
 EXPERIMENTS = {
     "measure_behaviour": (measure_behaviour, PROMPTS | {"strategies": ["greedy"]}),
-    "temperature": (temperature, PROMPTS),
+    "match_temperature": (match_temperature, PROMPTS),
     "provenance": (provenance, PROMPTS),
-    "static_bias": (static_bias, PROMPTS | {"k": 8, "alphas": [0.5]}),
+    "inject_static_bias": (inject_static_bias, PROMPTS | {"k": 8, "alphas": [0.5]}),
     "null_test": (null_test, PROMPTS | {"n_placebos": 1}),
     "decoding_baselines": (decoding_baselines, PROMPTS | {"methods": ["greedy", "contrastive"]}),
     "patch_blocks": (patch_blocks, PROMPTS),
