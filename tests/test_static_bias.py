@@ -136,7 +136,7 @@ def test_a_shift_of_all_logits_is_no_change() -> None:
     assert shift.rank_gain.abs().max() < 1e-6
     result = inject_static_bias(base, tuned, TEXTS, **SMALL)
     assert result.value(bias="none", alpha=0.0, metric="agreement_tuned") == 1.0
-    assert "no change to explain" in result.summary()
+    assert "there is no change to explain" in result.conclusions()[0]
 
 
 @pytest.mark.parametrize("name", list(ARCHITECTURES))
@@ -428,7 +428,8 @@ def test_two_pairs_on_one_page(result, tmp_path) -> None:
     assert "LlamaForCausalLM → LlamaForCausalLM" in page
     assert "&lt;b&gt;other → LlamaForCausalLM" in page
     assert "<script>alert(1)" not in page
-    assert "Note: k &lt;is&gt; large" in page
+    # A note that only one pair has stands under the name of that pair.
+    assert "Note: &lt;b&gt;other → LlamaForCausalLM: k &lt;is&gt; large" in page
 
 
 def test_the_command(tmp_path, capsys, llama_folder, monkeypatch) -> None:

@@ -93,9 +93,10 @@ def inject_static_bias(
 ) -> StaticBiasResult:
     """Is the tuned model just the base plus a fixed bias on some tokens? Add it and see.
 
-    Table 2 of arXiv 2605.22579 for any pair, with controls: the same numbers on random tokens or
-    dealt out to other tokens, and one number for every token. Agreement with the tuned model is
-    teacher-forced, in every context of the texts; repetition is that of greedy continuations.
+    Table 2 of arXiv 2605.22579 for any pair, with controls: the mean shifts of random tokens, those
+    of the promoted tokens shuffled among them, and one number for every token. Agreement with the
+    tuned model is teacher-forced, in every context of the texts; repetition is that of greedy
+    continuations.
 
     Args:
         base, tuned: what `compare_models` takes, but no hooked models; or an open `Pair` and the
@@ -501,7 +502,7 @@ class StaticBiasResult(Result):
         if base["value"] == 1.0:
             return (
                 "The two models' top-1 predictions are the same in every context: there is no "
-                "change for a bias to explain."
+                "change to explain."
             )
         if best["value"] > 0.999:
             return (
