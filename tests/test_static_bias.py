@@ -17,7 +17,6 @@ from torch import nn
 
 from hyperlens.cli import main
 from hyperlens.errors import CorpusError, LoadingError, ProbeError, ResultsError
-from hyperlens.experiments.contexts import read_contexts
 from hyperlens.experiments.static_bias import (
     BIASES,
     CONTROL_BAND,
@@ -32,10 +31,11 @@ from hyperlens.experiments.static_bias import (
 )
 from hyperlens.hooks.loading import load_hooked
 from hyperlens.pair import open_inputs, open_pair
+from hyperlens.passes.contexts import read_contexts
 from hyperlens.render.blocks import Chart, flat
 from hyperlens.render.format import POINTS, interval
 from hyperlens.render.page import write_report
-from hyperlens.statistics.trend import exact_p, spearman, trend
+from hyperlens.statistics.significance import exact_p, rho_and_p, trend
 
 TEXTS = token_texts(10, shortest=8, longest=20)
 SMALL = {
@@ -78,7 +78,10 @@ def planted(seed: int = 0, scale: float = 1.0):
 
 def shift_of(base, tuned):
     opened = open_inputs(base, tuned, TEXTS, max_length=256)
-    return mean_shift(read_contexts(opened, 4, False), False)
+    return mean_shift(
+        read_contexts(opened.pair.base.hooked, opened.pair.tuned.hooked, opened.corpus, 4, False),
+        False,
+    )
 
 
 def rows_of_logits(model) -> np.ndarray:
@@ -271,8 +274,8 @@ def test_exact_p_by_trying_all_orders(seed: int, n: int, tied: bool) -> None:
     if len(set(y)) < 2:
         assert math.isnan(found)
         return
-    rho = abs(spearman(x, y)[0])
-    every = [abs(spearman(x, list(order))[0]) for order in itertools.permutations(y)]
+    rho = abs(rho_and_p(x, y)[0])
+    every = [abs(rho_and_p(x, list(order))[0]) for order in itertools.permutations(y)]
     assert found == pytest.approx(np.mean([other >= rho - 1e-9 for other in every]))
 
 

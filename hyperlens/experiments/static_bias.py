@@ -19,8 +19,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import LogitsProcessor
 
+from ..checks import check_counts, check_seed
+from ..decoding.diversity import REPETITION_METRICS
+from ..decoding.generate import GenerationRunner
+from ..decoding.prompts import check_room, choose_prompts
 from ..errors import ProbeError, ResultsError
+from ..models.tokenizers import special_ids, token_names
 from ..pair import Pair, open_inputs
+from ..passes.contexts import Contexts, read_contexts
 from ..render.blocks import (
     Axis,
     Block,
@@ -51,9 +57,7 @@ from ..results.result import Result
 from ..statistics import significance
 from ..statistics.distances import winner
 from ..statistics.rank_correlation import average_ranks
-from ..statistics.trend import trend
-from .contexts import Contexts, names, read_contexts, special_ids
-from .continuing import METRICS, Continuing, check_counts, check_room, check_seed, choose_prompts
+from ..statistics.significance import trend
 
 EXAMPLES = (
     "hyperlens static-bias ./base ./tuned --texts held_out.txt --out static-bias",
@@ -128,7 +132,9 @@ def inject_static_bias(
     pair = inputs.pair
     check_room(pair, prompt_tokens, max_new_tokens)
     prompts = choose_prompts(inputs.corpus, n_prompts, prompt_tokens, seed)
-    contexts = read_contexts(inputs, batch_size, progress)
+    contexts = read_contexts(
+        pair.base.hooked, pair.tuned.hooked, inputs.corpus, batch_size, progress
+    )
     shift = mean_shift(contexts, progress)
     allowed = _allowed(pair, len(shift.delta))
     chosen = promoted(shift.rank_gain, allowed, k)
@@ -137,7 +143,7 @@ def inject_static_bias(
         (name, alpha): alpha * bias[name] for name in BIASES for alpha in strengths
     }
     units = _agreements(contexts, conditions, progress)
-    runner = Continuing(prompts, max_new_tokens, batch_size, seed, progress)
+    runner = GenerationRunner(prompts, max_new_tokens, batch_size, seed, progress)
     units |= dict(_repetitions(pair, conditions, runner))
     options = {
         "k": k,
@@ -206,15 +212,16 @@ class Shift(NamedTuple):
 
 def mean_shift(contexts: Contexts, progress: bool) -> Shift:
     """The mean shift from base to tuned over all contexts."""
+    halves = torch.zeros(2, contexts.d_vocab, dtype=torch.float64)
+    gain = torch.zeros_like(halves[0])
     counts, square = torch.zeros(2, dtype=torch.float64), 0.0
-    halves, gain = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     for rows, base, tuned in contexts.rows("logit shift", progress):
         shift = centred(tuned) - centred(base)
         half = (contexts.text[rows] % 2).to(shift.device)
-        halves = halves + torch.stack([shift[half == i].sum(0) for i in (0, 1)]).cpu()
+        halves += torch.stack([shift[half == i].sum(0) for i in (0, 1)]).cpu()
         counts += torch.bincount(half.cpu(), minlength=2)
         square += float(shift.square().sum())
-        gain = gain + (average_ranks(tuned).double() - average_ranks(base).double()).sum(0).cpu()
+        gain += (average_ranks(tuned).double() - average_ranks(base).double()).sum(0).cpu()
     n = counts.sum()
     product = float((halves[0] / counts[0]) @ (halves[1] / counts[1]))
     share = product / (square / float(n)) if square else float("nan")
@@ -234,7 +241,8 @@ def centred(logits: Float[Tensor, "n d_vocab"]) -> Float[Tensor, "n d_vocab"]:
 def _allowed(pair: Pair, d_vocab: int) -> Bool[Tensor, " d_vocab"]:
     """Which tokens may get a bias: all but the special ones."""
     allowed = torch.ones(d_vocab, dtype=torch.bool)
-    allowed[[i for i in sorted(special_ids(pair)) if i < d_vocab]] = False
+    special = special_ids(pair.base.model, pair.tokenizer, d_vocab)
+    allowed[[i for i in sorted(special) if i < d_vocab]] = False
     return allowed
 
 
@@ -335,13 +343,13 @@ def _agreements(
 def _repetitions(
     pair: Pair,
     conditions: Mapping[Condition, Float[Tensor, " d_vocab"]],
-    runner: Continuing,
+    runner: GenerationRunner,
 ) -> Iterator[tuple[tuple[str, float, str], list[float]]]:
     runs = {condition: (pair.base, [LogitBias(bias)]) for condition, bias in conditions.items()}
     runs |= {("none", 0.0): (pair.base, []), ("tuned", 0.0): (pair.tuned, [])}
     for condition, (loaded, processors) in runs.items():
         generations = runner.run(loaded, processors)
-        for metric in METRICS:
+        for metric in REPETITION_METRICS:
             yield (*condition, metric), generations.metrics[metric]
 
 
@@ -365,7 +373,7 @@ def _trends(units: Units, alphas: Sequence[float]) -> list[dict[str, Any]]:
     every = sorted([0.0, *alphas])
     trends = []
     for bias in BIASES:
-        for metric in METRICS:
+        for metric in REPETITION_METRICS:
             columns = [units[bias if alpha else "none", alpha, metric] for alpha in every]
             trends.append({"bias": bias, "metric": metric} | trend(every, columns))
     return trends
@@ -377,7 +385,7 @@ def _listed(pair: Pair, shift: Shift, ids: list[int]) -> list[dict[str, Any]]:
         {"id": i, "token": token, "rank_gain": gain, "delta": delta}
         for i, token, gain, delta in zip(
             ids,
-            names(pair.tokenizer, ids),
+            token_names(pair.tokenizer, ids),
             shift.rank_gain[ids].tolist(),
             shift.delta[ids].tolist(),
             strict=True,
@@ -447,7 +455,7 @@ class StaticBiasResult(Result):
         return alphas
 
     def trend(self, bias: str, metric: str) -> Mapping[str, Any]:
-        """How a metric changes with α: see `hyperlens.statistics.trend.trend`.
+        """How a metric changes with α: see `hyperlens.statistics.significance.trend`.
 
         Raises:
             ResultsError: if it was not measured.
@@ -468,7 +476,7 @@ class StaticBiasResult(Result):
                 return dict(row)
         raise ResultsError(
             f"no {key} of {wanted}: biases are {', '.join(BIASES)}, alphas "
-            f"{', '.join(map(str, self.alphas))} and metrics {', '.join(METRICS)}"
+            f"{', '.join(map(str, self.alphas))} and metrics {', '.join(REPETITION_METRICS)}"
         )
 
     def best(self) -> Mapping[str, Any]:

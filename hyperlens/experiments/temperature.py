@@ -17,6 +17,8 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import TemperatureLogitsWarper
 
+from ..checks import check_counts, check_seed
+from ..decoding.diversity import REPETITION_METRICS
 from ..decoding.entropy_matching import (
     EntropyMatched,
     Match,
@@ -26,8 +28,11 @@ from ..decoding.entropy_matching import (
     scaled,
     tied_maxima,
 )
+from ..decoding.generate import GenerationRunner
+from ..decoding.prompts import check_room, choose_prompts
 from ..errors import ResultsError
 from ..pair import open_inputs
+from ..passes.contexts import Contexts, read_contexts
 from ..render.blocks import Axis, Block, Chart, Details, Grid, Heading, Role, Table, Text, Verdict
 from ..render.format import (
     COSINE,
@@ -47,8 +52,6 @@ from ..results.result import Result
 from ..statistics import significance
 from ..statistics.distances import winner
 from ..statistics.rank_correlation import spearman
-from .contexts import Contexts, read_contexts
-from .continuing import METRICS, Continuing, check_counts, check_room, check_seed, choose_prompts
 
 EXAMPLES = (
     "hyperlens temperature ./base ./tuned --texts held_out.txt --out temperature",
@@ -117,10 +120,12 @@ def match_temperature(
     pair = inputs.pair
     check_room(pair, prompt_tokens, max_new_tokens)
     prompts = choose_prompts(inputs.corpus, n_prompts, prompt_tokens, seed)
-    contexts = read_contexts(inputs, batch_size, progress)
+    contexts = read_contexts(
+        pair.base.hooked, pair.tuned.hooked, inputs.corpus, batch_size, progress
+    )
     scaling = find_scaling(contexts, progress)
     predictions = read_predictions(contexts, scaling, progress)
-    runner = Continuing(prompts, max_new_tokens, batch_size, seed, progress)
+    runner = GenerationRunner(prompts, max_new_tokens, batch_size, seed, progress)
     generations = {
         (variant, decoding): runner.run(
             pair.tuned if variant == "tuned" else pair.base,
@@ -131,8 +136,8 @@ def match_temperature(
         for variant in VARIANTS
     }
     units = dict(predictions.units)
-    for condition, texts_of_it in generations.items():
-        units |= {(*condition, metric): texts_of_it.metrics[metric] for metric in METRICS}
+    for condition, generated in generations.items():
+        units |= {(*condition, metric): generated.metrics[metric] for metric in REPETITION_METRICS}
     options = {
         "n_prompts": len(prompts),
         "prompt_tokens": prompt_tokens,
@@ -309,8 +314,8 @@ def _tests(units: Units) -> list[dict[str, Any]]:
     """
     tests: list[dict[str, Any]] = []
     for decoding, metrics in (
-        ("greedy", METRICS),
-        ("sampled", METRICS),
+        ("greedy", REPETITION_METRICS),
+        ("sampled", REPETITION_METRICS),
         ("teacher-forced", TEACHER_FORCED),
     ):
         for first, second in COMPARED:
@@ -439,7 +444,10 @@ class TemperatureResult(Result):
         )
 
     def _sampled_text(self) -> str:
-        tests = {metric: self.test("sampled", metric, "tuned", "matched") for metric in METRICS}
+        tests = {
+            metric: self.test("sampled", metric, "tuned", "matched")
+            for metric in REPETITION_METRICS
+        }
         differences = "; ".join(_difference(metric, test) for metric, test in tests.items())
         entropy = "the same" if self._reached else "the closest reachable"
         sampled = f"sampled at {entropy} mean entropy (tuned - base at T*: {differences})"
@@ -543,7 +551,7 @@ class TemperatureResult(Result):
                 "prompts": row["n"],
             }
             for variant, series in self._names.items()
-            for metric in METRICS
+            for metric in REPETITION_METRICS
             for row in [self.at(variant=variant, decoding=decoding, metric=metric)]
         ]
         title = f"{decoding.capitalize()} text: mean over prompts, 95% intervals"
