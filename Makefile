@@ -13,12 +13,12 @@ LOCK3 := requirements/dev-tl3.txt
 
 PIP := -m pip --disable-pip-version-check --no-input
 # Two processes share the tests; torch is told to use one thread in each.
-PYTEST_ARGS ?= -n 2 --dist worksteal
+PYTEST_ARGS ?= -n 2 --dist worksteal --durations=20
 DEMO_ARGS ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help env env-tl3 test test-tl3 lint format types docs demo lock clean
+.PHONY: help env env-tl3 test test-tl3 test-long tutorials lint format types docs demo lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,8 +29,14 @@ env-tl3: .venv-tl3/.installed ## make .venv-tl3 (TransformerLens 3.9)
 test: .venv/.installed ## run the tests on TransformerLens 4
 	.venv/bin/python -m pytest $(PYTEST_ARGS)
 
-test-tl3: .venv-tl3/.installed ## run the tests on TransformerLens 3.9
-	.venv-tl3/bin/python -m pytest $(PYTEST_ARGS)
+test-tl3: .venv-tl3/.installed ## run what touches TransformerLens on 3.9
+	.venv-tl3/bin/python -m pytest -m "transformer_lens and not long" $(PYTEST_ARGS)
+
+test-long: .venv/.installed ## run the long forms of tests, which `make test` leaves out
+	.venv/bin/python -m pytest -m long $(PYTEST_ARGS)
+
+tutorials: .venv/.installed ## run every tutorial on fewer and shorter texts
+	.venv/bin/python -m pytest -m tutorial tests/test_tutorials.py $(PYTEST_ARGS)
 
 lint: .venv/.installed ## check style and formatting
 	.venv/bin/ruff check .
