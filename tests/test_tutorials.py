@@ -20,15 +20,14 @@ AT_MOST = {
     "new_tokens": 12,
     "max_new_tokens": 12,
     "batch_size": 8,
-    "max_length": 32,
 }
 # ... and these words for others. Each of them must be found in some tutorial.
 INSTEAD = {
     "tales[:32], tales[32:]": "tales[:8], tales[32:44]",
-    "held_out, n_prompts": "held_out, max_new_tokens=12, n_prompts",
+    'strategies=("greedy",)': 'strategies=("greedy",), max_new_tokens=12',
     "held_out[:24], n_placebos=2": "held_out[:6], max_new_tokens=12, n_placebos=1",
-    "compare_models(embedded_base(), tuned, held_out,": "compare_models(embedded_base(), tuned, held_out, max_length=64,",
-}  # fmt: skip
+    "tuned, held_out, progress": "tuned, held_out, max_length=64, progress",
+}
 NUMBER = re.compile(rf"\b({'|'.join(AT_MOST)})=(\d+)")
 
 
