@@ -122,6 +122,19 @@ def lora(model, name: str, seed: int = 2, **options: object):
     return get_peft_model(model, config).eval()
 
 
+def trials(n: int):
+    """The numbers below n. Shapes and types, half of a short trial's time, are checked once."""
+    import jaxtyping
+
+    before = jaxtyping.config.jaxtyping_disable
+    try:
+        for number in range(n):
+            yield number
+            jaxtyping.config.update("jaxtyping_disable", True)
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", before)
+
+
 def token_texts(n: int = 12, seed: int = 0, shortest: int = 5, longest: int = 20):
     """Token ids of several lengths, each starting with BOS."""
     import numpy as np
