@@ -66,23 +66,37 @@ clean: ## remove environments, caches and builds
 
 # The stamp is written last, so an interrupted installation is taken up again.
 .venv/.installed: $(LOCK4) pyproject.toml
-	$(call install,.venv,$(LOCK4))
+	@$(check_python)
+	.venv/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
+	.venv/bin/python $(PIP) install -q torch==$(TORCH)
+	.venv/bin/python $(PIP) install -q --no-deps -r $(LOCK4)
+	.venv/bin/python $(PIP) check
+	.venv/bin/python $(PIP) install -q --no-deps --no-build-isolation -e .
+	touch $@
 
-.venv-tl3/.installed: $(LOCK3) pyproject.toml
-	$(call install,.venv-tl3,$(LOCK3))
+# What the two locks have in common is not installed twice: the second environment holds what is
+# its own, and looks for everything else in the first.
+.venv-tl3/.installed: $(LOCK3) .venv/.installed
+	rm -rf .venv-tl3
+	.venv/bin/python -m venv --without-pip .venv-tl3
+	grep -vxFf $(LOCK4) $(LOCK3) | grep -v '^#' > .venv-tl3/own.txt
+	.venv/bin/python $(PIP) --python .venv-tl3/bin/python install -q --no-deps -r .venv-tl3/own.txt
+	.venv/bin/python -c "$$SEES_FIRST" .venv-tl3/bin/python
+	touch $@
+
+# Its own packages come first, and are found first.
+define SEES_FIRST
+import pathlib, subprocess, sys, sysconfig
+where = "import sysconfig; print(sysconfig.get_path('purelib'))"
+own = subprocess.run([sys.argv[1], "-c", where], capture_output=True, text=True, check=True).stdout
+first = sysconfig.get_path("purelib")
+line = f"import site; site.addsitedir({first!r})\n"
+(pathlib.Path(own.strip()) / "first_environment.pth").write_text(line)
+endef
+export SEES_FIRST
 
 define check_python
 $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "hyperlens needs Python 3.11 or later: make PYTHON=python3.11 ...")'
-endef
-
-# $(1) environment, $(2) lock
-define install
-	@$(check_python)
-	$(1)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(1)
-	$(1)/bin/python $(PIP) install -q torch==$(TORCH)
-	$(1)/bin/python $(PIP) install -q -r $(2)
-	$(1)/bin/python $(PIP) install -q --no-deps --no-build-isolation -e .
-	touch $@
 endef
 
 # $(1) TransformerLens version, $(2) lock
