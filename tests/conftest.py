@@ -1,7 +1,9 @@
 """Shared fixtures: tiny random models of several architectures, and the real one where it is."""
 
+import inspect
 import json
 import os
+import re
 from pathlib import Path
 
 # Before transformers is imported anywhere: no test may reach a hub.
@@ -73,6 +75,26 @@ LORA_TARGETS = {
     "gpt_neox": ["query_key_value", "dense_h_to_4h"],
     "phi3": ["qkv_proj", "gate_up_proj"],
 }
+
+
+# A test that says one of these says something about TransformerLens.
+OF_TRANSFORMER_LENS = re.compile(
+    r"load_hooked|\bloading\(|to_hooked|run_with_hooks|ResidualModel|transformer[-_]lens|"
+    r"hooked_transformer|HookedTransformer|HookedModel|\bbridge\b|\bBACKENDS\b|\bTL4\b"
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what may differ between TransformerLens 3.9 and 4, beside what is marked by hand."""
+    of_it: dict[object, bool] = {}
+    for item in items:
+        test = getattr(item, "function", None)
+        if test is not None:
+            if test not in of_it:
+                plain = inspect.unwrap(test)
+                of_it[test] = bool(OF_TRANSFORMER_LENS.search(inspect.getsource(plain)))
+            if of_it[test]:
+                item.add_marker("transformer_lens")
 
 
 def make_tiny(name: str, seed: int = 0, **changes: object):

@@ -61,6 +61,7 @@ def pair():
     return base, perturbed(base)
 
 
+@pytest.mark.transformer_lens
 def test_the_table_keeps_its_promise(pair):
     comparison = compare(*pair)
     frame = comparison.to_frame()
@@ -104,6 +105,7 @@ def test_text_order_does_not_matter(pair):
     assert a.meta["corpus"] == b.meta["corpus"]
 
 
+@pytest.mark.transformer_lens
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "gemma2"])
 def test_padding_side_does_not_matter(name, monkeypatch):
     base = make_tiny(name)
@@ -138,6 +140,7 @@ def test_one_hooked_model_decides_how_the_other_is_hooked(pair):
     assert mixed.meta["backend"] == "bridge"
 
 
+@pytest.mark.transformer_lens
 @pytest.mark.parametrize("name", ["llama", "gpt2", "phi3"])
 def test_layers_before_the_first_adapted_block_do_not_drift(name, tmp_path):
     base = make_tiny(name)
@@ -153,6 +156,7 @@ def test_layers_before_the_first_adapted_block_do_not_drift(name, tmp_path):
     assert comparison.meta["tuned"]["kind"] == "adapter"
 
 
+@pytest.mark.transformer_lens
 def test_an_adapter_shares_the_bases_weights(tmp_path):
     base = make_tiny("llama")
     lora(make_tiny("llama"), "llama").save_pretrained(tmp_path / "adapter")
@@ -224,6 +228,7 @@ def test_bos_is_left_out_by_id_unless_asked_for(pair):
     assert with_bos.meta["corpus"]["n_bos"] == 0
 
 
+@pytest.mark.transformer_lens
 def test_half_precision_runs(pair):
     comparison = compare(*pair, dtype="bfloat16")
     assert comparison.meta["dtype"] == "bfloat16"
@@ -237,6 +242,7 @@ def test_models_of_two_dtypes_run_in_the_wider_one(pair):
     assert any("dtypes differ" in note for note in comparison.meta["notes"])
 
 
+@pytest.mark.transformer_lens
 def test_attention_of_the_pair_is_made_equal(pair):
     base, tuned = pair
     eager = copy.deepcopy(tuned)

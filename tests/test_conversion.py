@@ -13,6 +13,8 @@ from hyperlens.probes import ResidualDrift
 from hyperlens.shells import converted, shell_of
 from hyperlens.training import hyperfit
 
+pytestmark = pytest.mark.transformer_lens
+
 TEXTS = token_texts()
 
 

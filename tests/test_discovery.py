@@ -10,6 +10,8 @@ from hyperlens import compare_models, load_hooked
 from hyperlens.discovery import dissect
 from hyperlens.errors import LoadingError
 
+pytestmark = pytest.mark.transformer_lens
+
 # What each architecture calls the parts that its blocks add; Gemma-2 norms them once more.
 BRANCHES = {
     "gemma2": ("post_attention_layernorm", "post_feedforward_layernorm"),

@@ -18,6 +18,8 @@ from hyperlens.hooked import HookedModel, backend_of, import_transformer_lens
 from hyperlens.parity import check_parity
 from hyperlens.residual import ResidualModel
 
+pytestmark = pytest.mark.transformer_lens
+
 HAS_HOOKED_TRANSFORMER = "HookedTransformer" in dir(import_transformer_lens())
 BACKENDS = ["residual", "bridge"] + ["hooked_transformer"] * HAS_HOOKED_TRANSFORMER
 FUSED = ["gpt2", "gpt_neox", "phi3"]

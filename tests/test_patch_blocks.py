@@ -128,6 +128,7 @@ def brute_force(base, tuned, site, texts):
     return hits / changed
 
 
+@pytest.mark.transformer_lens
 @pytest.mark.parametrize("kind", ["resid_post", "attn_out", "mlp_out"])
 def test_shares_equal_whole_forward_passes(kind):
     base = make_tiny("qwen3")
@@ -151,6 +152,7 @@ def test_batches_change_nothing(side_by_side):
         assert one["low"] == pytest.approx(two["low"], abs=1e-6, nan_ok=True)
 
 
+@pytest.mark.transformer_lens
 def test_a_patch_at_some_positions_does_not_reach_back():
     base = make_tiny("llama")
     tuned = blocks_perturbed(base, [1], scale=0.3)

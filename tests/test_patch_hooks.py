@@ -17,6 +17,8 @@ from hyperlens.patching.hooks.cells import check_resumes, read, resume, run_patc
 from hyperlens.patching.hooks.positions import positions_mask
 from hyperlens.residual import ResidualModel
 
+pytestmark = pytest.mark.transformer_lens
+
 # Whose blocks keep states only; a state or keys and values; and both in one block.
 STATE_SPACE = {
     "mamba": (
