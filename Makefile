@@ -64,12 +64,13 @@ clean: ## remove environments, caches and builds
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# The stamp is written last, so an interrupted installation is taken up again.
+# The stamp is written last, so an interrupted installation is taken up again. The lock is whole,
+# so nothing has to be resolved; what is imported gets compiled then, and the rest never.
 .venv/.installed: $(LOCK4) pyproject.toml
 	@$(check_python)
 	.venv/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
-	.venv/bin/python $(PIP) install -q torch==$(TORCH)
-	.venv/bin/python $(PIP) install -q --no-deps -r $(LOCK4)
+	.venv/bin/python $(PIP) install -q --no-compile torch==$(TORCH)
+	.venv/bin/python $(PIP) install -q --no-compile --no-deps -r $(LOCK4)
 	.venv/bin/python $(PIP) check
 	.venv/bin/python $(PIP) install -q --no-deps --no-build-isolation -e .
 	touch $@
@@ -80,7 +81,7 @@ clean: ## remove environments, caches and builds
 	rm -rf .venv-tl3
 	.venv/bin/python -m venv --without-pip .venv-tl3
 	grep -vxFf $(LOCK4) $(LOCK3) | grep -v '^#' > .venv-tl3/own.txt
-	.venv/bin/python $(PIP) --python .venv-tl3/bin/python install -q --no-deps -r .venv-tl3/own.txt
+	.venv/bin/python $(PIP) --python .venv-tl3/bin/python install -q --no-compile --no-deps -r .venv-tl3/own.txt
 	.venv/bin/python -c "$$SEES_FIRST" .venv-tl3/bin/python
 	touch $@
 
