@@ -19,6 +19,7 @@ from hyperlens.pair import open_pair
 from hyperlens.patching import BlocksResult, patch_blocks, patch_expansion, patch_weights
 from hyperlens.patching.blocks import Cell, Sweep, run_sweep
 from hyperlens.patching.outcomes import INTO_BASE, INTO_TUNED, METRICS
+from hyperlens.render.blocks import Chart, flat
 
 TEXTS = token_texts(14, shortest=6, longest=20)
 LONG = pytest.mark.long
@@ -226,10 +227,13 @@ def test_it_comes_back_from_disk_and_draws(tmp_path: Path) -> None:
     assert found == again
     folder = found.save(tmp_path / "out")
     assert BlocksResult.load(folder) == found
-    assert len(found.plot().axes) == 3
+    assert found.plot().to_dict()
+    kinds = [block for block in flat(found.blocks()) if isinstance(block, Chart)]
+    assert len(kinds) == 4
+    assert all(chart.y.scale == "share" for chart in kinds if "2 x 2" not in chart.title)
     page = (folder / "report.html").read_text()
     assert 'data-section="patch_blocks"' in page
-    assert "before the last block" in found.summary()
+    assert "last block and head on the base's incoming residual" in found.conclusions()[0]
     metrics = {row["metric"] for row in found.table}
     assert metrics == {*METRICS, "ttr", "rep_2", "rep_3"}
 
@@ -243,14 +247,15 @@ def test_the_last_cut_is_the_same_whichever_end_of_a_block_is_patched(n_layers):
         for site in ("resid_post", "resid_pre")
     )
     said = {
-        name: [text for text in found.conclusions() if "Free-running" not in text]
+        name: [text for text in found.conclusions() if "Generated text" not in text]
         for name, found in (("post", post), ("pre", pre))
     }
     assert said["pre"] == said["post"]
-    assert f"cut before the last block (layer {n_layers - 1})" in said["pre"][1]
+    assert "last block and head on the base's incoming residual" in said["pre"][0]
     # What enters the last block is the layer before the last.
-    assert f"tuned into base at layer {n_layers - 1}:" in pre.summary()
-    assert "tuned into base at the last layer:" in post.summary()
+    answers = [" ".join(found.conclusions()) for found in (pre, post)]
+    assert f"tuned into base at layer {n_layers - 1}:" in answers[0]
+    assert "tuned into base at the last layer:" in answers[1]
 
 
 def test_a_state_that_overflows_in_the_other_model_is_refused():

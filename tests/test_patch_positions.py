@@ -166,7 +166,7 @@ def test_texts_that_do_not_serve_are_counted():
     assert found.extras["looked_at"] == 13
     assert found.extras["too_short"] == 3
     assert found.extras["decisions"] + found.extras["unchanged"] == 10
-    assert "3 of 13 texts have fewer than 6 tokens" in found.summary()
+    assert "3 of 13 texts have fewer than 6 tokens" in found.notes[0]
     fewer = patch_positions(base, tuned, TEXTS + short, offsets=6, n_texts=2, progress=False)
     assert fewer.extras["decisions"] == 2
     assert fewer.extras["looked_at"] < 13
@@ -219,4 +219,5 @@ def test_it_comes_back_from_its_folder_and_has_a_section(tmp_path):
     # A name that Vega would take for a path, or for the end of a string, is drawn as nothing.
     fields = set(re.findall(r'"field": ?"([^"]*)"', page))
     assert all(field.isidentifier() for field in fields)
-    assert "layers x positions" in (folder / "summary.txt").read_text()
+    assert "the last token" in (folder / "summary.txt").read_text()
+    assert found.plot().to_dict()
