@@ -487,9 +487,7 @@ class WeightsResult(Result):
         metric = TOWARDS[direction]
         blocks = {row["number"]: row for row in self.along(direction, "block", metric)}
         ttr = {row["number"]: row for row in self.along(direction, "suffix_and_head", "ttr")}
-        pairs = list(
-            zip(*(self.along(direction, kind, metric) for kind in SUFFIXES), strict=True)
-        )
+        pairs = list(zip(*(self.along(direction, kind, metric) for kind in SUFFIXES), strict=True))
         chosen = [pairs[i] for i in chosen_layers(range(len(pairs)), MAX_ROWS)]
         rows = []
         for plain, with_head in chosen:
