@@ -12,8 +12,8 @@ from test_patch_expansion import TEXTS, rescaled, row_of, value_of
 from hyperlens.errors import ActivationError, CorpusError, PatchError
 from hyperlens.pair import open_inputs
 from hyperlens.patching.engine import draw_texts, second_half, subset
-from hyperlens.patching.expansion.changes import BY_DIRECTIONS, METHODS, VARIANCE_CONTROL, side_of
 from hyperlens.patching.expansion import ExpansionResult, patch_expansion
+from hyperlens.patching.expansion.changes import BY_DIRECTIONS, METHODS, VARIANCE_CONTROL, side_of
 from hyperlens.patching.expansion.result import CONDITIONS, NAMES, SHORT
 from hyperlens.questions import QUESTIONS, result_class
 from hyperlens.render.blocks import Chart, Details, Table, flat

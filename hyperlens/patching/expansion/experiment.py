@@ -469,7 +469,7 @@ def table_rows(measured: Measured) -> Iterator[Row]:
     for side in SIDES:
         outcome = measured.outcomes.models[side]
         yield from (_row("none", 0, side, m, outcome.estimate(m)) for m in METRICS)
-        yield from _spread_rows("none", 0, side, _spread(measured, side))
+        yield from _spread_rows("none", 0, side, _spread_of(measured, side))
         yield from _repetition_rows("none", 0, side, measured.repetition.get(side))
     for method in METHODS:
         for size in measured.planned.sizes(method):
@@ -575,7 +575,7 @@ def _spread_rows(
         yield _row(method, size, condition, metric, Estimate(value, none, none, none, 0))
 
 
-def _spread(measured: Measured, side: Side) -> dict[str, float]:
+def _spread_of(measured: Measured, side: Side) -> dict[str, float]:
     fitted, read = measured.fitted[side].covariance, measured.read[side].covariance
     return dict(zip(SPREAD, (participation(fitted), participation(read), 1.0), strict=True))
 
