@@ -448,8 +448,8 @@ class WeightsResult(Result):
         found = []
         for direction, metric in TOWARDS.items():
             name, row = max(self.alone(direction, metric), key=lambda pair: pair[1]["value"])
-            found.append(f"{name} {direction} does most ({interval(row, PERCENT)})")
-        return f"Of single parts, {' and '.join(found)}."
+            found.append(f"{direction}, {name} does most ({interval(row, PERCENT)})")
+        return f"Of parts that move alone: {'; '.join(found)}."
 
     @property
     def _enough(self) -> float:
