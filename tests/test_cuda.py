@@ -17,13 +17,13 @@ from hyperlens import (
     compare_models,
     cross_domain,
     decoding_baselines,
+    inject_static_bias,
     load_hooked,
+    match_temperature,
     measure_behaviour,
     null_test,
     patch_blocks,
     provenance,
-    static_bias,
-    temperature,
 )
 from hyperlens.data.corpus import build_corpus
 from hyperlens.decoding.generate import continuations
@@ -46,9 +46,9 @@ TEXTS = token_texts(16, shortest=14, longest=24)
 PROMPTS = {"n_prompts": 4, "prompt_tokens": 6, "max_new_tokens": 6, "progress": False}
 EXPERIMENTS = {
     "measure_behaviour": (measure_behaviour, PROMPTS | {"strategies": ["greedy"]}),
-    "temperature": (temperature, PROMPTS),
+    "match_temperature": (match_temperature, PROMPTS),
     "provenance": (provenance, PROMPTS),
-    "static_bias": (static_bias, PROMPTS | {"k": 8, "alphas": [0.5]}),
+    "inject_static_bias": (inject_static_bias, PROMPTS | {"k": 8, "alphas": [0.5]}),
     "null_test": (null_test, PROMPTS | {"n_placebos": 1}),
     "decoding_baselines": (decoding_baselines, PROMPTS | {"methods": ["greedy", "contrastive"]}),
     "patch_blocks": (patch_blocks, PROMPTS),

@@ -14,6 +14,8 @@ from hyperlens.hooks.residual import ResidualModel
 from hyperlens.models import structure as structure_module
 from hyperlens.models.structure import find_structure
 
+pytestmark = pytest.mark.transformer_lens
+
 # What each architecture calls the parts that its blocks add; Gemma-2 norms them once more.
 BRANCHES = {
     "gemma2": ("post_attention_layernorm", "post_feedforward_layernorm"),

@@ -21,6 +21,7 @@ from hyperlens.patching.blocks import Cell, Sweep, run_sweep
 from hyperlens.patching.outcomes import INTO_BASE, INTO_TUNED, METRICS
 
 TEXTS = token_texts(14, shortest=6, longest=20)
+LONG = pytest.mark.long
 QUICK = {"max_new_tokens": 0, "progress": False}
 SHORT = {"n_prompts": 4, "prompt_tokens": 6, "max_new_tokens": 6, "progress": False}
 
@@ -29,7 +30,7 @@ def along(finding, direction, metric, activation="source"):
     return [row["value"] for row in finding.along(direction, metric, activation)]
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox"])
+@pytest.mark.parametrize("name", ["llama", pytest.param("gpt2", marks=LONG), "gpt_neox"])
 def test_the_same_model_twice_shows_nothing_anywhere(name):
     base = make_tiny(name)
     found = patch_blocks(base, copy.deepcopy(base), TEXTS, **SHORT)
@@ -46,8 +47,15 @@ def test_the_same_model_twice_shows_nothing_anywhere(name):
     assert "changed no decision" in found.summary()
 
 
-@pytest.mark.parametrize("block", [0, 1, 2])
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("name", "block"),
+    [
+        # Each block and each architecture, and all blocks of one.
+        pytest.param(name, block, marks=() if i in (0, block) or i % 3 == block else LONG)
+        for i, name in enumerate(ARCHITECTURES)
+        for block in range(3)
+    ],
+)
 def test_a_change_of_one_block_is_found_in_that_block(name, block):
     base = make_tiny(name)
     tuned = blocks_perturbed(base, [block], scale=0.3)
@@ -69,8 +77,19 @@ def test_a_change_of_one_block_is_found_in_that_block(name, block):
         assert both[layer] == 0
 
 
-@pytest.mark.parametrize("kind", ["attn_out", "mlp_out"])
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "gpt_neox"])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("llama", "attn_out"),
+        ("gpt2", "mlp_out"),
+        ("gemma2", "mlp_out"),
+        ("gpt_neox", "attn_out"),
+        pytest.param("llama", "mlp_out", marks=LONG),
+        pytest.param("gpt2", "attn_out", marks=LONG),
+        pytest.param("gemma2", "attn_out", marks=LONG),
+        pytest.param("gpt_neox", "mlp_out", marks=LONG),
+    ],
+)
 def test_a_change_of_one_branch_is_found_in_that_branch(name, kind):
     base = make_tiny(name)
     tuned = copy.deepcopy(base)
@@ -89,7 +108,7 @@ def test_a_change_of_one_branch_is_found_in_that_branch(name, kind):
         assert not found.extras["effects"], "a branch is no state: there is no 2 x 2 of it"
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2"])
+@pytest.mark.parametrize("name", [pytest.param("llama", marks=LONG), "qwen2", "gpt2"])
 def test_a_change_of_the_final_norm_or_the_head_is_in_no_block(name):
     base = make_tiny(name, tie_word_embeddings=False)
     for part in ("norm", "head"):
@@ -128,6 +147,7 @@ def brute_force(base, tuned, site, texts):
     return hits / changed
 
 
+@pytest.mark.transformer_lens
 @pytest.mark.parametrize("kind", ["resid_post", "attn_out", "mlp_out"])
 def test_shares_equal_whole_forward_passes(kind):
     base = make_tiny("qwen3")
@@ -139,11 +159,17 @@ def test_shares_equal_whole_forward_passes(kind):
         assert row["value"] == pytest.approx(brute_force(base, tuned, site, TEXTS), abs=1e-9)
 
 
-@pytest.mark.parametrize("side_by_side", [1, 3, 14])
-def test_batches_change_nothing(side_by_side):
+@pytest.fixture(scope="module")
+def in_fives():
+    """A pair in float64, and its result with five texts side by side."""
     base = make_tiny("llama").double()
     tuned = perturbed(base, 0.15)
-    whole = patch_blocks(base, tuned, TEXTS, batch_size=5, **QUICK)
+    return base, tuned, patch_blocks(base, tuned, TEXTS, batch_size=5, **QUICK)
+
+
+@pytest.mark.parametrize("side_by_side", [pytest.param(1, marks=LONG), 3, 14])
+def test_batches_change_nothing(in_fives, side_by_side):
+    base, tuned, whole = in_fives
     other = patch_blocks(base, tuned, TEXTS, batch_size=side_by_side, **QUICK)
     for one, two in zip(whole.table, other.table, strict=True):
         assert one.keys() == two.keys()
@@ -151,6 +177,7 @@ def test_batches_change_nothing(side_by_side):
         assert one["low"] == pytest.approx(two["low"], abs=1e-6, nan_ok=True)
 
 
+@pytest.mark.transformer_lens
 def test_a_patch_at_some_positions_does_not_reach_back():
     base = make_tiny("llama")
     tuned = blocks_perturbed(base, [1], scale=0.3)

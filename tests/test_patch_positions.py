@@ -37,6 +37,7 @@ def site_of(layer):
     return Site("resid_pre", 0) if layer == 0 else Site("resid_post", layer - 1)
 
 
+@pytest.mark.transformer_lens
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_cell_equals_a_whole_forward_pass_with_a_hook(name):
     base = make_tiny(name)

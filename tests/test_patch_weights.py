@@ -56,6 +56,7 @@ def test_a_suffix_is_the_base_state_in_the_tuned_stack(name):
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.transformer_lens
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_hybrid_is_a_whole_pass_of_the_mixed_model(name):
     """What is saved makes no difference: against the mixed model run from its tokens on."""

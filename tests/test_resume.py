@@ -19,9 +19,9 @@ from transformers import TrainerCallback
 from transformers.integrations import integration_utils
 
 from hyperlens.errors import ResultsError, TrainingError
-from hyperlens.training import hyperfit, saving
-from hyperlens.training.recording import Recording
-from hyperlens.training.working import Working
+from hyperlens.training import hyperfit, hyperfitting
+from hyperlens.training.callbacks import Recording
+from hyperlens.training.folders import WorkingFolder
 
 LENGTH = 12
 OPTIONS = {
@@ -66,11 +66,6 @@ def start(
     )
 
 
-def finish(process: subprocess.Popen) -> None:
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
-
-
 def weights(out: Path) -> dict[str, torch.Tensor]:
     return load_file(next(out.glob("*.safetensors")))
 
@@ -87,6 +82,7 @@ def same(one: Path, other: Path) -> None:
     assert str(timeless[0]) == str(timeless[1])  # as text, where the base's missing loss is NaN
 
 
+@pytest.mark.parametrize("kills", [1, pytest.param(5, marks=pytest.mark.long)])
 @pytest.mark.parametrize(
     ("method", "options"),
     [
@@ -96,20 +92,25 @@ def same(one: Path, other: Path) -> None:
     ids=["late_lora", "full"],
 )
 def test_killed_at_random_moments_it_ends_the_same(
-    llama_folder, ids_file, tmp_path, method, options
+    llama_folder, ids_file, tmp_path, method, options, kills
 ):
     whole, out = tmp_path / "whole", tmp_path / "killed"
-    process = start(llama_folder, ids_file, whole, method, **options)
-    process.stdout.readline()
-    loaded = time.monotonic()
-    finish(process)
-    takes = time.monotonic() - loaded
+    ids = json.loads(ids_file.read_text())
+    began = time.monotonic()
+    hyperfit(llama_folder, ids, method, out=whole, **OPTIONS | options)
+    takes = time.monotonic() - began
+    checkpoint = tmp_path / "killed.partial" / "checkpoint" / "progress.json"
     rng = random.Random(method)
-    for _ in range(5):  # ten in all, over both methods
+    for kill in range(kills):  # ten in the long form, over both methods
         process = start(llama_folder, ids_file, out, method, **options)
         process.stdout.readline()
+        wait = rng.uniform(0.05, 0.9) * takes
+        if kill == 0:  # with something to go on from, and much to do
+            while not checkpoint.exists() and process.poll() is None:
+                time.sleep(0.01)
+            wait = rng.uniform(0, 0.3) * takes
         try:
-            process.communicate(timeout=rng.uniform(0.05, 0.9) * takes)
+            process.communicate(timeout=wait)
         except subprocess.TimeoutExpired:
             process.kill()
         process.communicate()
@@ -118,7 +119,7 @@ def test_killed_at_random_moments_it_ends_the_same(
             shutil.rmtree(out)
         else:
             assert process.returncode == -signal.SIGKILL
-    finish(start(llama_folder, ids_file, out, method, **options))
+    hyperfit(llama_folder, ids, method, out=out, **OPTIONS | options)
     same(whole, out)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["killed", "whole"]
 
@@ -195,16 +196,25 @@ def interrupted_at(step: int, monkeypatch, llama_folder, ids, out, method="late_
             hyperfit(llama_folder, ids, method, out=out, **OPTIONS | options)
 
 
+@pytest.fixture(scope="module")
+def unbroken(llama_folder, ids_file, tmp_path_factory):
+    """The folder of a run that nothing broke off."""
+    out = tmp_path_factory.mktemp("unbroken") / "run"
+    hyperfit(
+        llama_folder, json.loads(ids_file.read_text()), "late_lora", out=out, last_k=1, **OPTIONS
+    )
+    return out
+
+
 @pytest.mark.parametrize("step", [1, 3, 4, 8, 17])
-def test_from_every_kind_of_step(llama_folder, ids_file, tmp_path, monkeypatch, step):
+def test_from_every_kind_of_step(llama_folder, ids_file, tmp_path, monkeypatch, unbroken, step):
     """After the first, at an epoch's end, just after it, between records, before the last."""
     ids = json.loads(ids_file.read_text())
     interrupted_at(step, monkeypatch, llama_folder, ids, tmp_path / "broken", last_k=1)
     assert json.loads((tmp_path / "broken.partial/checkpoint/progress.json").read_text())
     hyperfit(llama_folder, ids, "late_lora", out=tmp_path / "broken", last_k=1, **OPTIONS)
-    hyperfit(llama_folder, ids, "late_lora", out=tmp_path / "whole", last_k=1, **OPTIONS)
-    same(tmp_path / "whole", tmp_path / "broken")
-    tables = [(tmp_path / name / "history.csv").read_text() for name in ("whole", "broken")]
+    same(unbroken, tmp_path / "broken")
+    tables = [(out / "history.csv").read_text() for out in (unbroken, tmp_path / "broken")]
     assert tables[0].count("\n") == tables[1].count("\n") == 1 + 4  # epochs 0, 2, 4 and 6
 
 
@@ -259,7 +269,7 @@ def test_a_result_that_cannot_be_moved_is_kept_and_blocks_no_retry(
 ):
     ids = json.loads(ids_file.read_text())
     out = tmp_path / "run"
-    save, saved = saving.save, []
+    save, saved = hyperfitting.save, []
 
     def meanwhile(folder, *args):
         save(folder, *args)
@@ -269,7 +279,7 @@ def test_a_result_that_cannot_be_moved_is_kept_and_blocks_no_retry(
 
     for options in (OPTIONS, OPTIONS | {"checkpoint_minutes": 60.0}):
         with monkeypatch.context() as patch:
-            patch.setattr(saving, "save", meanwhile)
+            patch.setattr(hyperfitting, "save", meanwhile)
             with pytest.raises(ResultsError, match=r"the finished run is in .*partial/finished"):
                 hyperfit(llama_folder, ids, out=out, **options)
         assert (out / "mine.txt").read_text() == "mine"
@@ -286,13 +296,13 @@ def test_what_a_checkpoint_needs_is_there_until_the_next_is(
     """Of a run in which each record is the best so far."""
     best = property(lambda self: self._progress.records[-1].epoch or None)
     monkeypatch.setattr(Recording, "best_epoch", best)
-    promote, kept = Working.promote, []
+    set_checkpoint, kept = WorkingFolder.set_checkpoint, []
 
     def watched(self, written, progress):
         kept.append({path.name for path in self.folder.glob("best-*.safetensors")})
-        promote(self, written, progress)
+        set_checkpoint(self, written, progress)
 
-    monkeypatch.setattr(Working, "promote", watched)
+    monkeypatch.setattr(WorkingFolder, "set_checkpoint", watched)
     options = OPTIONS | {"stop_at_plateau": True, "near_zero_loss": 100.0}
     hyperfit(llama_folder, json.loads(ids_file.read_text()), out=tmp_path / "run", **options)
     assert {"best-2.safetensors", "best-4.safetensors"} in kept
@@ -327,7 +337,7 @@ def test_a_full_disk_is_said_and_spares_the_last_checkpoint(
     llama_folder, ids_file, tmp_path, monkeypatch
 ):
     """A limit on file sizes stands for the full disk: writing stops half-way."""
-    from hyperlens.training.checkpoints import Checkpoints
+    from hyperlens.training.callbacks import Checkpoints
 
     ids = json.loads(ids_file.read_text())
     on_save, saves = Checkpoints.on_save, []

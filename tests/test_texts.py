@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hyperlens import read_texts
+from hyperlens.data.texts import read_texts
 from hyperlens.errors import CorpusError
 
 TEXTS = ["Once upon a time.", "There was a king.", "He had three sons: ä, ß, 三."]
