@@ -36,7 +36,7 @@ from ..render.blocks import (
 from ..render.format import FRACTION, SIGNED_FRACTION, count, interval, p_value
 from ..results.result import Result
 from ..statistics import significance
-from .contexts import names
+from .contexts import names, ranks_in_base
 from .continuing import (
     Continuing,
     check_counts,
@@ -45,7 +45,6 @@ from .continuing import (
     choose_examples,
     choose_prompts,
 )
-from .decisions import in_the_base
 
 EXAMPLES = (
     "hyperlens behaviour ./base ./tuned --texts held_out.txt --out behaviour",
@@ -225,7 +224,7 @@ def _example(
             "base_top1": names(tokenizer, top1),
         }
         for (side, tokens), text in zip(written.items(), texts, strict=True)
-        for ranks, top1 in [in_the_base(pair, prompt, tokens)]
+        for ranks, top1 in [ranks_in_base(pair, prompt, tokens)]
     }
     return {"strategy": strategy, "prompt": opening, **sides}
 

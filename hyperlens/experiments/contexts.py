@@ -23,10 +23,12 @@ from ..hooks.surface import (
     evaluating,
     final_norm,
     run_last_residual,
+    run_logits,
     unembed,
 )
 from ..models.kinds import plain_model
 from ..pair import Inputs, Pair
+from ..statistics import distances
 
 # The tokenizers are held against each other on this many texts.
 COMPARED_TEXTS = 64
@@ -180,3 +182,19 @@ def _decoded(tokenizer: Any, ids: Sequence[int]) -> Iterator[tuple[str, str]]:
         # Decoded alone, a SentencePiece token loses the space that begins its word.
         lost = piece.startswith("▁") and not text.startswith(" ")
         yield (f" {text}" if lost else text), piece
+
+
+def ranks_in_base(
+    pair: Pair, prompt: Sequence[int], tokens: Sequence[int]
+) -> tuple[list[int], list[int]]:
+    """The base model's rank of every token after a prompt, and its own top-1 token in each place.
+
+    Tied logits share the best rank.
+    """
+    base = pair.base.hooked
+    ids = torch.tensor([[*prompt, *tokens]], device=base.cfg.device)
+    with evaluating(base):  # type: ignore[arg-type]
+        logits = run_logits(base, ids, torch.ones_like(ids))[0, len(prompt) - 1 : -1].float()
+    ranks: list[int] = distances.rank_of(logits, ids[0, len(prompt) :]).tolist()
+    top1: list[int] = distances.winner(logits).tolist()
+    return ranks, top1

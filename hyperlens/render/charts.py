@@ -182,7 +182,10 @@ def _tooltip(block: Chart) -> list[Any]:
         kind = "N" if axis.is_category else "Q"
         form = {} if axis.is_category else {"format": ",.4~g"}
         shown.append(alt.Tooltip(f"{axis.key}:{kind}", title=axis.title or axis.key, **form))
-    if _has_intervals(block):
+    # The band of a control is the range of its values, no interval.
+    if any(
+        "low" in row and block.roles.get(row.get("series", "")) != "control" for row in block.rows
+    ):
         shown.append(alt.Tooltip("low:Q", title="95% from", format=",.4~g"))
         shown.append(alt.Tooltip("high:Q", title="to", format=",.4~g"))
     return shown
