@@ -22,7 +22,7 @@ from .experiments.behaviour import BehaviourResult, measure_behaviour
 from .experiments.null_test import NullTestResult, run_null_test
 from .files import claim_folder
 from .render.blocks import Table, Text, Verdict
-from .render.format import DIMENSIONS, FRACTION, MISSING, PERCENT, Form, interval, span
+from .render.format import DIMENSIONS, FRACTION, MISSING, PERCENT, Form, count, interval, span
 from .render.page import write_report
 from .render.terminal import to_text
 from .results.result import AnyResult
@@ -217,4 +217,4 @@ def _last_layer(
 def _controls(null_test: NullTestResult, metric: str, view: str, form: Form) -> _Line:
     row = null_test.at(metric=metric, view=view, layer=null_test.meta["n_layers"])
     reach = span(row["control_low"], row["control_high"], form)
-    return _Line(f"    {null_test.n_controls} random changes", "", reach)
+    return _Line(f"    {count(null_test.n_controls, 'random change')}", "", reach)

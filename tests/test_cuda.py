@@ -21,12 +21,12 @@ from hyperlens import (
     load_hooked,
     measure_behaviour,
     norm_question,
-    null_test,
     patch_blocks,
     patch_positions,
-    provenance,
+    run_null_test,
     static_bias,
     temperature,
+    trace_provenance,
     transplant_weights,
 )
 from hyperlens.data.corpus import build_corpus
@@ -50,9 +50,9 @@ PROMPTS = {"n_prompts": 4, "prompt_tokens": 6, "max_new_tokens": 6, "progress": 
 EXPERIMENTS = {
     "measure_behaviour": (measure_behaviour, PROMPTS | {"strategies": ["greedy"]}),
     "temperature": (temperature, PROMPTS),
-    "provenance": (provenance, PROMPTS),
+    "provenance": (trace_provenance, PROMPTS),
     "static_bias": (static_bias, PROMPTS | {"k": 8, "alphas": [0.5]}),
-    "null_test": (null_test, PROMPTS | {"n_placebos": 1}),
+    "null_test": (run_null_test, PROMPTS | {"n_controls": 1}),
     "decoding_baselines": (decoding_baselines, PROMPTS | {"methods": ["greedy", "contrastive"]}),
     "patch_blocks": (patch_blocks, PROMPTS),
     "patch_positions": (patch_positions, {"offsets": 4, "progress": False}),

@@ -491,10 +491,7 @@ class ProvenanceResult(Result):
 
     def _overview(self) -> Table:
         lines = [
-            *(
-                (f"base rank {bucket.replace('>', 'below ')}", bucket, "share")
-                for bucket, _, _ in BUCKETS
-            ),
+            *((f"base rank {bucket}", bucket, "share") for bucket, _, _ in BUCKETS),
             (f"of which from base rank {DEEP} or lower", "all", "rank_ge_200"),
             *((f"beyond rank 1: {words}", "changed", m) for m, words in IN_WORDS.items()),
         ]

@@ -196,7 +196,7 @@ def _has_intervals(block: Chart) -> bool:
 
 
 def _lines(block: Chart, chosen: Colours) -> Any:
-    """A line for each series with its band; controls are a band alone."""
+    """A line for each series with its band; controls are a band with a thin line."""
     alt = _altair()
     controls = [name for name in block.series if block.roles.get(name) == "control"]
     whole_numbers = all(float(row[block.x.key]).is_integer() for row in block.rows)
@@ -214,6 +214,9 @@ def _lines(block: Chart, chosen: Colours) -> Any:
         # The band of a control is what the others are compared with: stronger than an interval.
         opacity = alt.condition(is_control, alt.value(0.45), alt.value(0.2))
         layers.append(base.mark_area().encode(y=_y(block.y, "low"), y2="high:Q", opacity=opacity))
+    if controls:  # a thin line as well: a narrow band would hardly be seen
+        middle = base.transform_filter(is_control).mark_line(strokeWidth=1)
+        layers.append(middle.encode(y=_y(block.y)))
     drawn = base.transform_filter(~is_control) if controls else base
     dashes = alt.StrokeDash("series:N", sort=block.series, legend=None)
     layers.append(drawn.mark_line(strokeWidth=1.8).encode(y=_y(block.y), strokeDash=dashes))
