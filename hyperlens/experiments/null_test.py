@@ -395,7 +395,7 @@ class NullTestResult(Result):
         n = self.n_controls
         return Table(
             [
-                "at the last layer and the output",
+                "last layer and output",
                 self.base_name,
                 self.tuned_name,
                 f"its {count(n, 'control')}",

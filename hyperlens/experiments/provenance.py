@@ -437,7 +437,7 @@ class ProvenanceResult(Result):
             near = self._cell(FREE_RUNNING, "changed", "near_synonym")
             yield Verdict(
                 "kinds",
-                "Of the picks beyond base rank 1 in its own text, the largest kind is "
+                "Of the picks beyond base rank 1 in the tuned model's own text, the largest kind is "
                 f"{IN_WORDS[kind]} with {interval(measured[kind], PERCENT)}; {near} are "
                 "near-synonyms of what the base would have picked.",
             )
@@ -459,7 +459,7 @@ class ProvenanceResult(Result):
         else:
             answer = "changed picks avoid repetition not clearly more often than they cause it"
         number = f" (difference {interval(row, POINTS)})" if math.isfinite(row["low"]) else ""
-        return f"In its own text, {answer}{number}."
+        return f"In the tuned model's own text, {answer}{number}."
 
     def _spread(self) -> Iterator[Verdict]:
         """A warning where ranks look as if drawn at random."""
@@ -479,7 +479,8 @@ class ProvenanceResult(Result):
             Text(
                 "A pick is the tuned model's top-1 token: after every token of the given texts "
                 "(teacher-forced), and along what it writes by itself, greedily (free-running). "
-                "Base ranks count from 1; tied logits share the best rank. Near-synonym: among "
+                "Base ranks count from 1; tied logits share the best rank. Changed: beyond base "
+                "rank 1. Near-synonym: among "
                 f"the {NEIGHBOURS} nearest neighbours of the base's top-1 token in the unembedding."
             ),
             self._overview(),
@@ -499,7 +500,7 @@ class ProvenanceResult(Result):
             [words, *(self._cell(mode, b, metric) for mode in MODES)] for words, b, metric in lines
         ]
         return Table(
-            ["mean over texts [95%]", *(f"{self.tuned_name}, {mode}" for mode in MODES)],
+            ["mean over texts [95%]", *MODES],
             rows,
             "base rank: share of all picks; beyond rank 1: share of the picks that are not the "
             "base's top-1 token",
@@ -551,7 +552,7 @@ class ProvenanceResult(Result):
             ]
             for metric, words in metrics.items()
         ]
-        head = [f"{mode}, mean over texts [95%]", *(f"base rank {b}" for b, _, _ in BUCKETS)]
+        head = [f"{mode} [95%]", *(f"base rank {b}" for b, _, _ in BUCKETS)]
         return Table(head, rows)
 
     def _in_context(self) -> list[Block]:
