@@ -437,8 +437,8 @@ class ProvenanceResult(Result):
             near = self._cell(FREE_RUNNING, "changed", "near_synonym")
             yield Verdict(
                 "kinds",
-                "Of the picks beyond base rank 1 in the tuned model's own text, the largest kind is "
-                f"{IN_WORDS[kind]} with {interval(measured[kind], PERCENT)}; {near} are "
+                "Of the picks beyond base rank 1 in the tuned model's own text, the largest kind "
+                f"is {IN_WORDS[kind]} with {interval(measured[kind], PERCENT)}; {near} are "
                 "near-synonyms of what the base would have picked.",
             )
 
@@ -480,8 +480,8 @@ class ProvenanceResult(Result):
                 "A pick is the tuned model's top-1 token: after every token of the given texts "
                 "(teacher-forced), and along what it writes by itself, greedily (free-running). "
                 "Base ranks count from 1; tied logits share the best rank. Changed: beyond base "
-                "rank 1. Near-synonym: among "
-                f"the {NEIGHBOURS} nearest neighbours of the base's top-1 token in the unembedding."
+                f"rank 1. Near-synonym: among the {NEIGHBOURS} nearest neighbours of the base's "
+                "top-1 token in the unembedding."
             ),
             self._overview(),
             Grid([self._rank_chart(mode) for mode in MODES]),
