@@ -14,6 +14,10 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..checks import check_counts, check_seed
+from ..decoding.diversity import REPETITION_METRICS
+from ..decoding.generate import GenerationRunner
+from ..decoding.prompts import check_room, choose_prompts
 from ..errors import PairError
 from ..hooks.loading import LoadedModel, hook
 from ..models.sources import OpenedModel
@@ -38,7 +42,6 @@ from ..render.format import (
 )
 from ..results.result import Result
 from ..statistics.significance import estimate
-from .continuing import METRICS, Continuing, check_counts, check_room, check_seed, choose_prompts
 
 EXAMPLES = (
     "hyperlens null-test ./base ./tuned --texts held_out.txt --out null-test",
@@ -105,7 +108,7 @@ def run_null_test(
     inputs = open_inputs(base, tuned, texts, max_length=max_length, device=device, dtype=dtype)
     check_room(inputs.pair, prompt_tokens, max_new_tokens)
     prompts = choose_prompts(inputs.corpus, n_prompts, prompt_tokens, seed)
-    continuing = Continuing(prompts, max_new_tokens, max(batch_size, 16), seed, False)
+    generation = GenerationRunner(prompts, max_new_tokens, batch_size, seed, progress=False)
     plain_base = merged(inputs.pair.base.model)
     changes = changed_tensors(plain_base, merged(inputs.pair.tuned.model))
     if not changes:
@@ -117,9 +120,9 @@ def run_null_test(
     measured = []
     with tqdm(total=n_controls + 1, desc="null test", unit="model", disable=not progress) as bar:
         for model in _models(inputs.pair, plain_base, changes, seeds):
-            measured.append(_measure(inputs, model, options, continuing))
+            measured.append(_measure(inputs, model, options, generation))
             bar.update()
-    base_text = continuing.run(inputs.pair.base)
+    base_text = generation.run(inputs.pair.base)
     meta = inputs.metadata(
         seed=seed,
         options={
@@ -132,7 +135,9 @@ def run_null_test(
     )
     norms = [float(change.norm()) for change in changes.values()]
     extras = {
-        "base": {metric: estimate(base_text.metrics[metric]).value for metric in METRICS},
+        "base": {
+            metric: estimate(base_text.metrics[metric]).value for metric in REPETITION_METRICS
+        },
         "changed_tensors": len(changes),
         "norm_of_change": math.sqrt(sum(norm**2 for norm in norms)),
         "control_seeds": seeds,
@@ -188,7 +193,7 @@ Key = tuple[str, int, str]
 
 
 def _measure(
-    inputs: Inputs, model: LoadedModel, options: PassOptions, continuing: Continuing
+    inputs: Inputs, model: LoadedModel, options: PassOptions, generation: GenerationRunner
 ) -> dict[Key, float]:
     """Every statistic of one model against the base."""
     base = inputs.pair.base.hooked
@@ -205,9 +210,10 @@ def _measure(
         for row in result.rows
         if row.metric in MEASURED[row.probe] and row.view in VIEWS
     }
-    text = continuing.run(model).metrics
+    text = generation.run(model).metrics
     return statistics | {
-        (metric, base.cfg.n_layers, GREEDY): estimate(text[metric]).value for metric in METRICS
+        (metric, base.cfg.n_layers, GREEDY): estimate(text[metric]).value
+        for metric in REPETITION_METRICS
     }
 
 

@@ -18,32 +18,34 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from ..checks import check_counts, check_seed
+from ..decoding.generate import GenerationRunner
+from ..decoding.prompts import check_room, choose_prompts
 from ..models.kinds import plain_model
+from ..models.tokenizers import token_names, token_texts
 from ..pair import Pair, open_inputs
+from ..passes.contexts import Contexts, ranks_in, read_contexts
 from ..probes.rank_reordering import rank_bins
 from ..render.blocks import Axis, Block, Chart, Details, Grid, Heading, Table, Text, Verdict
 from ..render.format import PERCENT, POINTS, count, interval, one_line
 from ..results.result import Result
 from ..statistics import distances, significance
-from ..statistics.float32 import in_full_float32
-from .contexts import Contexts, names, ranks_in_base, read_contexts, token_texts
-from .continuing import Continuing, check_counts, check_room, check_seed, choose_prompts
+from ..statistics.moments import in_full_float32
+from ..statistics.rank_buckets import DEEP_TAIL, RANK_BUCKETS, bucket_of
 
 EXAMPLES = (
     "hyperlens provenance ./base ./tuned --texts held_out.txt --out provenance",
     "hyperlens provenance ./base ./tuned --texts held_out.txt --n-prompts 100 --n-examples 20",
 )
 
-# Name, lowest and highest base rank: the paper's Figure 4.
-BUCKETS = (("1", 1.0, 1.0), ("2-10", 2.0, 10.0), (">10", 11.0, math.inf))
+# Of base ranks, as in the paper's Figure 4.
+BUCKETS = tuple(bucket.label for bucket in RANK_BUCKETS)
 TEACHER_FORCED, FREE_RUNNING = MODES = ("teacher-forced", "free-running")
 KINDS = ("function word", "content word", "subword", "number", "punctuation", "other")
 # A pick is a near-synonym of the base's if it is among so many nearest neighbours of it.
 NEIGHBOURS = 10
 # An n-gram of this length, met again, is a repetition.
 NGRAM = 3
-# From this base rank on a pick is deep in the tail.
-DEEP = 200
 WORDS_BEFORE = 12
 
 
@@ -97,11 +99,14 @@ def trace_provenance(
     pair = inputs.pair
     check_room(pair, prompt_tokens, max_new_tokens)
     prompts = choose_prompts(inputs.corpus, n_prompts, prompt_tokens, seed)
-    contexts = read_contexts(inputs, batch_size, progress)
-    written = Continuing(prompts, max_new_tokens, batch_size, seed, progress).run(pair.tuned)
+    contexts = read_contexts(
+        pair.base.hooked, pair.tuned.hooked, inputs.corpus, batch_size, progress
+    )
+    generation = GenerationRunner(prompts, max_new_tokens, batch_size, seed, progress)
+    generated = generation.run(pair.tuned)
     decisions = {
         TEACHER_FORCED: along_texts(contexts, progress),
-        FREE_RUNNING: along_continuations(pair, prompts, written.tokens),
+        FREE_RUNNING: along_continuations(pair, prompts, generated.tokens),
     }
     table: list[dict[str, Any]] = []
     examples: list[dict[str, Any]] = []
@@ -174,7 +179,7 @@ def along_continuations(
     decisions = []
     for prompt, tokens in zip(prompts, written, strict=True):
         ids = [*prompt, *tokens]
-        rank, base_top1 = ranks_in_base(pair, prompt, tokens)
+        rank, base_top1 = ranks_in(pair.base.hooked, prompt, tokens)
         position = list(range(len(prompt), len(ids)))
         decisions.append(Decisions(ids, position, list(tokens), base_top1, rank))
     return decisions
@@ -225,12 +230,12 @@ def _picks_of(one: Decisions, near: Mapping[int, set[int]], tokenizer: Any) -> I
         (text,) = token_texts(tokenizer, [token])
         yield {
             "index": i,
-            "bucket": next(name for name, low, high in BUCKETS if low <= rank <= high),
+            "bucket": bucket_of(rank).label,
             "kind": kind_of(text, texts[at - 1]) if tokenizer is not None else "other",
             "near_synonym": rank > 1 and token in near[top1],
             "avoids": base_repeats and not tuned_repeats,
             "falls_into": tuned_repeats and not base_repeats,
-            "deep": rank >= DEEP,
+            "deep": DEEP_TAIL.holds(rank),
         }
 
 
@@ -247,7 +252,7 @@ def _histogram(decisions: Sequence[Decisions], d_vocab: int) -> list[dict[str, i
 
 def _rows(mode: str, picks: Sequence[Sequence[Pick]]) -> Iterator[dict[str, Any]]:
     """Shares per text, then their mean over texts: of each bucket, and of what is in it."""
-    for bucket in (*(name for name, _, _ in BUCKETS), "changed", "all"):
+    for bucket in (*BUCKETS, "changed", "all"):
         inside = [[p for p in text if _belongs(p, bucket)] for text in picks]
         if bucket != "all":
             shares = [len(i) / len(t) for i, t in zip(inside, picks, strict=True)]
@@ -258,7 +263,7 @@ def _rows(mode: str, picks: Sequence[Sequence[Pick]]) -> Iterator[dict[str, Any]
             continue
         for flag in ("near_synonym", "avoids", "falls_into"):
             yield _row(mode, bucket, flag, [_share(i, flag, True) for i in inside])
-    yield _row(mode, "all", "rank_ge_200", [_share(text, "deep", True) for text in picks])
+    yield _row(mode, "all", DEEP_TAIL.metric, [_share(text, "deep", True) for text in picks])
     differences = [
         _share(i, "avoids", True) - _share(i, "falls_into", True)
         for i in ([p for p in text if _belongs(p, "changed")] for text in picks)
@@ -292,7 +297,7 @@ def _examples(
 ) -> Iterator[dict[str, Any]]:
     """A random few of every bucket beyond rank 1, each with the words before it."""
     generator = torch.Generator().manual_seed(seed)
-    for bucket, _, _ in BUCKETS[1:]:
+    for bucket in BUCKETS[1:]:
         places = [
             (number, pick)
             for number, text in enumerate(picks)
@@ -306,9 +311,11 @@ def _examples(
             yield {
                 "mode": mode,
                 "bucket": bucket,
-                "context": ("" if tokenizer is not None else " ").join(names(tokenizer, before)),
-                "picked": names(tokenizer, [one.picked[i]])[0],
-                "base_top1": names(tokenizer, [one.base_top1[i]])[0],
+                "context": ("" if tokenizer is not None else " ").join(
+                    token_names(tokenizer, before)
+                ),
+                "picked": token_names(tokenizer, [one.picked[i]])[0],
+                "base_top1": token_names(tokenizer, [one.base_top1[i]])[0],
                 "rank": one.rank[i],
                 "kind": pick["kind"],
             }
@@ -463,13 +470,13 @@ class ProvenanceResult(Result):
 
     def _spread(self) -> Iterator[Verdict]:
         """A warning where ranks look as if drawn at random."""
-        deep = self.value(mode=TEACHER_FORCED, bucket="all", metric="rank_ge_200")
-        d_vocab = self.meta["d_vocab"]
-        if d_vocab > 2 * DEEP and deep > 0.5 * (d_vocab - DEEP) / d_vocab:
+        deep = self.value(mode=TEACHER_FORCED, bucket="all", metric=DEEP_TAIL.metric)
+        d_vocab, first = self.meta["d_vocab"], DEEP_TAIL.low
+        if d_vocab > 2 * first and deep > 0.5 * (d_vocab - first) / d_vocab:
             yield Verdict(
                 "vocabulary",
-                f"{PERCENT(deep)} of base ranks are {DEEP} or more, almost as if drawn at random: "
-                "check that both models have the same vocabulary.",
+                f"{PERCENT(deep)} of base ranks are {first:.0f} or more, almost as if drawn at "
+                "random: check that both models have the same vocabulary.",
                 caution=True,
             )
 
@@ -492,8 +499,8 @@ class ProvenanceResult(Result):
 
     def _overview(self) -> Table:
         lines = [
-            *((f"base rank {bucket}", bucket, "share") for bucket, _, _ in BUCKETS),
-            (f"of which from base rank {DEEP} or lower", "all", "rank_ge_200"),
+            *((f"base rank {bucket}", bucket, "share") for bucket in BUCKETS),
+            (f"of which from base rank {DEEP_TAIL.low:.0f} or lower", "all", DEEP_TAIL.metric),
             *((f"beyond rank 1: {words}", "changed", m) for m, words in IN_WORDS.items()),
         ]
         rows = [
@@ -546,13 +553,13 @@ class ProvenanceResult(Result):
                 words,
                 *(
                     interval(found[0], PERCENT) if found else ""
-                    for bucket, _, _ in BUCKETS
+                    for bucket in BUCKETS
                     for found in [self.rows(mode=mode, bucket=bucket, metric=metric)]
                 ),
             ]
             for metric, words in metrics.items()
         ]
-        head = [f"{mode} [95%]", *(f"base rank {b}" for b, _, _ in BUCKETS)]
+        head = [f"{mode} [95%]", *(f"base rank {b}" for b in BUCKETS)]
         return Table(head, rows)
 
     def _in_context(self) -> list[Block]:
