@@ -21,9 +21,9 @@ from hyperlens import (
     load_hooked,
     match_temperature,
     measure_behaviour,
-    null_test,
     patch_blocks,
-    provenance,
+    run_null_test,
+    trace_provenance,
 )
 from hyperlens.data.corpus import build_corpus
 from hyperlens.decoding.generate import continuations
@@ -47,9 +47,9 @@ PROMPTS = {"n_prompts": 4, "prompt_tokens": 6, "max_new_tokens": 6, "progress": 
 EXPERIMENTS = {
     "measure_behaviour": (measure_behaviour, PROMPTS | {"strategies": ["greedy"]}),
     "match_temperature": (match_temperature, PROMPTS),
-    "provenance": (provenance, PROMPTS),
+    "provenance": (trace_provenance, PROMPTS),
     "inject_static_bias": (inject_static_bias, PROMPTS | {"k": 8, "alphas": [0.5]}),
-    "null_test": (null_test, PROMPTS | {"n_placebos": 1}),
+    "null_test": (run_null_test, PROMPTS | {"n_controls": 1}),
     "decoding_baselines": (decoding_baselines, PROMPTS | {"methods": ["greedy", "contrastive"]}),
     "patch_blocks": (patch_blocks, PROMPTS),
     "patch_positions": (patch_positions, {"offsets": 4, "progress": False}),
