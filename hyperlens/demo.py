@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 from . import __version__
 from .embedded import HERE, embedded_base, embedded_tales
-from .files import claim_folder
 
 if TYPE_CHECKING:
     from .compare.comparison import Comparison
@@ -99,7 +98,9 @@ def run_demo(
     """
     folder = Path(out).expanduser()
     stamp = {"hyperlens": __version__, "inputs": _inputs_sha256()}
-    claim_folder(folder, STAMP, stamp, "a demo")
+    from .results.resume import WorkFolder
+
+    WorkFolder(folder, STAMP, stamp, "a demo").claim()
     tales = embedded_tales()
     measured = {}
     for name in METHODS:
