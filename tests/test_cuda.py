@@ -15,8 +15,6 @@ from test_compare import UNCHANGED, assert_same, compare, numbers
 
 from hyperlens import (
     compare_models,
-    cross_domain,
-    decoding_baselines,
     expansion,
     load_hooked,
     measure_behaviour,
@@ -32,6 +30,7 @@ from hyperlens import (
 from hyperlens.data.corpus import build_corpus
 from hyperlens.decoding.generate import continuations
 from hyperlens.errors import ResourceError
+from hyperlens.experiments import compare_decoding, compare_domains
 from hyperlens.hooks.surface import import_transformer_lens
 from hyperlens.passes import multi_pass as rounds
 from hyperlens.passes import streaming as runner
@@ -53,7 +52,7 @@ EXPERIMENTS = {
     "provenance": (provenance, PROMPTS),
     "static_bias": (static_bias, PROMPTS | {"k": 8, "alphas": [0.5]}),
     "null_test": (null_test, PROMPTS | {"n_placebos": 1}),
-    "decoding_baselines": (decoding_baselines, PROMPTS | {"methods": ["greedy", "contrastive"]}),
+    "compare_decoding": (compare_decoding, PROMPTS | {"methods": ["greedy", "contrastive"]}),
     "patch_blocks": (patch_blocks, PROMPTS),
     "patch_positions": (patch_positions, {"offsets": 4, "progress": False}),
     "transplant_weights": (transplant_weights, PROMPTS),
@@ -275,7 +274,7 @@ def test_an_experiment_finds_what_it_finds_on_the_cpu(pair: Any, name: str) -> N
 
 
 def test_several_corpora_on_a_gpu(pair: Any) -> None:
-    found = cross_domain(
+    found = compare_domains(
         {"pair": pair}, {"texts": TEXTS}, device="cuda", **PROMPTS
     )  # fmt: skip
     assert found.table

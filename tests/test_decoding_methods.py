@@ -208,8 +208,8 @@ def test_a_model_beside_itself_differs_in_nothing(models) -> None:
         row = row_of(found, "base", "greedy", metric)
         assert (row["difference"], row["difference_low"]) == (0, 0)
         assert math.isnan(row["p"])
-    assert "not clearly different: greedy" in " ".join(found.summary().split())
-    assert all(one.answer.startswith("No method is clearly more") for one in found.verdicts()[:2])
+    assert "not clearly different with greedy" in " ".join(found.summary().split())
+    assert all(one.answer.startswith("Not clearly, by ") for one in found.verdicts()[:2])
 
 
 def test_an_adapter_is_read_as_one() -> None:
@@ -334,7 +334,7 @@ def test_nothing_written_is_not_called_no_difference(models) -> None:
         base.generation_config.eos_token_id = tuned.generation_config.eos_token_id = before
     assert math.isnan(row_of(found, "base", "greedy", "ttr")["value"])
     said = " ".join(found.conclusions())
-    assert said.count("cannot be told: greedy, top-p") == 2
+    assert said.count("unknown with greedy, top-p") == 2
     assert found.verdicts()[0].answer.startswith("Too few texts to tell")
     assert "not clearly different" not in said
 

@@ -536,9 +536,9 @@ class CrossDomainResult(Result):
             "nothing. Repeated n-grams: the share that occurred before."
         )
         tables = [block for pair in self.pairs for block in self._tables(pair)]
-        charts = Grid([self._chart(*of_one) for of_one in DRAWN])
+        charts = [self._chart(*of_one) for of_one in DRAWN]
         trigrams = Details("repeated trigrams, and p of every test", [self._all_tests()])
-        return [intro, *tables, charts, trigrams]
+        return [intro, *tables, Grid(charts[:2]), Grid(charts[2:]), trigrams]
 
     def _tables(self, pair: str) -> list[Block]:
         rows = self.select(pair=pair)

@@ -436,7 +436,7 @@ WORDS = {
     "length": "tokens before the end",
     "mauve": "MAUVE",
 }
-# The measures that the verdicts are about, and whether more of them is more diverse.
+# The measures that the verdicts are about, and whether a higher value is more diverse.
 TESTED = {"ttr": True, "rep_2": False}
 DRAWN = {"ttr": "TTR", "rep_2": "repeated bigrams, a share", "loop": "longest loop, a share"}
 
@@ -487,38 +487,37 @@ class DecodingResult(Result):
 
     def _verdict(self, metric: str) -> Verdict:
         sides = self._sides(metric)
-        better, worse = ("higher", "lower") if TESTED[metric] else ("lower", "higher")
-        tuned = interval(self._row(REFERENCE, metric), FRACTION)
-        listed_sides = "; ".join(f"{side}: {', '.join(of)}" for side, of in sides.items() if of)
-        if sides[better]:
-            lead = "Yes, by some methods"
-        elif sides["cannot be told"]:
-            lead = "Too few texts to tell for all methods"
-        elif sides["not clearly different"]:
-            lead = "No method is clearly more diverse"
+        if sides["more diverse"]:
+            lead = "Yes"
+        elif sides["unknown"]:
+            lead = "Too few texts to tell"
         else:
-            lead = f"No: every method is {worse}"
+            lead = "Not clearly" if sides["not clearly different"] else "No"
+        answers = "; ".join(f"{side} with {', '.join(of)}" for side, of in sides.items() if of)
+        tuned = interval(self._row(REFERENCE, metric), FRACTION)
         return Verdict(
             "diversity",
-            f"{lead}. {WORDS[metric]} of {self.base_name} beside {self.tuned_name}'s greedy text "
-            f"({tuned}), {listed_sides} (differences; p < 0.05 after Holm's correction).",
+            f"{lead}, by {WORDS[metric]}: beside {self.tuned_name}'s greedy text ({tuned}), "
+            f"{self.base_name}'s text is {answers} (differences; p < 0.05 after Holm's "
+            "correction).",
         )
 
     def _sides(self, metric: str) -> dict[str, list[str]]:
-        """Which methods of the base are higher or lower than the reference, with the difference."""
+        """Which methods of the base are more or less diverse, with the difference."""
         sides: dict[str, list[str]] = {
-            side: [] for side in ("higher", "lower", "not clearly different", "cannot be told")
+            side: []
+            for side in ("more diverse", "less diverse", "not clearly different", "unknown")
         }
         for condition in self.conditions[:-1]:
             row = self._row(condition, metric)
+            words, difference = METHODS[condition[1]].words, row["difference"]
             side = "not clearly different"
             if math.isnan(row["difference_low"]):
-                side = "cannot be told"
+                side = "unknown"
             elif row["p"] < 0.05:
-                side = "higher" if row["difference"] > 0 else "lower"
-            words, gap = METHODS[condition[1]].words, SIGNED_FRACTION(row["difference"])
-            known = math.isfinite(row["difference"])
-            sides[side].append(f"{words} ({gap})" if known else words)
+                side = "more diverse" if (difference > 0) == TESTED[metric] else "less diverse"
+            known = math.isfinite(difference)
+            sides[side].append(f"{words} ({SIGNED_FRACTION(difference)})" if known else words)
         return sides
 
     def _row(self, condition: Condition, metric: str) -> Mapping[str, Any]:
