@@ -10,6 +10,7 @@ import argparse
 import ast
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,7 +54,7 @@ def read_signature(module: str, function: str) -> Signature:
         function: a function at its top level.
     """
     tree = ast.parse(_source(module))
-    constants = _constants(tree)
+    constants = _constants(module, tree)
     node = next(n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == function)
     doc = ast.get_docstring(node) or ""
     about = doc.split("\nArgs:")[0]
@@ -72,13 +73,22 @@ def read_signature(module: str, function: str) -> Signature:
 def _source(module: str) -> str:
     # Not by `find_spec`, which imports the packages that the module is in.
     _, *parts = module.split(".")
-    return PACKAGE.joinpath(*parts).with_suffix(".py").read_text(encoding="utf-8")
+    path = PACKAGE.joinpath(*parts)
+    file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    return file.read_text(encoding="utf-8")
 
 
-def _constants(tree: ast.Module) -> dict[str, Any]:
-    """Literals that are given a name at the top of a module."""
+def _constants(module: str, tree: ast.Module) -> dict[str, Any]:
+    """Literals that have a name at the top of a module, or come from a module beside it."""
     found: dict[str, Any] = {}
     for node in tree.body:
+        if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module:
+            wanted = [alias.name for alias in node.names if alias.name.isupper()]
+            if wanted:
+                other = f"{module.rpartition('.')[0]}.{node.module}"
+                beside = _constants(other, ast.parse(_source(other)))
+                found |= {name: beside[name] for name in wanted if name in beside}
+            continue
         if isinstance(node, ast.AnnAssign) and node.value is not None:
             targets: list[ast.expr] = [node.target]
             value = node.value
@@ -88,15 +98,13 @@ def _constants(tree: ast.Module) -> dict[str, Any]:
             continue
         for target in targets:
             if isinstance(target, ast.Name):
-                try:
+                with suppress(ValueError):
                     found[target.id] = _value(value, found)
-                except ValueError:
-                    continue
     return found
 
 
 def _value(node: ast.expr, constants: Mapping[str, Any]) -> Any:
-    """A default: a literal, a constant of the module, or tuple(...) of one."""
+    """A literal, a constant of the module, tuple(...) of one, or the keys of a dictionary."""
     if isinstance(node, ast.Name) and node.id in constants:
         return constants[node.id]
     if isinstance(node, ast.Call) and ast.unparse(node.func) == "tuple":

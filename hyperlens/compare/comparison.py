@@ -88,7 +88,6 @@ EXCLUSIONS = {
     "n_bos": "BOS position",
     "n_empty": "empty text",
     "n_short": "one-token text",
-    "n_cut": "text cut at its end",
 }
 LAYER = Axis("layer", "layer (0 = embedding, l = output of block l - 1)")
 NO_CHANGE = "No change: everything measured reads exactly as for two identical models."
@@ -230,7 +229,7 @@ class Comparison(Result):
             return None
         return Verdict(
             "where",
-            f"The raw residual streams part most in block {step.layer - 1}: their relative L2 "
+            f"The raw residual streams diverge most in block {step.layer - 1}: their relative L2 "
             f"distance goes from {DISTANCE(step.before)} to {DISTANCE(step.after)} there.",
         )
 
@@ -392,25 +391,15 @@ class Comparison(Result):
         return [Details("effective dimension at every layer", [Table(head, rows)])] if rows else []
 
     def _audit(self) -> list[Block]:
-        rows = [_audit_row(one) for one in audit(self)]
-        if not rows:
-            text = (
-                "The audit needs the last layer raw, after the final norm, and with sinks and BOS."
-            )
-            return [Text(text, role="note")]
-        head = [
-            "at the last layer, all blocks together",
-            "as usually read",
-            "= raw output",
-            "+ final norm",
-            "+ sinks",
-            "+ BOS",
-            "added by the last block",
-        ]
-        return [
-            Heading("Is it the blocks, or how the last layer is read?"),
-            Table(head, rows, AUDIT_NOTE),
-        ]
+        found = audit(self)
+        if not found:
+            needs = "The audit needs the last layer raw, after the norm, and with sinks and BOS."
+            return [Text(needs, role="note")]
+        columns = [_audit_column(one) for one in found]
+        rows = [[part, *(column[part] for column in columns)] for part in columns[0]]
+        head = ["at the last layer, all blocks together", *(_quantity(one) for one in found)]
+        question = Heading("Is it the blocks, or how the last layer is read?")
+        return [question, Table(head, rows, AUDIT_NOTE, joins=True)]
 
     def _ranks(self) -> list[Block]:
         histogram = self._histogram()
@@ -487,6 +476,8 @@ class Comparison(Result):
     def _left_out(self) -> list[str]:
         corpus = self.meta.get("corpus", {})
         items = [count(corpus[key], words) for key, words in EXCLUSIONS.items() if corpus.get(key)]
+        if corpus.get("n_cut"):
+            items.append(f"the ends of {count(corpus['n_cut'], 'long text')}")
         sinks: list[int] = self.meta.get("excluded", {}).get("sinks_per_layer", [])
         if any(sinks):
             items.append(f"attention sinks (at most {max(sinks):,} in a layer)")
@@ -508,12 +499,20 @@ def _audit_verdict(result: Comparison, one: Decomposition) -> Verdict:
     )
 
 
-def _audit_row(one: Decomposition) -> list[str]:
-    is_dimension = one.quantity == "participation_ratio"
-    words = DIMENSION if is_dimension else "L2 distance (the norm changes its scale)"
-    form = DIMENSIONS if is_dimension else DISTANCE
-    parts = (one.norm, one.sinks, one.bos, one.terminal_jump)
-    return [words, form(one.total), form(one.block), *(DIMENSIONS(part) for part in parts)]
+def _quantity(one: Decomposition) -> str:
+    return DIMENSION if one.quantity == "participation_ratio" else "L2 distance"
+
+
+def _audit_column(one: Decomposition) -> dict[str, str]:
+    """Part to its number; the final norm changes the scale of L2."""
+    form = DIMENSIONS if one.quantity == "participation_ratio" else DISTANCE
+    parts = {"+ final norm": one.norm, "+ attention sinks": one.sinks, "+ BOS": one.bos}
+    return {
+        "as usually read": form(one.total),
+        "= the blocks' raw output": form(one.block),
+        **{part: DIMENSIONS(value) for part, value in parts.items()},
+        "of the raw output, added by the last block": DIMENSIONS(one.terminal_jump),
+    }
 
 
 def _bin(low: int, high: int) -> str:

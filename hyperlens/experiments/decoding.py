@@ -438,6 +438,7 @@ WORDS = {
 }
 # The measures that the verdicts are about, and whether a higher value is more diverse.
 TESTED = {"ttr": True, "rep_2": False}
+SIDES = ("more diverse", "less diverse", "not clearly different", "unknown")
 DRAWN = {"ttr": "TTR", "rep_2": "repeated bigrams, a share", "loop": "longest loop, a share"}
 
 

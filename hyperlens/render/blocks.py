@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from .format import MISSING
+
 Role = Literal["base", "tuned", "control", "other"]
 """What a series of a chart stands for: the base model is grey everywhere, each tuned model has one
 colour on the whole page, controls are a light grey band, and anything else has a colour of its own.
@@ -205,12 +207,12 @@ def _join(names: list[str], same: list[Any]) -> list[Block]:
     if all(block == first for block in same):
         return [first]
     if isinstance(first, Chart):
-        return [_chart(same)]
+        return [_chart(names, same)]
     if isinstance(first, Grid):
         charts = zip(*(grid.charts for grid in same), strict=True)
-        return [Grid([_chart(list(of_one)) for of_one in charts])]
+        return [Grid([_chart(names, list(of_one)) for of_one in charts])]
     if isinstance(first, Table) and first.joins:
-        return [_table(same)]
+        return [_table(names, same)]
     if isinstance(first, Details):
         inner = joined([(n, d.blocks) for n, d in zip(names, same, strict=True)])
         return [Details(first.summary, inner)]
@@ -224,30 +226,54 @@ def _join(names: list[str], same: list[Any]) -> list[Block]:
     return [block for name, one in zip(names, same, strict=True) for block in (Heading(name), one)]
 
 
-def _chart(charts: list[Chart]) -> Chart:
-    """One chart with all rows; what is the same in several, such as a shared base, stands once."""
-    rows = list({tuple(row.items()): row for chart in charts for row in chart.rows}.values())
-    roles = {name: role for chart in charts for name, role in chart.roles.items()}
-    references = dict.fromkeys(one for chart in charts for one in chart.references)
-    alts = dict.fromkeys(chart.alt for chart in charts)
+def _chart(names: Sequence[str], charts: Sequence[Chart]) -> Chart:
+    """One chart with all series; one that is the same in several, such as a base, stands once.
+
+    A series that has the same name in two results but other numbers gets the result's name too.
+    """
+    meanings: dict[str, set[str]] = {}
+    for chart in charts:
+        for series in chart.series:
+            rows = [row for row in chart.rows if row.get("series") == series]
+            meanings.setdefault(series, set()).add(repr(rows))
+    unclear = {series for series, found in meanings.items() if len(found) > 1}
+    named = [_renamed(chart, unclear, name) for name, chart in zip(names, charts, strict=True)]
+    rows = list({repr(row): row for chart in named for row in chart.rows}.values())
+    roles = {name: role for chart in named for name, role in chart.roles.items()}
+    references = dict.fromkeys(one for chart in named for one in chart.references)
+    alts = dict.fromkeys(chart.alt for chart in named)
     return replace(
-        charts[0], rows=rows, roles=roles, references=tuple(references), alt="; ".join(alts)
+        named[0], rows=rows, roles=roles, references=tuple(references), alt="; ".join(alts)
     )
 
 
-def _table(tables: list[Table]) -> Table:
+def _renamed(chart: Chart, unclear: set[str], of: str) -> Chart:
+    names = {series: f"{series} of {of}" for series in chart.series if series in unclear}
+    rows = [
+        {**row, "series": names.get(str(row["series"]), row["series"])} if "series" in row else row
+        for row in chart.rows
+    ]
+    roles = {names.get(series, series): role for series, role in chart.roles.items()}
+    return replace(chart, rows=rows, roles=roles)
+
+
+def _table(names: Sequence[str], tables: Sequence[Table]) -> Table:
     """Tables side by side; columns that are the same in all of them stand once."""
     keys = list(dict.fromkeys(row[0] for table in tables for row in table.rows))
-    columns: dict[tuple[str, tuple[str, ...]], None] = {}
-    for table in tables:
+    columns: dict[tuple[str, tuple[str, ...]], str] = {}
+    for name, table in zip(names, tables, strict=True):
         cells = {row[0]: row for row in table.rows}
         for i, title in enumerate(table.head[1:], start=1):
-            columns[title, tuple(cells[key][i] if key in cells else "" for key in keys)] = None
+            column = tuple(cells[key][i] if key in cells else MISSING for key in keys)
+            columns.setdefault((title, column), name)
+    titles = [title for title, _ in columns]
+    head = [
+        title if titles.count(title) == 1 else f"{title} ({columns[title, cells]})"
+        for title, cells in columns
+    ]
     rows = [[key, *(cells[i] for _, cells in columns)] for i, key in enumerate(keys)]
     captions = dict.fromkeys(table.caption for table in tables if table.caption)
-    return Table(
-        [tables[0].head[0], *(title for title, _ in columns)], rows, " ".join(captions), joins=True
-    )
+    return Table([tables[0].head[0], *head], rows, " ".join(captions), joins=True)
 
 
 def flat(blocks: Sequence[Block]) -> list[Block]:

@@ -55,7 +55,14 @@ def to_html(blocks: Sequence[Block], colours: charts.Colours, *, static: bool = 
         static: draw charts as pictures, for where no script runs, instead of leaving them to the
             page's script.
     """
-    return join(_element(block, colours, static) for block in blocks)
+    parts: list[Markup] = []
+    has_legend = False
+    for block in blocks:
+        if not has_legend and isinstance(block, Samples) and any(one.ranks for one in block.texts):
+            parts.append(rank_legend())
+            has_legend = True
+        parts.append(_element(block, colours, static))
+    return join(parts)
 
 
 def _element(block: Block, colours: charts.Colours, static: bool) -> Markup:

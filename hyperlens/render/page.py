@@ -13,9 +13,9 @@ from .. import __version__
 from ..errors import ResultsError
 from ..files import expand_user, write_text
 from . import charts
-from .blocks import Block, Samples, Verdict, flat, joined
+from .blocks import Block, Verdict, joined
 from .format import one_line
-from .html import Content, join, rank_legend, tag, to_html
+from .html import Content, join, tag, to_html
 from .labels import label_of, told_apart
 
 HERE = Path(__file__).resolve().parent
@@ -91,7 +91,7 @@ def write_report(path: str | Path, results: Any, title: str | None = None) -> Pa
                     tag(
                         "section",
                         tag("h2", titles[name]),
-                        _body(blocks, colours),
+                        to_html(blocks, colours),
                         id=name.replace("_", "-"),
                         data_section=name,
                     )
@@ -153,14 +153,6 @@ def _blocks(results: Sequence[Any]) -> list[Block]:
             f"a result of {results[0].name} cannot be shown, it lacks something or has it in "
             f"another form ({type(error).__name__}: {error}): expected it as save() wrote it"
         ) from error
-
-
-def _body(blocks: Sequence[Block], colours: charts.Colours) -> Markup:
-    coloured = any(
-        isinstance(block, Samples) and any(text.ranks for text in block.texts)
-        for block in flat(blocks)
-    )
-    return join([to_html(blocks, colours), rank_legend() if coloured else ""])
 
 
 def _contents(titles: Mapping[str, str]) -> Markup:

@@ -12,10 +12,15 @@ WIDTH = 100
 
 def to_text(title: str, blocks: Sequence[Block]) -> str:
     """A screenful of text: title, verdicts, texts and tables; charts and details are left out."""
-    lines = [title, ""]
+    lines = [*textwrap.wrap(title, WIDTH), ""]
     for block in blocks:
         lines += _lines(block)
-    return "\n".join(lines).rstrip()
+    return "\n".join(map(_printable, lines)).rstrip()
+
+
+def _printable(line: str) -> str:
+    """Nothing that moves a terminal's cursor, and nothing that UTF-8 cannot hold."""
+    return "".join(c if c.isprintable() else "?" for c in line)
 
 
 def _lines(block: Block) -> list[str]:
@@ -39,10 +44,22 @@ def _lines(block: Block) -> list[str]:
 
 def table(block: Table) -> list[str]:
     """Aligned columns, the first to the left and all others to the right."""
-    rows = [list(block.head), *(list(row) for row in block.rows)]
+    head = [shortened(title) for title in block.head]
+    rows = [head, *(list(row) for row in block.rows)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(_aligned(row, widths)).rstrip() for row in rows]
     return [*lines, *textwrap.wrap(block.caption, WIDTH)]
+
+
+def shortened(name: str, width: int = 26) -> str:
+    """A name with its middle left out where it is long: both ends of a path tell something.
+
+    >>> shortened("organisation/a-model-with-a-long-name", 20)
+    'organisat…-long-name'
+    """
+    if len(name) <= width:
+        return name
+    return f"{name[: (width - 1) // 2]}…{name[-(width // 2) :]}"
 
 
 def _aligned(row: Sequence[str], widths: Sequence[int]) -> Iterator[str]:

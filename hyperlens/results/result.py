@@ -79,12 +79,18 @@ class Result(ABC):
     @property
     def base_name(self) -> str:
         """What the base model is called in tables and charts."""
-        return name_of(self, "base")
+        return self._name("base")
 
     @property
     def tuned_name(self) -> str:
         """What the tuned model is called in tables and charts."""
-        return name_of(self, "tuned")
+        return self._name("tuned")
+
+    def _name(self, side: str) -> str:
+        """Two models in memory have the name of their class: then the side tells them apart."""
+        base, tuned = name_of(self, "base"), name_of(self, "tuned")
+        name = base if side == "base" else tuned
+        return f"{name} ({side})" if base == tuned else name
 
     @property
     def notes(self) -> list[str]:

@@ -15,7 +15,7 @@ from ...render.labels import label_of
 from ...results.fingerprint import texts_sha256, versions
 from ...results.result import Result
 from .features import Features, feature_notes, open_featurizer
-from .scores import check_seeds, compute_mauve, few_texts_notes, mauve_scores
+from .scores import SEEDS, check_seeds, compute_mauve, few_texts_notes, mauve_scores
 
 EXAMPLES = (
     "hyperlens mauve human.txt written.jsonl --features openai-community/gpt2-large --out mauve",
@@ -28,7 +28,7 @@ def measure_mauve(
     q_texts: Any,
     features: Any,
     *,
-    seeds: Sequence[int] = (0, 1, 2, 3, 4),
+    seeds: Sequence[int] = SEEDS,
     max_length: int = 1024,
     batch_size: int = 16,
     device: str | torch.device | None = None,
@@ -159,12 +159,12 @@ class MauveResult(Result):
             ["read by", str(features["name"])],
             ["vector", str(features["position"])],
         ]
-        return Table(["", label_of(self)], rows, joins=True)
+        return Table(["", "value"], rows, joins=True)
 
     def _curves(self) -> Chart:
         label = label_of(self)
         rows = [
-            {"series": f"{label}, seed {row['seed']}", **point}
+            {"series": f"seed {row['seed']}", **point}
             for row, curve in zip(self.table, self.extras["curves"], strict=True)
             for point in _points(curve)
         ]
@@ -184,7 +184,7 @@ class MauveResult(Result):
             [str(row["seed"]), FRACTION(row["value"]), FRACTION(row["smoothed"])]
             for row in self.table
         ]
-        return Table(["seed", f"{label_of(self)}: MAUVE", "smoothed"], rows)
+        return Table(["seed", "MAUVE", "smoothed"], rows, joins=True)
 
 
 def _points(curve: Sequence[Sequence[float]]) -> list[Mapping[str, float]]:
