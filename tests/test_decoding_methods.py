@@ -78,7 +78,7 @@ def prompts_of(found: DecodingResult) -> list[list[int]]:
 def written(
     models, prompts: list[list[int]], model: str, method: str, seed: int = 0, **options: object
 ) -> list[list[int]]:
-    """What a condition of decoding writes, asked for directly."""
+    """What a method of decoding generates, asked for directly."""
     options = {"max_new_tokens": 12, "stop_at_eos": False, "progress": False} | options
     which = models[model == "tuned"]
     if method == "contrastive":
@@ -209,7 +209,6 @@ def test_a_model_beside_itself_differs_in_nothing(models) -> None:
         assert (row["difference"], row["difference_low"]) == (0, 0)
         assert math.isnan(row["p"])
     assert "not clearly different with greedy" in " ".join(found.summary().split())
-    assert all(one.answer.startswith("Not clearly, by ") for one in found.verdicts()[:2])
 
 
 def test_an_adapter_is_read_as_one() -> None:
@@ -317,7 +316,7 @@ def test_an_open_pair_gives_the_same_numbers(models, result) -> None:
 def test_one_prompt_has_no_interval(models) -> None:
     found = compare_decoding(*models, TEXTS, n_prompts=1, **SHORT)
     assert "nan" not in found.summary()
-    assert "1 prompt of 6 tokens" in found.summary()
+    assert "1 prompt of 6 tokens" in " ".join(found.summary().split())
     assert found.verdicts()[0].answer.startswith("Too few texts to tell")
 
 
@@ -334,7 +333,7 @@ def test_nothing_written_is_not_called_no_difference(models) -> None:
         base.generation_config.eos_token_id = tuned.generation_config.eos_token_id = before
     assert math.isnan(row_of(found, "base", "greedy", "ttr")["value"])
     said = " ".join(found.conclusions())
-    assert said.count("unknown with greedy, top-p") == 2
+    assert said.count("unclear with greedy, top-p") == 2
     assert found.verdicts()[0].answer.startswith("Too few texts to tell")
     assert "not clearly different" not in said
 
@@ -365,7 +364,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     prompts = {example["prompt"] for example in found.extras["examples"]}
     assert prompts == {f"The {who} went into" for who in ("king", "cat", "fox")}
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
-    for words in ("Would another condition of decoding", "Det.", "base, GUARD (w=3)"):
+    for words in ("Would another way of decoding", "det.", "GUARD (w = 3)"):
         assert words in page
     assert cli.main([*command, "--top-p", "7"]) == cli.FAILED
     assert "top_p must be above 0 and at most 1" in capsys.readouterr().err

@@ -438,7 +438,7 @@ WORDS = {
 }
 # The measures that the verdicts are about, and whether a higher value is more diverse.
 TESTED = {"ttr": True, "rep_2": False}
-SIDES = ("more diverse", "less diverse", "not clearly different", "unknown")
+SIDES = ("more diverse", "less diverse", "not clearly different", "unclear")
 DRAWN = {"ttr": "TTR", "rep_2": "repeated bigrams, a share", "loop": "longest loop, a share"}
 
 
@@ -490,7 +490,7 @@ class DecodingResult(Result):
         sides = self._sides(metric)
         if sides["more diverse"]:
             lead = "Yes"
-        elif sides["unknown"]:
+        elif sides["unclear"]:
             lead = "Too few texts to tell"
         else:
             lead = "Not clearly" if sides["not clearly different"] else "No"
@@ -507,14 +507,14 @@ class DecodingResult(Result):
         """Which methods of the base are more or less diverse, with the difference."""
         sides: dict[str, list[str]] = {
             side: []
-            for side in ("more diverse", "less diverse", "not clearly different", "unknown")
+            for side in ("more diverse", "less diverse", "not clearly different", "unclear")
         }
         for condition in self.conditions[:-1]:
             row = self._row(condition, metric)
             words, difference = METHODS[condition[1]].words, row["difference"]
             side = "not clearly different"
             if math.isnan(row["difference_low"]):
-                side = "unknown"
+                side = "unclear"
             elif row["p"] < 0.05:
                 side = "more diverse" if (difference > 0) == TESTED[metric] else "less diverse"
             known = math.isfinite(difference)
