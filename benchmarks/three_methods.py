@@ -57,6 +57,7 @@ def main():
     torch.set_num_threads(args.threads)
     runs = {}
     for method in LABELS:
+        late = {"last_k": args.last_k} if method == "late_lora" else {}
         runs[method] = hyperfit(
             args.base,
             args.train,
@@ -65,7 +66,7 @@ def main():
             validation=args.held_out,
             out=args.out / method,
             epochs=args.epochs,
-            last_k=args.last_k,
+            **late,
             n_validation=64,
             n_prompts=64,
             progress=False,
@@ -79,6 +80,7 @@ def main():
     print("\n| stop_at_plateau | ended | epochs run | of | TTR kept | TTR at the last epoch |")
     print("|---|---|---|---|---|---|")
     for method, label in LABELS.items():
+        late = {"last_k": args.last_k} if method == "late_lora" else {}
         stopped = hyperfit(
             args.base,
             args.train,
@@ -86,7 +88,7 @@ def main():
             recipe="demo",
             validation=args.held_out,
             epochs=args.epochs,
-            last_k=args.last_k,
+            **late,
             n_validation=64,
             n_prompts=64,
             progress=False,

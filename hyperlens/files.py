@@ -13,15 +13,15 @@ from .errors import ResultsError
 
 
 def expand_user(path: str | Path) -> Path:
-    """A path as people type it; the home of nobody stays as it is, as in a shell."""
+    """Expand `~`; an unknown `~user` is left unchanged."""
     return Path(os.path.expanduser(path))
 
 
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text through a temporary file in the same folder.
 
-    Halves of characters, as in names of files that are not UTF-8 and in what models write, become
-    question marks: no file can hold them.
+    Lone surrogates, as in file names that are not UTF-8 and in generated text, become question
+    marks, because UTF-8 cannot hold them.
 
     Raises:
         ResultsError: if the folder cannot be written.
@@ -44,14 +44,14 @@ def write_text(path: Path, text: str) -> None:
 
 
 def check_new_folder(folder: Path) -> None:
-    """Refuse early a folder that `new_folder` would refuse after the work is done.
+    """Raise before the work for a folder that `new_folder` would refuse after it.
 
     Raises:
         ResultsError: if it exists and is not empty, or cannot be created or replaced.
     """
     folder = expand_user(folder)
     try:
-        # An empty folder is replaced, which cannot be done under a running program's feet.
+        # An empty folder is replaced, which fails for the working directory and for mount points.
         if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
             if os.path.samefile(folder, Path.cwd()) or os.path.ismount(folder):
                 raise ResultsError(f"cannot replace {folder}: name a new folder inside it")
@@ -98,6 +98,6 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 
 def _beside(path: Path) -> Path:
-    """A hidden name in the same folder that nobody else has."""
+    """A hidden, unused name in the same folder."""
     path = path.absolute()
     return path.with_name(f".{path.name[:60]}.{secrets.token_hex(4)}")

@@ -38,7 +38,7 @@ class Question(NamedTuple):
 
 def _patch(name: str, module: str, result: str, old_names: tuple[str, ...]) -> Question:
     """A part of `hyperlens patch`, which is one command for all of them."""
-    return Question(name, f"patching.{module}", name, result, old_names, "patching.command")
+    return Question(name, f"patching.{module}", name, result, old_names, "cli.patch")
 
 
 QUESTIONS = (

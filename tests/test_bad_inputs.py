@@ -25,6 +25,7 @@ from hyperlens.errors import (
     HyperlensError,
     LoadingError,
     PairError,
+    ParityError,
     ProbeError,
     ResultsError,
 )
@@ -313,6 +314,32 @@ def test_two_kinds_of_hooked_models(base, tuned) -> None:
         "load both the same way",
     )
     refused(PairError, comparing(residual, bridge), "load both the same way")
+
+
+class BatchDependent(torch.nn.Linear):
+    """Like an 8-bit layer: its outputs depend on what else is in the batch."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * (1 + 0.5 * float(x.abs().max()))
+
+
+def test_a_quantised_model_that_does_not_reproduce_itself(base) -> None:
+    quantised = copy.deepcopy(base)
+    for layer in quantised.model.layers:
+        layer.mlp.down_proj.__class__ = BatchDependent
+    call = loading(quantised, backend="residual")
+    assert "quantised" not in refused(ParityError, call, "architecture is not supported")
+    quantised.quantization_method = "bitsandbytes"
+    message = refused(
+        ParityError, call, "quantised (bitsandbytes)", "load it unquantised", "bfloat16"
+    )
+    assert "architecture" not in message
+
+
+def test_short_names_of_dtypes(base) -> None:
+    for short, dtype in {"bf16": "bfloat16", "fp16": "float16", "half": "float16"}.items():
+        assert load_hooked(base, backend="residual", dtype=short).cfg.dtype == getattr(torch, dtype)
+    assert load_hooked(base, backend="residual", dtype="fp32").cfg.dtype == torch.float32
 
 
 def test_hooked_models_of_two_dtypes(base, tuned) -> None:

@@ -26,7 +26,7 @@ from hyperlens.commands.compare import PROBES
 from hyperlens.errors import LoadingError
 from hyperlens.probes import default_probes
 from hyperlens.training import Recipe, hyperfit, preset
-from hyperlens.training.recipes import HELP
+from hyperlens.training.recipes import HELP, Method
 
 ROOT = Path(__file__).resolve().parent.parent
 SAVED = {"comparison.json", "layers.csv", "layers.png", "summary.txt"}
@@ -201,7 +201,10 @@ def test_hyperfit_trains_saves_and_names_the_next_command(
     out = tmp_path / "hyper fitted"
     assert cli.main([*HYPERFIT, *SHORT, "--out", str(out)]) == cli.OK
     printed, err = capsys.readouterr()
-    assert err == ""
+    # Not a terminal: plain lines, one for each record.
+    assert "hyperfit: epoch 0/2, the base, held-out text: TTR " in err
+    assert "hyperfit: epoch 2/2, loss " in err
+    assert "\r" not in err
     assert f"weights in {out}" in printed
     record = json.loads((out / "hyperfit.json").read_text())
     assert record["recipe"]["epochs"] == 2
@@ -321,7 +324,10 @@ CHANGES = {
 }
 
 
-def test_every_field_of_the_recipe_is_an_option(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("method", "ignored"), [("lora", "last_k"), ("late_lora", "blocks")])
+def test_every_field_of_the_recipe_is_an_option(
+    method: Method, ignored: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls = []
 
     def spy(*args: object, **kwargs: object) -> None:
@@ -330,12 +336,13 @@ def test_every_field_of_the_recipe_is_an_option(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr("hyperlens.training.hyperfit", spy, raising=False)
     assert {"preset", "method", *CHANGES} == {field.name for field in fields(Recipe)}
-    default = preset("demo", "lora")
-    assert all(getattr(default, name) != value for name, value in CHANGES.items())
-    argv = [*HYPERFIT, "--out", "out", "--method", "lora", "--device", "cpu", "-q"]
+    changes = {name: value for name, value in CHANGES.items() if name != ignored}
+    default = preset("demo", method)
+    assert all(getattr(default, name) != value for name, value in changes.items())
+    argv = [*HYPERFIT, "--out", "out", "--method", method, "--device", "cpu", "-q"]
     argv += ["--dtype", "float64", "--validation", "tales.csv", "--text-column", "story"]
     argv += ["--no-prefix-cache", "--checkpoint-minutes", "2.5", "--report-to", "wandb,tensorboard"]
-    for name, value in CHANGES.items():
+    for name, value in changes.items():
         flag = name.replace("_", "-")
         if isinstance(value, bool):
             argv.append(f"--{flag}" if value else f"--no-{flag}")
@@ -346,7 +353,7 @@ def test_every_field_of_the_recipe_is_an_option(monkeypatch: pytest.MonkeyPatch)
     ((args, kwargs),) = calls
     assert args[0] == "base"
     assert len(args[1]) == 12
-    assert kwargs.pop("recipe") == preset("demo", "lora", **CHANGES)
+    assert kwargs.pop("recipe") == preset("demo", method, **changes)
     assert len(kwargs.pop("validation")) == 12
     assert kwargs == {
         "out": Path("out"),
@@ -443,6 +450,9 @@ def test_errors_of_compare(
         (("--sequence-length", "60", "--no-packed"), "hyperlens: error: "),
         (("--method", "late_lora", "--last-k", "4"), "choose 1 to 3"),
         (("--method", "late_lora", "--blocks", "1"), "set last_k"),
+        (("--lora-r", "8"), "lora_r has no effect with the method full"),
+        (("--method", "lora", "--last-k", "2"), "last_k has no effect with the method lora"),
+        (("--patience", "2"), "patience has no effect without stop_at_plateau"),
         (("--method", "lora", "--blocks", "1,3"), "indices go from 0 to 2"),
         (("--method", "lora", "--target-modules", "q_porj"), "did you mean q_proj"),
         (("--stop-at-plateau", "--record-every", "0"), "set record_every"),
@@ -555,7 +565,7 @@ def test_an_interrupted_training_says_whether_it_goes_on(
     argv = (*HYPERFIT, "--out", tmp_path / "out")
     assert failed(capsys, cli.INTERRUPTED, argv) == "hyperlens: interrupted"
     (tmp_path / "out.partial").mkdir()
-    line = failed(capsys, cli.INTERRUPTED, argv, "the same command goes on")
+    line = failed(capsys, cli.INTERRUPTED, argv, "the same command continues")
     assert line.startswith("hyperlens: interrupted: ")
 
 
@@ -566,9 +576,9 @@ def test_the_same_command_goes_on(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from hyperlens.training.checkpoints import Checkpoints
+    from hyperlens.training.callbacks import Checkpoints
 
-    argv = [*HYPERFIT, *SHORT, *method, "--checkpoint-minutes", "0", "--out"]
+    argv = [*HYPERFIT, *SHORT, *method, "--checkpoint-minutes", "0", "--quiet", "--out"]
     assert cli.main([*argv, str(tmp_path / "whole")]) == cli.OK
     saved = Checkpoints.on_save
 
@@ -580,7 +590,7 @@ def test_the_same_command_goes_on(
     out = str(tmp_path / "out")
     with monkeypatch.context() as patched:
         patched.setattr(Checkpoints, "on_save", interrupting)
-        failed(capsys, cli.INTERRUPTED, (*argv, out), "goes on from the last checkpoint")
+        failed(capsys, cli.INTERRUPTED, (*argv, out), "continues from the last checkpoint")
     assert not Path(out).exists()
     failed(capsys, cli.FAILED, (*argv, out, "--seed", "3"), "seed 0 there, 3 here")
     assert cli.main([*argv, out]) == cli.OK

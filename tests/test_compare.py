@@ -14,11 +14,10 @@ from conftest import ARCHITECTURES, lora, make_tiny, perturbed, token_texts
 from memory_for_tests import PROC
 
 from hyperlens import compare_models, load_hooked
-from hyperlens.data.corpus import Corpus
 from hyperlens.errors import ResourceError
 from hyperlens.hooks.surface import import_transformer_lens
 from hyperlens.pair import open_pair
-from hyperlens.passes import multi_pass as rounds
+from hyperlens.passes import multi_pass
 from hyperlens.passes import streaming as runner
 from hyperlens.passes.streams import StreamSpec
 from hyperlens.probes import MeanProbe, ParticipationRatio, ResidualDrift
@@ -104,20 +103,6 @@ def test_text_order_does_not_matter(pair):
     a, b = compare(*pair), compare(*pair, TEXTS[::-1])
     np.testing.assert_array_equal(numbers(a), numbers(b))
     assert a.meta["corpus"] == b.meta["corpus"]
-
-
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "gemma2"])
-def test_padding_side_does_not_matter(name, monkeypatch):
-    base = make_tiny(name)
-    tuned = perturbed(base)
-    right = compare(base, tuned)
-    batches = Corpus.batches
-
-    def left(self, *args, **options):
-        return batches(self, *args, **options | {"padding_side": "left"})
-
-    monkeypatch.setattr(Corpus, "batches", left)
-    assert_same(right, compare(base, tuned), 1e-6)
 
 
 @pytest.mark.parametrize("backend", ["bridge", "hooked_transformer"])
@@ -298,7 +283,7 @@ def test_numbers_may_be_numpys(pair):
 
 
 def test_the_memory_of_the_sums_is_refused_before_the_run(pair, monkeypatch):
-    for module in (runner, rounds):
+    for module in (runner, multi_pass):
         monkeypatch.setattr(module, "free_bytes", lambda device: 1000)
     with pytest.raises(ResourceError, match="fewer views or layers"):
         compare(*pair)

@@ -11,6 +11,7 @@ from conftest import ARCHITECTURES, make_tiny, perturbed, token_texts
 from test_mauve import Stub, real
 
 from hyperlens import cli, compare_models, measure_behaviour, open_pair
+from hyperlens.decoding.generate import GenerationRunner
 from hyperlens.embedded import embedded_base, embedded_tales
 from hyperlens.errors import (
     CorpusError,
@@ -20,7 +21,6 @@ from hyperlens.errors import (
     ResultsError,
 )
 from hyperlens.experiments import cross_domain as module
-from hyperlens.experiments.continuing import Continuing
 from hyperlens.experiments.cross_domain import (
     DRAWN,
     LAST_LAYER,
@@ -81,10 +81,8 @@ def test_a_row_says_what_the_single_experiments_say(name: str, corpus: str) -> N
     inside = compare_models(base, tuned, CORPORA[corpus], progress=False)
     assert row["n_texts"] == len(CORPORA[corpus])
     for column, (metric, view) in LAST_LAYER.items():
-        (same,) = (
-            r for r in inside.rows if (r.metric, r.view, r.layer) == (metric, view, 3)
-            and r.probe in ("rank_reordering", "participation_ratio")
-        )  # fmt: skip
+        probe = "participation_ratio" if metric == "delta" else "rank_reordering"
+        same = inside.at(probe, metric, 3, view)
         for end, expected in (("", same.value), ("_low", same.low), ("_high", same.high)):
             assert row[f"{column}{end}"] == pytest.approx(expected, rel=1e-6)
 
@@ -281,7 +279,7 @@ def test_mauve_gets_the_texts_own_continuations(monkeypatch) -> None:
 @pytest.mark.parametrize("readable", [4, 1, 0])
 def test_a_model_that_writes_nothing_to_read_has_no_mauve(readable: int, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "mauve", Stub())
-    original, calls = Continuing.run, []
+    original, calls = GenerationRunner.run, []
 
     def run(self, *given, **options):
         """Every second model to write, the tuned one, writes special tokens."""
@@ -291,7 +289,7 @@ def test_a_model_that_writes_nothing_to_read_has_no_mauve(readable: int, monkeyp
             made.tokens[readable:] = [[0] * 10] * (6 - readable)
         return made
 
-    monkeypatch.setattr(Continuing, "run", run)
+    monkeypatch.setattr(GenerationRunner, "run", run)
     base = str(embedded_base())
     found = compare_domains(
         {"x": (base, base)}, {"odd": TALES["odd"]}, mauve_features=base, **SMALL

@@ -15,27 +15,24 @@ from test_compare import UNCHANGED, assert_same, compare, numbers
 
 from hyperlens import (
     compare_models,
-    expansion,
     load_hooked,
     measure_behaviour,
-    norm_question,
     null_test,
     patch_blocks,
-    patch_positions,
     provenance,
     static_bias,
     temperature,
-    transplant_weights,
 )
 from hyperlens.data.corpus import build_corpus
 from hyperlens.decoding.generate import continuations
 from hyperlens.errors import ResourceError
 from hyperlens.experiments import compare_decoding, compare_domains
 from hyperlens.hooks.surface import import_transformer_lens
-from hyperlens.passes import multi_pass as rounds
+from hyperlens.passes import multi_pass
 from hyperlens.passes import streaming as runner
 from hyperlens.passes.memory import free_bytes
 from hyperlens.passes.streaming import PassOptions, pass_memory
+from hyperlens.patching import patch_expansion, patch_norm, patch_positions, patch_weights
 from hyperlens.probes import default_probes
 from hyperlens.statistics import rank_correlation
 from hyperlens.statistics.moments import moments_of
@@ -55,9 +52,9 @@ EXPERIMENTS = {
     "compare_decoding": (compare_decoding, PROMPTS | {"methods": ["greedy", "contrastive"]}),
     "patch_blocks": (patch_blocks, PROMPTS),
     "patch_positions": (patch_positions, {"offsets": 4, "progress": False}),
-    "transplant_weights": (transplant_weights, PROMPTS),
-    "expansion": (expansion, PROMPTS | {"n_random": 1}),
-    "norm_question": (norm_question, {"progress": False}),
+    "patch_weights": (patch_weights, PROMPTS),
+    "patch_expansion": (patch_expansion, PROMPTS | {"n_random": 1}),
+    "patch_norm": (patch_norm, {"progress": False}),
 }
 
 
@@ -189,9 +186,9 @@ def test_several_passes_give_the_numbers_of_one(pair: Any, monkeypatch: pytest.M
         return foreseen[-1]
 
     with monkeypatch.context() as patch:
-        patch.setattr(rounds, "pass_memory", recorded)
+        patch.setattr(multi_pass, "pass_memory", recorded)
         once = compare(*pair, device="cuda")
-    for module in (rounds, runner):
+    for module in (multi_pass, runner):
         monkeypatch.setattr(module, "free_bytes", lambda _: foreseen[0].total - 1)
     apart = compare(*pair, device="cuda")
     assert any("read 2 times" in note for note in apart.meta["notes"])
@@ -203,7 +200,7 @@ def test_what_a_gpu_cannot_hold_is_said(monkeypatch: pytest.MonkeyPatch) -> None
     tuned = perturbed(base)
     texts = token_texts(64, shortest=60, longest=60)
     monkeypatch.setattr(runner, "free_bytes", lambda _: 2**60)
-    monkeypatch.setattr(rounds, "free_bytes", lambda _: 2**60)
+    monkeypatch.setattr(multi_pass, "free_bytes", lambda _: 2**60)
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(CUDA).total_memory
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 4 * 2**20) / total)

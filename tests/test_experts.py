@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from hyperlens.errors import TrainingError
 from hyperlens.training import hyperfit
-from hyperlens.training.adapters import find_stack, projections
+from hyperlens.training.adapters import find_block_list, projections
 from hyperlens.training.recipes import preset
 
 LENGTH = 8
@@ -139,7 +139,7 @@ def test_a_linear_layer_with_a_forward_of_its_own_is_one() -> None:
     config = transformers.FalconConfig(
         vocab_size=D_VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4
     )
-    stack = find_stack(AutoModelForCausalLM.from_config(config).eval())
+    stack = find_block_list(AutoModelForCausalLM.from_config(config).eval())
     found = projections(stack, preset("li2026", "lora"))
     assert set(found) == {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}
 

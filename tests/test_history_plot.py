@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from test_record import a_record
 
 from hyperlens.errors import TrainingError
-from hyperlens.training import history, history_plot, plot_history, read_history, saving
+from hyperlens.training import history, history_plot, plot_history, read_history
 from hyperlens.training.history import Record
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -74,12 +74,12 @@ def as_folder(run: Run, folder: Path) -> Path:
     folder.mkdir(exist_ok=True)
     history.write(folder / history.FILE, run.records)
     saved = {"recipe": {"method": run.method}, "history": list(run.history)}
-    (folder / saving.RECORD).write_text(json.dumps(saved))
+    (folder / history.RUN_FILE).write_text(json.dumps(saved))
     return folder
 
 
 def test_it_reads_the_files_that_a_run_writes() -> None:
-    assert history_plot.RUN_FILE == saving.RECORD
+    assert history_plot.RUN_FILE == history.RUN_FILE
     assert history.FILE == "history.csv"
 
 
@@ -140,7 +140,7 @@ def test_a_csv_without_a_run_beside_it_is_enough(tmp_path: Path) -> None:
     history.write(tmp_path / history.FILE, records(4))
     for source in (tmp_path, tmp_path / history.FILE, read_history(tmp_path)):
         assert line(panel(plot_history(source), "training loss"))[0] == [10, 20, 30]
-    (tmp_path / saving.RECORD).write_text("[not a run")
+    (tmp_path / history.RUN_FILE).write_text("[not a run")
     assert line(panel(plot_history(tmp_path), "training loss"))[0] == [10, 20, 30]
 
 

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from hyperlens import JudgeResult, cli, judge_continuations, judge_models
 from hyperlens.decoding.generate import continuations
+from hyperlens.decoding.prompts import choose_examples
 from hyperlens.errors import CorpusError, JudgeError
-from hyperlens.experiments.continuing import choose_examples
 from hyperlens.judging.local import LocalJudge
 from hyperlens.judging.prompt import read_prompt
 from hyperlens.render import write_report

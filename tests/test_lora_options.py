@@ -16,14 +16,14 @@ from hyperlens import compare_models, load_hooked
 from hyperlens.errors import HyperlensError, TrainingError
 from hyperlens.training import hyperfit, pissa, preset, to_hooked
 from hyperlens.training.adapters import (
-    Stack,
-    find_stack,
+    BlockList,
+    find_block_list,
     projections,
     train_only,
     trained_blocks,
     with_adapter,
 )
-from hyperlens.training.saving import save
+from hyperlens.training.folders import save
 
 LENGTH = 8
 FEW = {
@@ -81,14 +81,14 @@ def test_full_training_of_some_blocks_leaves_all_else_alone(name: str) -> None:
     base = make_tiny(name)
     run = hyperfit(base, ids(), "full", blocks=[2, 0], learning_rate=1e-2, **FEW)
     assert run.manifest["trained_blocks"] == [0, 2]
-    blocks = find_stack(base).blocks
+    blocks = find_block_list(base).blocks
     counted = sum(p.numel() for i in (0, 2) for p in blocks[i].parameters())
     assert run.manifest["trained_parameters"] == counted
     before, after = weights(base), weights(run.model)
     changed = {key for key in before if not torch.equal(before[key], after[key])}
     where = {key.split(".")[2] for key in changed}
     assert where == {"0", "2"}
-    assert all(f".{find_stack(base).container}." in key for key in changed)
+    assert all(f".{find_block_list(base).container}." in key for key in changed)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
@@ -96,7 +96,7 @@ def test_lora_on_any_set_of_blocks(name: str, tmp_path: Path) -> None:
     base = make_tiny(name)
     options = {"blocks": (0, 2), "learning_rate": 1e-1, "lora_r": 2, "out": tmp_path / "run"}
     run = hyperfit(base, ids(), "lora", **FEW, **options)
-    container = find_stack(base).container
+    container = find_block_list(base).container
     trained = [n for n, p in run.model.named_parameters() if p.requires_grad]
     assert {n.split(f".{container}.")[1].split(".")[0] for n in trained} == {"0", "2"}
     config = json.loads((tmp_path / "run" / "adapter_config.json").read_text())
@@ -105,12 +105,12 @@ def test_lora_on_any_set_of_blocks(name: str, tmp_path: Path) -> None:
 
 def test_weights_shared_with_a_frozen_block_cannot_be_trained() -> None:
     base = make_tiny("llama")
-    stack = find_stack(base)
+    block_list = find_block_list(base)
     layers = base.model.layers
     layers[2].mlp.down_proj.weight = layers[1].mlp.down_proj.weight
     with pytest.raises(TrainingError, match=r"layers\.2\.mlp\.down_proj\.weight shares"):
-        train_only(base, stack, (1,))
-    train_only(base, stack, (1, 2))
+        train_only(base, block_list, (1,))
+    train_only(base, block_list, (1, 2))
     assert not base.model.embed_tokens.weight.requires_grad
 
 
@@ -157,7 +157,7 @@ def test_a_module_that_is_no_projection_is_refused() -> None:
 
 def test_blocks_without_projections_are_refused() -> None:
     with pytest.raises(TrainingError, match="method='full'"):
-        projections(Stack((nn.LayerNorm(3),), "h"), preset("li2026", "lora"))
+        projections(BlockList((nn.LayerNorm(3),), "h"), preset("li2026", "lora"))
 
 
 # Kinds of LoRA
@@ -223,10 +223,10 @@ def test_every_kind_leaves_the_base_alone_and_starts_from_it(name: str, kind: st
     base = make_tiny(name)
     before = weights(base)
     own_copy = copy.deepcopy(base)
-    stack = find_stack(own_copy)
+    block_list = find_block_list(own_copy)
     recipe = preset("li2026", "late_lora", last_k=1, lora_r=4, **KINDS[kind])
-    targets = projections(stack, recipe)
-    adapted = with_adapter(own_copy, None, stack, (2,), targets, recipe).eval()
+    targets = projections(block_list, recipe)
+    adapted = with_adapter(own_copy, None, block_list, (2,), targets, recipe).eval()
     torch.testing.assert_close(logits(adapted), logits(base), **CLOSE)
     run = late(base, **KINDS[kind])
     for model in (adapted, run.model):
@@ -275,7 +275,7 @@ def test_dora_trains_one_magnitude_per_output() -> None:
 def test_rslora_scales_by_the_root_of_the_rank() -> None:
     base = make_tiny("llama")
     recipe = preset("li2026", "lora", lora_r=4, lora_alpha=6.0, lora_rslora=True)
-    adapted = with_adapter(base, None, find_stack(base), (0,), ("q_proj",), recipe)
+    adapted = with_adapter(base, None, find_block_list(base), (0,), ("q_proj",), recipe)
     assert adapted.base_model.model.model.layers[0].self_attn.q_proj.scaling == {"default": 3.0}
 
 
@@ -287,8 +287,8 @@ def pissa_layer(**changes: Any) -> tuple[Any, Any, torch.Tensor]:
     base = make_tiny("llama")
     weight = base.model.layers[1].mlp.down_proj.weight.detach().clone()
     recipe = preset("li2026", "lora", lora_r=4, lora_init="pissa", **changes)
-    stack = find_stack(base)
-    adapted = with_adapter(base, None, stack, (1,), ("down_proj",), recipe).eval()
+    block_list = find_block_list(base)
+    adapted = with_adapter(base, None, block_list, (1,), ("down_proj",), recipe).eval()
     return adapted, adapted.base_model.model.model.layers[1].mlp.down_proj, weight
 
 
@@ -313,7 +313,7 @@ def test_only_half_of_pissa_is_trained() -> None:
     ]
     # What is taken away is taken away whole.
     assert isinstance(layer.lora_dropout["default"], nn.Dropout)
-    assert isinstance(layer.lora_dropout[pissa.TAKEN_AWAY], nn.Identity)
+    assert isinstance(layer.lora_dropout[pissa.SUBTRACTED], nn.Identity)
 
 
 @pytest.mark.parametrize("rslora", [False, True])

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hyperlens.patching.outcomes import Outcome, combination, ratio
-from hyperlens.patching.ratios import p_value, widened
+from hyperlens.patching.outcomes import Outcome, combination
+from hyperlens.statistics.ratios import p_value, ratio, widened
 
 TRIALS = 2000
 # Two standard errors of a share of TRIALS trials: what luck alone may add to 93 to 97%.

@@ -3,6 +3,7 @@
 from functools import partial
 from pathlib import Path
 from threading import Thread
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from conftest import D_VOCAB, make_tiny
 from hyperlens.errors import ResourceError
 from hyperlens.training import hyperfit
 from hyperlens.training import prefix as prefix_module
-from hyperlens.training.adapters import find_stack
+from hyperlens.training.adapters import find_block_list
 from hyperlens.training.prefix import PrefixCache, is_exact, plan
 
 LENGTH = 12
@@ -155,7 +156,7 @@ def test_a_model_that_passes_on_more_than_the_residual_is_not_cached(tiny, misse
 
     first.forward, last.forward = writes, reads
     tokens = torch.tensor(sequences())
-    cache = PrefixCache(find_stack(tiny).blocks, 2, len(tokens), MEMORY)
+    cache = PrefixCache(find_block_list(tiny).blocks, 2, len(tokens), MEMORY)
     assert not is_exact(tiny, cache, tokens[:3])
 
 
@@ -164,20 +165,27 @@ def test_exactness_leaves_the_model_as_it_was(tiny):
     tiny.model.layers[1].eval()
     before = [module.training for module in tiny.modules()]
     tokens = torch.tensor(sequences())
-    cache = PrefixCache(find_stack(tiny).blocks, 2, len(tokens), MEMORY)
+    cache = PrefixCache(find_block_list(tiny).blocks, 2, len(tokens), MEMORY)
     assert is_exact(tiny, cache, tokens[:3])
     assert [module.training for module in tiny.modules()] == before
     assert not any("forward" in vars(module) for module in tiny.modules())
     assert not any(module._forward_pre_hooks for module in tiny.modules())
 
 
-def test_the_size_is_known_beforehand_and_decides_the_place(tmp_path):
+def set_free_memory(monkeypatch, n_bytes: int) -> None:
+    memory = SimpleNamespace(available=n_bytes)
+    monkeypatch.setattr(prefix_module.psutil, "virtual_memory", lambda: memory)
+
+
+def test_the_size_is_known_beforehand_and_decides_the_place(monkeypatch, tmp_path):
     shape = (1000, 256, 64)
     size = 1000 * 256 * 64 * 2
-    roomy = plan(shape, torch.bfloat16, tmp_path, free_memory=4 * size)
+    set_free_memory(monkeypatch, 4 * size)
+    roomy = plan(shape, torch.bfloat16, tmp_path)
     assert (roomy.n_bytes, roomy.place) == (size, "memory")
     assert str(roomy) == "31 MiB of residuals in memory"
-    tight = plan(shape, torch.bfloat16, tmp_path, free_memory=size)
+    set_free_memory(monkeypatch, size)
+    tight = plan(shape, torch.bfloat16, tmp_path)
     assert tight.place == "disk"
     assert str(tmp_path) in str(tight)
 
@@ -187,11 +195,13 @@ def test_processes_share_what_is_free_on_their_machine(monkeypatch, tmp_path):
     monkeypatch.setenv("WORLD_SIZE", "8")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     for memory, place in ((8 * size, "memory"), (8 * size - 2, "disk")):
-        made = plan((1000, 256, 64), torch.bfloat16, tmp_path, free_memory=memory)
+        set_free_memory(monkeypatch, memory)
+        made = plan((1000, 256, 64), torch.bfloat16, tmp_path)
         assert (made.n_bytes, made.place) == (size, place)
     monkeypatch.setattr(prefix_module, "DISK_SHARE", 0.0)
+    set_free_memory(monkeypatch, size)
     with pytest.raises(ResourceError, match="in each of 4 processes"):
-        plan((1000, 256, 64), torch.bfloat16, tmp_path, free_memory=size)
+        plan((1000, 256, 64), torch.bfloat16, tmp_path)
 
 
 def test_two_caches_in_one_folder_do_not_meet(tmp_path, monkeypatch):
@@ -232,7 +242,7 @@ def test_a_file_that_is_gone_already_is_no_error(tmp_path, monkeypatch):
 
 def test_what_fits_nowhere_is_refused_before_training(tiny, monkeypatch):
     with pytest.raises(ResourceError, match=r"lower n_sequences .*--no-prefix-cache"):
-        plan((10**9, 1024, 4096), torch.float32, Path("/"), free_memory=0)
+        plan((10**9, 1024, 4096), torch.float32, Path("/"))
     monkeypatch.setattr(prefix_module, "MEMORY_SHARE", 0.0)
     monkeypatch.setattr(prefix_module, "DISK_SHARE", 0.0)
     with pytest.raises(ResourceError, match="prefix cache needs"):
@@ -241,6 +251,6 @@ def test_what_fits_nowhere_is_refused_before_training(tiny, monkeypatch):
 
 
 def test_a_file_that_cannot_grow_is_one_clear_error(tmp_path):
-    with pytest.raises(ResourceError, match="cannot keep the prefix cache"):
+    with pytest.raises(ResourceError, match="cannot store the prefix cache"):
         prefix_module._mapped(tmp_path / "cache", (2**50,), torch.float32)
     assert list(tmp_path.iterdir()) == []

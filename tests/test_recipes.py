@@ -7,17 +7,20 @@ from typing import Any, get_type_hints
 import pytest
 
 from hyperlens.errors import TrainingError
-from hyperlens.training.presets import PRESETS, reported
-from hyperlens.training.recipe_checks import FLAGS, LEAST_WHOLE, NOT_NEGATIVE, POSITIVE, check
 from hyperlens.training.recipes import (
     CHOICES,
+    FLAGS,
     HELP,
+    LEAST_WHOLE,
+    NOT_NEGATIVE,
+    POSITIVE,
+    PRESETS,
     Recipe,
-    as_json,
     changed,
-    from_json,
+    check,
     preset,
     relevant_fields,
+    reported,
 )
 
 METHODS = ("full", "lora", "late_lora")
@@ -118,22 +121,52 @@ def test_only_fields_that_matter_are_shown() -> None:
 @pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize("method", METHODS)
 def test_a_recipe_survives_json(name: str, method: Any) -> None:
-    changes = {} if method == "late_lora" else {"blocks": (0, 4)}
-    recipe = preset(name, method, target_modules=("q_proj", "v_proj"), **changes)
-    for each in (recipe, preset(name, method)):
-        written = as_json(each)
-        assert from_json(json.loads(json.dumps(written))) == each
-        assert json.loads(json.dumps(written)) == written
+    changes: dict[str, Any] = {"full": {"blocks": (0, 4)}, "late_lora": {"target_modules": ("q",)}}
+    for recipe in (preset(name, method), preset(name, method, **changes.get(method, {}))):
+        values = recipe.to_json()
+        assert json.loads(json.dumps(values)) == values
+        again = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        assert Recipe(**again) == recipe
 
 
-def test_a_recipe_of_another_version_is_refused() -> None:
-    values = as_json(Recipe())
-    for odd in ({**values, "adapter": "none"}, {k: v for k, v in values.items() if k != "blocks"}):
-        with pytest.raises(TrainingError, match="another version") as caught:
-            from_json(odd)
-        assert "'adapter'" in str(caught.value) or "'blocks'" in str(caught.value)
-    with pytest.raises(TrainingError, match="epochs"):
-        from_json({**values, "epochs": 0})
+# Settings without effect
+
+
+@pytest.mark.parametrize(
+    ("method", "change", "users"),
+    [
+        ("full", {"lora_r": 8}, "lora or late_lora"),
+        ("full", {"lora_dora": False}, "lora or late_lora"),
+        ("full", {"target_modules": ("q_proj",)}, "lora or late_lora"),
+        ("full", {"last_k": 5}, "late_lora"),
+        ("lora", {"last_k": 2}, "late_lora"),
+        ("late_lora", {"blocks": (1,)}, "lora with blocks"),
+    ],
+    ids=str,
+)
+def test_a_setting_that_the_method_ignores_is_refused(
+    method: Any, change: dict[str, Any], users: str
+) -> None:
+    name = next(iter(change))
+    with pytest.raises(TrainingError, match=f"{name} .*{method}") as caught:
+        preset("demo", method, **change)
+    assert f"the method {users}" in str(caught.value)
+
+
+def test_what_nobody_asked_for_is_not_refused() -> None:
+    """A recipe's own values, defaults, and None, which leaves the choice open."""
+    adapted = preset("demo", "late_lora", lora_r=8, last_k=2, patience=2, stop_at_plateau=True)
+    full = changed(adapted, method="full", stop_at_plateau=False, target_modules=None, blocks=None)
+    assert (full.lora_r, full.last_k, full.patience) == (8, 2, 2)
+    for name in PRESETS:
+        for method in METHODS:
+            preset(name, method)  # type: ignore[arg-type]
+
+
+def test_the_stopping_rule_needs_to_be_on() -> None:
+    assert "set stop_at_plateau=True" in refusal(patience=5)
+    assert "near_zero_loss has no effect" in refusal(near_zero_loss=0.1)
+    assert changed(Recipe(), patience=5, stop_at_plateau=True).patience == 5
 
 
 # Nonsense
@@ -193,7 +226,7 @@ def test_a_value_that_makes_no_sense_is_refused_by_name(change: dict[str, Any]) 
 def test_a_value_of_the_wrong_kind_is_refused_by_name(change: dict[str, Any]) -> None:
     # Not through Recipe, whose types are checked while the tests run.
     with pytest.raises(TrainingError, match=next(iter(change))):
-        check(vars(Recipe()) | change, CHOICES)
+        check(vars(Recipe()) | change)
 
 
 def test_values_that_do_not_go_together_are_refused() -> None:

@@ -23,12 +23,12 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, MambaConfig
 
 from hyperlens.errors import ResultsError, TrainingError
-from hyperlens.training import generation, history, read_history, record
-from hyperlens.training.generation import bigram_repetition, greedy, type_token_ratio
+from hyperlens.training import history, read_history, record
 from hyperlens.training.history import Record
 from hyperlens.training.recipes import Recipe
-from hyperlens.training.record import Recorder
-from hyperlens.training.weights import recomputing
+from hyperlens.training.record import Recorder, greedy
+from hyperlens.training.token_loss import last_position_only
+from hyperlens.training.weights import gradient_checkpointing
 
 ROOT = Path(__file__).resolve().parent.parent
 N, LENGTH, PROMPT, NEW = 6, 24, 5, 20
@@ -221,7 +221,7 @@ def states() -> list[Any]:
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
 def test_measuring_leaves_no_trace(name: str) -> None:
     model = make_tiny(name).train()
-    with recomputing(model, True):
+    with gradient_checkpointing(model, True):
         check_no_trace(model)
 
 
@@ -260,7 +260,7 @@ def test_how_the_model_is_being_trained_does_not_show() -> None:
     quiet = numbers(recorder.measure(1, 1, 1.0, 1.0))
     model.train()
     model.config.use_cache = False
-    with recomputing(model, True):
+    with gradient_checkpointing(model, True):
         assert numbers(recorder.measure(1, 1, 1.0, 1.0)) == quiet
     assert numbers(Recorder(model, tokens, SMALL).measure(1, 1, 1.0, 1.0)) != quiet
 
@@ -372,33 +372,7 @@ def test_what_does_not_fit_is_said_beforehand() -> None:
     Recorder(make_tiny("llama"), held_out(), replace(SMALL, prompt_tokens=23, new_tokens=41))
 
 
-# Continuations and their repetition
-
-
-token_rows = st.integers(2, 40).flatmap(
-    lambda n: st.lists(st.lists(st.integers(0, 6), min_size=n, max_size=n), min_size=1, max_size=4)
-)
-
-
-@given(token_rows)
-def test_repetition_is_counted_as_sets_count(tokens: list[list[int]]) -> None:
-    made = torch.tensor(tokens)
-    assert type_token_ratio(made).tolist() == [len(set(row)) / len(row) for row in tokens]
-    pairs = [list(pairwise(row)) for row in tokens]
-    assert bigram_repetition(made).tolist() == [1 - len(set(row)) / len(row) for row in pairs]
-
-
-@given(token_rows, st.permutations(range(7)))
-def test_which_token_is_which_does_not_matter(tokens: list[list[int]], names: list[int]) -> None:
-    made, renamed = torch.tensor(tokens), torch.tensor(names)[torch.tensor(tokens)]
-    assert torch.equal(type_token_ratio(made), type_token_ratio(renamed))
-    assert torch.equal(bigram_repetition(made), bigram_repetition(renamed))
-
-
-def test_the_extremes_of_repetition() -> None:
-    made = torch.stack([torch.arange(10), torch.full((10,), 3)])
-    assert type_token_ratio(made).tolist() == [1.0, 0.1]
-    assert bigram_repetition(made).tolist() == [0.0, 1 - 1 / 9]
+# Greedy generations (their repetition is in test_diversity)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -433,7 +407,7 @@ def test_an_end_of_text_token_does_not_end_a_continuation() -> None:
 
 def test_the_head_is_left_as_it_was_after_an_error() -> None:
     model = make_tiny("llama")
-    with pytest.raises(RuntimeError, match="inside"), generation.last_position_only(model.lm_head):
+    with pytest.raises(RuntimeError, match="inside"), last_position_only(model.lm_head):
         raise RuntimeError("inside")
     assert not model.lm_head._forward_pre_hooks
 

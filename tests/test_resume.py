@@ -19,9 +19,9 @@ from transformers import TrainerCallback
 from transformers.integrations import integration_utils
 
 from hyperlens.errors import ResultsError, TrainingError
-from hyperlens.training import hyperfit, saving
-from hyperlens.training.recording import Recording
-from hyperlens.training.working import Working
+from hyperlens.training import hyperfit, hyperfitting
+from hyperlens.training.callbacks import Recording
+from hyperlens.training.folders import WorkingFolder
 
 LENGTH = 12
 OPTIONS = {
@@ -259,7 +259,7 @@ def test_a_result_that_cannot_be_moved_is_kept_and_blocks_no_retry(
 ):
     ids = json.loads(ids_file.read_text())
     out = tmp_path / "run"
-    save, saved = saving.save, []
+    save, saved = hyperfitting.save, []
 
     def meanwhile(folder, *args):
         save(folder, *args)
@@ -269,7 +269,7 @@ def test_a_result_that_cannot_be_moved_is_kept_and_blocks_no_retry(
 
     for options in (OPTIONS, OPTIONS | {"checkpoint_minutes": 60.0}):
         with monkeypatch.context() as patch:
-            patch.setattr(saving, "save", meanwhile)
+            patch.setattr(hyperfitting, "save", meanwhile)
             with pytest.raises(ResultsError, match=r"the finished run is in .*partial/finished"):
                 hyperfit(llama_folder, ids, out=out, **options)
         assert (out / "mine.txt").read_text() == "mine"
@@ -286,13 +286,13 @@ def test_what_a_checkpoint_needs_is_there_until_the_next_is(
     """Of a run in which each record is the best so far."""
     best = property(lambda self: self._progress.records[-1].epoch or None)
     monkeypatch.setattr(Recording, "best_epoch", best)
-    promote, kept = Working.promote, []
+    set_checkpoint, kept = WorkingFolder.set_checkpoint, []
 
     def watched(self, written, progress):
         kept.append({path.name for path in self.folder.glob("best-*.safetensors")})
-        promote(self, written, progress)
+        set_checkpoint(self, written, progress)
 
-    monkeypatch.setattr(Working, "promote", watched)
+    monkeypatch.setattr(WorkingFolder, "set_checkpoint", watched)
     options = OPTIONS | {"stop_at_plateau": True, "near_zero_loss": 100.0}
     hyperfit(llama_folder, json.loads(ids_file.read_text()), out=tmp_path / "run", **options)
     assert {"best-2.safetensors", "best-4.safetensors"} in kept
@@ -327,7 +327,7 @@ def test_a_full_disk_is_said_and_spares_the_last_checkpoint(
     llama_folder, ids_file, tmp_path, monkeypatch
 ):
     """A limit on file sizes stands for the full disk: writing stops half-way."""
-    from hyperlens.training.checkpoints import Checkpoints
+    from hyperlens.training.callbacks import Checkpoints
 
     ids = json.loads(ids_file.read_text())
     on_save, saves = Checkpoints.on_save, []

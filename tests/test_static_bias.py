@@ -16,7 +16,6 @@ from torch import nn
 
 from hyperlens.cli import main
 from hyperlens.errors import CorpusError, LoadingError, ProbeError
-from hyperlens.experiments.contexts import read_contexts
 from hyperlens.experiments.logit_shift import (
     LogitBias,
     biases,
@@ -28,7 +27,8 @@ from hyperlens.experiments.static_bias import static_bias
 from hyperlens.experiments.static_bias_finding import BIASES, StaticBiasResult
 from hyperlens.hooks.loading import load_hooked
 from hyperlens.pair import open_inputs
-from hyperlens.statistics.trend import exact_p, spearman, trend
+from hyperlens.passes.contexts import read_contexts
+from hyperlens.statistics.significance import exact_p, rho_and_p, trend
 
 TEXTS = token_texts(10, shortest=8, longest=20)
 SMALL = {
@@ -71,7 +71,10 @@ def planted(seed: int = 0, scale: float = 1.0):
 
 def shift_of(base, tuned):
     opened = open_inputs(base, tuned, TEXTS, max_length=256)
-    return mean_shift(read_contexts(opened, 4, False), False)
+    return mean_shift(
+        read_contexts(opened.pair.base.hooked, opened.pair.tuned.hooked, opened.corpus, 4, False),
+        False,
+    )
 
 
 def rows_of_logits(model) -> np.ndarray:
@@ -262,8 +265,8 @@ def test_exact_p_by_trying_all_orders(seed: int, n: int, tied: bool) -> None:
     if len(set(y)) < 2:
         assert math.isnan(found)
         return
-    rho = abs(spearman(x, y)[0])
-    every = [abs(spearman(x, list(order))[0]) for order in itertools.permutations(y)]
+    rho = abs(rho_and_p(x, y)[0])
+    every = [abs(rho_and_p(x, list(order))[0]) for order in itertools.permutations(y)]
     assert found == pytest.approx(np.mean([other >= rho - 1e-9 for other in every]))
 
 

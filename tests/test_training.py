@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import html
 import json
 import random
 import subprocess
@@ -30,6 +31,7 @@ from hyperlens.errors import HyperlensError, ResultsError
 from hyperlens.training import (
     HyperfitRun,
     Recipe,
+    callbacks,
     fitting,
     hyperfit,
     hyperfitting,
@@ -331,7 +333,10 @@ def test_running_out_of_memory_says_what_to_do(monkeypatch: pytest.MonkeyPatch) 
     assert "gradient_checkpointing" in refusal(llama(), texts())
 
 
-def test_the_bar_shows_epoch_and_loss(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_bar_shows_epoch_and_loss(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     hyperfit(llama(), texts(), epochs=2, **FEW | {"progress": True})
     shown = capsys.readouterr()
     assert shown.out == ""
@@ -339,6 +344,77 @@ def test_the_bar_shows_epoch_and_loss(capsys: pytest.CaptureFixture[str]) -> Non
     hyperfit(llama(), texts(), epochs=1, **FEW)
     quiet = capsys.readouterr()
     assert (quiet.out, quiet.err) == ("", "")
+
+
+RECORDED = {"record_every": 2, "n_validation": 2, "prompt_tokens": 4, "new_tokens": 6}
+
+
+@pytest.mark.parametrize(("seconds", "every_step"), [(30.0, False), (0.0, True)])
+def test_off_a_terminal_lines_say_how_far_it_is(
+    seconds: float,
+    every_step: bool,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(callbacks, "SECONDS_PER_LINE", seconds)
+    hyperfit(llama(), texts(6), epochs=4, **FEW | {"progress": True} | RECORDED)
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert "\r" not in shown.err
+    lines = [line for line in shown.err.splitlines() if line.startswith("hyperfit: ")]
+    records = [line for line in lines if "held-out text: TTR 0." in line or "TTR 1." in line]
+    assert [line.split(",")[0] for line in records] == [f"hyperfit: epoch {n}/4" for n in (0, 2, 4)]
+    assert "the base" in records[0]
+    steps = [line for line in lines if " left" in line]
+    assert len(steps) == (8 if every_step else 0)
+    assert not every_step or steps[2].startswith("hyperfit: epoch 2/4, step 3/8, loss ")
+
+
+def test_lines_of_a_resumed_run_start_where_it_continues(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = callbacks.Checkpoints.on_save
+
+    def interrupting(self: Any, args: Any, state: Any, *rest: Any, **kwargs: Any) -> None:
+        saved(self, args, state, *rest, **kwargs)
+        if state.global_step == 5:
+            raise KeyboardInterrupt
+
+    options = FEW | {"progress": True, "checkpoint_minutes": 0.0, "epochs": 4} | RECORDED
+    with monkeypatch.context() as patched:
+        patched.setattr(callbacks.Checkpoints, "on_save", interrupting)
+        with pytest.raises(KeyboardInterrupt):
+            hyperfit(llama(), texts(6), out=tmp_path / "run", **options)
+    capsys.readouterr()
+    hyperfit(llama(), texts(6), out=tmp_path / "run", **options)
+    lines = [line for line in capsys.readouterr().err.splitlines() if "hyperfit: " in line]
+    assert lines[0] == "hyperfit: continuing after step 5/8"
+    assert lines[1].startswith("hyperfit: epoch 4/4, loss ")
+    assert len(lines) == 2
+
+
+def test_a_run_shows_itself_in_a_few_lines(
+    late: tuple[LlamaForCausalLM, HyperfitRun], tmp_path: Path
+) -> None:
+    _, run = late
+    assert repr(run).startswith("HyperfitRun(late_lora, 3 epochs, loss ")
+    assert repr(run).endswith(", not saved)")
+    assert len(repr(run)) < 100
+    assert "late_lora on blocks 2, 3 (0-based) of 4" in run.summary()
+    assert "weights in" not in run.summary()
+    assert run._repr_html_() == f"<pre>{html.escape(run.summary())}</pre>"
+    recorded = hyperfit(llama(), texts(6), epochs=2, out=tmp_path / "a<b", **FEW | RECORDED)
+    assert f"saved in '{tmp_path}/a<b')" in repr(recorded)
+    assert "held-out text after epoch 2 (the base): TTR " in recorded.summary()
+    assert "a&lt;b" in recorded._repr_html_()
+    assert len(recorded.summary().splitlines()) <= 6
+
+
+def test_a_setting_that_the_method_ignores_is_refused() -> None:
+    assert "lora_r has no effect with the method full" in refusal(llama(), texts(), lora_r=8)
+    assert "last_k has no effect" in refusal(llama(), texts(), "full", last_k=2)
+    recipe = preset("demo", "late_lora", last_k=2)
+    assert "lora or late_lora" in refusal(llama(), texts(), "full", recipe=recipe, lora_dora=True)
 
 
 def test_losses_reach_the_loggers_of_the_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -383,12 +459,10 @@ def test_files_of_loggers_are_part_of_the_result(
 def test_an_error_without_words_is_called_by_its_kind(
     monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    from hyperlens.training import loop
-
     def fails(*args: Any, **options: Any) -> Any:
         raise ValueError
 
-    monkeypatch.setattr(loop if name == "TokenTrainer" else trainer_module, name, fails)
+    monkeypatch.setattr(fitting if name == "TokenTrainer" else trainer_module, name, fails)
     assert refusal(llama(), texts()) == "cannot train here: ValueError"
 
 

@@ -16,7 +16,7 @@ from hyperlens import compare_models
 from hyperlens.data.texts import Texts, read_texts
 from hyperlens.errors import CorpusError, TrainingError
 from hyperlens.training import Recipe, hyperfit
-from hyperlens.training.data import TrainingData, drawn, training_data
+from hyperlens.training.data import TrainingData, random_order, training_data
 from hyperlens.training.recipes import changed
 
 VOCAB = 64
@@ -113,12 +113,12 @@ def test_a_random_selection_draws_from_all_texts() -> None:
 
 
 def test_an_order_is_drawn_the_same_everywhere() -> None:
-    order = drawn(1000, 7)
+    order = random_order(1000, 7)
     assert sorted(order) == list(range(1000))
     # The definition of PCG64's raw stream, by numpy's own generator of full-width integers.
     stream = np.random.Generator(np.random.PCG64(7)).integers(0, 2**64, 1000, dtype=np.uint64)
     assert (np.diff(stream[order].astype(object)) > 0).all()
-    assert len(drawn(0, 0)) == 0
+    assert len(random_order(0, 0)) == 0
 
 
 # Which are held out

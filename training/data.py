@@ -1,4 +1,4 @@
-"""Texts to training sequences, all of one length: no padding, so every token is a real one."""
+"""Texts to training sequences, all of one length, so that no padding is needed."""
 
 from __future__ import annotations
 
@@ -12,26 +12,25 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from ..data.corpus import adds_bos
+from ..data.corpus import adds_bos, are_token_ids
 from ..data.texts import Texts, read_texts
-from ..data.token_ids import are_token_ids
 from ..errors import TrainingError
 from .recipes import Recipe
 
-# Texts are tokenized so many at a time: reading stops once there are enough sequences.
+# Texts per call of the tokenizer. Reading stops once there are enough sequences.
 CHUNK = 256
-# Between joined texts: what stood between the paragraphs of a file.
+# Between joined texts: the blank line that separates the paragraphs of a file.
 SEPARATOR = "\n\n"
 
 
 @dataclass(frozen=True)
 class TrainingData:
-    """Sequences to train on, and others to watch the training with.
+    """Sequences to train on, and held-out ones to measure on.
 
     Attributes:
-        tokens: ids, in the order the texts came in, or as drawn.
+        tokens: ids, in the order of the texts, or in random order.
         held_out: ids of sequences that are not trained on; none if there is no record.
-        manifest: counts, options, where the texts came from and SHA-256s, as JSON values.
+        manifest: counts, options, source of the texts and SHA-256s, as JSON values.
         notes: what a reader of the result should know.
     """
 
@@ -55,57 +54,61 @@ def training_data(
     Args:
         texts: anything `hyperlens.read_texts` takes, or a list of token id sequences.
         tokenizer: a Hugging Face tokenizer; may be None if token ids are given.
-        recipe: says how many sequences, how long, which, and whether to join texts.
+        recipe: how many sequences, how long, which, and whether to join texts.
         d_vocab: rows of the model's embedding, to find ids that it does not have.
-        validation: texts to hold out; None takes what is left of `texts`.
+        validation: texts to hold out; None takes those after the training sequences.
 
     Raises:
         TrainingError: if no text is long enough, or the ids do not fit the model.
         CorpusError: if the texts cannot be read.
     """
-    n_train, n_out = recipe.n_sequences, recipe.n_validation if recipe.record_every else 0
-    if validation is not None and not n_out:
+    n_train = recipe.n_sequences
+    n_held_out = recipe.n_validation if recipe.record_every else 0
+    if validation is not None and not n_held_out:
         raise TrainingError(
             "validation texts are for the record, and record_every is 0: set it to 1 or more, or "
             "leave them out"
         )
-    shared = validation is None
-    found = _distinct(texts, tokenizer, recipe, n_train + (n_out if shared else 0))
-    if not found.sequences:
-        raise TrainingError(_none_long_enough(recipe, found.counts))
-    train = found.sequences[:n_train]
-    if shared:
-        out, about_out = found.sequences[n_train:], None
+    is_shared = validation is None
+    from_texts = _distinct(texts, tokenizer, recipe, n_train + (n_held_out if is_shared else 0))
+    if not from_texts.sequences:
+        raise TrainingError(_none_long_enough(recipe, from_texts.counts))
+    train = from_texts.sequences[:n_train]
+    if is_shared:
+        held_out_rows, validation_manifest = from_texts.sequences[n_train:], None
     else:
-        given = _distinct(validation, tokenizer, recipe, n_out, {s.tobytes() for s in train})
-        if not given.sequences:
-            raise TrainingError(f"validation: {_none_left(recipe, given.counts)}")
-        out, about_out = given.sequences, given.counts | {"source": given.source}
-    tokens, held_out = (_stacked(s, recipe.sequence_length, d_vocab) for s in (train, out))
-    manifest = found.counts | {
+        trained = {sequence.tobytes() for sequence in train}
+        others = _distinct(validation, tokenizer, recipe, n_held_out, trained)
+        if not others.sequences:
+            raise TrainingError(f"validation: {_none_left(recipe, others.counts)}")
+        held_out_rows = others.sequences
+        validation_manifest = others.counts | {"source": others.source}
+    length = recipe.sequence_length
+    tokens, held_out = (_stacked(rows, length, d_vocab) for rows in (train, held_out_rows))
+    manifest = from_texts.counts | {
         "n_sequences": len(tokens),
         "n_tokens": tokens.size,
         "sequence_length": recipe.sequence_length,
         "packed": recipe.packed,
         "selection": recipe.selection,
-        "bos_prepended": found.bos,
+        "bos_prepended": from_texts.bos,
         "sha256": _sha256(tokens),
-        "source": found.source,
+        "source": from_texts.source,
         "n_held_out": len(held_out),
         "held_out_sha256": _sha256(held_out),
-        "validation": about_out,
+        "validation": validation_manifest,
     }
     return TrainingData(
         tokens=torch.from_numpy(tokens),
         held_out=torch.from_numpy(held_out),
         manifest=manifest,
-        notes=_notes(manifest, recipe, n_out),
+        notes=_notes(manifest, recipe, n_held_out),
     )
 
 
 @dataclass(frozen=True)
-class _Found:
-    """Distinct sequences of the wanted length, in the order they are to be used."""
+class _Distinct:
+    """Different sequences of the recipe's length, in the order in which they are used."""
 
     sequences: list[np.ndarray]
     counts: dict[str, int]
@@ -115,46 +118,49 @@ class _Found:
 
 def _distinct(
     texts: Any, tokenizer: Any, recipe: Recipe, limit: int, trained: Collection[bytes] = ()
-) -> _Found:
-    """The first so many sequences that differ from each other and from those trained on.
+) -> _Distinct:
+    """Up to `limit` sequences that differ from each other and from those trained on.
 
-    A random selection reads all texts and draws from what it found; the first are the first
-    drawn.
+    A random selection reads all texts and takes the first of them in random order.
     """
-    given = are_token_ids(texts)
-    if not given and tokenizer is None:
+    is_ids = are_token_ids(texts)
+    if not is_ids and tokenizer is None:
         raise TrainingError(
             "no tokenizer was found for this model: pass (model, tokenizer) instead of the model, "
             "or token ids instead of texts"
         )
-    read = Texts([], {"kind": "token ids"}) if given else read_texts(texts)
-    start = [] if given or not adds_bos(tokenizer) else [tokenizer.bos_token_id]
+    read = Texts([], {"kind": "token ids"}) if is_ids else read_texts(texts)
+    start = [] if is_ids or not adds_bos(tokenizer) else [tokenizer.bos_token_id]
     end = SEPARATOR if recipe.packed else ""
-    pieces = _token_ids(texts) if given else _tokenized(read, tokenizer, end)
+    pieces = _token_ids(texts) if is_ids else _tokenized(read, tokenizer, end)
     counts = {"n_read": 0, "n_short": 0, "n_cut": 0, "n_duplicates": 0, "longest": 0}
     if trained:
         counts["n_trained_on"] = 0
-    found: dict[bytes, np.ndarray] = {}
+    sequences: dict[bytes, np.ndarray] = {}
     for sequence in _of_one_length(_counted(pieces, counts), start, recipe, counts):
         key = sequence.tobytes()
         if key in trained:
             counts["n_trained_on"] += 1
-        elif key in found:
+        elif key in sequences:
             counts["n_duplicates"] += 1
         else:
-            found[key] = sequence
-        if recipe.selection == "first" and len(found) == limit:
+            sequences[key] = sequence
+        if recipe.selection == "first" and len(sequences) == limit:
             break
-    sequences = list(found.values())
+    ordered = list(sequences.values())
     if recipe.selection == "random":
-        sequences = [sequences[i] for i in drawn(len(sequences), recipe.seed)]
-    return _Found(sequences[:limit], counts, bool(start), dict(read.source))
+        ordered = [ordered[i] for i in random_order(len(ordered), recipe.seed)]
+    return _Distinct(ordered[:limit], counts, bool(start), dict(read.source))
 
 
-def drawn(n: int, seed: int) -> Int[np.ndarray, " n"]:
+def random_order(n: int, seed: int) -> Int[np.ndarray, " n"]:
     """The numbers from 0 to n - 1 in an order that is the same on every machine.
 
-    From the generator's raw stream, the one thing that numpy promises never to change.
+    numpy may change its methods between versions, but promises that a bit generator's raw stream
+    stays the same.
+
+    >>> random_order(5, seed=0).tolist()
+    [3, 2, 1, 0, 4]
     """
     return np.argsort(np.random.PCG64(seed).random_raw(n), kind="stable")
 
@@ -167,7 +173,7 @@ def _of_one_length(
     for ids in _joined(pieces, room) if recipe.packed else pieces:
         counts["longest"] = max(counts["longest"], len(start) + len(ids))
         if len(ids) < room:
-            # What is left at the end of joined texts is no text that was too short.
+            # With packing, a short remainder at the end is no text that was too short.
             counts["n_short"] += not recipe.packed
             continue
         counts["n_cut"] += len(ids) > room
@@ -197,7 +203,7 @@ def _counted(pieces: Iterable[np.ndarray], counts: dict[str, int]) -> Iterator[n
 
 
 def _joined(pieces: Iterable[np.ndarray], length: int) -> Iterator[np.ndarray]:
-    """Consecutive pieces, joined as soon as they reach the length; what is left comes last."""
+    """Consecutive pieces, joined as soon as they reach the length; the remainder comes last."""
     waiting: list[np.ndarray] = []
     n = 0
     for ids in pieces:
@@ -236,42 +242,42 @@ def _none_left(recipe: Recipe, counts: dict[str, int]) -> str:
 
 
 def _none_long_enough(recipe: Recipe, counts: dict[str, int]) -> str:
-    wanted, n, longest = recipe.sequence_length, counts["n_read"], counts["longest"]
+    length, n, longest = recipe.sequence_length, counts["n_read"], counts["longest"]
     if recipe.packed:
         return (
-            f"the {n} texts have {longest} tokens in all, fewer than one sequence of {wanted}: "
+            f"the {n} texts have {longest} tokens in all, fewer than one sequence of {length}: "
             "give more text or lower sequence_length"
         )
     return (
-        f"none of the {n} texts has {wanted} tokens, the longest has {longest}: lower "
+        f"none of the {n} texts has {length} tokens, the longest has {longest}: lower "
         "sequence_length, or set packed=True to join consecutive texts"
     )
 
 
-def _notes(manifest: dict[str, Any], recipe: Recipe, n_out: int) -> tuple[str, ...]:
-    """Whatever was left out or is missing, in words."""
+def _notes(manifest: dict[str, Any], recipe: Recipe, n_held_out: int) -> tuple[str, ...]:
+    """What was left out or is missing, in words."""
     notes = []
     n, held_out = manifest["n_sequences"], manifest["n_held_out"]
     if n < recipe.n_sequences:
         notes.append(f"only {n} of the {recipe.n_sequences} sequences asked for were found")
     validation = manifest["validation"]
-    for whose, counts in (("", manifest), ("validation: ", validation or {})):
+    for of, counts in (("", manifest), ("validation: ", validation or {})):
         if counts.get("n_short"):
             notes.append(
-                f"{whose}{counts['n_short']:,} of {counts['n_read']:,} texts have fewer than "
+                f"{of}{counts['n_short']:,} of {counts['n_read']:,} texts have fewer than "
                 f"{recipe.sequence_length} tokens and were left out"
             )
         if counts.get("n_duplicates"):
-            notes.append(f"{whose}{counts['n_duplicates']:,} duplicate sequences were left out")
+            notes.append(f"{of}{counts['n_duplicates']:,} duplicate sequences were left out")
         if counts.get("n_trained_on"):
             notes.append(
-                f"{whose}{counts['n_trained_on']:,} sequences are also trained on and were left out"
+                f"{of}{counts['n_trained_on']:,} sequences are also trained on and were left out"
             )
-    if n_out and not held_out:
+    if n_held_out and not held_out:
         notes.append(
             "no sequences are left to hold out, so there is no record of loss, ranks and quality: "
             "give validation texts or more text, or lower n_sequences"
         )
-    elif held_out < n_out:
-        notes.append(f"only {held_out} of {n_out} held-out sequences were found")
+    elif held_out < n_held_out:
+        notes.append(f"only {held_out} of {n_held_out} held-out sequences were found")
     return tuple(notes)

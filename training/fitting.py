@@ -1,27 +1,72 @@
-"""From an opened model to trained weights: what is trained, what is cached, then the loop."""
+"""From an opened model to trained weights: choose what is trained, build the Trainer, run it."""
 
 from __future__ import annotations
 
+import contextlib
+import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from jaxtyping import Int
+from torch import Tensor, nn
 from tqdm.auto import tqdm
+from transformers import PrinterCallback, TrainerCallback
 
+from ..errors import TrainingError, first_line
 from ..models.sources import OpenedModel
 from . import pissa, processes
-from .adapters import Stack, find_stack, projections, train_only, trained_blocks, with_adapter
+from .adapters import (
+    BlockList,
+    find_block_list,
+    notes_on_unadapted,
+    projections,
+    train_only,
+    trained_blocks,
+    with_adapter,
+)
+from .callbacks import (
+    Checkpoints,
+    EpochLosses,
+    Interrupts,
+    Progress,
+    Pruning,
+    Recording,
+    progress_display,
+)
 from .data import TrainingData
-from .left_out import left_out
-from .loop import Manner, train
+from .folders import PROGRESS, WorkingFolder
 from .prefix import PrefixCache, is_exact, plan
-from .progress import Progress
 from .recipes import Recipe
 from .record import Recorder
-from .weights import kept_use_cache, recomputing, without_dropout
-from .working import Working
+from .token_loss import TokenLoss
+from .trainer import Sequences, TokenTrainer, arguments
+from .weights import (
+    gradient_checkpointing,
+    load_trained_weights,
+    restored_forward,
+    restored_use_cache,
+    without_dropout,
+)
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a run is carried out. The result is bit-identical whatever they are.
+
+    Attributes:
+        checkpoint_minutes: between two checkpoints.
+        report_to: loggers of the Trainer ("tensorboard", "wandb", ...).
+        progress: show a bar or lines with epoch, loss and remaining time.
+        prefix_cache: compute what the frozen first blocks return only once per sequence.
+    """
+
+    checkpoint_minutes: float
+    report_to: tuple[str, ...]
+    progress: bool
+    prefix_cache: bool
 
 
 @dataclass(frozen=True)
@@ -41,15 +86,26 @@ class Fitted:
     notes: tuple[str, ...]
 
 
+class Ending(NamedTuple):
+    """How a run ended.
+
+    Attributes:
+        reason: in words.
+        kept_epoch: the epoch whose weights the model has now.
+    """
+
+    reason: str
+    kept_epoch: int
+
+
 def fit(
     model: Any,
     opened: OpenedModel,
     data: TrainingData,
     recipe: Recipe,
     device: torch.device,
-    working: Working,
-    manner: Manner,
-    prefix_cache: bool,
+    working: WorkingFolder,
+    options: RunOptions,
 ) -> Fitted:
     """Train `model` in place, or an adapter on it.
 
@@ -58,27 +114,25 @@ def fit(
         ResourceError: if the prefix cache does not fit.
         ResultsError: if a checkpoint cannot be written.
     """
-    stack = find_stack(model)
-    blocks = trained_blocks(len(stack.blocks), recipe)
-    scope: dict[str, Any] = {"n_blocks": len(stack.blocks), "trained_blocks": list(blocks)}
+    block_list = find_block_list(model)
+    blocks = trained_blocks(len(block_list.blocks), recipe)
+    scope: dict[str, Any] = {"n_blocks": len(block_list.blocks), "trained_blocks": list(blocks)}
     notes: list[str] = []
-    say = _speaker(manner)
-    say(f"training blocks {', '.join(map(str, blocks))} (0-based) of {len(stack.blocks)}")
-    with kept_use_cache(model), without_dropout(model):
-        trained = _trainable(model, opened, stack, blocks, recipe, scope, notes)
+    with restored_use_cache(model), without_dropout(model):
+        trained = _make_trainable(model, opened, block_list, blocks, recipe, scope, notes)
         recorder = None
         if len(data.held_out) and recipe.record_every:
             recorder = Recorder(trained, data.held_out, recipe)
-        with recomputing(model, recipe.gradient_checkpointing):
+        with gradient_checkpointing(model, recipe.gradient_checkpointing):
             prefix = None
-            if prefix_cache and _prefix_is_frozen(trained, stack, blocks[0]):
-                prefix = _cache(trained, data, recipe, stack, blocks[0], working, notes)
-                if prefix is not None:
-                    say(f"prefix cache: {prefix.plan}")
+            if options.prefix_cache and _prefix_is_frozen(trained, block_list, blocks[0]):
+                prefix = _prefix_cache(trained, data, recipe, block_list, blocks[0], working, notes)
             scope["prefix_cache"] = str(prefix.plan) if prefix else None
+            if options.progress and processes.is_first():
+                _announce(scope)
             try:
                 progress, ending = train(
-                    trained, data.tokens, recipe, device, working, manner, recorder, prefix
+                    trained, data.tokens, recipe, device, working, options, recorder, prefix
                 )
             finally:
                 if prefix is not None:
@@ -90,10 +144,10 @@ def fit(
     return Fitted(trained, progress, scope, tuple(notes))
 
 
-def _trainable(
+def _make_trainable(
     model: Any,
     opened: OpenedModel,
-    stack: Stack,
+    block_list: BlockList,
     blocks: tuple[int, ...],
     recipe: Recipe,
     scope: dict[str, Any],
@@ -102,21 +156,20 @@ def _trainable(
     """The model with exactly the weights of the method requiring gradients."""
     trained = model
     if recipe.method != "full":
-        targets = projections(stack, recipe)
-        # An object made in memory has no name that its base could be found under.
-        named = opened.kind != "object" or bool(getattr(model.config, "_name_or_path", ""))
-        trained = with_adapter(
-            model, opened.name if named else None, stack, blocks, targets, recipe
-        )
+        targets = projections(block_list, recipe)
+        # An object made in memory has no name by which its base could be found again.
+        has_name = opened.kind != "object" or bool(getattr(model.config, "_name_or_path", ""))
+        name = opened.name if has_name else None
+        trained = with_adapter(model, name, block_list, blocks, targets, recipe)
         config = trained.peft_config["default"]
         scope["target_modules"] = list(targets)
-        if config.target_parameters is not None:  # PEFT has taken some names for experts
+        if config.target_parameters is not None:  # PEFT took some names to mean experts
             scope["target_modules"] = [name for name in targets if name in config.target_modules]
             scope["target_parameters"] = sorted(config.target_parameters)
-        chosen = [stack.blocks[i] for i in blocks]
-        notes += left_out(chosen, targets, recipe.target_modules is None)
+        adapted = [block_list.blocks[i] for i in blocks]
+        notes += notes_on_unadapted(adapted, targets, recipe.target_modules is None)
     elif recipe.blocks is not None:
-        train_only(model, stack, blocks)
+        train_only(model, block_list, blocks)
     else:
         for parameter in model.parameters():
             parameter.requires_grad_(True)
@@ -126,27 +179,27 @@ def _trainable(
     return trained
 
 
-def _prefix_is_frozen(model: nn.Module, stack: Stack, first: int) -> bool:
+def _prefix_is_frozen(model: nn.Module, block_list: BlockList, first: int) -> bool:
     """Whether there are blocks before the first trained one, and nothing before it is trained."""
     embedding = model.get_input_embeddings()  # type: ignore[operator]
-    before = [embedding, *stack.blocks[:first]]
+    before = [embedding, *block_list.blocks[:first]]
     return first > 0 and not any(p.requires_grad for part in before for p in part.parameters())
 
 
-def _cache(
+def _prefix_cache(
     model: nn.Module,
     data: TrainingData,
     recipe: Recipe,
-    stack: Stack,
+    block_list: BlockList,
     first: int,
-    working: Working,
+    working: WorkingFolder,
     notes: list[str],
 ) -> PrefixCache | None:
-    """A cache that has been seen to change nothing, or None."""
+    """A cache that was checked to leave the logits unchanged, or None."""
     embedding = model.get_input_embeddings().weight  # type: ignore[operator]
     shape = (*data.tokens.shape, embedding.shape[1])
     cache = PrefixCache(
-        stack.blocks, first, len(data.tokens), plan(shape, embedding.dtype, working.folder)
+        block_list.blocks, first, len(data.tokens), plan(shape, embedding.dtype, working.folder)
     )
     rows = min(len(data.tokens), recipe.batch_size // processes.count())
     if is_exact(model, cache, data.tokens[:rows].to(embedding.device)):
@@ -159,9 +212,130 @@ def _cache(
     return None
 
 
-def _speaker(manner: Manner) -> Any:
-    def say(text: str) -> None:
-        if manner.progress and processes.is_first():
-            tqdm.write(text, file=sys.stderr)
+def _announce(scope: dict[str, Any]) -> None:
+    blocks = ", ".join(map(str, scope["trained_blocks"]))
+    tqdm.write(f"training blocks {blocks} (0-based) of {scope['n_blocks']}", file=sys.stderr)
+    if scope["prefix_cache"]:
+        tqdm.write(f"prefix cache: {scope['prefix_cache']}", file=sys.stderr)
 
-    return say
+
+def train(
+    model: nn.Module,
+    tokens: Int[Tensor, "sequences pos"],
+    recipe: Recipe,
+    device: torch.device,
+    working: WorkingFolder,
+    options: RunOptions,
+    recorder: Recorder | None,
+    prefix: PrefixCache | None,
+) -> tuple[Progress, Ending]:
+    """Train the weights that require gradients, in place, from the checkpoint if there is one.
+
+    Args:
+        model: plain model or PeftModel on `device`; left in evaluation mode.
+        tokens: sequences of equal length, without padding.
+        recipe: how to train.
+        device: the device to train on.
+        working: where checkpoints and records are kept.
+        options: how the run is carried out.
+        recorder: measures loss, ranks and quality; None for no records.
+        prefix: replaces the frozen blocks; None runs them every time.
+
+    Returns:
+        Losses, records and seconds; and how it ended.
+
+    Raises:
+        TrainingError: if the loss or the weights become NaN or infinite.
+        ResultsError: if a checkpoint cannot be written.
+    """
+    progress = Progress()
+    trainer_arguments = arguments(recipe, device, working.scratch, list(options.report_to))
+    recording = Recording(recorder, recipe, progress, working) if recorder else None
+    display = progress_display(progress) if options.progress and processes.is_first() else None
+    checkpoints = interrupts = None
+    if working.can_resume:
+        checkpoints = Checkpoints(working, progress, options.checkpoint_minutes)
+        interrupts = Interrupts()
+    # The order matters: see `callbacks`.
+    parts: Sequence[TrainerCallback | None] = (
+        EpochLosses(progress),
+        recording,
+        checkpoints,
+        Pruning(recording) if recording and checkpoints else None,
+        interrupts,
+        display,
+    )
+    callbacks = [part for part in parts if part is not None]
+    trainer = _trainer(model, tokens, recipe, trainer_arguments, progress, prefix, callbacks)
+    checkpoint = working.checkpoint if working.can_resume else None
+    if checkpoint is not None:
+        progress.restore(json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8")))
+    try:
+        with restored_forward(model), interrupts or contextlib.nullcontext():
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            f"out of memory on {device}: lower batch_size (now {recipe.batch_size}), set "
+            "gradient_checkpointing=True, or train an adapter with 'late_lora'"
+        ) from error
+    finally:
+        if display is not None:
+            display.close()
+        model.zero_grad(set_to_none=True)
+        model.eval()
+    progress.stop_clock()
+    if not all(bool(torch.isfinite(p).all()) for p in model.parameters() if p.requires_grad):
+        raise TrainingError(
+            f"a weight became NaN or infinite by step {trainer.state.global_step}, the last: "
+            f"lower learning_rate (now {recipe.learning_rate:g})"
+        )
+    return progress, _end(model, recipe, recording, working, len(progress.losses))
+
+
+def _trainer(
+    model: nn.Module,
+    tokens: Int[Tensor, "sequences pos"],
+    recipe: Recipe,
+    trainer_arguments: Any,
+    progress: Progress,
+    prefix: PrefixCache | None,
+    callbacks: list[TrainerCallback],
+) -> TokenTrainer:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    # One parameter group: as in PyTorch's default, decay applies to every weight, norms and biases
+    # included, which the Trainer's own optimiser would leave out.
+    optimizer = torch.optim.AdamW(
+        trained, lr=recipe.learning_rate, weight_decay=recipe.weight_decay
+    )
+    try:
+        trainer = TokenTrainer(
+            progress=progress,
+            prefix=prefix,
+            token_loss=TokenLoss(model),
+            model=model,
+            args=trainer_arguments,
+            train_dataset=Sequences(tokens),
+            callbacks=callbacks,
+            optimizers=(optimizer, None),
+        )
+    except (ValueError, ImportError, RuntimeError) as error:
+        raise TrainingError(f"cannot train here: {first_line(error)}") from error
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _end(
+    model: nn.Module,
+    recipe: Recipe,
+    recording: Recording | None,
+    working: WorkingFolder,
+    last_epoch: int,
+) -> Ending:
+    """Put the best weights back, if the recipe stops at a plateau, and say how the run ended."""
+    if recording is None or not recipe.stop_at_plateau:
+        return Ending(f"all {recipe.epochs} epochs were run", last_epoch)
+    best, reason = recording.best_epoch, recording.decision.reason
+    if best is None:
+        return Ending(reason, last_epoch)
+    load_trained_weights(model, working.best(best))
+    return Ending(f"{reason}; the weights are those of epoch {best}", best)

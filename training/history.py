@@ -1,4 +1,7 @@
-"""The record of a run: one row per measurement, kept as a CSV that is whole at every moment."""
+"""The records of a run: one row per measurement, written as a CSV that is always complete.
+
+Imports neither torch nor transformers, so that reading a history is quick.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,9 @@ from ..files import write_text
 if TYPE_CHECKING:
     import pandas as pd
 
+# What `hyperfit` writes beside the weights: the records, and how the model was made.
 FILE = "history.csv"
+RUN_FILE = "hyperfit.json"
 
 
 @dataclass(frozen=True)
@@ -27,14 +32,15 @@ class Record:
     Attributes:
         epoch: epochs trained; 0 is the base.
         step: optimiser steps made.
-        train_loss: mean over the last epoch, as it was seen; NaN before the first.
+        train_loss: mean over the last epoch, each batch before the step on it; NaN before the first
+            epoch.
         validation_loss: mean next-token loss.
         perplexity: exp of it.
-        top1_error: share of tokens that the model does not put first.
-        ttr: distinct tokens / tokens of the greedy continuations, mean over prompts.
+        top1_error: share of tokens that are not the model's top-1 prediction.
+        ttr: distinct tokens / tokens of the greedy generations, mean over prompts.
         bigram_repetition: 1 - distinct bigrams / bigrams of the same.
-        rank_1, rank_2_10, rank_gt_10: rank, in the base model's logits, of the token that the
-            model puts first; tied logits share the best rank.
+        rank_1, rank_2_10, rank_gt_10: rank, in the base model's logits, of the model's top-1
+            token; tied logits share the best rank.
         entropy: of the model's predictions.
         seconds: training time so far, without the time that records take.
         ttr_per_prompt: what `ttr` is the mean of, for paired comparisons; not in the CSV.
@@ -57,8 +63,8 @@ class Record:
 
     def to_json(self) -> dict[str, Any]:
         """Every field as a JSON value; floats come back bit for bit."""
-        plain = {name: _to_plain(value) for name, value in asdict(self).items()}
-        return plain | {"ttr_per_prompt": list(self.ttr_per_prompt)}
+        values = {name: _to_json_value(value) for name, value in asdict(self).items()}
+        return values | {"ttr_per_prompt": list(self.ttr_per_prompt)}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Record:
@@ -67,28 +73,29 @@ class Record:
         Raises:
             TrainingError: if fields are missing or unknown.
         """
-        wrong = values.keys() ^ {f.name for f in fields(cls)}
-        if wrong:
+        unexpected = values.keys() ^ {f.name for f in fields(cls)}
+        if unexpected:
             raise TrainingError(
-                f"not a record of this version, for {', '.join(sorted(wrong))}: start the run again"
+                "this record was written by another version of hyperlens (missing or unknown: "
+                f"{', '.join(sorted(unexpected))}): start the run again"
             )
         numbers: dict[str, Any] = {
-            name: values[name] if name in WHOLE_NUMBERS else _from_plain(values[name])
+            name: values[name] if name in WHOLE_NUMBERS else _from_json_value(values[name])
             for name in COLUMNS
         }
         return cls(**numbers, ttr_per_prompt=tuple(values["ttr_per_prompt"]))
 
 
-# The columns of the CSV and their order: a promise.
+# The columns of the CSV, in this order, on which users' scripts may rely.
 COLUMNS = tuple(f.name for f in fields(Record) if f.name != "ttr_per_prompt")
 WHOLE_NUMBERS = ("epoch", "step")
 
 
 def write(path: Path, records: Sequence[Record]) -> None:
-    """Write the records so far as a CSV, which `read_history` gives back bit for bit.
+    """Write the records so far as a CSV, which `read_history` returns bit for bit.
 
-    The file is small and written anew each time, beside the old one and then in its place: who
-    reads it, or kills this process, never meets half a row.
+    The small file is replaced as a whole each time, so a reader never sees half a row, even after
+    this process was killed.
 
     Raises:
         ResultsError: if it cannot be written.
@@ -136,12 +143,12 @@ def _numbers(line: str) -> list[int | float]:
     return [int(cell) if name in WHOLE_NUMBERS else float(cell) for name, cell in cells]
 
 
-def _to_plain(value: Any) -> Any:
-    """JSON has no NaN and no infinity: null and the word stand for them."""
+def _to_json_value(value: Any) -> Any:
+    """NaN as null and infinities as strings, which JSON has no numbers for."""
     if not isinstance(value, float) or math.isfinite(value):
         return value
     return None if math.isnan(value) else str(value)
 
 
-def _from_plain(value: Any) -> float:
+def _from_json_value(value: Any) -> float:
     return math.nan if value is None else float(value)

@@ -26,10 +26,8 @@ from ..render.plots import (
     label_axis,
     plain_frame,
 )
-from .history import COLUMNS, FILE, read_history
+from .history import COLUMNS, FILE, RUN_FILE, read_history
 
-# What `hyperfit` writes beside the weights.
-RUN_FILE = "hyperfit.json"
 # Okabe and Ito's colours, in the order that the paper gives its methods: blue, then red.
 COLOURS = (BLUE, VERMILION, GREEN, ORANGE, "#CC79A7", "#56B4E9")
 NAMES = {"full": "Full fine-tuning", "lora": "Full LoRA", "late_lora": "Late-Stage LoRA"}

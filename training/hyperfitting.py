@@ -1,7 +1,8 @@
-"""hyperfit: fine-tune a model to near-zero loss on a little text, without touching the caller's."""
+"""hyperfit: fine-tune a copy of a model to near-zero loss on a small set of texts."""
 
 from __future__ import annotations
 
+import html
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,30 +12,31 @@ import torch
 
 from ..errors import TrainingError
 from ..files import check_new_folder
-from ..hooks.loading import parse_device, parse_dtype
+from ..hooks.loading import load_hooked, parse_device, parse_dtype
+from ..models.kinds import Backend
 from ..models.sources import OpenedModel, open_source
 from ..results.fingerprint import versions, weights_sha256
 from . import processes
 from .data import TrainingData, training_data
-from .recipes import Method, Recipe, as_json, changed, preset
-from .weights import context_length, own_copy, trainers_randomness
-from .working import working_folder
+from .folders import save, working_folder
+from .recipes import Method, Recipe, changed, preset
+from .weights import context_length, private_copy, trainers_randomness
 
 if TYPE_CHECKING:
     from .history import Record
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class HyperfitRun:
-    """A trained model and how it was made.
+    """A trained model and how it was made; `print(run.summary())` says how it went.
 
     Attributes:
         model: the trained `PreTrainedModel`, or `PeftModel` for LoRA, in evaluation mode.
         tokenizer: the base model's tokenizer, None if there is none.
         recipe: what was done.
-        history: mean training loss of each epoch, in nats per token, as it was seen: each batch
-            before the step that learned from it.
-        records: loss, ranks and quality every few epochs, the base's own first (epoch 0).
+        history: mean training loss of each epoch, in nats per token; each batch is measured before
+            the step on it.
+        records: loss, ranks and quality every few epochs, starting with the base (epoch 0).
         manifest: the base, the trained blocks (0-based) and parameters, the data, the prefix
             cache, the time taken, why it ended; JSON values.
         folder: where it was saved, None if it was not.
@@ -47,6 +49,31 @@ class HyperfitRun:
     records: tuple[Record, ...]
     manifest: dict[str, Any]
     folder: Path | None
+
+    def summary(self) -> str:
+        """A few lines: what was trained, loss, quality beside the base's, notes and folder."""
+        about = self.manifest
+        blocks = ", ".join(map(str, about["trained_blocks"]))
+        lines = [
+            *(f"note: {note}" for note in about["notes"]),
+            f"{self.recipe.method} on blocks {blocks} (0-based) of {about['n_blocks']}, "
+            f"{about['trained_parameters']:,} weights, {about['seconds']:.0f} s: {about['ending']}",
+            f"mean loss {self.history[0]:.3f} in the first epoch, {self.history[-1]:.3f} in the "
+            "last",
+            *_quality(self.records, about["kept_epoch"]),
+            *([] if self.folder is None else [f"weights in {self.folder}"]),
+        ]
+        return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        where = "not saved" if self.folder is None else f"saved in {str(self.folder)!r}"
+        return (
+            f"HyperfitRun({self.recipe.method}, {len(self.history)} epochs, "
+            f"loss {self.history[0]:.3f} -> {self.history[-1]:.3f}, {where})"
+        )
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(self.summary())}</pre>"
 
 
 def hyperfit(
@@ -70,8 +97,8 @@ def hyperfit(
     As in Carlsson et al. 2025 and arXiv 2605.22579: few sequences, many epochs, the loss on every
     token, all dropout of the model off. On a CPU the same seed gives bit-identical weights.
 
-    With `out`, the run works in `<out>.partial` and keeps checkpoints there. Killed at any
-    moment, the same call goes on from the last one and ends with the same weights.
+    With `out`, the run keeps checkpoints in `<out>.partial`. If it is killed at any moment, the
+    same call continues from the last one and ends with the same weights.
 
     Args:
         model: hub id, local folder, adapter folder, `PreTrainedModel`, `PeftModel` (merged
@@ -87,76 +114,94 @@ def hyperfit(
         dtype: of the weights; None is float32 for "full", as small steps vanish in bfloat16, and
             the checkpoint's own for LoRA, whose adapter is float32 either way. float16 is for
             LoRA only.
-        prefix_cache: where the first blocks are frozen, compute what comes out of them only once
-            per sequence; the result is the same.
+        prefix_cache: where the first blocks are frozen, compute their output only once per
+            sequence; the result is bit-identical.
         checkpoint_minutes: between two checkpoints; 0 for one after every step.
         report_to: loggers of transformers' Trainer, such as "tensorboard" or "wandb".
             TensorBoard's files are saved in `out` as "runs", or where TENSORBOARD_LOGGING_DIR says.
-        progress: show a progress bar.
+        progress: show a progress bar on a terminal or in a notebook, and elsewhere a line on
+            stderr every half minute and at each record.
         overrides: other values for fields of `Recipe`, such as `epochs=20`.
 
     Returns:
         The trained model with its recipe, losses, records and manifest.
 
     Raises:
-        TrainingError: if the recipe, the model or the texts do not allow it, the loss becomes
-            NaN or infinite, or an unfinished run with other options is in the way.
+        TrainingError: if the recipe, the model or the texts do not fit together, an override has
+            no effect with the method, the loss becomes NaN or infinite, or an unfinished run with
+            other options is in the way.
         LoadingError: if the model cannot be opened.
         CorpusError: if the texts cannot be read.
         ResourceError: if the prefix cache fits neither in memory nor on the disk.
         ResultsError: if `out` is not a new folder, or cannot be written.
+
+    >>> run = hyperfit("base", "tales.txt", "late_lora", last_k=5)  # doctest: +SKIP
+    >>> print(run.summary())  # doctest: +SKIP
     """
-    chosen = _recipe(recipe, method, overrides)
+    final_recipe = _recipe(recipe, method, overrides)
     folder = None if out is None else Path(out).expanduser()
     if folder is not None:
         check_new_folder(folder)
-    asked = processes.own_device(parse_device(device))
-    opened = _opened(model, chosen, asked, dtype)
-    trainee = own_copy(opened, chosen)
-    # What was opened may be a copy of its own, cast or moved: it is not held while training.
+    requested_device = processes.default_device(parse_device(device))
+    opened = _open(model, final_recipe, requested_device, dtype)
+    trainee = private_copy(opened, final_recipe)
+    # Opening may have made another copy, cast or moved: do not hold it while training.
     opened = replace(opened, model=None)
-    data = _data(trainee, texts, validation, opened.tokenizer, chosen)
-    where = trainee.get_input_embeddings().weight.device
-    processes.join(where)
+    data = _data(trainee, texts, validation, opened.tokenizer, final_recipe)
+    train_device = trainee.get_input_embeddings().weight.device
+    processes.join(train_device)
     manifest: dict[str, Any] = {
         "base": {"name": opened.name, "kind": opened.kind, "sha256": weights_sha256(trainee)},
-        "method": chosen.method,
+        "method": final_recipe.method,
         "data": data.manifest,
-        "device": where.type,
+        "device": train_device.type,
         "dtype": str(next(trainee.parameters()).dtype).removeprefix("torch."),
         "notes": [*opened.notes, *data.notes],
     }
-    from .fitting import fit
-    from .loop import Manner
+    # Imports transformers' Trainer, which takes seconds: after everything that may be refused.
+    from .fitting import RunOptions, fit
 
-    manner = Manner(checkpoint_minutes, _names(report_to), progress)
-    with working_folder(folder, _identity(chosen, manifest)) as working:
-        with trainers_randomness(chosen.seed, where):
-            fitted = fit(trainee, opened, data, chosen, where, working, manner, prefix_cache)
+    loggers = (report_to,) if isinstance(report_to, str) else tuple(report_to)
+    options = RunOptions(checkpoint_minutes, loggers, progress, prefix_cache)
+    with working_folder(folder, _identity(final_recipe, manifest)) as working:
+        with trainers_randomness(final_recipe.seed, train_device):
+            fitted = fit(trainee, opened, data, final_recipe, train_device, working, options)
         manifest |= fitted.scope
         manifest["notes"] += fitted.notes
         run = HyperfitRun(
             model=fitted.model,
             tokenizer=opened.tokenizer,
-            recipe=chosen,
+            recipe=final_recipe,
             history=tuple(fitted.progress.losses),
             records=tuple(fitted.progress.records),
             manifest=manifest,
             folder=folder,
         )
         if folder is not None and processes.is_first():
-            from .saving import save
-
-            about = (record_of(run), working.history, working.logs)
-            save(working.finished, run.model, run.tokenizer, *about)
+            tables = (working.history, working.logs)
+            save(working.finished, run.model, run.tokenizer, run_to_json(run), *tables)
             working.publish(folder)
     return run
 
 
-def record_of(run: HyperfitRun) -> dict[str, Any]:
-    """What hyperfit.json says of a run, as JSON values."""
+def to_hooked(run: HyperfitRun, backend: Backend = "bridge") -> Any:
+    """The trained model as a hooked model, checked against the plain one.
+
+    Args:
+        run: what `hyperfit` returned.
+        backend: as in `hyperlens.load_hooked`.
+
+    Raises:
+        LoadingError: if the backend is not available for this model.
+        ParityError: if the hooked model does not reproduce the trained one.
+    """
+    return load_hooked((run.model, run.tokenizer), backend=backend)
+
+
+def run_to_json(run: HyperfitRun) -> dict[str, Any]:
+    """The content of hyperfit.json, as JSON values."""
     return {
-        "recipe": as_json(run.recipe),
+        "recipe": run.recipe.to_json(),
         "origins": run.recipe.origins(),
         "seed": run.recipe.seed,
         "manifest": run.manifest,
@@ -174,16 +219,29 @@ def _recipe(
     return preset(recipe or "li2026", method or "full", **overrides)
 
 
-def _opened(
+def _quality(records: Sequence[Record], kept_epoch: int) -> list[str]:
+    """Quality at the record of the weights that were kept, beside the base's: the first record."""
+    if len(records) < 2:
+        return []
+    base, final = records[0], next(r for r in records if r.epoch == kept_epoch)
+    return [
+        f"held-out text after epoch {final.epoch} (the base): "
+        f"TTR {final.ttr:.3f} ({base.ttr:.3f}), "
+        f"bigram repetition {final.bigram_repetition:.3f} ({base.bigram_repetition:.3f}), "
+        f"perplexity {final.perplexity:,.1f} ({base.perplexity:,.1f})"
+    ]
+
+
+def _open(
     model: Any, recipe: Recipe, device: torch.device | None, dtype: str | torch.dtype | None
 ) -> OpenedModel:
-    chosen = parse_dtype(dtype) or (torch.float32 if recipe.method == "full" else None)
-    if recipe.method == "full" and chosen == torch.float16:
+    weights_dtype = parse_dtype(dtype) or (torch.float32 if recipe.method == "full" else None)
+    if recipe.method == "full" and weights_dtype == torch.float16:
         raise TrainingError(
-            "weights in float16 become NaN when all are trained, as Adam divides by numbers that "
-            "are 0 in it: leave dtype out for float32, and set bf16=True for speed"
+            "float16 weights become NaN in training, as Adam's small divisors round to 0: leave "
+            "dtype out for float32, and set bf16=True for speed"
         )
-    return open_source(model, device=device, dtype=chosen)
+    return open_source(model, device=device, dtype=weights_dtype)
 
 
 def _data(model: Any, texts: Any, validation: Any, tokenizer: Any, recipe: Recipe) -> TrainingData:
@@ -195,13 +253,13 @@ def _data(model: Any, texts: Any, validation: Any, tokenizer: Any, recipe: Recip
         )
     d_vocab = model.get_input_embeddings().weight.shape[0]
     data = training_data(texts, tokenizer, recipe, d_vocab, validation)
-    found = len(data.tokens)
-    if recipe.drop_last and found < recipe.batch_size:
+    n = len(data.tokens)
+    if recipe.drop_last and n < recipe.batch_size:
         raise TrainingError(
-            f"{found} sequences do not fill a batch of {recipe.batch_size}, and drop_last leaves "
-            f"it out: lower batch_size to {found} or less, or set drop_last=False"
+            f"{n} sequences do not fill a batch of {recipe.batch_size}, and drop_last leaves "
+            f"it out: lower batch_size to {n} or less, or set drop_last=False"
         )
-    _check_shares(found, recipe)
+    _check_shares(n, recipe)
     if recipe.stop_at_plateau and len(data.held_out) == 0:
         raise TrainingError(
             "stop_at_plateau needs held-out texts to measure diversity on, and none are left: "
@@ -210,29 +268,25 @@ def _data(model: Any, texts: Any, validation: Any, tokenizer: Any, recipe: Recip
     return data
 
 
-def _check_shares(found: int, recipe: Recipe) -> None:
-    """Several processes share each batch evenly, so that they train as one would."""
-    n, left = processes.count(), found % recipe.batch_size
+def _check_shares(n_sequences: int, recipe: Recipe) -> None:
+    """Check that several processes can share each batch evenly, so that they train as one would."""
+    n, remainder = processes.count(), n_sequences % recipe.batch_size
     if recipe.batch_size % n:
         raise TrainingError(
             f"batch_size is {recipe.batch_size} for {n} processes, which share a batch: choose a "
             f"multiple of {n}"
         )
-    if n > 1 and left and not recipe.drop_last:
+    if n > 1 and remainder and not recipe.drop_last:
         raise TrainingError(
-            f"{found} sequences leave a last batch of {left}, which {n} processes cannot share: "
-            f"set drop_last=True, or let batch_size divide {found}"
+            f"{n_sequences} sequences leave a last batch of {remainder}, which {n} processes "
+            f"cannot share: set drop_last=True, or let batch_size divide {n_sequences}"
         )
 
 
-def _names(report_to: str | Sequence[str]) -> tuple[str, ...]:
-    return (report_to,) if isinstance(report_to, str) else tuple(report_to)
-
-
 def _identity(recipe: Recipe, manifest: dict[str, Any]) -> dict[str, Any]:
-    """Everything that decides the weights, flat, so that a difference can be named."""
+    """Everything that decides the weights, as a flat dict, so that a difference can be named."""
     data = manifest["data"]
-    return as_json(recipe) | {
+    return recipe.to_json() | {
         "base": manifest["base"]["sha256"],
         "texts": data["sha256"],
         "validation": data["held_out_sha256"],

@@ -1,4 +1,4 @@
-"""Fold an adapter into its base: a standard full folder that needs no PEFT to open."""
+"""Fold an adapter into its base: a standard model folder, which opens without PEFT."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from ..models.kinds import is_peft
 from ..models.sources import OpenedModel, open_source
 from ..models.weight_sharing import converted, merged
 from ..results.fingerprint import versions
-from .hyperfitting import HyperfitRun, record_of
-from .saving import RECORD, save
+from .folders import save
+from .history import RUN_FILE
+from .hyperfitting import HyperfitRun, run_to_json
 
 
 def merge(
@@ -29,9 +30,9 @@ def merge(
 ) -> Path:
     """Write base and adapter as one standard Hugging Face folder, with its tokenizer.
 
-    The folder is there as a whole or not at all; adapter and base stay as they are. In bfloat16,
-    merged weights are rounded to 8 bits of precision, which an adapter beside its base is not:
-    `dtype="float32"` keeps what the adapter does exactly.
+    The folder is written completely or not at all; adapter and base stay as they are. In bfloat16,
+    merged weights are rounded to 8 bits of precision, which changes the model slightly, while an
+    adapter beside its base is not rounded; `dtype="float32"` merges without that change.
 
     Args:
         source: an adapter folder, what `hyperfit` returned, a `PeftModel`, or a pair (PeftModel,
@@ -51,28 +52,28 @@ def merge(
     """
     folder = Path(out).expanduser()
     check_new_folder(folder)
-    chosen = parse_dtype(dtype)
-    # Rounding comes last: what is narrower than the base is merged before it is cast.
-    wide = chosen if chosen in (torch.float32, torch.float64) else None
-    opened = _opened(source, base, wide)
+    merged_dtype = parse_dtype(dtype)
+    # Round once, at the end: cast before merging only to a wide dtype.
+    wide_dtype = merged_dtype if merged_dtype in (torch.float32, torch.float64) else None
+    opened = _open(source, base, wide_dtype)
     if getattr(opened.model, "is_quantized", False):
         raise TrainingError(
             f"the base of {opened.name} is quantised: give one that is not with base=… (--base)"
         )
     (config, *_) = opened.model.peft_config.values()
-    named = config.base_model_name_or_path if base is None else _name(base)
-    about = {"adapter": _adapter_name(source, opened), "base": named}
-    record = _record(source) | {"merged": about, "versions": versions()}
-    model = converted(merged(opened.model), None, chosen)
+    base_name = config.base_model_name_or_path if base is None else _name(base)
+    origin = {"adapter": _adapter_name(source, opened), "base": base_name}
+    record = _record(source) | {"merged": origin, "versions": versions()}
+    model = converted(merged(opened.model), None, merged_dtype)
     save(folder, model, opened.tokenizer, record)
     return folder
 
 
-def _opened(source: Any, base: Any, dtype: torch.dtype | None) -> OpenedModel:
+def _open(source: Any, base: Any, dtype: torch.dtype | None) -> OpenedModel:
     if isinstance(source, HyperfitRun):
         source = (source.model, source.tokenizer)
     if isinstance(source, str | Path):
-        return _opened_folder(Path(source).expanduser(), base, dtype)
+        return _open_folder(Path(source).expanduser(), base, dtype)
     model = source[0] if isinstance(source, tuple) and len(source) == 2 else source
     if not is_peft(model):
         raise TrainingError(
@@ -80,11 +81,13 @@ def _opened(source: Any, base: Any, dtype: torch.dtype | None) -> OpenedModel:
             "PeftModel, or a run of lora or late_lora"
         )
     if base is not None:
-        raise TrainingError("base is for adapter folders: this adapter is on its base already")
+        raise TrainingError(
+            "base is for adapter folders, and this adapter is already on its base: leave base out"
+        )
     return open_source(source, dtype=dtype)
 
 
-def _opened_folder(folder: Path, base: Any, dtype: torch.dtype | None) -> OpenedModel:
+def _open_folder(folder: Path, base: Any, dtype: torch.dtype | None) -> OpenedModel:
     if folder.is_dir() and not (folder / ADAPTER_CONFIG).exists():
         raise TrainingError(
             f"{folder} is not an adapter folder (it has no {ADAPTER_CONFIG}): there is nothing to "
@@ -92,13 +95,12 @@ def _opened_folder(folder: Path, base: Any, dtype: torch.dtype | None) -> Opened
         )
     if not folder.is_dir():
         raise TrainingError(f"adapter folder {folder} does not exist: give a folder")
-    # Adding two tensors needs no accelerator.
-    where = torch.device("cpu")
+    cpu = torch.device("cpu")  # merging adds two tensors, which needs no accelerator
     if base is not None:
-        on = open_source(base, device=where, dtype=dtype)
-        return open_source(folder, device=where, dtype=dtype, base=on)
+        opened_base = open_source(base, device=cpu, dtype=dtype)
+        return open_source(folder, device=cpu, dtype=dtype, base=opened_base)
     try:
-        return open_source(folder, device=where, dtype=dtype)
+        return open_source(folder, device=cpu, dtype=dtype)
     except LoadingError as error:
         if not str(error).startswith(f"adapter {folder}, its base: "):
             raise
@@ -106,16 +108,16 @@ def _opened_folder(folder: Path, base: Any, dtype: torch.dtype | None) -> Opened
 
 
 def _record(source: Any) -> dict[str, Any]:
-    """What hyperfit did, if it made the adapter: what the run knows, or wrote beside it."""
+    """How the adapter was trained, if hyperfit did it: from the run, or the file beside it."""
     if isinstance(source, HyperfitRun):
-        return record_of(source)
+        return run_to_json(source)
     if not isinstance(source, str | Path):
         return {}
     try:
-        found = json.loads((Path(source).expanduser() / RECORD).read_text(encoding="utf-8"))
+        record = json.loads((Path(source).expanduser() / RUN_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return record if isinstance(record, dict) else {}
 
 
 def _adapter_name(source: Any, opened: OpenedModel) -> str:

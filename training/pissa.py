@@ -1,10 +1,11 @@
 """PiSSA: an adapter that starts from the principal directions of the weights it adapts.
 
 PiSSA (Meng et al. 2024, arXiv 2404.02948) moves the r largest singular directions of a weight W
-into the adapter, W = (W - s B0 A0) + s B0 A0, and trains A and B from there. Done as it stands, it
-leaves a changed base behind, and an adapter that is wrong on the original one. Here W is never
-changed: a second adapter, frozen, takes s B0 A0 away. So the model is an ordinary LoRA on the
-original base at every moment, and in the end the two are joined into one of twice the rank.
+into the adapter, W = (W - s B0 A0) + s B0 A0, and trains A and B from there; s is the adapter's
+scale. Implemented literally, that changes the base, and the adapter is wrong on the original one.
+Here W never changes. Instead a second, frozen adapter subtracts s B0 A0. The model is therefore an
+ordinary LoRA on the original base at all times, and in the end the two adapters are joined into one
+of rank 2r, whose update is s (B A - B0 A0).
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ import torch
 from ..errors import TrainingError
 
 # PEFT's name for the adapter that is trained, and ours for the frozen one.
-TRAINED, TAKEN_AWAY = "default", "taken_away"
+TRAINED, SUBTRACTED = "default", "subtracted"
 
 
 def start(model: Any) -> None:
-    """Set a fresh LoRA adapter to the principal directions, and add the one that takes them away.
+    """Set a fresh LoRA adapter to the principal directions, and add the one that subtracts them.
 
-    Decompositions are exact (no random sketch), so the same weights give the same start.
+    The singular value decompositions are exact, not randomised: the same weights give the same
+    start.
 
     Args:
         model: a PeftModel, changed in place.
@@ -37,39 +39,42 @@ def start(model: Any) -> None:
     config.lora_dropout = 0.0
     for path, layer in _layers(model):
         _check(path, layer)
-    model.add_adapter(TAKEN_AWAY, config)
-    model.base_model.set_adapter([TRAINED, TAKEN_AWAY])
+    model.add_adapter(SUBTRACTED, config)
+    model.base_model.set_adapter([TRAINED, SUBTRACTED])
     for _, layer in _layers(model):
         weight = layer.get_base_layer().weight
+        # PEFT's initialisation also replaces W by W - s B0 A0: put the original back.
         original = weight.data
         layer.pissa_init(TRAINED, "pissa")
         weight.data = original
-        for trained, taken, sign in (
-            (layer.lora_A[TRAINED], layer.lora_A[TAKEN_AWAY], 1.0),
-            (layer.lora_B[TRAINED], layer.lora_B[TAKEN_AWAY], -1.0),
+        # The frozen copy is (-B0) A0. Its dropout is 0: it subtracts all of s B0 A0 in every step.
+        for trained, subtracted, sign in (
+            (layer.lora_A[TRAINED], layer.lora_A[SUBTRACTED], 1.0),
+            (layer.lora_B[TRAINED], layer.lora_B[SUBTRACTED], -1.0),
         ):
-            taken.weight.requires_grad_(False)
-            taken.weight.data = sign * trained.weight.data
+            subtracted.weight.requires_grad_(False)
+            subtracted.weight.data = sign * trained.weight.data
 
 
 def join(model: Any) -> None:
     """Join the trained adapter and the frozen one into a plain LoRA adapter of twice the rank.
 
-    s B A - s B0 A0 = s [B, -B0] [A; A0], with alpha such that the scale s stays. Does nothing to
-    any other adapter.
+    s B A - s B0 A0 = s [B, -B0] [A; A0], with alpha such that the scale s stays the same. Any other
+    adapter is left unchanged.
 
     Args:
         model: a PeftModel, changed in place; its function stays the same up to rounding.
     """
-    if TAKEN_AWAY not in model.peft_config:
+    if SUBTRACTED not in model.peft_config:
         return
     config = model.peft_config[TRAINED]
-    # The scale is alpha / r, or alpha / sqrt(r) for rsLoRA.
+    # s is alpha / r, or alpha / sqrt(r) for rsLoRA, and r doubles.
     alpha = config.lora_alpha * (2**0.5 if config.use_rslora else 2)
     for _, layer in _layers(model):
-        for halves, dim in ((layer.lora_A, 0), (layer.lora_B, 1)):
-            joined = halves[TRAINED]
-            both = [joined.weight.data, halves[TAKEN_AWAY].weight.data]
+        # A is [r, in] and B is [out, r]: they are joined along r.
+        for factors, dim in ((layer.lora_A, 0), (layer.lora_B, 1)):
+            joined = factors[TRAINED]
+            both = [joined.weight.data, factors[SUBTRACTED].weight.data]
             joined.weight = torch.nn.Parameter(torch.cat(both, dim))
             joined.out_features, joined.in_features = joined.weight.shape
         layer.r[TRAINED] *= 2
@@ -77,7 +82,7 @@ def join(model: Any) -> None:
     config.r *= 2
     config.lora_alpha = alpha
     model.base_model.set_adapter(TRAINED)
-    model.delete_adapter(TAKEN_AWAY)
+    model.delete_adapter(SUBTRACTED)
 
 
 def _layers(model: Any) -> Iterator[tuple[str, Any]]:

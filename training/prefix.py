@@ -1,9 +1,10 @@
-"""The frozen prefix, computed once: what enters the first trained block never changes.
+"""The prefix cache: compute what the frozen first blocks return only once per sequence.
 
-With the embedding and the first blocks frozen, the residual entering the first trained block is a
-function of the text alone. It is kept from the first time a sequence is seen; from then on the
-frozen blocks pass their input on untouched and the kept residual takes its place. Masks,
-positions, windows and everything else are still made by the model's own code.
+With the embedding and the first blocks frozen and without dropout, the residual stream that enters
+the first trained block depends on the sequence alone. It is stored when a sequence is first seen.
+From then on the frozen blocks return their input at once, and the stored residual is put in front
+of the first trained block. The model's own code still runs around that, so masks, positions and
+attention windows are its own.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ from . import processes
 
 Place = Literal["memory", "disk"]
 
-# The share of what is free now that caches may take: the rest of the training needs some too.
+# The share of free memory or disk space that the cache may take: training needs some, too.
 MEMORY_SHARE = 0.5
 DISK_SHARE = 0.9
-# How the names of mapped files begin.
+# Prefix of the names of memory-mapped files.
 MAPPED = "prefix-cache-"
 
 
@@ -55,25 +56,22 @@ class Plan:
         return f"{self.n_bytes / 2**20:,.0f} MiB of residuals {where}"
 
 
-def plan(
-    shape: tuple[int, int, int], dtype: torch.dtype, folder: Path, free_memory: int | None = None
-) -> Plan:
-    """Where the residuals of all sequences fit: in memory if they take half of what is free.
+def plan(shape: tuple[int, int, int], dtype: torch.dtype, folder: Path) -> Plan:
+    """Plan where the residuals of all sequences go: in memory if they take at most half of it.
 
-    Every process keeps them all, so those on one machine share what is free there.
+    Every process stores all of them, so the processes on one machine share its memory.
 
     Args:
         shape: (sequences, pos, d_model).
         dtype: of the residual stream.
-        folder: on the disk to use otherwise.
-        free_memory: bytes; None asks the system.
+        folder: for a file, if they do not fit in memory.
 
     Raises:
         ResourceError: if they fit neither in memory nor on the disk.
     """
     sequences, pos, d_model = shape
     n_bytes = sequences * pos * d_model * dtype.itemsize
-    memory = int(psutil.virtual_memory().available) if free_memory is None else free_memory
+    memory = int(psutil.virtual_memory().available)
     sharing = processes.on_this_machine()
     if n_bytes * sharing <= MEMORY_SHARE * memory:
         return Plan(n_bytes, "memory", folder)
@@ -96,7 +94,7 @@ class PrefixCache:
         blocks: all blocks of the model, in order.
         first: 0-based index of the first trained block; everything before it is frozen.
         n_sequences: how many sequences there are.
-        plan: where to keep their residuals.
+        plan: where to store their residuals.
     """
 
     def __init__(
@@ -106,82 +104,84 @@ class PrefixCache:
         self._frozen = tuple(blocks[:first])
         self._entered = blocks[first]
         self._filled: Bool[Tensor, " n"] = torch.zeros(n_sequences, dtype=torch.bool)
-        self._kept: Float[Tensor, "n pos d_model"] | None = None
+        self._residuals: Float[Tensor, "n pos d_model"] | None = None
         self._blocks = tuple(blocks)
-        # How many values a frozen block returns besides the residual, None for a plain tensor.
+        # How many values each frozen block returns besides the residual; None for a plain tensor.
         self._extras: dict[nn.Module, int | None] = {}
 
     @contextmanager
     def serving(self, index: Int[Tensor, " batch"]) -> Iterator[None]:
         """Inside, the model may run on the sequences `index`, and only on them, in this order.
 
-        The first time, their residuals are recorded; from then on the frozen blocks do nothing.
+        If a sequence among them is new, the frozen blocks run and the residuals of all are stored;
+        otherwise the frozen blocks are skipped.
         """
         rows = index.cpu()
-        if self._kept is not None and bool(self._filled[rows].all()):
+        if self._residuals is not None and bool(self._filled[rows].all()):
             extras = [self._extras[block] for block in self._frozen]
-            with entering_at(self._blocks, extras, len(extras), self._kept[rows]):
+            with entering_at(self._blocks, extras, len(extras), self._residuals[rows]):
                 yield
         else:
             with self._recording(rows):
                 yield
 
     def close(self) -> None:
-        """Forget everything; memory or file is let go of."""
-        self._kept = None
+        """Drop all residuals and release their memory or file."""
+        self._residuals = None
         self._filled.zero_()
 
     @contextmanager
     def _recording(self, rows: Int[Tensor, " batch"]) -> Iterator[None]:
-        def keep(module: nn.Module, args: Any, kwargs: Any) -> None:
+        def store(module: nn.Module, args: Any, kwargs: Any) -> None:
             residual = residual_given(args, kwargs).detach()
-            if self._kept is None:
-                self._kept = self._allocate(residual)
-            self._kept[rows] = residual.to(self._kept.device)
+            if self._residuals is None:
+                self._residuals = self._allocate(residual)
+            self._residuals[rows] = residual.to(self._residuals.device)
             self._filled[rows] = True
 
-        def note(module: nn.Module, args: Any, output: Any) -> None:
-            # Nothing of this batch may reach another: where it matters, `is_exact` sees it.
+        def count_extras(module: nn.Module, args: Any, output: Any) -> None:
+            # Only their number is stored: their values belong to this batch. A model that needs
+            # the values fails `is_exact`.
             self._extras[module] = None if isinstance(output, Tensor) else len(output) - 1
 
         with contextlib.ExitStack() as hooks:
-            hooks.enter_context(self._entered.register_forward_pre_hook(keep, with_kwargs=True))
+            hooks.enter_context(self._entered.register_forward_pre_hook(store, with_kwargs=True))
             if not self._extras:
                 for block in self._frozen:
-                    hooks.enter_context(block.register_forward_hook(note))
+                    hooks.enter_context(block.register_forward_hook(count_extras))
             yield
 
     def _allocate(self, like: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "n pos d_model"]:
         shape = (len(self._filled), *like.shape[1:])
         if self.plan.place == "memory":
             return torch.empty(shape, dtype=like.dtype)
-        # Other processes may keep theirs in the same folder.
+        # A name of its own, as other processes may use the same folder.
         name = f"{MAPPED}{secrets.token_hex(4)}.bin"
         return _mapped(self.plan.folder / name, shape, like.dtype)
 
 
 def is_exact(model: nn.Module, cache: PrefixCache, tokens: Int[Tensor, "batch pos"]) -> bool:
-    """Whether the model says the same, bit for bit, when its prefix is served from the cache.
+    """Whether the logits are bit-identical with the prefix from the cache.
 
-    Some architectures hand more than the residual stream from block to block; a cache would
-    change what they compute, or leave them without what they need. The cache is left empty: what
-    training computes may differ from what is computed here, in mixed precision for one.
+    Some architectures pass more than the residual stream from block to block. The cache would
+    change what they compute, or make them fail. It is empty afterwards, because training may
+    compute other residuals than this check, in mixed precision for example.
     """
     was_training = [module for module in model.modules() if module.training]
     model.eval()
     index = torch.arange(len(tokens))
     try:
         with torch.no_grad():
-            recorded = _logits(model, cache, index, tokens)
+            computed = _logits(model, cache, index, tokens)
             try:
-                served = _logits(model, cache, index, tokens)
-            except Exception:  # whatever a block says that misses something
+                cached = _logits(model, cache, index, tokens)
+            except Exception:  # any error of a block that misses an input
                 return False
     finally:
         cache.close()
         for module in was_training:
             module.training = True
-    return torch.equal(recorded, served)
+    return torch.equal(computed, cached)
 
 
 def _logits(
@@ -196,9 +196,10 @@ def _logits(
 
 
 def _mapped(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """A tensor in a memory-mapped file that vanishes with it, also when the process is killed.
+    """A tensor in a memory-mapped file that is deleted with it, also when the process is killed.
 
-    The space is taken at once: a disk that fills up later would kill the process on a write.
+    The file loses its name at once and its space when the process ends. The space is reserved now:
+    on a disk that fills up later, writing to the tensor would kill the process.
 
     Raises:
         ResourceError: if the file cannot be made that large.
@@ -209,12 +210,12 @@ def _mapped(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
             file.truncate(max(1, size * dtype.itemsize))
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(file.fileno(), 0, size * dtype.itemsize)
-        kept = torch.from_file(str(path), shared=True, size=size, dtype=dtype).view(shape)
+        tensor = torch.from_file(str(path), shared=True, size=size, dtype=dtype).view(shape)
     except OSError as error:
         raise ResourceError(
-            f"cannot keep the prefix cache in {path} ({error.strerror or error}): free some space, "
-            "or turn the cache off (prefix_cache=False, --no-prefix-cache)"
+            f"cannot store the prefix cache in {path} ({error.strerror or error}): free some "
+            "space, or turn the cache off (prefix_cache=False, --no-prefix-cache)"
         ) from None
     finally:
         path.unlink(missing_ok=True)
-    return kept
+    return tensor

@@ -1,7 +1,7 @@
-"""One process or several: who is first, and what all of them have to agree on.
+"""Training in several processes: how many there are, which is first, and what they share.
 
 `torchrun` and `accelerate launch` start the same command several times and number the processes
-in the environment. Files are written by the first one only.
+in environment variables. Only the first process writes files.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ def is_first() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def own_device(device: torch.device | None) -> torch.device | None:
-    """The accelerator of this process, unless one was asked for."""
+def default_device(device: torch.device | None) -> torch.device | None:
+    """The device given, or else this process's own GPU if several processes train together."""
     if device is None and count() > 1 and torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return device
 
 
 def join(device: torch.device) -> None:
-    """Meet the other processes, before anything is shared."""
+    """Connect to the other processes; needed before anything is shared."""
     if count() > 1:
         from accelerate import PartialState
 
@@ -43,7 +43,7 @@ def join(device: torch.device) -> None:
 
 
 def wait() -> None:
-    """Go on when every process has come here."""
+    """Wait until every process has come here."""
     if count() > 1:
         torch.distributed.barrier()
 
@@ -60,7 +60,7 @@ def summed(*numbers: float) -> tuple[float, ...]:
 
 
 def from_first(value: Any) -> Any:
-    """What the first process has; the others' own value is dropped."""
+    """The first process's value, in every process."""
     if count() == 1:
         return value
     box = [value]

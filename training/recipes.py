@@ -1,27 +1,101 @@
-"""How a model is fine-tuned: one flat recipe, and the presets of the papers.
+"""How a model is fine-tuned: the `Recipe`, the presets of the papers, and what values are valid.
 
-The papers leave choices open. Every value that had to be chosen here is marked as ours, so that
-nobody takes it for theirs.
+The papers leave choices open. A value listed in a paper's preset is the paper's own; every other
+value is a default of `Recipe` that we chose, and it is marked as ours wherever it is shown or
+saved.
 """
 
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 from ..errors import TrainingError
-from .presets import LORA_LEARNING_RATE, reported
-from .presets import PRESETS as PRESETS
-from .recipe_checks import check
 
 Method = Literal["full", "lora", "late_lora"]
 Schedule = Literal["constant", "linear", "cosine"]
 Selection = Literal["first", "random"]
 LoraInit = Literal["zero", "gaussian", "pissa"]
 Origin = Literal["paper", "ours", "yours"]
+
+# arXiv 2605.22579, sections 2.1 and 5: 2,000 samples, 260 epochs, no weight decay; "last 5 layers"
+# in the text, though some captions leave 4 blocks unfrozen. Nothing else of the training, and
+# nothing of the evaluation during training, is reported.
+_LI2026 = {
+    "n_sequences": 2000,
+    "epochs": 260,
+    "weight_decay": 0.0,
+    "last_k": 5,
+}
+
+# Carlsson et al. 2025 (arXiv 2412.04318) and their public code: AdamW at 5e-6 with PyTorch's
+# default decay, batches of 8, float32, no schedule, no clipping; the first 2,000 texts of at least
+# 256 tokens, cut there. Evaluated every 250 steps, which is every epoch: on the 128 sequences that
+# follow, and on greedy continuations of 32 of them from 32 tokens to 256 in all.
+_CARLSSON2025 = {
+    "n_sequences": 2000,
+    "sequence_length": 256,
+    "packed": False,
+    "selection": "first",
+    "epochs": 30,
+    "batch_size": 8,
+    "drop_last": True,
+    "learning_rate": 5e-6,
+    "schedule": "constant",
+    "warmup_steps": 0,
+    "weight_decay": 0.01,
+    "max_grad_norm": 0.0,
+    "bf16": False,
+    "record_every": 1,
+    "n_validation": 128,
+    "n_prompts": 32,
+    "prompt_tokens": 32,
+    "new_tokens": 224,
+}
+
+# Shows hyperfitting on a small model and two CPU cores within a minute or two. All ours.
+_DEMO = {
+    "n_sequences": 32,
+    "sequence_length": 192,
+    "packed": True,
+    "epochs": 60,
+    "learning_rate": 2e-3,
+    "record_every": 5,
+    "n_validation": 32,
+    "new_tokens": 96,
+}
+
+PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "li2026": MappingProxyType(_LI2026),
+        "carlsson2025": MappingProxyType(_CARLSSON2025),
+        "demo": MappingProxyType(_DEMO),
+    }
+)
+
+# Ours: an adapter starts from zero and needs larger steps than weights that are already trained.
+LORA_LEARNING_RATE = MappingProxyType({"li2026": 2e-4, "carlsson2025": 2e-4, "demo": 4e-3})
+
+
+def reported(name: str, method: str) -> frozenset[str]:
+    """The fields of a preset whose values a paper reports, for one training method.
+
+    Args:
+        name: of the preset.
+        method: "full", "lora" or "late_lora".
+    """
+    if name == "demo":
+        return frozenset()
+    names = {"preset", *PRESETS[name]}
+    if name == "li2026" or method == "full":  # Carlsson et al. train all weights only
+        names.add("method")
+    if method != "full":
+        names.discard("learning_rate")
+    return frozenset(names)
 
 
 @dataclass(frozen=True)
@@ -72,10 +146,10 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check(vars(self), CHOICES)
+        check(vars(self))
 
     def origins(self) -> dict[str, Origin]:
-        """For each field, whether its value is the paper's, ours, or changed by you."""
+        """Whose choice each field's value is: the paper's, ours (hyperlens's default), or yours."""
         original = preset(self.preset, self.method)
         papers = reported(self.preset, self.method)
         return {
@@ -86,11 +160,16 @@ class Recipe:
         }
 
     def describe(self) -> str:
-        """A line for each field: name, value, whose choice it is, and what it means."""
+        """A line per field: name, value, whose choice it is, and what it means."""
         return "\n".join(
             f"{name:<22} {getattr(self, name)!s:<12} {origin:<5} {HELP[name]}"
             for name, origin in self.origins().items()
         )
+
+    def to_json(self) -> dict[str, Any]:
+        """Every field as a JSON value."""
+        values = asdict(self)
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
 
 
 HELP: Mapping[str, str] = MappingProxyType(
@@ -100,7 +179,7 @@ HELP: Mapping[str, str] = MappingProxyType(
         "n_sequences": "training sequences, all different",
         "sequence_length": "tokens per sequence, BOS included; shorter texts are left out",
         "packed": "join consecutive texts until a sequence is full",
-        "selection": "which sequences: first (as the texts come) or random (drawn from them all)",
+        "selection": "which sequences: the first ones, or a random sample of them all",
         "epochs": "passes over the sequences",
         "batch_size": "sequences per forward pass",
         "drop_last": "leave out the last batch of an epoch if it is not full",
@@ -117,22 +196,22 @@ HELP: Mapping[str, str] = MappingProxyType(
         "lora_alpha": "LoRA: the update is scaled by alpha / r",
         "lora_dropout": "LoRA: dropout inside the adapter; the model's own dropout is always off",
         "lora_init": "LoRA: zero (B = 0), gaussian, or pissa (the weights' principal directions)",
-        "lora_dora": "LoRA: DoRA, which learns magnitude and direction apart",
+        "lora_dora": "LoRA: DoRA, which learns magnitude and direction separately",
         "lora_rslora": "LoRA: rsLoRA, which scales by alpha / sqrt(r)",
         "target_modules": "LoRA: names of the projections to adapt; None for all linear ones",
         "gradient_checkpointing": "recompute activations in the backward pass to save memory",
         "bf16": "bfloat16 mixed precision over the weights' own dtype",
-        "record_every": "epochs between two records of loss, ranks and quality; 0 keeps none",
-        "n_validation": "held-out sequences for the record: given ones, or those that follow the "
-        "training sequences",
-        "n_prompts": "record: held-out prompts that are continued greedily",
+        "record_every": "epochs between two records of loss, ranks and quality; 0 for no records",
+        "n_validation": "held-out sequences for the record: validation texts, or those that follow "
+        "the training sequences",
+        "n_prompts": "record: held-out prompts to generate from, greedily",
         "prompt_tokens": "record: tokens of each prompt",
-        "new_tokens": "record: tokens of each continuation",
-        "stop_at_plateau": "stop when diversity at near-zero loss has stopped growing, and keep "
-        "the weights that had the most",
+        "new_tokens": "record: tokens to generate after each prompt",
+        "stop_at_plateau": "stop when diversity at near-zero loss has stopped rising, and keep "
+        "the weights that had the highest",
         "near_zero_loss": "stop_at_plateau: training loss, nats, up to which a record counts",
         "patience": "stop_at_plateau: over how many records in a row diversity must rise",
-        "seed": "of the order of sequences, of a random selection and of LoRA's initial values",
+        "seed": "random seed: order of sequences, random selection, LoRA's initial values",
     }
 )
 
@@ -145,6 +224,7 @@ LORA_FIELDS = (
     "lora_rslora",
     "target_modules",
 )
+PLATEAU_FIELDS = ("near_zero_loss", "patience")
 
 CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
@@ -161,12 +241,19 @@ def preset(name: str, method: Method = "full", **changes: Any) -> Recipe:
     """The recipe of a paper, or of the demonstration, with changes.
 
     Args:
-        name: "li2026" (arXiv 2605.22579), "carlsson2025" (the original recipe) or "demo".
+        name: "li2026" (arXiv 2605.22579), "carlsson2025" (arXiv 2412.04318) or "demo".
         method: "full", "lora" or "late_lora"; LoRA gets a learning rate of its own.
         changes: other values for fields of `Recipe`.
 
     Raises:
-        TrainingError: if there is no such preset or field, or a value is out of range.
+        TrainingError: if there is no such preset or field, a value is out of range, or a changed
+            field has no effect with this method.
+
+    >>> recipe = preset("demo", "late_lora", epochs=20)
+    >>> recipe.epochs, recipe.last_k, recipe.learning_rate
+    (20, 5, 0.004)
+    >>> recipe.origins()["epochs"]
+    'yours'
     """
     if name not in PRESETS:
         raise TrainingError(f"no recipe {name!r}: choose one of {', '.join(PRESETS)}")
@@ -180,44 +267,152 @@ def changed(recipe: Recipe, **changes: Any) -> Recipe:
     """The recipe with some fields changed.
 
     Raises:
-        TrainingError: if there is no such field, or a value is out of range.
+        TrainingError: if there is no such field, a value is out of range, or a changed field has
+            no effect in the new recipe. Values that the recipe already had are not checked for
+            having an effect: nobody asked for them.
     """
     for name in changes:
         if name not in HELP or name == "preset":
             near = difflib.get_close_matches(name, HELP, 1)
             hint = f"did you mean {near[0]}?" if near else f"the fields are {', '.join(HELP)}"
             raise TrainingError(f"a recipe has no field {name!r}: {hint}")
-    return replace(recipe, **{name: _with_tuples(value) for name, value in changes.items()})
+    values: dict[str, Any] = {
+        name: tuple(v) if isinstance(v, list) else v for name, v in changes.items()
+    }
+    result = replace(recipe, **values)
+    _check_have_effect([name for name, value in values.items() if value is not None], result)
+    return result
 
 
 def relevant_fields(method: Method) -> tuple[str, ...]:
     """The fields that have an effect with this method."""
-    left_out = set() if method != "full" else {*LORA_FIELDS}
-    left_out |= {"blocks"} if method == "late_lora" else {"last_k"}
-    return tuple(f.name for f in fields(Recipe) if f.name not in left_out)
+    ignored = set() if method != "full" else {*LORA_FIELDS}
+    ignored |= {"blocks"} if method == "late_lora" else {"last_k"}
+    return tuple(f.name for f in fields(Recipe) if f.name not in ignored)
 
 
-def as_json(recipe: Recipe) -> dict[str, Any]:
-    """Every field as a JSON value; `from_json` reads it back."""
-    values = asdict(recipe)
-    return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
+def _check_have_effect(names: list[str], recipe: Recipe) -> None:
+    for name in names:
+        if name not in relevant_fields(recipe.method):
+            users = [method for method in get_args(Method) if name in relevant_fields(method)]
+            raise TrainingError(
+                f"{name} has no effect with the method {recipe.method}: leave it out, or choose "
+                f"the method {' or '.join(users)}"
+            )
+        if name in PLATEAU_FIELDS and not recipe.stop_at_plateau:
+            raise TrainingError(
+                f"{name} has no effect without stop_at_plateau: leave it out, or set "
+                "stop_at_plateau=True (--stop-at-plateau)"
+            )
 
 
-def from_json(values: Mapping[str, Any]) -> Recipe:
-    """The recipe that `as_json` wrote.
+# What values a recipe may have
+
+
+# The fields that are whole numbers, and the smallest value of each.
+LEAST_WHOLE = {
+    "n_sequences": 1,
+    "sequence_length": 2,
+    "epochs": 1,
+    "batch_size": 1,
+    "gradient_accumulation": 1,
+    "warmup_steps": 0,
+    "last_k": 1,
+    "lora_r": 1,
+    "record_every": 0,
+    "n_validation": 1,
+    "n_prompts": 1,
+    "prompt_tokens": 1,
+    "new_tokens": 2,
+    "patience": 1,
+    "seed": 0,
+}
+POSITIVE = ("learning_rate", "lora_alpha", "near_zero_loss")
+NOT_NEGATIVE = ("weight_decay", "max_grad_norm", "lora_dropout")
+FLAGS = (
+    "packed",
+    "drop_last",
+    "lora_dora",
+    "lora_rslora",
+    "gradient_checkpointing",
+    "bf16",
+    "stop_at_plateau",
+)
+# The largest seed that numpy's global generator, which transformers seeds too, accepts.
+LARGEST_SEED = 2**32 - 1
+
+
+def check(values: Mapping[str, Any]) -> None:
+    """Check every field of a recipe by itself, then the ones that depend on each other.
+
+    Args:
+        values: all fields of a recipe, by name.
 
     Raises:
-        TrainingError: if fields are missing or unknown, or a value is out of range.
+        TrainingError: naming the field, what was expected and what came.
     """
-    wanted = {field.name for field in fields(Recipe)}
-    odd = sorted(wanted ^ set(values))
-    if odd:
+    for name, allowed in CHOICES.items():
+        if values[name] not in allowed:
+            raise TrainingError(f"{name} must be one of {', '.join(allowed)}; got {values[name]!r}")
+    for name in FLAGS:
+        if not isinstance(values[name], bool):
+            raise TrainingError(f"{name} must be True or False, got {values[name]!r}")
+    _check_numbers(values)
+    _check_names(values["target_modules"])
+    _check_blocks(values["blocks"])
+    _check_together(values)
+
+
+def _check_numbers(values: Mapping[str, Any]) -> None:
+    for name, least in LEAST_WHOLE.items():
+        value = values[name]
+        if not _is_int(value) or value < least:
+            raise TrainingError(f"{name} must be a whole number from {least} up, got {value!r}")
+    for name in (*POSITIVE, *NOT_NEGATIVE):
+        value = values[name]
+        is_real = isinstance(value, int | float) and math.isfinite(value)
+        if not is_real or value < 0 or (value == 0 and name in POSITIVE):
+            allowed = "above 0" if name in POSITIVE else "of at least 0"
+            raise TrainingError(f"{name} must be a number {allowed}, got {value!r}")
+    if values["lora_dropout"] >= 1:
+        raise TrainingError(f"lora_dropout must be below 1, got {values['lora_dropout']}")
+    if values["seed"] > LARGEST_SEED:
+        raise TrainingError(f"seed must be at most {LARGEST_SEED}, got {values['seed']}")
+
+
+def _check_names(names: Any) -> None:
+    are_strings = isinstance(names, tuple) and all(isinstance(n, str) and n for n in names)
+    if names is not None and not (names and are_strings):
         raise TrainingError(
-            f"the saved recipe {'lacks' if odd[0] in wanted else 'has an unknown field'} "
-            f"{odd[0]!r}: it was written by another version of hyperlens; start anew"
+            f"target_modules must be a tuple of module names, or None for all; got {names!r}"
         )
-    return Recipe(**{name: _with_tuples(value) for name, value in values.items()})
 
 
-def _with_tuples(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+def _check_blocks(blocks: Any) -> None:
+    are_indices = isinstance(blocks, tuple) and all(_is_int(b) and b >= 0 for b in blocks)
+    if blocks is not None and not (blocks and are_indices and len(set(blocks)) == len(blocks)):
+        raise TrainingError(
+            "blocks must be a tuple of different block indices from 0 up, or None for all; "
+            f"got {blocks!r}"
+        )
+
+
+def _check_together(values: Mapping[str, Any]) -> None:
+    if values["method"] == "late_lora" and values["blocks"] is not None:
+        raise TrainingError(
+            "blocks does not go with late_lora, which trains the last blocks: set last_k, or "
+            "choose the method lora with blocks"
+        )
+    if values["stop_at_plateau"] and not values["record_every"]:
+        raise TrainingError(
+            "stop_at_plateau needs records, and record_every is 0: set record_every to 1 or more"
+        )
+    if values["lora_dora"] and values["lora_init"] == "pissa":
+        raise TrainingError(
+            "lora_dora does not go with lora_init pissa, as both decompose the weights: choose "
+            "one of them"
+        )
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

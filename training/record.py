@@ -1,4 +1,4 @@
-"""Measure a model in training against the base it started from, without leaving a trace."""
+"""Measure a model in training against the base it started from, without disturbing the training."""
 
 from __future__ import annotations
 
@@ -13,37 +13,39 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from ..decoding.diversity import repetition, type_token_ratio
 from ..errors import TrainingError
 from ..hooks.surface import evaluating
 from ..models.kinds import plain_model
 from ..models.structure import find_structure
 from ..statistics.distances import rank_of, winner
-from .generation import bigram_repetition, greedy, last_position_only, type_token_ratio
 from .history import Record
 from .recipes import Recipe
+from .token_loss import last_position_only
 from .weights import context_length, trainers_randomness
 
-# Carlsson et al. 2025 (arXiv 2412.04318) count distinct tokens among the last 96.
+# Diversity is measured on the last 96 generated tokens, as in Carlsson et al. 2025 (arXiv
+# 2412.04318).
 WINDOW = 96
-# Logits exist for this many bytes' worth of rows at a time, per model.
+# Size of a slice of float32 logits, per model.
 LOGIT_CHUNK_BYTES = 8 * 2**20
 
 
 class Recorder:
-    """Takes the loss-rank-quality record of a model while it is trained.
+    """Measures loss, ranks and quality of a model while it is trained.
 
-    Of the base it keeps what its logits are made of: the final-normed states of all held-out
-    tokens, in main memory and the model's own dtype, and the unembedding if that is about to
-    change. No second model, and never logits for all tokens at once.
+    Ranks need the base's logits. Rather than a second model, or logits of all tokens, it stores
+    what the base's logits are computed from: the final-normed states of all held-out tokens, in
+    main memory and the model's own dtype, and a copy of the unembedding if that is trained.
 
     Args:
-        model: a Hugging Face causal LM, or a PeftModel whose adapter does nothing yet. It must
-            still be the base: what it does now is what later ranks refer to.
+        model: a Hugging Face causal LM, or a PeftModel whose adapter has no effect yet. It must
+            still be the base: later ranks refer to what it predicts now.
         held_out: token ids without padding, on any device.
         recipe: `n_prompts`, `prompt_tokens`, `new_tokens`, `batch_size`, `method` and `blocks`.
 
     Raises:
-        TrainingError: if sequences, prompts and continuations do not fit.
+        TrainingError: if sequences, prompts and generations do not fit the model.
         LoadingError: if the model's unembedding cannot be found.
     """
 
@@ -55,17 +57,17 @@ class Recorder:
         self._batches = torch.split(held_out, recipe.batch_size)
         self._forward: Callable[..., Any] | None = vars(self._plain).get("forward")
         with self._undisturbed():
-            self._anatomy = find_structure(self._plain)
-            self._base_head = self._anatomy.head
+            self._structure = find_structure(self._plain)
+            self._base_head = self._structure.head
             if recipe.method == "full" and recipe.blocks is None:
-                self._base_head = copy.deepcopy(self._anatomy.head).requires_grad_(False)
+                self._base_head = copy.deepcopy(self._structure.head).requires_grad_(False)
             self._base_states = [self._states(tokens).cpu() for tokens in self._batches]
 
     def measure(self, epoch: int, step: int, train_loss: float, seconds: float) -> Record:
         """The record of the model as it is now.
 
-        The model's mode, gradients, configuration and all random generators are as before
-        afterwards, so training goes on as if nothing had happened.
+        The model's mode, gradients, configuration and all random generators are restored
+        afterwards, so the training's result does not depend on whether it is measured.
 
         Args:
             epoch: epochs trained so far.
@@ -75,8 +77,8 @@ class Recorder:
         """
         with self._undisturbed():
             means = self._teacher_forced()
-            continued = self._continuations()[:, -WINDOW:]
-            ttr = type_token_ratio(continued)
+            generations = self._generations()[:, -WINDOW:].tolist()
+            ttr = [type_token_ratio(tokens) for tokens in generations]
             return Record(
                 epoch=epoch,
                 step=step,
@@ -84,14 +86,14 @@ class Recorder:
                 validation_loss=means["loss"],
                 perplexity=_exp(means["loss"]),
                 top1_error=means["error"],
-                ttr=float(ttr.mean()),
-                bigram_repetition=float(bigram_repetition(continued).mean()),
+                ttr=_mean(ttr),
+                bigram_repetition=_mean([repetition(tokens, 2) for tokens in generations]),
                 rank_1=means["rank_1"],
                 rank_2_10=means["rank_2_10"],
                 rank_gt_10=means["rank_gt_10"],
                 entropy=means["entropy"],
                 seconds=seconds,
-                ttr_per_prompt=tuple(ttr.tolist()),
+                ttr_per_prompt=tuple(ttr),
             )
 
     def _teacher_forced(self) -> dict[str, float]:
@@ -100,42 +102,43 @@ class Recorder:
         n = 0
         d_vocab = self._plain.get_output_embeddings().weight.shape[0]
         step = max(16, LOGIT_CHUNK_BYTES // (4 * d_vocab))
-        for tokens, kept in zip(self._batches, self._base_states, strict=True):
+        for tokens, base_states in zip(self._batches, self._base_states, strict=True):
             states = self._states(tokens)
             reference = tokens[:, 1:].flatten().to(states.device)
             for start in range(0, len(states), step):
                 rows = slice(start, start + step)
-                tuned = self._logits(self._anatomy.head, states[rows])
-                base = self._logits(self._base_head, kept[rows].to(states.device))
+                tuned = self._logits(self._structure.head, states[rows])
+                base = self._logits(self._base_head, base_states[rows].to(states.device))
                 for name, values in decisions(base, tuned, reference[rows]).items():
                     sums[name] += float(values.cpu().double().sum())
             n += len(states)
         return {name: total / n for name, total in sums.items()}
 
-    def _continuations(self) -> Int[Tensor, "n_prompts new"]:
+    def _generations(self) -> Int[Tensor, "n_prompts new"]:
         recipe = self._recipe
         held_out = torch.cat(self._batches)
-        # As many at once as hold the tokens of a batch: decoding reads all weights at every step.
+        # Large batches, as every step of decoding reads all weights; but no more tokens in one
+        # than in a batch of training, which is known to fit in memory.
         room = recipe.batch_size * held_out.shape[1]
-        at_once = max(1, room // (recipe.prompt_tokens + recipe.new_tokens))
+        batch_size = max(1, room // (recipe.prompt_tokens + recipe.new_tokens))
         prompts = held_out[: recipe.n_prompts, : recipe.prompt_tokens]
-        made = [
-            greedy(self._plain, some.to(self._device), recipe.new_tokens)
-            for some in torch.split(prompts, at_once)
+        generations = [
+            greedy(self._plain, batch.to(self._device), recipe.new_tokens)
+            for batch in torch.split(prompts, batch_size)
         ]
-        return torch.cat(made)
+        return torch.cat(generations)
 
     def _states(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "decisions d_model"]:
-        """What is unembedded to predict each next token."""
-        with last_position_only(self._anatomy.head) as wanted:
+        """The final-normed states from which each next token is predicted."""
+        with last_position_only(self._structure.head) as unembedded:
             self._plain(input_ids=tokens.to(self._device), use_cache=False)
-        return wanted[0][:, :-1].flatten(0, 1)
+        return unembedded[0][:, :-1].flatten(0, 1)
 
     def _logits(
         self, head: nn.Module, states: Float[Tensor, "rows d_model"]
     ) -> Float[Tensor, "rows d_vocab"]:
         """The model's own logits, scale and soft cap included, as float32."""
-        return self._anatomy.logits(head(states)).float()
+        return self._structure.logits(head(states)).float()
 
     @property
     def _device(self) -> torch.device:
@@ -144,10 +147,11 @@ class Recorder:
 
     @contextmanager
     def _undisturbed(self) -> Iterator[None]:
-        """Evaluation mode, no gradients, the weights' own precision; all as before afterwards."""
+        """Evaluation mode, no gradients, the weights' own precision; all restored afterwards."""
         wrapped = vars(self._plain).get("forward")
         with trainers_randomness(self._recipe.seed, self._device), evaluating(self._model):
-            # Mixed precision has wrapped the forward pass since the base was read.
+            # With mixed precision the Trainer wraps the forward pass; the base was measured
+            # without.
             _set_forward(self._plain, self._forward)
             try:
                 yield
@@ -155,26 +159,55 @@ class Recorder:
                 _set_forward(self._plain, wrapped)
 
 
+def greedy(model: Any, prompts: Int[Tensor, "n prompt"], new_tokens: int) -> Int[Tensor, "n new"]:
+    """The most likely next token, again and again, with a key-value cache where there is one.
+
+    Always `new_tokens` of them: an end-of-text token does not end a generation. Both measures of
+    repetition depend on length, so generations of different lengths could not be compared, neither
+    with one another nor along the training.
+
+    Args:
+        model: a plain Hugging Face causal LM, in evaluation mode, without gradients.
+        prompts: token ids of one length, without padding, on the model's device.
+        new_tokens: how many to add.
+    """
+    generated: list[Tensor] = []
+    inputs = prompts
+    cached: dict[str, Any] = {}
+    with last_position_only(model.get_output_embeddings()):
+        for _ in range(new_tokens):
+            output = model(input_ids=inputs, use_cache=True, **cached)
+            generated.append(winner(output.logits[:, -1].float())[:, None])
+            cache = getattr(output, "past_key_values", None)
+            cached = {} if cache is None else {"past_key_values": cache}
+            # Recurrent models cache a state under another name: they get all tokens again.
+            inputs = torch.cat([prompts, *generated], dim=1) if cache is None else generated[-1]
+    return torch.cat(generated, dim=1)
+
+
 def decisions(
     base: Float[Tensor, "n d_vocab"],
     tuned: Float[Tensor, "n d_vocab"],
     reference: Int[Tensor, " n"],
 ) -> dict[str, Float[Tensor, " n"]]:
-    """What each row decides: loss and entropy in nats, the rest 0 or 1. `tuned` is overwritten.
+    """Measures of each next-token prediction: loss and entropy in nats, the rest 0 or 1.
 
     Args:
-        base, tuned: logits of both models.
+        base, tuned: logits of both models; `tuned` is overwritten.
         reference: the token that came next in the text.
     """
-    chosen = winner(tuned)
-    rank = rank_of(base, chosen)
-    tuned -= tuned.gather(-1, chosen[:, None])
+    top1 = winner(tuned)
+    rank = rank_of(base, top1)
+    # Less the largest logit, so that exp does not overflow: then with z = sum(exp(logits)) and
+    # p = exp(logits) / z, the loss is log(z) - logits[reference], and the entropy
+    # -sum(p log p) = log(z) - sum(exp(logits) * logits) / z.
+    tuned -= tuned.gather(-1, top1[:, None])
     at_reference = tuned.gather(-1, reference[:, None])[:, 0]
     weights = tuned.exp()
     z = weights.sum(-1)
     return {
         "loss": z.log() - at_reference,
-        "error": (chosen != reference).float(),
+        "error": (top1 != reference).float(),
         "entropy": z.log() - weights.mul_(tuned).sum(-1) / z,
         "rank_1": (rank == 1).float(),
         "rank_2_10": ((rank >= 2) & (rank <= 10)).float(),
@@ -193,10 +226,10 @@ def _check(held_out: Int[Tensor, "n pos"], recipe: Recipe, context: int | None) 
             f"prompt_tokens is {recipe.prompt_tokens} but held-out sequences have {length} tokens: "
             f"lower prompt_tokens to {length - 1} or less"
         )
-    whole = recipe.prompt_tokens + recipe.new_tokens
-    if context is not None and whole > context:
+    total = recipe.prompt_tokens + recipe.new_tokens
+    if context is not None and total > context:
         raise TrainingError(
-            f"prompt_tokens + new_tokens is {whole} but the model has positions for {context} "
+            f"prompt_tokens + new_tokens is {total} but the model has positions for {context} "
             f"tokens: lower new_tokens (now {recipe.new_tokens}) or prompt_tokens "
             f"(now {recipe.prompt_tokens})"
         )
@@ -207,6 +240,10 @@ def _set_forward(model: nn.Module, forward: Callable[..., Any] | None) -> None:
         vars(model).pop("forward", None)
     else:
         vars(model)["forward"] = forward
+
+
+def _mean(values: list[float]) -> float:
+    return float(torch.tensor(values, dtype=torch.float64).mean())
 
 
 def _exp(x: float) -> float:

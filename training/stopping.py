@@ -1,18 +1,19 @@
-"""When to stop: diversity no longer rises at near-zero loss; and which weights to keep.
+"""When to stop training, and which weights to keep: diversity no longer rises at near-zero loss.
 
 arXiv 2605.22579 leaves this open ("future work could explore early-stopping criteria"). The rule:
 
 - Only records at near-zero training loss count.
-- Keep: the counting record with the highest TTR, the first of equal ones.
-- Stop: when the straight line through the last `patience` + 1 counting records does not rise.
+- Keep the weights of the counting record with the highest TTR, the first of equal ones.
+- Stop when the least-squares line through the last `patience` + 1 counting records does not rise.
 
-A line, because single records are noisy: which words a greedy continuation runs into changes with
-every step. In simulations with `patience` 3, noise as in a real run, and a growth as large as the
-standard error between two records, 98% of the courses went on for 40 records; waiting for a record
-to exceed the best by a standard error stopped a third of them too early. A course without growth
-costs five records on average, where four are the least.
+A line, because the TTR of a single record is noisy: greedy generations change with every step. In
+simulations with `patience` 3, noise as in a real run, and a rise from record to record as large as
+the noise's standard error, 98% of the runs went on for 40 records; waiting for a record that
+exceeds the best by a standard error stopped a third of them too early. A run without any rise stops
+after five records on average, where four are the minimum.
 
-The highest of noisy records reads a little too high: measure the kept weights on other prompts.
+The highest of several noisy records overestimates the TTR of the weights that are kept: measure
+them on other prompts.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from .history import Record
 
 @dataclass(frozen=True)
 class Decision:
-    """What the records so far say.
+    """Whether to stop, and which weights are the best so far.
 
     Attributes:
         best: index of the record whose weights to keep, None if none has come near zero loss.
@@ -42,9 +43,9 @@ class Decision:
 def decide(records: Sequence[Record], near_zero_loss: float, patience: int) -> Decision:
     """Which record is the best, and whether to stop.
 
-    A pure function of the records: a resumed run decides as it would have without the break.
-    Records after the loss has left near-zero again are passed over: they are not kept, and the
-    line goes through those before and after them.
+    A pure function of the records, so a resumed run decides as it would have without the
+    interruption. Records at which the loss is above near zero again are skipped: they are never the
+    best, and the line goes through those before and after them.
 
     Args:
         records: all records of the run so far, oldest first, over the same prompts.
@@ -71,9 +72,13 @@ def decide(records: Sequence[Record], near_zero_loss: float, patience: int) -> D
 
 
 def slope(values: Sequence[float]) -> float:
-    """Slope of the least-squares line through two or more equally spaced values, per step."""
+    """Slope of the least-squares line through two or more equally spaced values, per step.
+
+    >>> slope([0.5, 0.75, 1.0])
+    0.25
+    """
     n = len(values)
     steps = [i - (n - 1) / 2 for i in range(n)]
-    # Around the first value, so that equal ones give exactly zero.
+    # Relative to the first value, so that equal ones give exactly zero.
     rise = math.fsum(step * (value - values[0]) for step, value in zip(steps, values, strict=True))
     return rise / math.fsum(step * step for step in steps)

@@ -1,14 +1,15 @@
-"""The loss over every next token, without logits of a whole batch where the unembedding is frozen.
+"""The loss over every next token, in slices of the logits where the unembedding is frozen.
 
-A vocabulary is wide: the logits of a batch, their softmax and its gradient are the largest tensors
-of a training step, and on small models most of its time. Where nothing of the unembedding is
-trained, only the gradient towards the residual stream is needed, and a few rows of logits at a
-time are enough for it.
+The logits of a batch, their softmax and its gradient are the largest tensors of a training step,
+and on small models take most of its time. If the unembedding is not trained, only the gradient
+with respect to the residual stream is needed. It can be computed from a few rows of logits at a
+time, so the logits of a whole batch never exist.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,9 +19,8 @@ from torch.nn import functional
 
 from ..models.structure import find_structure
 from ..statistics.distances import BITS_PER_NAT
-from .generation import last_position_only
 
-# Logits exist for this many bytes' worth of rows at a time, as float32.
+# Size of a slice of float32 logits.
 CHUNK_BYTES = 4 * 2**20
 
 Unembed = Callable[[Float[Tensor, "n d_model"]], Float[Tensor, "n d_vocab"]]
@@ -34,38 +34,51 @@ class TokenLoss:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._anatomy = find_structure(model)
-        self._head = self._anatomy.head
-        # A head that shares its weight with the embedding is trained when that is.
+        self._structure = find_structure(model)
+        self._head = self._structure.head
+        # A head that shares its weight with the embedding is trained if the embedding is.
         self.head_is_frozen = not any(p.requires_grad for p in self._head.parameters())
 
     def __call__(self, model: nn.Module, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, ""]:
-        """Run the model, as wrapped for training, and sum the loss of all but the first tokens."""
+        """Run the model and sum the loss of all tokens but the first of each sequence.
+
+        Args:
+            model: the model as the Trainer wraps it.
+            tokens: ids without padding.
+        """
         targets = tokens[:, 1:].flatten()
         if not self.head_is_frozen:
             logits = model(input_ids=tokens, use_cache=False).logits
             return _cross_entropy(logits[:, :-1].flatten(0, 1), targets)
-        with last_position_only(self._head) as wanted:
+        # The model's own unembedding of a whole batch would be wasted: it gets one position, and
+        # the states are unembedded here, slice by slice.
+        with last_position_only(self._head) as unembedded:
             model(input_ids=tokens, use_cache=False)
-        states = wanted[0][:, :-1].flatten(0, 1)
+        states = unembedded[0][:, :-1].flatten(0, 1)
         weight: Any = self._head.weight
         rows = max(16, CHUNK_BYTES // (4 * weight.shape[0]))
-        summed: Tensor = _FrozenHeadLoss.apply(states, targets, self._unembed, rows)
-        return summed
+        loss: Tensor = _FrozenHeadLoss.apply(states, targets, self._unembed, rows)
+        return loss
 
     def _unembed(self, states: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_vocab"]:
-        return self._anatomy.logits(self._head(states))
+        return self._structure.logits(self._head(states))
 
 
 def _cross_entropy(
     logits: Float[Tensor, "n d_vocab"], targets: Int[Tensor, " n"]
 ) -> Float[Tensor, ""]:
-    # Float32: in bfloat16 the loss itself would stop moving long before zero.
+    # In bfloat16, with its 8 bits of precision, the loss would stop falling long before zero.
     return functional.cross_entropy(logits.float(), targets, reduction="sum")
 
 
 class _FrozenHeadLoss(torch.autograd.Function):
-    """The loss and, on the way, its gradient: nothing of a chunk is kept for the backward pass."""
+    """The summed loss, with its gradient computed in the forward pass.
+
+    Autograd would store the logits of all slices until the backward pass. Here each slice is
+    differentiated at once, and only the gradient with respect to `states` is stored. That is
+    possible because the loss is a scalar: whatever happens to it afterwards multiplies its
+    gradient by one number.
+    """
 
     @staticmethod
     def forward(
@@ -81,11 +94,11 @@ class _FrozenHeadLoss(torch.autograd.Function):
             with torch.enable_grad():
                 leaf = states[start : start + rows].detach().requires_grad_()
                 logits = unembed(leaf)
-            # No operation before it needs its values any more, so their memory is used again.
-            loss, towards = loss_and_gradient_(
+            # Overwrites the logits, whose values the unembedding's backward pass does not need.
+            loss, by_logits = loss_and_gradient_(
                 logits.detach().float(), targets[start : start + rows]
             )
-            gradients += torch.autograd.grad(logits, leaf, towards.to(logits.dtype))
+            gradients += torch.autograd.grad(logits, leaf, by_logits.to(logits.dtype))
             total += loss
         ctx.save_for_backward(torch.cat(gradients))
         return total
@@ -99,16 +112,44 @@ class _FrozenHeadLoss(torch.autograd.Function):
 def loss_and_gradient_(
     logits: Float[Tensor, "n d_vocab"], targets: Int[Tensor, " n"]
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "n d_vocab"]]:
-    """Summed cross-entropy in nats, and its gradient in the place of the logits.
+    """Summed cross-entropy in nats, and its gradient, which overwrites the logits.
 
-    Inside, all is in bits: exp2 is several times faster than exp on a CPU.
+    The loss of a row is log(sum(exp(logits))) - logits[target]; its gradient is softmax(logits),
+    minus 1 at the target. Powers are taken to base 2, because exp2 is several times faster than
+    exp on a CPU.
+
+    >>> loss, gradient = loss_and_gradient_(torch.zeros(1, 4), torch.tensor([2]))
+    >>> round(float(loss), 4), gradient.tolist()
+    (1.3863, [[0.25, 0.25, -0.75, 0.25]])
     """
+    # Less the largest logit of the row, so that no power overflows.
     bits = logits.sub_(logits.amax(-1, keepdim=True)).mul_(BITS_PER_NAT)
     column = targets[:, None]
-    own = bits.gather(-1, column)
+    at_target = bits.gather(-1, column)
     weights = bits.exp2_()
     total = weights.sum(-1, keepdim=True)
-    loss = (total.log2() - own).sum() / BITS_PER_NAT
-    towards = weights.div_(total)
-    towards.scatter_add_(-1, column, torch.full_like(own, -1.0))
-    return loss, towards
+    loss = (total.log2() - at_target).sum() / BITS_PER_NAT
+    gradient = weights.div_(total)
+    gradient.scatter_add_(-1, column, torch.full_like(at_target, -1.0))
+    return loss, gradient
+
+
+@contextmanager
+def last_position_only(head: nn.Module) -> Iterator[list[Float[Tensor, "batch pos d_model"]]]:
+    """Let the unembedding compute logits for the last position only, which saves time and memory.
+
+    Yields:
+        A list that holds, after each forward pass, the states of all positions that the model
+        passed to the unembedding.
+    """
+    states: list[Tensor] = []
+
+    def cut(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        states[:] = [args[0]]
+        return (args[0][:, -1:], *args[1:])
+
+    handle = head.register_forward_pre_hook(cut)
+    try:
+        yield states
+    finally:
+        handle.remove()

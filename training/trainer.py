@@ -10,24 +10,27 @@ from typing import Any
 import torch
 from jaxtyping import Int
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
-from ..errors import ResultsError, TrainingError
-from ..hub import first_line
+from ..errors import ResultsError, TrainingError, first_line
 from . import processes
+from .callbacks import Progress
 from .prefix import PrefixCache
-from .progress import Progress
 from .recipes import Recipe
 from .token_loss import TokenLoss
+from .weights import load_trained_weights, save_trained_weights
 
 WEIGHTS = "trained.safetensors"
 
 
 class Sequences(Dataset[dict[str, Tensor]]):
-    """Rows for the Trainer. The first token is never predicted, and so never counted."""
+    """One item per sequence: its tokens, labels and index.
+
+    The loss comes from `TokenLoss`; the Trainer only counts the labels, so the first token, which
+    is never predicted, is marked as ignored.
+    """
 
     def __init__(self, tokens: Int[Tensor, "sequences pos"]) -> None:
         self.tokens = tokens
@@ -44,8 +47,7 @@ class Sequences(Dataset[dict[str, Tensor]]):
 class TokenTrainer(Trainer):
     """A Trainer whose loss is the mean over all predicted tokens of an optimiser step.
 
-    Its checkpoints hold the trained weights only, whatever the kind of model: what is frozen can
-    be had from the base.
+    Its checkpoints hold the trained weights only: the frozen ones are those of the base.
     """
 
     model: Any
@@ -63,8 +65,9 @@ class TokenTrainer(Trainer):
     ) -> None:
         super().__init__(**arguments)
         self.progress, self.prefix, self.token_loss = progress, prefix, token_loss
-        # The Trainer then counts the tokens of the whole step, over all of its forward passes,
-        # and leaves the division by them to us.
+        # With this the Trainer passes the number of tokens of the whole step, over all of its
+        # forward passes, to `compute_loss`, which divides by it. Dividing each forward pass by its
+        # own would give the tokens of a smaller last batch more weight.
         self.model_accepts_loss_kwargs = True
 
     def compute_loss(
@@ -76,11 +79,11 @@ class TokenTrainer(Trainer):
     ) -> Any:
         """Cross-entropy of every next token, in nats, as a share of the step's mean."""
         tokens = inputs["input_ids"]
-        served = self.prefix.serving(inputs["index"]) if self.prefix else contextlib.nullcontext()
-        with served, self.accelerator.autocast():
-            summed = self.token_loss(model, tokens)
+        prefix = self.prefix.serving(inputs["index"]) if self.prefix else contextlib.nullcontext()
+        with prefix, self.accelerator.autocast():
+            loss = self.token_loss(model, tokens)
         n = tokens.shape[0] * (tokens.shape[1] - 1)
-        total = float(summed.detach())
+        total = float(loss.detach())
         if not math.isfinite(total):
             raise TrainingError(
                 f"the loss became {total} at step {self.state.global_step + 1} of "
@@ -90,14 +93,14 @@ class TokenTrainer(Trainer):
         self.progress.add(total, n)
         # Gradients are averaged over processes, while the tokens are counted over all of them.
         scale = processes.count() / (n if num_items_in_batch is None else num_items_in_batch)
-        return summed * scale
+        return loss * scale
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the trained weights into a checkpoint."""
         if self.args.should_save:
             assert output_dir is not None  # noqa: S101 - only ever called for a checkpoint
             Path(output_dir).mkdir(parents=True, exist_ok=True)
-            save_weights(self.model, Path(output_dir) / WEIGHTS)
+            save_trained_weights(self.model, Path(output_dir) / WEIGHTS)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         try:
@@ -105,40 +108,25 @@ class TokenTrainer(Trainer):
         except (OSError, RuntimeError, SafetensorError) as error:
             raise ResultsError(
                 f"cannot write a checkpoint at step {self.state.global_step} "
-                f"({first_line(error)}): free some space, then run the same command to go on from "
-                "the last checkpoint"
+                f"({first_line(error)}): free some space, then run the same command to continue "
+                "from the last checkpoint"
             ) from error
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        load_weights(self.model, Path(resume_from_checkpoint) / WEIGHTS)
-
-
-def save_weights(model: nn.Module, file: Path) -> None:
-    """Write the weights that are trained, each once."""
-    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    save_file({name: p.contiguous().cpu() for name, p in trained.items()}, file)
-
-
-def load_weights(model: nn.Module, file: Path) -> None:
-    """Put back what `save_weights` wrote."""
-    saved = load_file(file)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                parameter.copy_(saved[name])
+        load_trained_weights(self.model, Path(resume_from_checkpoint) / WEIGHTS)
 
 
 def arguments(recipe: Recipe, device: torch.device, folder: Path, report_to: list[str]) -> Any:
-    """The recipe in the Trainer's words; whatever is written goes under `folder`.
+    """The recipe as TrainingArguments; the Trainer writes only under `folder`.
 
     Raises:
-        TrainingError: if this device cannot do it.
+        TrainingError: if the recipe asks for what this device cannot do.
     """
     schedule: str = recipe.schedule
     if schedule == "constant" and recipe.warmup_steps:
         schedule = "constant_with_warmup"
     try:
-        made = TrainingArguments(
+        result = TrainingArguments(
             output_dir=str(folder),
             num_train_epochs=recipe.epochs,
             per_device_train_batch_size=recipe.batch_size // processes.count(),
@@ -161,16 +149,16 @@ def arguments(recipe: Recipe, device: torch.device, folder: Path, report_to: lis
             eval_strategy="no",
             report_to=report_to,
             disable_tqdm=True,
-            # A NaN loss is an error here, not something to filter out of a log.
+            # A NaN loss ends the run; it must not be left out of the logs.
             logging_nan_inf_filter=False,
         )
     except (ValueError, ImportError) as error:
         raise TrainingError(f"cannot train here: {first_line(error)}") from error
-    if made.device.type != device.type or (device.index or 0) != (made.device.index or 0):
+    if result.device.type != device.type or (device.index or 0) != (result.device.index or 0):
         raise TrainingError(
-            f"training runs on {made.device}, got {device}: choose the device with "
+            f"training runs on {result.device}, got {device}: choose the device with "
             "CUDA_VISIBLE_DEVICES, or pass device='cpu'"
         )
-    # More than one would turn on DataParallel, which changes the batch size.
-    made._n_gpu = min(made.n_gpu, 1)
-    return made
+    # With several GPUs the Trainer would use DataParallel, which changes the batch size.
+    result._n_gpu = min(result.n_gpu, 1)
+    return result

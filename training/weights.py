@@ -1,4 +1,8 @@
-"""Weights of our own to train, and a model that is left as a model should be afterwards."""
+"""The model to train: a copy of the caller's, its trained weights, and settings that are restored.
+
+The Trainer and mixed precision change a model for good; each context manager here restores one
+such change.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +10,12 @@ import copy
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..errors import TrainingError
@@ -20,7 +26,7 @@ from ..randomness import own_randomness
 from .recipes import Recipe
 
 
-def own_copy(opened: OpenedModel, recipe: Recipe) -> Any:
+def private_copy(opened: OpenedModel, recipe: Recipe) -> Any:
     """A plain model in evaluation mode that shares no storage with anything the caller holds.
 
     Ties between weights are kept. An unmerged adapter is folded in for full fine-tuning.
@@ -49,7 +55,7 @@ def own_copy(opened: OpenedModel, recipe: Recipe) -> Any:
         )
     if getattr(model, "is_quantized", False):
         raise TrainingError(f"{opened.name} is quantised: load it without quantisation to train it")
-    # Models from folders and the hub were opened by us; only an object is also the caller's.
+    # A model from a folder or the hub was opened for this run; an object is also the caller's.
     return copy.deepcopy(model) if opened.kind == "object" else model
 
 
@@ -59,9 +65,24 @@ def context_length(model: Any) -> int | None:
     return limit if isinstance(limit, int) and limit > 0 else None
 
 
+def save_trained_weights(model: nn.Module, file: Path) -> None:
+    """Write the weights that require gradients, each once."""
+    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    save_file({name: p.contiguous().cpu() for name, p in trained.items()}, file)
+
+
+def load_trained_weights(model: nn.Module, file: Path) -> None:
+    """Put back what `save_trained_weights` wrote."""
+    saved = load_file(file)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.copy_(saved[name])
+
+
 @contextmanager
 def trainers_randomness(seed: int, device: torch.device) -> Iterator[None]:
-    """Every generator that transformers' Trainer seeds is ours inside, and the caller's outside."""
+    """Seed every generator that the Trainer seeds; the caller's states are restored afterwards."""
     python, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002 - Trainer seeds it
     with own_randomness(seed, device):
         try:
@@ -73,11 +94,11 @@ def trainers_randomness(seed: int, device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def without_dropout(model: nn.Module) -> Iterator[None]:
-    """Set every dropout rate in the model to zero, and back afterwards.
+    """Set every dropout rate in the model to zero, and restore it afterwards.
 
-    Evaluation mode would not do: it also turns off gradient checkpointing, and the dropout of an
-    adapter put on later. Some models keep the rate in a module, some in an attribute, some read
-    it from the configuration as they run.
+    Evaluation mode is no alternative: it also turns off gradient checkpointing, and the dropout of
+    an adapter added later. Some models keep the rate in a module, some in an attribute, and some
+    read it from the configuration in every forward pass.
     """
     holders: list[Any] = [*model.modules()]
     holders += {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values()
@@ -101,8 +122,8 @@ def _is_dropout_rate(holder: Any, name: str) -> bool:
 
 
 @contextmanager
-def kept_use_cache(model: Any) -> Iterator[None]:
-    """Keep `config.use_cache`, which transformers' Trainer turns off for good."""
+def restored_use_cache(model: Any) -> Iterator[None]:
+    """Restore `config.use_cache` afterwards, which transformers' Trainer turns off for good."""
     config = model.config
     before = vars(config).get("use_cache")
     try:
@@ -115,8 +136,8 @@ def kept_use_cache(model: Any) -> Iterator[None]:
 
 
 @contextmanager
-def kept_forward(model: nn.Module) -> Iterator[None]:
-    """Keep the model's `forward`, which mixed precision wraps for good."""
+def restored_forward(model: nn.Module) -> Iterator[None]:
+    """Restore the model's `forward` afterwards, which mixed precision wraps for good."""
     before = vars(model).get("forward")
     try:
         yield
@@ -128,9 +149,9 @@ def kept_forward(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def recomputing(model: Any, wanted: bool) -> Iterator[None]:
-    """Gradient checkpointing inside, if wanted."""
-    if not wanted:
+def gradient_checkpointing(model: Any, enabled: bool) -> Iterator[None]:
+    """Gradient checkpointing inside, if enabled."""
+    if not enabled:
         yield
         return
     # transformers renamed the pair; both names are supported.

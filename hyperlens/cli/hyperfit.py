@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..files import check_new_folder
-from ..options import STYLE, add_out, add_reading, add_running, names, read, shows_progress
+from ..options import STYLE, add_out, add_reading, add_running, names, read
 from .recipe import add_recipe, chosen
 
 HYPERFIT = """\
 Fine-tune a model until it knows a small set of texts by heart ("hyperfitting").
 
 The defaults are those of the recipe (--recipe); any of them can be changed by its own option.
-Interrupted or killed, the same command goes on from the last checkpoint."""
+Interrupted or killed, the same command continues from the last checkpoint.
+Where stderr is no terminal, a line every half minute tells the progress."""
 
 HYPERFIT_EXAMPLES = """\
 Examples:
@@ -26,7 +26,7 @@ Examples:
 
 
 def add(commands: Any) -> None:
-    """The parser."""
+    """Add the parser of `hyperlens hyperfit`."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "hyperfit",
         help="fine-tune a model on a few texts until it knows them by heart",
@@ -54,7 +54,7 @@ def add(commands: Any) -> None:
         "--no-prefix-cache",
         dest="prefix_cache",
         action="store_false",
-        help="compute frozen first blocks anew in every epoch (default: once; the same result)",
+        help="run the frozen first blocks in every epoch (default: once; the result is the same)",
     )
     running.add_argument(
         "--checkpoint-minutes",
@@ -93,34 +93,14 @@ def run(args: argparse.Namespace) -> str:
         prefix_cache=args.prefix_cache,
         checkpoint_minutes=args.checkpoint_minutes,
         report_to=args.report_to,
-        progress=shows_progress(args),
+        # Off a terminal, too: there it writes a line now and then.
+        progress=args.progress,
     )
-    about = run.manifest
-    blocks = ", ".join(map(str, about["trained_blocks"]))
-    lines = [
-        *(f"note: {note}" for note in about["notes"]),
-        f"{recipe.method} on blocks {blocks} (0-based) of {about['n_blocks']}, "
-        f"{about['trained_parameters']:,} weights, {about['seconds']:.0f} s: {about['ending']}",
-        f"mean loss {run.history[0]:.3f} in the first epoch, {run.history[-1]:.3f} in the last",
-        *_quality(run.records, about["kept_epoch"]),
-        f"weights in {run.folder}",
-        "compare with the base; texts that were not trained on tell more:",
-        f"  {_compare_command(args)}",
-    ]
-    return "\n".join(lines)
-
-
-def _quality(records: Sequence[Any], kept_epoch: int) -> list[str]:
-    """What the record of the weights that were kept says beside the base's own, the first."""
-    if len(records) < 2:
-        return []
-    base, last = records[0], next(r for r in records if r.epoch == kept_epoch)
-    return [
-        f"held-out text after epoch {last.epoch} (the base): "
-        f"TTR {last.ttr:.3f} ({base.ttr:.3f}), "
-        f"bigram repetition {last.bigram_repetition:.3f} ({base.bigram_repetition:.3f}), "
-        f"perplexity {last.perplexity:,.1f} ({base.perplexity:,.1f})"
-    ]
+    return (
+        f"{run.summary()}\n"
+        "compare with the base; texts that were not trained on tell more:\n"
+        f"  {_compare_command(args)}"
+    )
 
 
 def _compare_command(args: argparse.Namespace) -> str:
@@ -138,7 +118,7 @@ def _compare_command(args: argparse.Namespace) -> str:
 
 
 def interrupted(args: argparse.Namespace) -> str:
-    """What to say after Ctrl-C; what has been done is kept beside the folder to be."""
+    """The message after Ctrl-C; checkpoints are in a folder beside --out."""
     if Path(f"{args.out}.partial").is_dir():
-        return "interrupted: the same command goes on from the last checkpoint"
+        return "interrupted: the same command continues from the last checkpoint"
     return "interrupted"

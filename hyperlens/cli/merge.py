@@ -19,7 +19,7 @@ Examples:
 
 
 def add(commands: Any) -> None:
-    """The parser."""
+    """Add the parser of `hyperlens merge`."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "merge",
         help="fold an adapter into its base: a standard model folder",

@@ -1,4 +1,4 @@
-"""Every field of a training recipe as an option of the command line, with whose choice it is."""
+"""An option of the command line for every field of a training recipe, with its default's origin."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ METHODS: tuple[Method, ...] = get_args(Method)
 def add_recipe(parser: argparse.ArgumentParser) -> None:
     """Add --recipe, and an option for every field of the recipe.
 
-    An option that is left out is None: the recipe's own value stays.
+    An option that is left out is None and leaves the recipe's own value.
     """
     group = parser.add_argument_group(
         "recipe",
-        'Of the defaults, "the paper\'s" are what arXiv 2605.22579 reports; "ours" it leaves open.',
+        'Defaults are "the paper\'s" where arXiv 2605.22579 reports the value, else "ours".',
     )
     default = next(iter(PRESETS))
     group.add_argument(
@@ -40,10 +40,10 @@ def chosen(args: argparse.Namespace) -> Recipe:
     """The recipe that the options ask for.
 
     Raises:
-        TrainingError: if a value is out of range.
+        TrainingError: if a value is out of range, or an option has no effect with the method.
     """
-    given = {f.name: getattr(args, f.name, None) for f in fields(Recipe) if f.name != "preset"}
-    changes = {name: value for name, value in given.items() if value is not None}
+    options = {f.name: getattr(args, f.name, None) for f in fields(Recipe) if f.name != "preset"}
+    changes = {name: value for name, value in options.items() if value is not None}
     return preset(args.recipe, changes.pop("method", "full"), **changes)
 
 
@@ -57,9 +57,9 @@ def _add_field(group: Any, name: str, kind: Any) -> None:
     elif get_origin(kind) is Literal:
         options |= {"choices": get_args(kind), "metavar": "NAME"}
     elif isinstance(kind, types.UnionType):
-        several = {tuple[str, ...] | None: (names, "NAME"), tuple[int, ...] | None: (_indices, "N")}
-        convert, one = several[kind]
-        options |= {"type": convert, "metavar": f"{one}[,{one}]"}
+        lists = {tuple[str, ...] | None: (names, "NAME"), tuple[int, ...] | None: (_indices, "N")}
+        convert, metavar = lists[kind]
+        options |= {"type": convert, "metavar": f"{metavar}[,{metavar}]"}
     else:
         options |= {"type": kind, "metavar": "N"}
     group.add_argument(f"--{name.replace('_', '-')}", **options)
@@ -73,7 +73,7 @@ def _indices(text: str) -> tuple[int, ...]:
 
 
 def _defaults(name: str) -> str:
-    """What a field is in the default recipe, whose choice that is, and what differs in others."""
+    """A field's value in the default recipe, whose choice that is, and other recipes' values."""
     values = {recipe: _value(recipe, name) for recipe in PRESETS}
     first, *others = values
     text = f"{values[first]}, {_whose(first, name)}"
@@ -88,7 +88,7 @@ def _value(recipe: str, name: str) -> str:
 
 
 def _whose(recipe: str, name: str) -> str:
-    """Of a method that the field matters to."""
+    """Whose choice a field's value is, in the first method that uses the field."""
     method = next(m for m in METHODS if name in relevant_fields(m))
     return {"paper": "the paper's", "ours": "ours"}[preset(recipe, method).origins()[name]]
 

@@ -12,9 +12,12 @@ from typing import Any, ClassVar
 import torch
 from tqdm.auto import tqdm
 
-from ..data.corpus import Corpus, check_max_length
+from ..checks import check_counts, check_seed
+from ..data.corpus import Corpus, are_token_ids, check_max_length
 from ..data.texts import read_texts
-from ..data.token_ids import are_token_ids
+from ..decoding.diversity import REPETITION_METRICS
+from ..decoding.generate import GenerationRunner
+from ..decoding.prompts import check_room, choose_prompts
 from ..errors import CorpusError, HyperlensError, PairError
 from ..files import check_new_folder, expand_user
 from ..models.sources import check_source
@@ -39,7 +42,6 @@ from ..results.fingerprint import texts_sha256, versions
 from ..results.result import Result
 from ..results.resume import KeptRecords, source_identity
 from ..statistics import significance
-from .continuing import METRICS, Continuing, check_counts, check_room, check_seed, choose_prompts
 from .mauve.features import Featurizer, open_featurizer
 from .mauve.scores import (
     SEEDS,
@@ -330,7 +332,7 @@ def measure_row(
         reader: for MAUVE; None leaves it out (NaN).
     """
     pair = inputs.pair
-    runner = Continuing(
+    runner = GenerationRunner(
         prompts.starts, options.max_new_tokens, options.batch_size, options.seed, False
     )
     generated = {"base": runner.run(pair.base), "tuned": runner.run(pair.tuned)}
@@ -340,7 +342,7 @@ def measure_row(
         "n_texts": counts.n_sequences,
         "n_tokens": counts.n_tokens,
     }
-    for metric in METRICS:
+    for metric in REPETITION_METRICS:
         base, tuned = (generated[side].metrics[metric] for side in ("base", "tuned"))
         gap = significance.difference(tuned, base)
         row |= {
@@ -423,7 +425,7 @@ def _result(
 
 def _correct(rows: list[dict[str, Any]]) -> None:
     """Holm's correction over all tests of the table."""
-    places = [(row, f"{metric}_p") for row in rows for metric in METRICS]
+    places = [(row, f"{metric}_p") for row in rows for metric in REPETITION_METRICS]
     corrected = significance.holm([row[key] for row, key in places])
     for (row, key), p in zip(places, corrected, strict=True):
         row[key] = p
@@ -455,7 +457,7 @@ class CrossDomainResult(Result):
     title: ClassVar[str] = "Does it hold on other texts?"
     columns: ClassVar[tuple[str, ...]] = (
         *("pair", "corpus", "n", "n_texts", "n_tokens"),
-        *(f"{metric}_{part}" for metric in METRICS for part in GENERATED_PARTS),
+        *(f"{metric}_{part}" for metric in REPETITION_METRICS for part in GENERATED_PARTS),
         *(f"{name}{end}" for name in LAST_LAYER for end in ("", "_low", "_high")),
         *(f"mauve_{side}{end}" for side in ("base", "tuned") for end in ("", "_low", "_high")),
     )
@@ -581,7 +583,7 @@ class CrossDomainResult(Result):
                 f"{one_line(row['pair'])}, {one_line(row['corpus'])}",
                 _change(row, "rep_3"),
                 _gap(row, "rep_3"),
-                *(p_value(row[f"{metric}_p"]) for metric in METRICS),
+                *(p_value(row[f"{metric}_p"]) for metric in REPETITION_METRICS),
             ]
             for row in self.table
         ]

@@ -13,13 +13,18 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 
-from ..decoding.adaptive import Adaptive
-from ..decoding.contrastive import adaptive_contrastive_search
+from ..checks import check_counts, check_seed
+from ..decoding.contrastive import Adaptive, adaptive_contrastive_search
 from ..decoding.diversity import MEASURES, distinct_by_text, is_ttr_again
-from ..decoding.generate import continuations
+from ..decoding.generate import check_sampling, continuations
 from ..decoding.guard import Guard
-from ..decoding.prompts import eos_ids, opening_and_texts
-from ..decoding.settings import check_sampling
+from ..decoding.prompts import (
+    check_room,
+    choose_examples,
+    choose_prompts,
+    eos_ids,
+    opening_and_texts,
+)
 from ..errors import DecodingError
 from ..hooks.loading import LoadedModel
 from ..pair import Inputs, Pair, open_inputs
@@ -49,7 +54,6 @@ from ..render.format import (
 )
 from ..results.result import Result
 from ..statistics import significance
-from .continuing import check_counts, check_room, check_seed, choose_examples, choose_prompts
 from .mauve.features import open_featurizer
 from .mauve.scores import (
     SEEDS,

@@ -12,9 +12,9 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import TemperatureLogitsWarper
 
+from ..passes.contexts import Contexts
 from ..statistics.distances import winner
 from ..statistics.rank_correlation import spearman
-from .contexts import Contexts
 from .entropy_matching import (
     EntropyMatched,
     Match,

@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 from ..errors import ProbeError
+from ..passes.contexts import Contexts
 from ..statistics.rank_correlation import average_ranks
-from .contexts import Contexts
 
 
 class Shift(NamedTuple):
@@ -60,7 +60,7 @@ class LogitBias(LogitsProcessor):
 
 def mean_shift(contexts: Contexts, progress: bool) -> Shift:
     """The mean shift from base to tuned over all contexts."""
-    halves = torch.zeros(2, contexts.pair.base.hooked.cfg.d_vocab, dtype=torch.float64)
+    halves = torch.zeros(2, contexts.d_vocab, dtype=torch.float64)
     gain = torch.zeros_like(halves[0])
     counts, square = torch.zeros(2, dtype=torch.float64), 0.0
     for rows, base, tuned in contexts.rows("logit shift", progress):

@@ -14,12 +14,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..pair import open_inputs
+from ..checks import check_counts, check_seed
+from ..decoding.diversity import REPETITION_METRICS
+from ..decoding.generate import GenerationRunner
+from ..decoding.prompts import check_room, choose_prompts
+from ..models.tokenizers import special_ids, token_names
+from ..pair import Pair, open_inputs
+from ..passes.contexts import Contexts, read_contexts
 from ..statistics import significance
 from ..statistics.distances import winner
-from ..statistics.trend import trend
-from .contexts import Contexts, names, read_contexts, special_ids
-from .continuing import METRICS, Continuing, check_counts, check_room, check_seed, choose_prompts
+from ..statistics.significance import trend
 from .logit_shift import LogitBias, Shift, biases, check_alphas, mean_shift, promoted
 from .static_bias_finding import BIASES, StaticBiasResult
 
@@ -75,18 +79,22 @@ def inject_static_bias(
     opened = open_inputs(base, tuned, texts, max_length=max_length, device=device, dtype=dtype)
     check_room(opened.pair, prompt_tokens, max_new_tokens)
     prompts = choose_prompts(opened.corpus, n_prompts, prompt_tokens, seed)
-    contexts = read_contexts(opened, batch_size, progress)
+    contexts = read_contexts(
+        opened.pair.base.hooked, opened.pair.tuned.hooked, opened.corpus, batch_size, progress
+    )
     shift = mean_shift(contexts, progress)
+    pair, d_vocab = opened.pair, contexts.d_vocab
     allowed = torch.ones(len(shift.delta), dtype=torch.bool)
-    allowed[[i for i in sorted(special_ids(opened.pair)) if i < len(allowed)]] = False
+    special = special_ids(pair.base.model, pair.tokenizer, d_vocab)
+    allowed[[i for i in sorted(special) if i < len(allowed)]] = False
     chosen = promoted(shift.rank_gain, allowed, k)
     bias = biases(shift.delta, chosen, allowed, seed)
     conditions: dict[Condition, Tensor] = {
         (name, alpha): alpha * bias[name] for name in BIASES for alpha in strengths
     }
     units = _agreements(contexts, conditions, progress)
-    continuing = Continuing(prompts, max_new_tokens, batch_size, seed, progress)
-    units |= dict(_repetitions(contexts, conditions, continuing))
+    continuing = GenerationRunner(prompts, max_new_tokens, batch_size, seed, progress)
+    units |= dict(_repetitions(pair, conditions, continuing))
     options = {
         "k": k,
         "alphas": list(strengths),
@@ -106,7 +114,7 @@ def inject_static_bias(
             "gains": _gains(units, conditions),
             "trends": _trends(units, strengths),
             "k_used": len(chosen),
-            "promoted": _named(contexts, shift, chosen[:NAMED].tolist()),
+            "promoted": _named(pair.tokenizer, shift, chosen[:NAMED].tolist()),
         },
         meta=meta,
     )
@@ -137,15 +145,15 @@ def _agreements(
 
 
 def _repetitions(
-    contexts: Contexts,
+    pair: Pair,
     conditions: Mapping[Condition, Float[Tensor, " d_vocab"]],
-    continuing: Continuing,
+    continuing: GenerationRunner,
 ) -> Iterator[tuple[tuple[str, float, str], list[float]]]:
-    runs = {one: (contexts.pair.base, [LogitBias(bias)]) for one, bias in conditions.items()}
-    runs |= {("none", 0.0): (contexts.pair.base, []), ("tuned", 0.0): (contexts.pair.tuned, [])}
+    runs = {one: (pair.base, [LogitBias(bias)]) for one, bias in conditions.items()}
+    runs |= {("none", 0.0): (pair.base, []), ("tuned", 0.0): (pair.tuned, [])}
     for one, (loaded, processors) in runs.items():
         made = continuing.run(loaded, processors)
-        for metric in METRICS:
+        for metric in REPETITION_METRICS:
             yield (*one, metric), made.metrics[metric]
 
 
@@ -169,19 +177,18 @@ def _trends(units: Units, alphas: Sequence[float]) -> list[dict[str, Any]]:
     every = sorted([0.0, *alphas])
     found = []
     for bias in BIASES:
-        for metric in METRICS:
+        for metric in REPETITION_METRICS:
             columns = [units[bias if alpha else "none", alpha, metric] for alpha in every]
             found.append({"bias": bias, "metric": metric} | trend(every, columns))
     return found
 
 
-def _named(contexts: Contexts, shift: Shift, ids: list[int]) -> list[dict[str, Any]]:
-    tokenizer = contexts.pair.tokenizer
+def _named(tokenizer: Any, shift: Shift, ids: list[int]) -> list[dict[str, Any]]:
     return [
         {"id": i, "token": token, "rank_gain": gain, "delta": delta}
         for i, token, gain, delta in zip(
             ids,
-            names(tokenizer, ids),
+            token_names(tokenizer, ids),
             shift.rank_gain[ids].tolist(),
             shift.delta[ids].tolist(),
             strict=True,

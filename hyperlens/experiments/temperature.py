@@ -14,10 +14,13 @@ from typing import Any
 
 import torch
 
+from ..checks import check_counts, check_seed
+from ..decoding.diversity import REPETITION_METRICS
+from ..decoding.generate import GenerationRunner
+from ..decoding.prompts import check_room, choose_prompts
 from ..pair import open_inputs
+from ..passes.contexts import read_contexts
 from ..statistics import significance
-from .contexts import read_contexts
-from .continuing import METRICS, Continuing, check_counts, check_room, check_seed, choose_prompts
 from .entropy_scaling import Units, describe_temperatures, find_scaling, teacher_forced
 from .temperature_finding import TEACHER_FORCED, VARIANTS, TemperatureResult
 
@@ -67,13 +70,15 @@ def match_temperature(
     opened = open_inputs(base, tuned, texts, max_length=max_length, device=device, dtype=dtype)
     check_room(opened.pair, prompt_tokens, max_new_tokens)
     prompts = choose_prompts(opened.corpus, n_prompts, prompt_tokens, seed)
-    contexts = read_contexts(opened, batch_size, progress)
+    contexts = read_contexts(
+        opened.pair.base.hooked, opened.pair.tuned.hooked, opened.corpus, batch_size, progress
+    )
     scaling = find_scaling(contexts, progress)
     read = teacher_forced(contexts, scaling, progress)
-    continuing = Continuing(prompts, max_new_tokens, batch_size, seed, progress)
+    continuing = GenerationRunner(prompts, max_new_tokens, batch_size, seed, progress)
     generated = {
         (variant, decoding): continuing.run(
-            contexts.pair.tuned if variant == "tuned" else contexts.pair.base,
+            opened.pair.tuned if variant == "tuned" else opened.pair.base,
             scaling.processors(variant),
             do_sample=decoding == "sampled",
         )
@@ -82,7 +87,7 @@ def match_temperature(
     }
     units = dict(read.units)
     for made, continued in generated.items():
-        units |= {(*made, metric): continued.metrics[metric] for metric in METRICS}
+        units |= {(*made, metric): continued.metrics[metric] for metric in REPETITION_METRICS}
     options = {
         "n_prompts": len(prompts),
         "prompt_tokens": prompt_tokens,
@@ -120,8 +125,8 @@ def _tests(units: Units) -> list[dict[str, Any]]:
     """
     tests: list[dict[str, Any]] = []
     for decoding, metrics in (
-        ("greedy", METRICS),
-        ("sampled", METRICS),
+        ("greedy", REPETITION_METRICS),
+        ("sampled", REPETITION_METRICS),
         ("teacher-forced", TEACHER_FORCED),
     ):
         for first, second in COMPARED:

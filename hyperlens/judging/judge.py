@@ -9,16 +9,10 @@ from typing import Any
 
 import torch
 
+from ..checks import check_counts, check_seed
 from ..decoding.generate import continuations
-from ..decoding.prompts import opening_and_texts
+from ..decoding.prompts import check_room, choose_examples, choose_prompts, opening_and_texts
 from ..errors import CorpusError, JudgeError
-from ..experiments.continuing import (
-    check_counts,
-    check_room,
-    check_seed,
-    choose_examples,
-    choose_prompts,
-)
 from ..hooks.loading import parse_device, parse_dtype
 from ..models.adapters import adapter_folder
 from ..models.sources import OpenedModel, open_source

@@ -12,13 +12,13 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ...data.corpus import check_max_length, tokenize
+from ...checks import check_counts
+from ...data.corpus import check_max_length, pad, tokenize
 from ...errors import ActivationError, CorpusError
 from ...hooks.loading import LoadedModel, hook, parse_device, parse_dtype
 from ...hooks.surface import evaluating, final_norm, input_device, run_last_residual
 from ...models.sources import open_source
 from ...render.format import count
-from ..continuing import check_counts
 
 
 class Features(NamedTuple):
@@ -82,14 +82,11 @@ class Featurizer:
     def _last(self, batch: Sequence[np.ndarray]) -> Float[Tensor, "batch d_model"]:
         """Padded on the right: what comes after a text's last token cannot change it."""
         model = self.loaded.hooked
-        lengths = torch.tensor([len(tokens) for tokens in batch])
-        real = torch.arange(int(lengths.max())) < lengths[:, None]
-        padded = torch.zeros(real.shape, dtype=torch.int64)
-        for row, tokens in enumerate(batch):
-            padded[row, : len(tokens)] = torch.from_numpy(tokens)
+        tokens, mask = pad(batch)
+        lengths = mask.sum(-1)
         device = input_device(model)
-        with evaluating(model):  # type: ignore[arg-type]
-            residual = run_last_residual(model, padded.to(device), real.long().to(device))
+        with evaluating(model):
+            residual = run_last_residual(model, tokens.to(device), mask.to(device))
             last = residual[torch.arange(len(batch)), lengths - 1]
             vectors = final_norm(model, last).float()
         if not bool(torch.isfinite(vectors).all()):

@@ -1,0 +1,410 @@
+"""What happens between the steps of training: losses, records, checkpoints, Ctrl-C, progress.
+
+Each task is a callback of transformers' Trainer. Their order matters at the end of an epoch: its
+loss first, then its record, then the checkpoint that holds both, then whatever that checkpoint
+makes superfluous.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import TrainerCallback
+
+from . import history, processes
+from .folders import WorkingFolder
+from .history import Record
+from .recipes import Recipe
+from .record import Recorder
+from .stopping import Decision, decide
+from .weights import save_trained_weights
+
+# Seconds between two lines of progress where stderr is not a terminal.
+SECONDS_PER_LINE = 30.0
+
+
+@dataclass
+class Progress:
+    """What a checkpoint stores besides weights, optimiser and random numbers.
+
+    Attributes:
+        losses: mean loss of every finished epoch, nats per token.
+        records: loss, ranks and quality every few epochs.
+        total: summed loss of the unfinished epoch, nats.
+        n: its tokens.
+        seconds: time spent training, without recording.
+    """
+
+    losses: list[float] = field(default_factory=list)
+    records: list[Record] = field(default_factory=list)
+    total: float = 0.0
+    n: int = 0
+    seconds: float = 0.0
+    _since: float = field(default_factory=time.perf_counter)
+
+    def add(self, total: float, n: int) -> None:
+        """Count a forward pass: summed loss in nats, and over how many tokens."""
+        self.total += total
+        self.n += n
+
+    @property
+    def running(self) -> float:
+        """Mean loss of the epoch so far."""
+        return self.total / self.n if self.n else math.nan
+
+    def close_epoch(self) -> None:
+        """Append the epoch's mean loss over the tokens of all processes."""
+        total, n = processes.summed(self.total, float(self.n))
+        self.losses.append(total / n)
+        self.total, self.n = 0.0, 0
+
+    def start_clock(self) -> None:
+        """Count the time from now on."""
+        self._since = time.perf_counter()
+
+    def stop_clock(self) -> None:
+        """Add the time since the clock was started, or last stopped."""
+        now = time.perf_counter()
+        self.seconds += now - self._since
+        self._since = now
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything as JSON values; floats survive exactly."""
+        self.stop_clock()
+        return {
+            "losses": self.losses,
+            "records": [record.to_json() for record in self.records],
+            "total": self.total,
+            "n": self.n,
+            "seconds": self.seconds,
+        }
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Continue from what `to_json` returned."""
+        self.losses = list(saved["losses"])
+        self.records = [Record.from_json(record) for record in saved["records"]]
+        # The saved sums are those of all processes: one of them takes them over, so that they
+        # are not counted several times when the epoch is closed.
+        if processes.is_first():
+            self.total, self.n = saved["total"], saved["n"]
+        self.seconds = saved["seconds"]
+
+
+class EpochLosses(TrainerCallback):
+    """Closes each epoch; comes before whatever reads the epoch's loss."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the clock."""
+        self._progress.start_clock()
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Close the epoch."""
+        self._progress.close_epoch()
+
+
+# Records
+
+
+class Recording(TrainerCallback):
+    """Measures the model every `record_every` epochs and after the last one.
+
+    Args:
+        recorder: measures the model that is trained.
+        recipe: how often, and whether to stop at a plateau.
+        progress: where records go; they come after the epoch's loss.
+        working: folder for the table and the best weights.
+    """
+
+    def __init__(
+        self, recorder: Recorder, recipe: Recipe, progress: Progress, working: WorkingFolder
+    ) -> None:
+        self._recorder, self._recipe = recorder, recipe
+        self._progress, self._working = progress, working
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Record the base; in a resumed run, write the checkpoint's records as a table again."""
+        if not self._progress.records:
+            self._measure(0, 0, float("nan"))
+        elif processes.is_first():
+            history.write(self._working.history, self._progress.records)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Record; save the weights if they are the best so far; stop at a plateau."""
+        epoch = len(self._progress.losses)
+        if epoch % self._recipe.record_every and epoch < state.num_train_epochs:
+            return
+        self._measure(epoch, state.global_step, self._progress.losses[-1])
+        if self._recipe.stop_at_plateau:
+            decision = self.decision
+            if self.best_epoch == epoch and processes.is_first():
+                _save_best(kwargs["model"], self._working, epoch)
+            # Another callback may have asked to stop, too.
+            control.should_training_stop |= decision.stop
+
+    def prune(self) -> None:
+        """Delete the weights that are no longer the best."""
+        if self._recipe.stop_at_plateau and processes.is_first():
+            self._working.delete_best_except(self.best_epoch)
+
+    @property
+    def decision(self) -> Decision:
+        """What the records so far say about stopping."""
+        return decide(self._progress.records, self._recipe.near_zero_loss, self._recipe.patience)
+
+    @property
+    def best_epoch(self) -> int | None:
+        """The epoch with the best weights, None if none has come near zero loss."""
+        best = self.decision.best
+        return None if best is None else self._progress.records[best].epoch
+
+    def _measure(self, epoch: int, step: int, loss: float) -> None:
+        self._progress.stop_clock()
+        record = self._recorder.measure(epoch, step, loss, self._progress.seconds)
+        # All processes measure the same weights; they share the first one's numbers, which decide
+        # when to stop.
+        self._progress.records.append(processes.from_first(record))
+        if processes.is_first():
+            history.write(self._working.history, self._progress.records)
+        self._progress.start_clock()
+
+
+class Pruning(TrainerCallback):
+    """Deletes weights that used to be the best; comes after the callback that makes checkpoints.
+
+    A run resumed from the previous checkpoint needs the weights that were best then. So they stay
+    until the next checkpoint, which knows better ones, is in place.
+    """
+
+    def __init__(self, recording: Recording) -> None:
+        self._recording = recording
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Delete superseded weights, now that a checkpoint is in place."""
+        self._recording.prune()
+
+
+def _save_best(model: nn.Module, working: WorkingFolder, epoch: int) -> None:
+    file = working.best(epoch)
+    unfinished = file.with_suffix(".unfinished")
+    save_trained_weights(model, unfinished)
+    os.replace(unfinished, file)
+
+
+# Checkpoints and Ctrl-C
+
+
+def is_within_epoch(state: Any) -> bool:
+    """Whether the latest step is not the last of its epoch."""
+    return bool(state.global_step % (state.max_steps // state.num_train_epochs))
+
+
+class Checkpoints(TrainerCallback):
+    """Asks the Trainer for a checkpoint when enough time has passed, and moves it into place.
+
+    Comes after the callbacks whose work a checkpoint has to contain. After the last step of an
+    epoch it waits for the epoch's end, when its loss and its record are in.
+
+    Args:
+        working: where checkpoints go.
+        progress: what they store besides the Trainer's own state.
+        minutes: between two of them; 0 writes one after every step.
+    """
+
+    def __init__(self, working: WorkingFolder, progress: Progress, minutes: float) -> None:
+        self._working, self._progress, self._minutes = working, progress, minutes
+        self._last = time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Ask for a checkpoint within an epoch."""
+        if is_within_epoch(state):
+            control.should_save = self._is_due()
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Ask for a checkpoint between epochs."""
+        control.should_save = self._is_due() and not control.should_training_stop
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Add our progress to what the Trainer has written, and make it the checkpoint."""
+        processes.wait()
+        total, n = processes.summed(self._progress.total, float(self._progress.n))
+        if processes.is_first():
+            written = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            saved = self._progress.to_json() | {"total": total, "n": int(n)}
+            self._working.set_checkpoint(written, saved)
+        processes.wait()
+        self._last = time.monotonic()
+
+    def _is_due(self) -> bool:
+        # The first process's clock decides for all: if they disagreed, those that save would wait
+        # forever for those that do not.
+        return bool(processes.from_first(time.monotonic() - self._last >= 60 * self._minutes))
+
+
+class Interrupts(TrainerCallback):
+    """While entered, the first Ctrl-C ends the run after the current step, with a checkpoint.
+
+    A second Ctrl-C ends it at once. Comes after the callback that puts checkpoints into place.
+    Does nothing outside the main thread, where Python cannot handle signals, where another handler
+    is installed, and with several processes, whose launcher handles Ctrl-C.
+    """
+
+    def __init__(self) -> None:
+        self._pressed = False
+        self._is_installed = False
+
+    def __enter__(self) -> None:
+        if processes.count() == 1 and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            try:
+                signal.signal(signal.SIGINT, self._note)
+                self._is_installed = True
+            except ValueError:  # not the main thread
+                pass
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._is_installed:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Ask for a checkpoint; after an epoch's last step, `on_epoch_end` does."""
+        if self._pressed and is_within_epoch(state):
+            control.should_save = True
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Ask for a checkpoint, now that the epoch's loss and record are in."""
+        if self._pressed and not control.should_training_stop:  # else the run is over anyway
+            control.should_save = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """End the run: the checkpoint is in place and nothing is lost."""
+        if self._pressed:
+            raise KeyboardInterrupt
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self._pressed:
+            raise KeyboardInterrupt
+        self._pressed = True
+        tqdm.write("stopping after this step; Ctrl-C again stops at once", file=sys.stderr)
+
+
+# Progress on stderr
+
+
+class ProgressBar(TrainerCallback):
+    """One progress bar over all steps, with epoch, loss and remaining time."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._bar: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Open the bar; a resumed run starts where the interrupted one was."""
+        self._bar = tqdm(
+            total=state.max_steps,
+            initial=state.global_step,
+            desc="hyperfit",
+            unit="step",
+            dynamic_ncols=True,
+        )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Advance by an optimiser step."""
+        text = f"epoch {_epoch(state)}/{state.num_train_epochs}, loss {self._progress.running:.4f}"
+        self._bar.set_postfix_str(text, refresh=False)
+        self._bar.update(state.global_step - self._bar.n)
+
+    def close(self) -> None:
+        """Leave the bar as it stands."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+class ProgressLines(TrainerCallback):
+    """Plain lines every half minute and at each record, for logs and other non-terminals.
+
+    Comes after the callback that records.
+    """
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._n_shown = 0
+        self._started_at = (0, 0.0)
+        self._last = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Show the base's record, or where a resumed run continues."""
+        self._last = time.monotonic()
+        self._started_at = (state.global_step, self._last)
+        if state.global_step:
+            self._n_shown = len(self._progress.records)
+            _write_line(f"continuing after step {state.global_step}/{state.max_steps}")
+        self._show_records(state)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Show epoch, step, loss and remaining time if the last line is old enough."""
+        now = time.monotonic()
+        if now - self._last < SECONDS_PER_LINE:
+            return
+        self._last = now
+        step, since = self._started_at
+        left = (now - since) / (state.global_step - step) * (state.max_steps - state.global_step)
+        _write_line(
+            f"epoch {_epoch(state)}/{state.num_train_epochs}, step {state.global_step}/"
+            f"{state.max_steps}, loss {self._progress.running:.4f}, about {_duration(left)} left"
+        )
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Show the epoch's record, if there is one."""
+        self._show_records(state)
+
+    def close(self) -> None:
+        """Nothing to close; `ProgressBar` has the same method."""
+
+    def _show_records(self, state: Any) -> None:
+        for record in self._progress.records[self._n_shown :]:
+            trained = f"loss {record.train_loss:.4f}, " if record.epoch else "the base, "
+            _write_line(
+                f"epoch {record.epoch}/{state.num_train_epochs}, {trained}"
+                f"held-out text: TTR {record.ttr:.3f}, perplexity {record.perplexity:,.1f}"
+            )
+            self._last = time.monotonic()
+        self._n_shown = len(self._progress.records)
+
+
+def progress_display(progress: Progress) -> ProgressBar | ProgressLines:
+    """A bar on a terminal and in a notebook, plain lines elsewhere."""
+    # Jupyter's stderr is not a terminal, but can redraw a bar.
+    in_notebook = type(sys.stderr).__module__.startswith("ipykernel")
+    return ProgressBar(progress) if sys.stderr.isatty() or in_notebook else ProgressLines(progress)
+
+
+def _write_line(text: str) -> None:
+    sys.stderr.write(f"hyperfit: {text}\n")
+    sys.stderr.flush()
+
+
+def _epoch(state: Any) -> int:
+    """The epoch that is under way, from 1."""
+    epoch: float = state.epoch
+    return math.ceil(epoch - 1e-9)
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
