@@ -20,7 +20,6 @@ from .compare.audit import last_block
 from .embedded import HERE, embedded_base, embedded_tales
 from .experiments.behaviour import BehaviourResult, measure_behaviour
 from .experiments.null_test import NullTestResult, run_null_test
-from .files import claim_folder
 from .render.blocks import Table, Text, Verdict
 from .render.format import DIMENSIONS, FRACTION, MISSING, PERCENT, Form, count, interval, span
 from .render.page import write_report
@@ -94,7 +93,9 @@ def run_demo(
     """
     folder = Path(out).expanduser()
     stamp = {"hyperlens": __version__, "inputs": _inputs_sha256()}
-    claim_folder(folder, STAMP, stamp, "a demo")
+    from .results.resume import WorkFolder
+
+    WorkFolder(folder, STAMP, stamp, "a demo").claim()
     tales = embedded_tales()
     measured = {}
     for name in METHODS:

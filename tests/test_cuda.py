@@ -15,8 +15,6 @@ from test_compare import UNCHANGED, assert_same, compare, numbers
 
 from hyperlens import (
     compare_models,
-    cross_domain,
-    decoding_baselines,
     inject_static_bias,
     load_hooked,
     match_temperature,
@@ -28,6 +26,7 @@ from hyperlens import (
 from hyperlens.data.corpus import build_corpus
 from hyperlens.decoding.generate import continuations
 from hyperlens.errors import ResourceError
+from hyperlens.experiments import compare_decoding, compare_domains
 from hyperlens.hooks.surface import import_transformer_lens
 from hyperlens.passes import multi_pass
 from hyperlens.passes import streaming as runner
@@ -50,7 +49,7 @@ EXPERIMENTS = {
     "provenance": (trace_provenance, PROMPTS),
     "inject_static_bias": (inject_static_bias, PROMPTS | {"k": 8, "alphas": [0.5]}),
     "null_test": (run_null_test, PROMPTS | {"n_controls": 1}),
-    "decoding_baselines": (decoding_baselines, PROMPTS | {"methods": ["greedy", "contrastive"]}),
+    "compare_decoding": (compare_decoding, PROMPTS | {"methods": ["greedy", "contrastive"]}),
     "patch_blocks": (patch_blocks, PROMPTS),
     "patch_positions": (patch_positions, {"offsets": 4, "progress": False}),
     "patch_weights": (patch_weights, PROMPTS),
@@ -272,7 +271,7 @@ def test_an_experiment_finds_what_it_finds_on_the_cpu(pair: Any, name: str) -> N
 
 
 def test_several_corpora_on_a_gpu(pair: Any) -> None:
-    found = cross_domain(
+    found = compare_domains(
         {"pair": pair}, {"texts": TEXTS}, device="cuda", **PROMPTS
     )  # fmt: skip
     assert found.table

@@ -166,7 +166,8 @@ def _y(axis: Axis, key: str = "") -> Any:
 
 def _colour(block: Chart, chosen: Colours) -> Any:
     alt = _altair()
-    names = [*block.series, *(one.name for one in block.references)]
+    # A line to compare with may be that of a series.
+    names = list(dict.fromkeys([*block.series, *(one.name for one in block.references)]))
     legend: Any = None
     if len(names) > 1:
         legend = alt.Legend(
@@ -236,15 +237,21 @@ def _lines(block: Chart, chosen: Colours) -> Any:
 
 
 def _references(block: Chart, chosen: Colours) -> list[Any]:
+    """A line and a band across the chart: at a height, or in "dots", whose values lie across."""
     alt = _altair()
     rows = [
         {"series": one.name, "value": one.value, "low": one.low, "high": one.high}
         for one in block.references
     ]
     base = alt.Chart(_data(rows)).encode(color=_colour(block, chosen))
-    band = base.mark_rect(opacity=0.12).encode(y=alt.Y("low:Q", title=block.y.title), y2="high:Q")
-    rule = base.mark_rule(strokeWidth=1.6, strokeDash=[5, 3]).encode(y="value:Q")
-    return [band, rule]
+    band, rule = base.mark_rect(opacity=0.12), base.mark_rule(strokeWidth=1.6, strokeDash=[5, 3])
+    if block.kind == "dots":
+        low = alt.X("low:Q", title=block.x.title, scale=_scale(block.x))
+        return [band.encode(x=low, x2="high:Q"), rule.encode(x="value:Q")]
+    return [
+        band.encode(y=alt.Y("low:Q", title=block.y.title), y2="high:Q"),
+        rule.encode(y="value:Q"),
+    ]
 
 
 def _dots(block: Chart, chosen: Colours) -> Any:
@@ -254,7 +261,7 @@ def _dots(block: Chart, chosen: Colours) -> Any:
         y=_y(block.y), yOffset=alt.YOffset("series:N", sort=block.series),
         color=_colour(block, chosen),
     )  # fmt: skip
-    layers = []
+    layers = _references(block, chosen) if block.references else []
     if _has_intervals(block):
         axis = alt.X(
             "low:Q", title=block.x.title, scale=_scale(block.x), axis=alt.Axis(tickCount=5)
