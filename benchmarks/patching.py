@@ -20,10 +20,10 @@ import torch
 from compare_speed import models, processor
 
 from hyperlens import load_hooked
+from hyperlens.hooks.resuming import read, run_patched
 from hyperlens.hooks.surface import evaluating, layer_hook, unembed
 from hyperlens.patching import Site
-from hyperlens.patching.hooks.cells import read, run_patched
-from hyperlens.patching.position_map.cells import patched_singly, read_ending
+from hyperlens.patching.position_map import patched_singly, read_endings
 
 
 def whole_passes(models, tokens, offsets):
@@ -79,7 +79,7 @@ def suffixes(models, tokens, offsets, batch):
                 made["sweep"].append(unembed(host, normed.flatten(0, 1)).view(*tokens.shape, -1))
     seconds["sweep"] = time.process_time() - started
     started = time.process_time()
-    endings = [read_ending("", model, tokens, mask, offsets) for model in models]
+    endings = [read_endings("", model, tokens, mask, offsets) for model in models]
     for host, lent in zip(endings, reversed(endings), strict=True):
         for layer in range(n_layers + 1):
             found = patched_singly(host, lent.stream[layer], layer, batch)

@@ -9,7 +9,7 @@ from __future__ import annotations
 class HyperlensError(Exception):
     """Base of every error raised on purpose by hyperlens.
 
-    A message is shown on one line whatever other library's words it quotes.
+    `str` of it is one line, also where it quotes a longer message of another library.
     """
 
     def __str__(self) -> str:
@@ -46,7 +46,7 @@ class ResultsError(HyperlensError):
 
 
 class ResourceError(HyperlensError):
-    """The work would not fit in memory or on disk; said before it starts."""
+    """The work does not fit in memory or on disk; raised before it starts where that is known."""
 
 
 class TrainingError(HyperlensError):
@@ -58,8 +58,20 @@ class PatchError(HyperlensError):
 
 
 class DecodingError(HyperlensError):
-    """Text cannot be written with these settings."""
+    """Text cannot be generated with these settings."""
 
 
 class JudgeError(HyperlensError):
     """A judge cannot be asked, or does not answer."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of another library's message, or the error's class where it says nothing.
+
+    >>> first_line(ValueError("no such file\\nTraceback ..."))
+    'no such file'
+    >>> first_line(KeyError())
+    'KeyError'
+    """
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0].strip()[:300]

@@ -15,15 +15,15 @@ from .errors import ResultsError
 
 
 def expand_user(path: str | Path) -> Path:
-    """A path as people type it; the home of nobody stays as it is, as in a shell."""
+    """Expand `~`; an unknown `~user` is left unchanged."""
     return Path(os.path.expanduser(path))
 
 
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text through a temporary file in the same folder.
 
-    Halves of characters, as in names of files that are not UTF-8 and in what models write, become
-    question marks: no file can hold them.
+    Lone surrogates, as in file names that are not UTF-8 and in generated text, become question
+    marks, because UTF-8 cannot hold them.
 
     Raises:
         ResultsError: if the folder cannot be written.
@@ -46,14 +46,14 @@ def write_text(path: Path, text: str) -> None:
 
 
 def check_new_folder(folder: Path) -> None:
-    """Refuse early a folder that `new_folder` would refuse after the work is done.
+    """Raise before the work for a folder that `new_folder` would refuse after it.
 
     Raises:
         ResultsError: if it exists and is not empty, or cannot be created or replaced.
     """
     folder = expand_user(folder)
     try:
-        # An empty folder is replaced, which cannot be done under a running program's feet.
+        # An empty folder is replaced, which fails for the working directory and for mount points.
         if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
             if os.path.samefile(folder, Path.cwd()) or os.path.ismount(folder):
                 raise ResultsError(f"cannot replace {folder}: name a new folder inside it")
@@ -70,7 +70,7 @@ def check_new_folder(folder: Path) -> None:
 
 
 def check_claim(folder: Path, name: str, stamp: Mapping[str, Any], what: str) -> bool:
-    """Refuse early a folder that `claim_folder` would refuse; writes nothing.
+    """Raise for a folder that `claim_folder` would refuse; writes nothing.
 
     Args:
         folder, name, stamp, what: as for `claim_folder`.
@@ -95,7 +95,7 @@ def check_claim(folder: Path, name: str, stamp: Mapping[str, Any], what: str) ->
         reason = getattr(error, "strerror", None) or error
         raise ResultsError(f"cannot use {folder} ({reason}): choose another folder") from None
     same = held == _stamped(stamp)
-    # A stamp with nothing beside it is of work that came to nothing, such as a mistyped command.
+    # A stamp alone is left by work that wrote nothing else, such as a mistyped command.
     if not same and not (names == {name} and _is_stamp(held)):
         raise ResultsError(
             f"{folder} is {what} of another version of hyperlens or with other inputs: "
@@ -170,6 +170,6 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 
 def _beside(path: Path) -> Path:
-    """A hidden name in the same folder that nobody else has."""
+    """A hidden, unused name in the same folder."""
     path = path.absolute()
     return path.with_name(f".{path.name[:60]}.{secrets.token_hex(4)}")

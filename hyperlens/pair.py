@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from .data.corpus import Corpus, build_corpus, check_max_length
+from .data.corpus import Corpus, are_token_ids, build_corpus, check_max_length
 from .data.texts import read_texts
-from .data.token_ids import are_token_ids
 from .errors import CorpusError, LoadingError, PairError
 from .hooks.loading import LoadedModel, check_backend, hook, parse_device, parse_dtype
-from .models.kinds import Backend, backend_of, plain_model
-from .models.sources import OpenedModel, open_source
+from .models.kinds import Backend, backend_of, is_peft, plain_model
+from .models.sources import OpenedModel, open_source, same_source
 from .models.weight_sharing import converted
 from .results.fingerprint import Known, versions
 
@@ -24,11 +25,12 @@ from .results.fingerprint import Known, versions
 COMPARED_TEXTS = 64
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Pair:
     """A base and a fine-tuned model, opened, hooked and checked once.
 
-    Every function of hyperlens that takes `(base, tuned, texts)` takes `(pair, texts)` too.
+    Every function of hyperlens that takes `(base, tuned, texts)` takes `(pair, texts)` too, and
+    then neither loads nor checks nor hashes the two models again. See `open_pair`.
 
     Attributes:
         base, tuned: the two models; `.hooked` is the hooked one, `.model` the Hugging Face one.
@@ -38,6 +40,11 @@ class Pair:
     base: LoadedModel
     tuned: LoadedModel
     notes: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        cfg = self.base.hooked.cfg
+        dtype = str(cfg.dtype).removeprefix("torch.")
+        return f"Pair({self.base.name} -> {self.tuned.name}, {cfg.n_layers} blocks, {dtype})"
 
     @property
     def tokenizer(self) -> Any:
@@ -49,7 +56,7 @@ class Pair:
 
         The weights are hashed at the first call only.
         """
-        return dict(self._description)
+        return copy.deepcopy(self._description)
 
     @cached_property
     def _description(self) -> dict[str, Any]:
@@ -122,12 +129,20 @@ def open_pair(
     Raises:
         LoadingError: if a source cannot be opened.
         ParityError: if a hooked model does not reproduce its source.
-        PairError: if the models differ in depth, width, vocabulary or kind.
+        PairError: if the models differ in depth, width, vocabulary or kind, or are swapped.
+
+    >>> from hyperlens.embedded import embedded_base, embedded_tales
+    >>> pair = open_pair(embedded_base(), embedded_base())
+    >>> pair.base.hooked.cfg.n_layers, pair.tuned.backend
+    (10, 'residual')
+    >>> pair.tokenize(embedded_tales(), max_length=64).counts.n_sequences
+    66
     """
     check_backend(backend)
     where, cast = parse_device(device), parse_dtype(dtype)
     first = open_source(base, device=where, dtype=cast)
     second = open_source(tuned, device=where, dtype=cast, base=first)
+    _check_not_swapped(first, second)
     first, second, notes = _aligned(first, second)
     kinds = {backend_of(o.model) for o in (first, second)} - {None}
     if len(kinds) > 1:
@@ -143,7 +158,7 @@ def open_pair(
 
 
 class Inputs(NamedTuple):
-    """What an experiment reads.
+    """What an experiment reads: a pair and its texts.
 
     Attributes:
         pair: the two models.
@@ -232,10 +247,10 @@ def _texts_beside_pair(second: Any, third: Any, backend: Any, device: Any, dtype
         raise PairError(
             "expected (pair, texts), got a third argument: an open pair holds both models already"
         )
-    given = {"backend": backend, "device": device, "dtype": dtype}
-    decided = [name for name, value in given.items() if value is not None]
-    if decided:
-        raise PairError(f"{decided[0]} is decided when a pair is opened: pass it to open_pair")
+    options = {"backend": backend, "device": device, "dtype": dtype}
+    given = [name for name, value in options.items() if value is not None]
+    if given:
+        raise PairError(f"{given[0]} is decided when a pair is opened: pass it to open_pair")
     texts = second if third is None else third
     if texts is None:
         raise CorpusError("expected (pair, texts), got no texts")
@@ -243,7 +258,7 @@ def _texts_beside_pair(second: Any, third: Any, backend: Any, device: Any, dtype
 
 
 def check_generates(base: Any, tuned: Any) -> None:
-    """Refuse models that cannot generate.
+    """Raise unless both models can generate.
 
     Raises:
         LoadingError: naming the one that is hooked.
@@ -257,10 +272,24 @@ def check_generates(base: Any, tuned: Any) -> None:
             )
 
 
+def _check_not_swapped(base: OpenedModel, tuned: OpenedModel) -> None:
+    """Raise where the base is an adapter of what was given as the tuned model."""
+    if not is_peft(base.model) or tuned.kind not in ("folder", "hub"):
+        return
+    for config in base.model.peft_config.values():
+        named = config.base_model_name_or_path
+        beside = str(Path(base.name) / named) if named and base.kind == "adapter" else named
+        if named and (same_source(named, tuned.name) or same_source(beside, tuned.name)):
+            raise PairError(
+                f"base and tuned are swapped: {base.name} is an adapter of {tuned.name}; give the "
+                "base first, then the adapter"
+            )
+
+
 def _aligned(
     first: OpenedModel, second: OpenedModel
 ) -> tuple[OpenedModel, OpenedModel, tuple[str, ...]]:
-    """The same device, dtype and attention on both sides; a difference there is not tuning."""
+    """Give both models one device, dtype and attention: differences there are not tuning."""
     if any(backend_of(o.model) is not None for o in (first, second)):
         if _dtype(first) != _dtype(second) or _device(first) != _device(second):
             raise PairError(
@@ -314,7 +343,7 @@ def _check_sizes(pair: Pair) -> None:
 
 
 def _compared_tokenizers(pair: Pair, texts: list[str]) -> tuple[str, ...]:
-    """Hold the two tokenizers against each other, in vocabulary and on some of the texts.
+    """Compare the two tokenizers, in vocabulary and on some of the texts.
 
     Returns:
         Notes on differences that do not matter here.

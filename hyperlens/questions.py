@@ -38,7 +38,7 @@ class Question(NamedTuple):
 
 def _patch(name: str, module: str, result: str, old_names: tuple[str, ...]) -> Question:
     """A part of `hyperlens patch`, which is one command for all of them."""
-    return Question(name, f"patching.{module}", name, result, old_names, "patching.command")
+    return Question(name, f"patching.{module}", name, result, old_names, "cli.patch")
 
 
 QUESTIONS = (
@@ -63,7 +63,7 @@ QUESTIONS = (
         "MauveResult",
         command="experiments.mauve_command",
     ),
-    Question("judge", "judging.judge", "judge_models", "JudgeResult", command="judging.command"),
+    Question("judge", "judging.judge", "judge_models", "JudgeResult", command="cli.judge"),
     _patch("patch_blocks", "blocks", "BlocksResult", ("patching",)),
     _patch("patch_positions", "positions", "PositionsResult", ()),
     _patch("patch_weights", "weights", "WeightsResult", ("transplant",)),

@@ -1,4 +1,4 @@
-"""Random numbers of our own: a seed decides what happens inside, and the caller notices nothing."""
+"""Seed torch for a while without changing the caller's random state."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import torch
 
 @contextmanager
 def own_randomness(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed torch inside; outside, the caller's generators go on as before, on every device.
+    """Seed torch inside; afterwards the caller's generators continue as before, on every device.
 
     Args:
         seed: for all of torch's generators.
         device: where the work is done.
     """
-    # Seeding torch seeds every GPU, also for work on the CPU. One that nobody has used yet is not
-    # woken up for that: it takes the last seed that was given before it is first used.
+    # Seeding torch seeds every GPU, also for work on the CPU. A GPU that was not used yet is not
+    # initialised for that: on first use it takes the last seed that was set.
     initialised: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     awake = initialised or device.type == "cuda"
     apple = torch.mps.get_rng_state() if device.type == "mps" else None  # fork_rng cannot

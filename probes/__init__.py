@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from .audit import ArtefactAudit
-from .base import Probe
+from .base import LogitProbe, MeanProbe, Probe
 from .drift import ResidualDrift
 from .logit_lens import LogitLens
-from .logit_probe import LogitProbe
-from .means import MeanProbe
 from .participation_ratio import ParticipationRatio
 from .rank_reordering import RankReordering
 

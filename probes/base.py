@@ -1,18 +1,32 @@
-"""What every probe is: named sums, updated batch by batch, merged by adding, read at the end."""
+"""What every probe is: named sums, updated batch by batch, merged by adding, read at the end.
+
+`Probe` is the base of all; `MeanProbe` of means over tokens of what vectors say, `LogitProbe` of
+means of what logits say, with 95% intervals over sequences.
+"""
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from ..errors import ProbeError
-from ..passes.streams import StreamPair, StreamSpec
-from ..results.rows import ProbeResult
+from ..passes.logits_reader import LogitChunk, read_logits
+from ..passes.streams import (
+    StreamPair,
+    StreamSpec,
+    TokenSet,
+    View,
+    checked_layers,
+    checked_token_set,
+)
+from ..results.rows import ProbeResult, Row
+from ..statistics.intervals import mean_half_width
 
 
 class Probe(ABC):
@@ -73,8 +87,8 @@ class Probe(ABC):
 
     def options(self) -> dict[str, Any]:
         """The settings this probe was made with, for the record of the run."""
-        kept = {k: v for k, v in vars(self).items() if k not in ("spec", "sums")}
-        return {k: v for k, v in kept.items() if not k.startswith("_")}
+        settings = {k: v for k, v in vars(self).items() if k not in ("spec", "sums")}
+        return {k: v for k, v in settings.items() if not k.startswith("_")}
 
     def _check_mergeable(self, other: Probe) -> None:
         if type(other) is not type(self) or other.options() != self.options():
@@ -90,3 +104,147 @@ class Probe(ABC):
 
     def _dtype(self, name: str) -> torch.dtype:
         return torch.float32 if name in self.float32_sums else torch.float64
+
+
+class TokenMeans(Probe):
+    """Means of one number per token, with the interval of a ratio of per-sequence sums.
+
+    Subclasses get the numbers and hand them to `add`; the sums, the cluster-robust intervals and
+    the rows of the table follow. `MeanProbe` gets them from vectors, `LogitProbe` from logits.
+
+    Attributes:
+        metrics: names of the numbers.
+        views: the views they are taken in.
+        token_set: which tokens are counted.
+        bounds: metrics that cannot leave a range, so that their intervals do not either.
+        layers: residual layers to measure, None for all; -1 is the last.
+    """
+
+    metrics: ClassVar[tuple[str, ...]]
+    views: ClassVar[tuple[View, ...]] = ("raw",)
+    bounds: ClassVar[Mapping[str, tuple[float, float]]] = {}
+    token_set: TokenSet = "geometry"
+    layers: tuple[int, ...] | None = None
+
+    def __init__(
+        self, layers: Sequence[int] | None = None, token_set: TokenSet | None = None
+    ) -> None:
+        self.layers = checked_layers(layers) or self.layers
+        self.token_set = checked_token_set(token_set or self.token_set)
+
+    def sum_shapes(self, spec: StreamSpec) -> dict[str, tuple[int, ...]]:
+        """Per-sequence sums y of every metric and their second moments; n counts tokens."""
+        n_layers = len(spec.resolve_layers(self.layers))
+        each = (len(self.metrics), n_layers, len(self.views))
+        return {
+            "y": each,
+            "yy": each,
+            "yn": each,
+            "n": (n_layers,),
+            "nn": (n_layers,),
+            "sequences": (n_layers,),
+        }
+
+    def add(
+        self,
+        pair: StreamPair,
+        layer: int,
+        measured: Mapping[View, Mapping[str, Float[Tensor, " n"]]],
+    ) -> None:
+        """Add one batch's numbers of one layer, one per counted token for each metric and view."""
+        sums, i = self.sums, self.spec.resolve_layers(self.layers).index(layer)
+        n = pair.mask(layer, self.token_set).sum(-1).to(self.spec.device, torch.float64)
+        sums["n"][i] += n.sum()
+        sums["nn"][i] += n.square().sum()
+        sums["sequences"][i] += (n > 0).sum()
+        for j, view in enumerate(self.views):
+            for k, metric in enumerate(self.metrics):
+                y = pair.per_sequence(measured[view][metric], layer, self.token_set)
+                sums["y"][k, i, j] += y.sum()
+                sums["yy"][k, i, j] += y.square().sum()
+                sums["yn"][k, i, j] += (y * n).sum()
+
+    def compute(self) -> ProbeResult:
+        """One row per metric, layer and view."""
+        return ProbeResult(tuple(self._rows()))
+
+    def _rows(self) -> list[Row]:
+        s = {name: value.cpu() for name, value in self.sums.items()}
+        rows = []
+        for i, layer in enumerate(self.spec.resolve_layers(self.layers)):
+            mean = s["y"][:, i] / s["n"][i]
+            half = mean_half_width(
+                float(s["sequences"][i]), mean, s["n"][i], s["yy"][:, i], s["yn"][:, i], s["nn"][i]
+            )
+            for k, metric in enumerate(self.metrics):
+                low, high = self.bounds.get(metric, (-torch.inf, torch.inf))
+                for j, view in enumerate(self.views):
+                    value, width = float(mean[k, j]), float(half[k, j])
+                    # NaN, the absence of an interval, must survive the bounds.
+                    ends = (
+                        (max(low, value - width), min(high, value + width))
+                        if width == width
+                        else (width, width)
+                    )
+                    rows.append(Row(self.name, metric, layer, view, value, *ends, int(s["n"][i])))
+        return rows
+
+
+class MeanProbe(TokenMeans):
+    """A probe whose every metric is the mean of one number per token.
+
+    Subclasses name their `metrics` and write `measure`.
+    """
+
+    @abstractmethod
+    def measure(
+        self, pair: StreamPair, layer: int, view: View
+    ) -> Mapping[str, Float[Tensor, " n"]]:
+        """One number per counted token for each metric, at one layer in one view."""
+
+    def update(self, pair: StreamPair) -> None:
+        """Measure every layer and view of one batch."""
+        for layer in self.spec.resolve_layers(self.layers):
+            self.add(pair, layer, {view: self.measure(pair, layer, view) for view in self.views})
+
+
+class LogitProbe(TokenMeans):
+    """A probe whose every metric is the mean of one number per row of logits.
+
+    Subclasses name their `metrics` and write `read`. All such probes of a comparison are shown
+    the same logits, so that a further one costs no further unembedding.
+
+    Attributes:
+        overwrites: whether `read` changes the logits it is given, which saves memory.
+    """
+
+    views: ClassVar[tuple[View, ...]] = ("final_norm",)
+    token_set: TokenSet = "decisions"
+    overwrites: bool = False
+
+    def __init__(
+        self, layers: Sequence[int] | None = None, token_set: TokenSet | None = None
+    ) -> None:
+        super().__init__(layers, token_set)
+        if self.token_set != "decisions":
+            raise ProbeError(
+                f"a probe of logits counts next-token decisions: token_set must be 'decisions', "
+                f"got {self.token_set!r}"
+            )
+
+    @abstractmethod
+    def read(self, chunk: LogitChunk) -> Mapping[str, Shaped[Tensor, " chunk"]]:
+        """One number per row of the chunk for each metric."""
+
+    def finish(self, pair: StreamPair, layer: int, numbers: Mapping[str, Tensor]) -> None:
+        """Add the metrics that `read` returned, now of all the batch's tokens, to the sums."""
+        means = {metric: numbers[metric] for metric in self.metrics}
+        self.add(pair, layer, dict.fromkeys(self.views, means))
+
+    def logit_layers(self) -> tuple[int, ...]:
+        """The layers whose logits are read."""
+        return self.spec.resolve_layers(self.layers)
+
+    def update(self, pair: StreamPair) -> None:
+        """Read one batch alone; in a comparison, all such probes are read together."""
+        read_logits(pair, [self])

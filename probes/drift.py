@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..passes.streams import VIEWS, StreamPair, View
 from ..statistics import distances
-from .means import MeanProbe
+from .base import MeanProbe
 
 
 class ResidualDrift(MeanProbe):

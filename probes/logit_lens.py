@@ -14,7 +14,7 @@ from ..passes.streams import StreamPair, StreamSpec
 from ..results.rows import ProbeResult, Row
 from ..statistics import distances
 from ..statistics.intervals import mean_half_width, quantile_interval
-from .logit_probe import LogitProbe
+from .base import LogitProbe
 
 # Logits are compared in blocks of this many, which a processor's cache holds a few times over.
 CACHED_LOGITS = 2**19

@@ -226,7 +226,7 @@ class ParticipationRatio(Probe):
         s = self.sums
         if float(s["n"][i]) < 4 or int((s["sample_valid"][i] > 0).any(-1).sum()) < 2:
             return None
-        found, samples = [], []
+        influences, samples = [], []
         for k in range(2):
             sample = SampledTokens(
                 vectors=s["sample"][k, i, j].to(torch.float64),
@@ -234,9 +234,9 @@ class ParticipationRatio(Probe):
                 length=s["sample_length"][i],
                 sum_nn=float(s["nn"][i]),
             )
-            found.append(ratio_influence(self._moments_at(k, i, j), sample))
+            influences.append(ratio_influence(self._moments_at(k, i, j), sample))
             samples.append(sample)
-        return (found[0], found[1]), samples[0]
+        return (influences[0], influences[1]), samples[0]
 
     def _intervals(self, layer: int, view: View) -> dict[str, tuple[float, float]]:
         """95% intervals of base, tuned and delta at one layer and view."""
@@ -249,8 +249,8 @@ class ParticipationRatio(Probe):
             tuned, centre=tuned.centre - base.centre, influence=tuned.influence - base.influence
         )
         return {
-            name: _ends(one.centre, influence_half_width(one.influence, n, sample), relative)
-            for name, one, relative in (
+            name: _ends(ratio.centre, influence_half_width(ratio.influence, n, sample), relative)
+            for name, ratio, relative in (
                 ("base", base, True),
                 ("tuned", tuned, True),
                 ("delta", change, False),

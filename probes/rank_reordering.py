@@ -12,8 +12,11 @@ from ..passes.logits_reader import LogitChunk
 from ..passes.streams import StreamPair, StreamSpec
 from ..results.rows import ProbeResult
 from ..statistics import distances
+from ..statistics.rank_buckets import DEEP_TAIL, RANK_BUCKETS
 from ..statistics.rank_correlation import spearman
-from .logit_probe import LogitProbe
+from .base import LogitProbe
+
+BUCKETS = (*RANK_BUCKETS, DEEP_TAIL)
 
 
 class RankReordering(LogitProbe):
@@ -25,17 +28,17 @@ class RankReordering(LogitProbe):
     Metrics:
         top1_agreement: share of tokens where both models put the same token first.
         spearman: mean rank correlation of the two rows of logits over the whole vocabulary.
-        rank_1, rank_2_10, rank_gt_10, rank_ge_200: share of tokens whose tuned winner had that
-            rank in the base model; tied logits share the best rank.
+        rank_1, rank_2_10, rank_gt_10, rank_ge_200: share of tokens whose tuned top-1 token had
+            that rank in the base model; tied logits share the best rank.
 
     Extras:
-        rank_histogram: the same ranks in bins that widen with rank and have their edges where
-            the shares above have theirs.
-        tied_winners: how often the base model's first place was shared.
+        rank_histogram: the same ranks in bins that widen with rank; the edges of the shares
+            above are edges here, too.
+        tied_winners: for how many tokens the base model's largest logit was tied.
     """
 
     name = "rank_reordering"
-    metrics = ("top1_agreement", "spearman", "rank_1", "rank_2_10", "rank_gt_10", "rank_ge_200")
+    metrics = ("top1_agreement", "spearman", *(bucket.metric for bucket in BUCKETS))
     bounds = {metric: (-1.0 if metric == "spearman" else 0.0, 1.0) for metric in metrics}
 
     def __init__(self) -> None:
@@ -47,17 +50,14 @@ class RankReordering(LogitProbe):
         return {**super().sum_shapes(spec), "histogram": bins, "tied": (1,)}
 
     def read(self, chunk: LogitChunk) -> dict[str, Shaped[Tensor, " chunk"]]:
-        """Agreement, correlation and provenance of every next-token decision."""
-        base, winner = chunk.base, chunk.final  # at the output, the tuned model's own winner
+        """Agreement, correlation and base rank of every next-token decision."""
+        base, winner = chunk.base, chunk.final  # at the output, the tuned model's own top-1 token
         rank = distances.rank_of(base, winner)
         best = base.amax(-1, keepdim=True)
         return {
             "top1_agreement": (distances.winner(base) == winner).double(),
             "spearman": spearman(base, chunk.tuned),
-            "rank_1": (rank == 1).double(),
-            "rank_2_10": ((rank >= 2) & (rank <= 10)).double(),
-            "rank_gt_10": (rank > 10).double(),
-            "rank_ge_200": (rank >= 200).double(),
+            **{bucket.metric: bucket.holds(rank).double() for bucket in BUCKETS},
             "rank": rank,
             "tied": (base == best).to(torch.float32).sum(-1) > 1,
         }

@@ -7,7 +7,7 @@ from torch import nn
 
 from hyperlens.models.structure import find_structure
 from hyperlens.pair import open_inputs
-from hyperlens.patching.choosing import second_half
+from hyperlens.patching.engine import second_half
 
 
 class Mapped(nn.Module):

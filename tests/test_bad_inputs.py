@@ -25,6 +25,7 @@ from hyperlens.errors import (
     HyperlensError,
     LoadingError,
     PairError,
+    ParityError,
     ProbeError,
     ResultsError,
 )
@@ -103,6 +104,7 @@ def broken_adapter(adapter: Path, tmp_path: Path) -> Path:
 # Folders and checkpoints
 
 
+@pytest.mark.transformer_lens
 def test_missing_folder(base, tmp_path: Path) -> None:
     missing = tmp_path / "none"
     for source in (missing, str(missing), "./none", "models/deep/none"):
@@ -202,6 +204,7 @@ def test_unreadable_tokenizer(base, broken: Path) -> None:
 # Models of another kind
 
 
+@pytest.mark.transformer_lens
 def test_encoders(base, tmp_path: Path) -> None:
     config = transformers.BertConfig(
         hidden_size=32,
@@ -221,6 +224,7 @@ def test_encoders(base, tmp_path: Path) -> None:
     refused(LoadingError, comparing(base, model), "looks ahead", "expected a causal")
 
 
+@pytest.mark.transformer_lens
 def test_encoder_decoders(base, tmp_path: Path) -> None:
     config = transformers.T5Config(
         d_model=32, d_kv=8, d_ff=32, num_layers=2, num_heads=2, vocab_size=D_VOCAB
@@ -232,6 +236,7 @@ def test_encoder_decoders(base, tmp_path: Path) -> None:
             refused(LoadingError, call, "encoder-decoder", "t5", "expected a …ForCausalLM")
 
 
+@pytest.mark.transformer_lens
 def test_models_without_an_unembedding(base, tmp_path: Path) -> None:
     config = copy.deepcopy(base.config)
     model = transformers.LlamaForSequenceClassification(config).eval()
@@ -247,6 +252,7 @@ def test_the_class_of_an_object_counts_not_where_its_configuration_was(base) -> 
     compare_models(base, model, IDS, progress=False)
 
 
+@pytest.mark.transformer_lens
 @pytest.mark.parametrize("source", [torch.nn.Linear(2, 2), 3, None, [1, 2]], ids=repr)
 def test_what_is_no_model(unchecked, base, source: object) -> None:
     for call in (comparing(base, source), loading(source)):
@@ -313,6 +319,32 @@ def test_two_kinds_of_hooked_models(base, tuned) -> None:
         "load both the same way",
     )
     refused(PairError, comparing(residual, bridge), "load both the same way")
+
+
+class BatchDependent(torch.nn.Linear):
+    """Like an 8-bit layer: its outputs depend on what else is in the batch."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * (1 + 0.5 * float(x.abs().max()))
+
+
+def test_a_quantised_model_that_does_not_reproduce_itself(base) -> None:
+    quantised = copy.deepcopy(base)
+    for layer in quantised.model.layers:
+        layer.mlp.down_proj.__class__ = BatchDependent
+    call = loading(quantised, backend="residual")
+    assert "quantised" not in refused(ParityError, call, "architecture is not supported")
+    quantised.quantization_method = "bitsandbytes"
+    message = refused(
+        ParityError, call, "quantised (bitsandbytes)", "load it unquantised", "bfloat16"
+    )
+    assert "architecture" not in message
+
+
+def test_short_names_of_dtypes(base) -> None:
+    for short, dtype in {"bf16": "bfloat16", "fp16": "float16", "half": "float16"}.items():
+        assert load_hooked(base, backend="residual", dtype=short).cfg.dtype == getattr(torch, dtype)
+    assert load_hooked(base, backend="residual", dtype="fp32").cfg.dtype == torch.float32
 
 
 def test_hooked_models_of_two_dtypes(base, tuned) -> None:
@@ -410,6 +442,7 @@ def test_a_tokenizer_given_by_name(base, tuned) -> None:
     refused(LoadingError, comparing((base, "folder"), tuned), message, "AutoTokenizer")
 
 
+@pytest.mark.transformer_lens
 def test_an_adapter_needs_a_plain_base(base, adapter: Path, saved: Path, tmp_path: Path) -> None:
     wrapped = lora(copy.deepcopy(base), "llama")
     hooked = load_hooked(base, backend="residual")
@@ -506,6 +539,7 @@ def poisoned(model, block: int, value: float):
     return model
 
 
+@pytest.mark.transformer_lens
 @pytest.mark.parametrize("backend", ["residual", "bridge"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=["nan", "inf"])
 def test_activations_that_are_not_finite(base, tuned, value: float, backend: str) -> None:
@@ -540,6 +574,7 @@ def test_logits_that_overflow_are_not_hidden(base, tuned) -> None:
 # Options
 
 
+@pytest.mark.transformer_lens
 @pytest.mark.parametrize(
     ("options", "error", "expected"),
     [

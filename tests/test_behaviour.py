@@ -15,10 +15,10 @@ from transformers import AutoTokenizer
 
 from hyperlens import BehaviourResult, cli, load_hooked, measure_behaviour
 from hyperlens.decoding.diversity import type_token_ratio
-from hyperlens.decoding.generate import continuations
+from hyperlens.decoding.generate import GenerationRunner, Generations, continuations
+from hyperlens.decoding.prompts import choose_examples
 from hyperlens.embedded import embedded_base, embedded_tales
 from hyperlens.errors import CorpusError, LoadingError, ResultsError
-from hyperlens.experiments.continuing import Continued, Continuing, choose_examples
 
 TEXTS = token_texts(10, shortest=8, longest=20)
 SHORT = {"prompt_tokens": 6, "max_new_tokens": 12, "n_examples": 2, "progress": False}
@@ -154,11 +154,11 @@ def test_a_prompt_that_ends_inside_a_character_loses_nothing(
     texts = ["你好吗, she said", "它们在哪里? he asked"]
     ids = [reads(text)["input_ids"] for text in texts]
 
-    def run(self: Continuing, *_: object, **__: object) -> Continued:
+    def run(self: GenerationRunner, *_: object, **__: object) -> Generations:
         """Both models write what the text itself has."""
-        return Continued([next(i[5:17] for i in ids if i[:5] == p) for p in self.prompts], {})
+        return Generations([next(i[5:17] for i in ids if i[:5] == p) for p in self.prompts], {})
 
-    monkeypatch.setattr(Continuing, "run", run)
+    monkeypatch.setattr(GenerationRunner, "run", run)
     model = make_tiny("llama", vocab_size=256)
     options = SHORT | {"prompt_tokens": 5, "strategies": ("greedy",)}
     found = measure_behaviour((model, reads), (model, reads), texts, **options)

@@ -11,8 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import MambaConfig, MambaForCausalLM
 
-from hyperlens.decoding.adaptive import Adaptive
-from hyperlens.decoding.contrastive import adaptive_contrastive_search, contrastive_search
+from hyperlens.decoding.contrastive import Adaptive, adaptive_contrastive_search, contrastive_search
 from hyperlens.decoding.generate import continuations
 from hyperlens.errors import CorpusError, DecodingError, LoadingError
 

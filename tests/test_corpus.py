@@ -8,8 +8,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from hyperlens.data.corpus import Batch, Corpus, adds_bos, build_corpus
-from hyperlens.data.token_ids import are_token_ids
+from hyperlens.data.corpus import Batch, Corpus, adds_bos, are_token_ids, build_corpus, pad
 from hyperlens.errors import CorpusError
 
 WORDS = ["once", "upon", "a", "time", "there", "was", "king", "and", "queen", "who"]
@@ -62,6 +61,19 @@ def test_bos_is_put_where_the_tokenizer_puts_it() -> None:
         assert lists(corpus) == [[*start, 3, 4, 5, 6]]
         assert corpus.counts.n_bos == len(start)
         assert adds_bos(tokenizer) == bool(start)
+
+
+def test_a_text_that_begins_with_bos_itself_gets_no_second() -> None:
+    corpus = corpus_of(["<s>once upon", "<s> a time there was", "a king"])
+    assert lists(corpus) == [[BOS, 5, 6, 7, 8], [BOS, 3, 4], [BOS, 5, 9]]
+    assert corpus.counts.n_bos == 3
+    (note,) = corpus.notes
+    assert note == "2 of 3 texts begin with '<s>' themselves: no second BOS was put in front"
+    assert corpus.sha256 == corpus_of(["once upon", "a time there was", "a king"]).sha256
+    # Where the tokenizer puts none, the text's own is a token like any other.
+    without = corpus_of(["<s>once upon"], make_tokenizer(start=False))
+    assert lists(without) == [[BOS, 3, 4]]
+    assert without.notes == ()
 
 
 def test_a_tokenizer_without_bos() -> None:
@@ -264,19 +276,18 @@ def unpadded(batch: Batch) -> list[tuple[list[int], list[bool], int, list[int]]]
 @given(
     sequences_of_ids(),
     st.integers(1, 5),
-    st.sampled_from(["left", "right"]),
     st.integers(1, 6),
     st.integers(1, 6),
     st.integers(0, 3),
 )
 def test_batching_and_padding_change_nothing(
-    texts: list[list[int]], batch_size: int, side: str, n_sequences: int, n_tokens: int, seed: int
+    texts: list[list[int]], batch_size: int, n_sequences: int, n_tokens: int, seed: int
 ) -> None:
     corpus = corpus_of(texts, bos_id=BOS)
     sample = {"n_sampled_sequences": n_sequences, "n_sampled_tokens": n_tokens, "seed": seed}
     (whole,) = corpus.batches(len(corpus.sequences), **sample)
     expected = unpadded(whole)
-    batches = list(corpus.batches(batch_size, padding_side=side, **sample))
+    batches = list(corpus.batches(batch_size, **sample))
     assert [one for batch in batches for one in unpadded(batch)] == expected
     assert [sequence for sequence, *_ in expected] == lists(corpus)
 
@@ -292,18 +303,22 @@ def test_batching_and_padding_change_nothing(
         width = batch.tokens.shape[1]
         assert width == int(batch.real.sum(-1).max())
         assert int(batch.position.max()) < width
-        edge = batch.real[:, 0] if side == "right" else batch.real[:, -1]
-        assert bool(edge.all())
+        assert bool(batch.real[:, 0].all())
         assert not bool((batch.bos & ~batch.real).any())
 
 
 def test_pads_are_on_the_asked_side() -> None:
-    corpus = corpus_of([[3, 4, 5], [6, 7]], None)
-    right, left = (next(corpus.batches(2, padding_side=side)) for side in ("right", "left"))
-    assert right.tokens.tolist() == [[3, 4, 5], [6, 7, 0]]
-    assert left.tokens.tolist() == [[3, 4, 5], [0, 6, 7]]
-    assert right.real.tolist() == [[True] * 3, [True, True, False]]
-    assert left.real.tolist() == [[True] * 3, [False, True, True]]
+    ids = [[3, 4, 5], np.array([6, 7])]
+    (right, mask_right), (left, mask_left) = (pad(ids, side=side) for side in ("right", "left"))
+    assert right.tolist() == [[3, 4, 5], [6, 7, 0]]
+    assert left.tolist() == [[3, 4, 5], [0, 6, 7]]
+    assert mask_right.tolist() == [[1, 1, 1], [1, 1, 0]]
+    assert mask_left.tolist() == [[1, 1, 1], [0, 1, 1]]
+    assert pad(ids, side="left", pad_id=9)[0].tolist() == [[3, 4, 5], [9, 6, 7]]
+    assert pad(ids, side="left", width=4)[1].tolist() == [[0, 1, 1, 1], [0, 0, 1, 1]]
+    batch = next(corpus_of([[3, 4, 5], [6, 7]], None).batches(2))
+    assert batch.tokens.tolist() == right.tolist()
+    assert batch.real.long().tolist() == mask_right.tolist()
 
 
 def test_a_pad_that_looks_like_bos_is_no_bos() -> None:

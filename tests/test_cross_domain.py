@@ -17,10 +17,10 @@ from hyperlens import (
     cross_domain,
     measure_behaviour,
 )
+from hyperlens.decoding.generate import GenerationRunner
 from hyperlens.embedded import embedded_base, embedded_tales
 from hyperlens.errors import CorpusError, HyperlensError, LoadingError, PairError
 from hyperlens.experiments import cross_domain as module
-from hyperlens.experiments.continuing import Continuing
 from hyperlens.experiments.cross_domain_finding import READ
 from hyperlens.hooks.loading import load_hooked
 from hyperlens.statistics import significance
@@ -212,7 +212,7 @@ def test_mauve_gets_the_texts_own_continuations(monkeypatch) -> None:
 @pytest.mark.parametrize("readable", [4, 1, 0])
 def test_a_model_that_writes_nothing_to_read_has_no_mauve(readable: int, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "mauve", Stub())
-    original, calls = Continuing.run, []
+    original, calls = GenerationRunner.run, []
 
     def run(self, *given, **options):
         """Every second model to write, the tuned one, writes special tokens."""
@@ -222,7 +222,7 @@ def test_a_model_that_writes_nothing_to_read_has_no_mauve(readable: int, monkeyp
             made.tokens[readable:] = [[0] * 10] * (6 - readable)
         return made
 
-    monkeypatch.setattr(Continuing, "run", run)
+    monkeypatch.setattr(GenerationRunner, "run", run)
     base = str(embedded_base())
     found = cross_domain({"x": (base, base)}, {"odd": TALES["odd"]}, mauve_features=base, **SMALL)
     (row,) = found.table

@@ -17,26 +17,23 @@ from hyperlens import (
     compare_models,
     cross_domain,
     decoding_baselines,
-    expansion,
+    inject_static_bias,
     load_hooked,
+    match_temperature,
     measure_behaviour,
-    norm_question,
     null_test,
     patch_blocks,
-    patch_positions,
     provenance,
-    static_bias,
-    temperature,
-    transplant_weights,
 )
 from hyperlens.data.corpus import build_corpus
 from hyperlens.decoding.generate import continuations
 from hyperlens.errors import ResourceError
 from hyperlens.hooks.surface import import_transformer_lens
-from hyperlens.passes import multi_pass as rounds
+from hyperlens.passes import multi_pass
 from hyperlens.passes import streaming as runner
 from hyperlens.passes.memory import free_bytes
 from hyperlens.passes.streaming import PassOptions, pass_memory
+from hyperlens.patching import patch_expansion, patch_norm, patch_positions, patch_weights
 from hyperlens.probes import default_probes
 from hyperlens.statistics import rank_correlation
 from hyperlens.statistics.moments import moments_of
@@ -49,16 +46,16 @@ TEXTS = token_texts(16, shortest=14, longest=24)
 PROMPTS = {"n_prompts": 4, "prompt_tokens": 6, "max_new_tokens": 6, "progress": False}
 EXPERIMENTS = {
     "measure_behaviour": (measure_behaviour, PROMPTS | {"strategies": ["greedy"]}),
-    "temperature": (temperature, PROMPTS),
+    "match_temperature": (match_temperature, PROMPTS),
     "provenance": (provenance, PROMPTS),
-    "static_bias": (static_bias, PROMPTS | {"k": 8, "alphas": [0.5]}),
+    "inject_static_bias": (inject_static_bias, PROMPTS | {"k": 8, "alphas": [0.5]}),
     "null_test": (null_test, PROMPTS | {"n_placebos": 1}),
     "decoding_baselines": (decoding_baselines, PROMPTS | {"methods": ["greedy", "contrastive"]}),
     "patch_blocks": (patch_blocks, PROMPTS),
     "patch_positions": (patch_positions, {"offsets": 4, "progress": False}),
-    "transplant_weights": (transplant_weights, PROMPTS),
-    "expansion": (expansion, PROMPTS | {"n_random": 1}),
-    "norm_question": (norm_question, {"progress": False}),
+    "patch_weights": (patch_weights, PROMPTS),
+    "patch_expansion": (patch_expansion, PROMPTS | {"n_random": 1}),
+    "patch_norm": (patch_norm, {"progress": False}),
 }
 
 
@@ -190,9 +187,9 @@ def test_several_passes_give_the_numbers_of_one(pair: Any, monkeypatch: pytest.M
         return foreseen[-1]
 
     with monkeypatch.context() as patch:
-        patch.setattr(rounds, "pass_memory", recorded)
+        patch.setattr(multi_pass, "pass_memory", recorded)
         once = compare(*pair, device="cuda")
-    for module in (rounds, runner):
+    for module in (multi_pass, runner):
         monkeypatch.setattr(module, "free_bytes", lambda _: foreseen[0].total - 1)
     apart = compare(*pair, device="cuda")
     assert any("read 2 times" in note for note in apart.meta["notes"])
@@ -204,7 +201,7 @@ def test_what_a_gpu_cannot_hold_is_said(monkeypatch: pytest.MonkeyPatch) -> None
     tuned = perturbed(base)
     texts = token_texts(64, shortest=60, longest=60)
     monkeypatch.setattr(runner, "free_bytes", lambda _: 2**60)
-    monkeypatch.setattr(rounds, "free_bytes", lambda _: 2**60)
+    monkeypatch.setattr(multi_pass, "free_bytes", lambda _: 2**60)
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(CUDA).total_memory
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 4 * 2**20) / total)

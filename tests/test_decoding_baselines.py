@@ -17,9 +17,9 @@ from hyperlens.decoding.contrastive import adaptive_contrastive_search
 from hyperlens.decoding.diversity import MEASURES, distinct
 from hyperlens.decoding.generate import continuations
 from hyperlens.decoding.guard import Guard
+from hyperlens.decoding.prompts import choose_examples
 from hyperlens.embedded import embedded_base, embedded_tales
 from hyperlens.errors import CorpusError, DecodingError, HyperlensError, LoadingError
-from hyperlens.experiments.continuing import choose_examples
 from hyperlens.experiments.decoding_finding import METHODS, REFERENCE, WORDS
 from hyperlens.experiments.decoding_methods import Writing, Written
 from hyperlens.experiments.mauve_scores import few_texts

@@ -5,7 +5,7 @@ from types import MappingProxyType
 
 import pytest
 
-from hyperlens import Comparison, cli, demo
+from hyperlens import Comparison, cli, compare, demo
 from hyperlens.experiments import behaviour, null_test
 
 
@@ -17,13 +17,18 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
         for name, options in demo.METHODS.items()
     }
     monkeypatch.setattr(demo, "METHODS", methods)
-    measure, test = behaviour.measure_behaviour, null_test.null_test
+    look, measure, test = compare.compare_models, behaviour.measure_behaviour, null_test.null_test
+    monkeypatch.setattr(
+        compare, "compare_models", lambda *a, **k: look(*a[:2], a[2][:4], max_length=32, **k)
+    )
     few = {"n_prompts": 2, "max_new_tokens": 4}
     monkeypatch.setattr(
         behaviour, "measure_behaviour", lambda *a, **k: measure(*a[:2], a[2][:4], **k, **few)
     )
     monkeypatch.setattr(
-        null_test, "null_test", lambda *a, **k: test(*a[:2], a[2][:4], n_placebos=1, **k, **few)
+        null_test,
+        "null_test",
+        lambda *a, **k: test(*a[:2], a[2][:4], n_placebos=1, max_length=32, **k, **few),
     )
     monkeypatch.setattr(demo, "_train", short_training)
 

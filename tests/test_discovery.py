@@ -1,14 +1,20 @@
 """Anatomies that are easily mistaken: huge activations, mild logits, narrower unembeddings."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, make_tiny
+from conftest import ARCHITECTURES, lora, make_tiny, perturbed, token_texts
 
-from hyperlens import compare_models, load_hooked
+from hyperlens import compare_models, load_hooked, patch_blocks
 from hyperlens.errors import LoadingError
+from hyperlens.hooks.residual import ResidualModel
+from hyperlens.models import structure as structure_module
 from hyperlens.models.structure import find_structure
+
+pytestmark = pytest.mark.transformer_lens
 
 # What each architecture calls the parts that its blocks add; Gemma-2 norms them once more.
 BRANCHES = {
@@ -82,3 +88,58 @@ def test_layers_that_share_keys_and_values_are_read_whole():
     texts = [list(range(3, 20)), list(range(9, 18))]
     comparison = compare_models(model, copy.deepcopy(model), texts, progress=False)
     assert {row.value for row in comparison.select("drift", "l2")} == {0.0}
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """The models that were run to find their structure, one after another."""
+    models = []
+    trace = structure_module._trace
+
+    def counted(model):
+        models.append(model)
+        return trace(model)
+
+    monkeypatch.setattr(structure_module, "_trace", counted)
+    return models
+
+
+def test_a_structure_is_found_once(traced):
+    model = make_tiny("llama")
+    found = find_structure(model)
+    assert find_structure(model) is found
+    assert ResidualModel(model).structure is found
+    adapter = lora(model, "llama")
+    # Its linear layers are wrapped now: these are other modules.
+    assert find_structure(adapter) is find_structure(adapter) is not found
+    assert traced == [model, model]
+
+
+def test_a_changed_module_tree_is_not_read_from_memory(traced):
+    model = make_tiny("llama")
+    before = find_structure(model)
+    model.model.layers[1] = copy.deepcopy(model.model.layers[1])
+    after = find_structure(model)
+    assert after.blocks[1] is model.model.layers[1] is not before.blocks[1]
+    model.lm_head = copy.deepcopy(model.lm_head)
+    assert find_structure(model).head is model.lm_head
+    assert find_structure(copy.deepcopy(model)).head is not model.lm_head
+    assert len(traced) == 4
+
+
+def test_a_known_structure_keeps_no_model_alive():
+    model = make_tiny("llama")
+    find_structure(model)
+    held = weakref.ref(model)
+    del model
+    gc.collect()
+    assert held() is None
+
+
+def test_a_sweep_finds_the_structure_of_each_model_once(traced):
+    base, tuned = make_tiny("llama"), perturbed(make_tiny("llama"), 0.1)
+    patch_blocks(
+        base, tuned, token_texts(4, shortest=6, longest=9),
+        n_prompts=2, prompt_tokens=5, max_new_tokens=2, progress=False,
+    )  # fmt: skip
+    assert traced == [base, tuned]

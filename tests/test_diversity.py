@@ -82,22 +82,6 @@ def test_the_longest_loop_is_the_longest_stretch_of_two_periods(text: list[int])
     assert diversity.longest_loop(text) == longest
 
 
-@given(TEXTS, TEXTS.filter(bool), st.integers(2, 4))
-def test_a_repeated_end_is_a_loop(start: list[int], loop: list[int], periods: int) -> None:
-    assert diversity.ends_in_loop(start + loop * periods, periods)
-    every = [0, 1, 2, 3, 4, 5, 6]
-    assert not diversity.ends_in_loop([*start, *every], periods)
-
-
-@given(TEXTS, st.integers(2, 4))
-def test_ending_in_a_loop_is_ending_in_equal_pieces(text: list[int], periods: int) -> None:
-    found = False
-    for size in range(1, len(text) // periods + 1):
-        pieces = [text[len(text) - size * (i + 1) : len(text) - size * i] for i in range(periods)]
-        found = found or all(piece == pieces[0] for piece in pieces)
-    assert diversity.ends_in_loop(text, periods) == found
-
-
 @given(TEXTS)
 def test_the_measures_are_these_functions(text: list[int]) -> None:
     expected = {

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hyperlens import load_hooked
-from hyperlens.decoding.diversity import ends_in_loop, type_token_ratio
+from hyperlens.decoding.diversity import longest_loop, type_token_ratio
 from hyperlens.decoding.generate import continuations
 from hyperlens.embedded import HERE, embedded_base, embedded_tales
 
@@ -77,8 +77,11 @@ def test_it_loops_when_greedy_and_does_not_when_sampled(model, tokenizer) -> Non
         return sum(map(type_token_ratio, texts)) / len(texts)
 
     assert mean(greedy) < 0.5 < 0.6 < mean(sampled)
-    assert sum(map(ends_in_loop, greedy)) > len(greedy) / 4
-    assert sum(map(ends_in_loop, sampled)) < len(sampled) / 8
+
+    def loop_share(texts: list[list[int]]) -> float:
+        return sum(longest_loop(text) / len(text) for text in texts) / len(texts)
+
+    assert loop_share(greedy) > 0.25 > 0.125 > loop_share(sampled)
 
 
 @pytest.mark.parametrize("backend", ["residual", "bridge"])

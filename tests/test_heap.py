@@ -11,7 +11,7 @@ import pytest
 MAPPED = """
 import ctypes
 import torch
-from hyperlens.passes.heap import keep_freed_memory
+from hyperlens.passes.memory import keep_freed_memory
 
 class MallInfo(ctypes.Structure):
     _fields_ = [(name, ctypes.c_size_t) for name in (

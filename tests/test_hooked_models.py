@@ -20,6 +20,8 @@ from hyperlens.hooks.residual import ResidualModel
 from hyperlens.hooks.surface import HookedModel, import_transformer_lens
 from hyperlens.models.kinds import backend_of
 
+pytestmark = pytest.mark.transformer_lens
+
 HAS_HOOKED_TRANSFORMER = "HookedTransformer" in dir(import_transformer_lens())
 BACKENDS = ["residual", "bridge"] + ["hooked_transformer"] * HAS_HOOKED_TRANSFORMER
 FUSED = ["gpt2", "gpt_neox", "phi3"]
@@ -229,7 +231,12 @@ def test_hooks_can_change_the_residual_stream(tiny):
             tokens, fwd_hooks=[(hooked.resid_post(1), lambda x, hook: torch.zeros_like(x))]
         )
         again = loaded(tokens)
-        _, cache = loaded.run_with_cache(tokens)
+        cache = {}
+
+        def keep(x, hook):
+            cache[hook.name] = x
+
+        loaded.run_with_hooks(tokens, fwd_hooks=[(name, keep) for name in loaded.hook_dict])
     assert not torch.allclose(untouched, replaced)
     assert torch.equal(untouched, again), "hooks must be gone afterwards"
     kinds = ("resid_pre", "attn_out", "mlp_out", "resid_post")

@@ -29,7 +29,7 @@ FOLDERS = {
 # list, never from one below. Modules directly in hyperlens/ are rooms of one file.
 ROOMS = (
     ("errors",),
-    ("files", "hub", "randomness"),
+    ("checks", "files", "randomness"),
     ("statistics",),
     ("render",),
     ("results",),

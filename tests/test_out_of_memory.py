@@ -4,9 +4,10 @@ import pytest
 import torch
 from conftest import make_tiny, perturbed, token_texts
 
-from hyperlens import compare_models, patch_blocks, patch_positions, transplant_weights
+from hyperlens import compare_models
 from hyperlens.decoding.generate import continuations
 from hyperlens.errors import ResourceError
+from hyperlens.patching import patch_blocks, patch_positions, patch_weights
 from hyperlens.probes import ResidualDrift
 
 TEXTS = token_texts(6)
@@ -39,9 +40,9 @@ def test_while_writing(pair, monkeypatch):
 @pytest.mark.parametrize(
     ("experiment", "step"),
     [
-        (patch_blocks, "layer_sweep.sweep.measure"),
-        (patch_positions, "position_map.sweep.winner"),
-        (transplant_weights, "weights.hybrids.measure"),
+        (patch_blocks, "engine.measure"),
+        (patch_positions, "position_map.winner"),
+        (patch_weights, "engine.measure"),
     ],
 )
 def test_while_patching(pair, experiment, step, monkeypatch):

@@ -10,26 +10,28 @@ from conftest import ARCHITECTURES, SIZES, make_tiny, perturbed, token_texts
 from test_patch_hooks import blocks_perturbed, overflowing_together, state_space
 from transformers import AutoModelForCausalLM, GraniteConfig
 
-from hyperlens import BlocksResult, patch_blocks
 from hyperlens.data.corpus import build_corpus
 from hyperlens.errors import ActivationError, HyperlensError, PatchError
 from hyperlens.hooks.residual import ResidualModel
+from hyperlens.hooks.sites import in_blocks
 from hyperlens.hooks.surface import run_logits
 from hyperlens.pair import open_pair
-from hyperlens.patching.hooks.sites import in_blocks
-from hyperlens.patching.layer_sweep.sweep import INTO_BASE, INTO_TUNED, Cell, Sweep, run_sweep
-from hyperlens.patching.outcomes import METRICS
+from hyperlens.patching import BlocksResult, patch_blocks, patch_expansion, patch_weights
+from hyperlens.patching.blocks import Cell, Sweep, run_sweep
+from hyperlens.patching.outcomes import INTO_BASE, INTO_TUNED, METRICS
+from hyperlens.render.blocks import Chart, flat
 
 TEXTS = token_texts(14, shortest=6, longest=20)
+LONG = pytest.mark.long
 QUICK = {"max_new_tokens": 0, "progress": False}
 SHORT = {"n_prompts": 4, "prompt_tokens": 6, "max_new_tokens": 6, "progress": False}
 
 
-def along(finding, direction, metric, activation="donor"):
-    return [row["value"] for row in finding.at(direction, metric, activation)]
+def along(finding, direction, metric, activation="source"):
+    return [row["value"] for row in finding.along(direction, metric, activation)]
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox"])
+@pytest.mark.parametrize("name", ["llama", pytest.param("gpt2", marks=LONG), "gpt_neox"])
 def test_the_same_model_twice_shows_nothing_anywhere(name):
     base = make_tiny(name)
     found = patch_blocks(base, copy.deepcopy(base), TEXTS, **SHORT)
@@ -37,7 +39,7 @@ def test_the_same_model_twice_shows_nothing_anywhere(name):
         if row["metric"] in ("kl_tuned", "kl_base"):
             if row["activation"] not in ("other_text",):
                 assert row["value"] == 0, row
-        elif row["metric"] in ("to_tuned", "to_base", "gap"):
+        elif row["metric"] in ("to_tuned", "to_base", "logit_difference"):
             assert math.isnan(row["value"])
             assert row["n"] == 0
         elif row["metric"].startswith("agreement") and row["activation"] != "other_text":
@@ -46,8 +48,15 @@ def test_the_same_model_twice_shows_nothing_anywhere(name):
     assert "changed no decision" in found.summary()
 
 
-@pytest.mark.parametrize("block", [0, 1, 2])
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("name", "block"),
+    [
+        # Each block and each architecture, and all blocks of one.
+        pytest.param(name, block, marks=() if i in (0, block) or i % 3 == block else LONG)
+        for i, name in enumerate(ARCHITECTURES)
+        for block in range(3)
+    ],
+)
 def test_a_change_of_one_block_is_found_in_that_block(name, block):
     base = make_tiny(name)
     tuned = blocks_perturbed(base, [block], scale=0.3)
@@ -60,8 +69,8 @@ def test_a_change_of_one_block_is_found_in_that_block(name, block):
     assert along(found, INTO_BASE, "kl_tuned")[block + 1 :] == pytest.approx(
         [0.0] * (3 - block), abs=1e-6
     )
-    state = {e["layer"]: e["value"] for e in found.effect("state")}
-    stack = {e["layer"]: e["value"] for e in found.effect("stack")}
+    state = {e["layer"]: e["value"] for e in found.effect("incoming_residual")}
+    stack = {e["layer"]: e["value"] for e in found.effect("late_blocks")}
     both = {e["layer"]: e["value"] for e in found.effect("interaction")}
     for layer in range(4):
         assert state[layer] == float(layer > block)
@@ -69,8 +78,19 @@ def test_a_change_of_one_block_is_found_in_that_block(name, block):
         assert both[layer] == 0
 
 
-@pytest.mark.parametrize("kind", ["attn_out", "mlp_out"])
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "gpt_neox"])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("llama", "attn_out"),
+        ("gpt2", "mlp_out"),
+        ("gemma2", "mlp_out"),
+        ("gpt_neox", "attn_out"),
+        pytest.param("llama", "mlp_out", marks=LONG),
+        pytest.param("gpt2", "attn_out", marks=LONG),
+        pytest.param("gemma2", "attn_out", marks=LONG),
+        pytest.param("gpt_neox", "mlp_out", marks=LONG),
+    ],
+)
 def test_a_change_of_one_branch_is_found_in_that_branch(name, kind):
     base = make_tiny(name)
     tuned = copy.deepcopy(base)
@@ -80,7 +100,7 @@ def test_a_change_of_one_branch_is_found_in_that_branch(name, kind):
         for parameter in module.parameters():
             parameter += 0.5 * torch.randn_like(parameter)
     for swept in ("attn_out", "mlp_out"):
-        found = patch_blocks(base, tuned, TEXTS, site=swept, placebos=False, **QUICK)
+        found = patch_blocks(base, tuned, TEXTS, site=swept, controls=False, **QUICK)
         assert found.extras["changed"] > 5
         into_base = dict(zip(range(3), along(found, INTO_BASE, "to_tuned"), strict=True))
         if swept == kind:
@@ -89,7 +109,7 @@ def test_a_change_of_one_branch_is_found_in_that_branch(name, kind):
         assert not found.extras["effects"], "a branch is no state: there is no 2 x 2 of it"
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2"])
+@pytest.mark.parametrize("name", [pytest.param("llama", marks=LONG), "qwen2", "gpt2"])
 def test_a_change_of_the_final_norm_or_the_head_is_in_no_block(name):
     base = make_tiny(name, tie_word_embeddings=False)
     for part in ("norm", "head"):
@@ -104,8 +124,8 @@ def test_a_change_of_the_final_norm_or_the_head_is_in_no_block(name):
         assert found.extras["changed"] > 5
         assert along(found, INTO_BASE, "to_tuned") == [0] * 4
         assert along(found, INTO_TUNED, "to_base") == [0] * 4
-        assert [e["value"] for e in found.effect("stack")] == [1] * 4
-        normed = patch_blocks(base, tuned, TEXTS, site="final_norm", placebos=False, **QUICK)
+        assert [e["value"] for e in found.effect("late_blocks")] == [1] * 4
+        normed = patch_blocks(base, tuned, TEXTS, site="final_norm", controls=False, **QUICK)
         assert along(normed, INTO_BASE, "to_tuned") == [float(part == "norm")]
 
 
@@ -128,22 +148,29 @@ def brute_force(base, tuned, site, texts):
     return hits / changed
 
 
+@pytest.mark.transformer_lens
 @pytest.mark.parametrize("kind", ["resid_post", "attn_out", "mlp_out"])
 def test_shares_equal_whole_forward_passes(kind):
     base = make_tiny("qwen3")
     tuned = perturbed(base, 0.15)
     found = patch_blocks(base, tuned, TEXTS, site=kind, **QUICK)
     for site in in_blocks(kind, range(3)):
-        (row,) = [r for r in found.at(INTO_BASE, "to_tuned") if r["block"] == site.block
+        (row,) = [r for r in found.along(INTO_BASE, "to_tuned") if r["block"] == site.block
                   and r["site"] == kind]  # fmt: skip
         assert row["value"] == pytest.approx(brute_force(base, tuned, site, TEXTS), abs=1e-9)
 
 
-@pytest.mark.parametrize("side_by_side", [1, 3, 14])
-def test_batches_change_nothing(side_by_side):
+@pytest.fixture(scope="module")
+def in_fives():
+    """A pair in float64, and its result with five texts side by side."""
     base = make_tiny("llama").double()
     tuned = perturbed(base, 0.15)
-    whole = patch_blocks(base, tuned, TEXTS, batch_size=5, **QUICK)
+    return base, tuned, patch_blocks(base, tuned, TEXTS, batch_size=5, **QUICK)
+
+
+@pytest.mark.parametrize("side_by_side", [pytest.param(1, marks=LONG), 3, 14])
+def test_batches_change_nothing(in_fives, side_by_side):
+    base, tuned, whole = in_fives
     other = patch_blocks(base, tuned, TEXTS, batch_size=side_by_side, **QUICK)
     for one, two in zip(whole.table, other.table, strict=True):
         assert one.keys() == two.keys()
@@ -151,6 +178,7 @@ def test_batches_change_nothing(side_by_side):
         assert one["low"] == pytest.approx(two["low"], abs=1e-6, nan_ok=True)
 
 
+@pytest.mark.transformer_lens
 def test_a_patch_at_some_positions_does_not_reach_back():
     base = make_tiny("llama")
     tuned = blocks_perturbed(base, [1], scale=0.3)
@@ -158,7 +186,7 @@ def test_a_patch_at_some_positions_does_not_reach_back():
     corpus = build_corpus([t[:12] for t in TEXTS if len(t) >= 12], None, max_length=12, bos_id=1)
     site = in_blocks("resid_post", [1])
     outcomes = run_sweep(pair, corpus, Sweep(site, slice(7, None), False, 0), 4, False)
-    patched = outcomes.cells[Cell(INTO_BASE, site[0], "donor")]
+    patched = outcomes.patched[Cell(INTO_BASE, site[0], "source")]
     base_itself = outcomes.models["base"]
     assert 0 < patched.sums["to_tuned"].sum() < patched.changed.sum()
     assert patched.sums["agreement_base"].sum() < base_itself.sums["agreement_base"].sum()
@@ -199,10 +227,13 @@ def test_it_comes_back_from_disk_and_draws(tmp_path: Path) -> None:
     assert found == again
     folder = found.save(tmp_path / "out")
     assert BlocksResult.load(folder) == found
-    assert len(found.plot().axes) == 3
+    assert found.plot().to_dict()
+    kinds = [block for block in flat(found.blocks()) if isinstance(block, Chart)]
+    assert len(kinds) == 4
+    assert all(chart.y.scale == "share" for chart in kinds if "2 x 2" not in chart.title)
     page = (folder / "report.html").read_text()
-    assert 'data-section="patching"' in page
-    assert "before the last block" in found.summary()
+    assert 'data-section="patch_blocks"' in page
+    assert "last block and head on the base's incoming residual" in found.conclusions()[0]
     metrics = {row["metric"] for row in found.table}
     assert metrics == {*METRICS, "ttr", "rep_2", "rep_3"}
 
@@ -212,35 +243,36 @@ def test_the_last_cut_is_the_same_whichever_end_of_a_block_is_patched(n_layers):
     base = make_tiny("llama", num_hidden_layers=n_layers)
     tuned = perturbed(base, 0.15)
     post, pre = (
-        patch_blocks(base, tuned, TEXTS, site=site, placebos=False, **SHORT)
+        patch_blocks(base, tuned, TEXTS, site=site, controls=False, **SHORT)
         for site in ("resid_post", "resid_pre")
     )
     said = {
-        name: [text for text in found.conclusions() if "Free-running" not in text]
+        name: [text for text in found.conclusions() if "Generated text" not in text]
         for name, found in (("post", post), ("pre", pre))
     }
     assert said["pre"] == said["post"]
-    assert f"cut before the last block (layer {n_layers - 1})" in said["pre"][1]
+    assert "last block and head on the base's incoming residual" in said["pre"][0]
     # What enters the last block is the layer before the last.
-    assert f"tuned into base at layer {n_layers - 1}:" in pre.summary()
-    assert "tuned into base at the last layer:" in post.summary()
+    answers = [" ".join(found.conclusions()) for found in (pre, post)]
+    assert f"tuned into base at layer {n_layers - 1}:" in answers[0]
+    assert "tuned into base at the last layer:" in answers[1]
 
 
 def test_a_state_that_overflows_in_the_other_model_is_refused():
-    with pytest.raises(ActivationError, match=r"tuned into base, donor at resid_post of block 0"):
-        patch_blocks(*overflowing_together(), TEXTS, placebos=False, **QUICK)
+    with pytest.raises(ActivationError, match=r"tuned into base, source at resid_post of block 0"):
+        patch_blocks(*overflowing_together(), TEXTS, controls=False, **QUICK)
 
 
 def test_models_that_keep_their_past_in_another_way_are_read_but_not_written_with(monkeypatch):
     base = state_space("mamba")
     tuned = perturbed(base, 0.1)
-    found = patch_blocks(base, tuned, TEXTS, placebos=False, **QUICK)
+    found = patch_blocks(base, tuned, TEXTS, controls=False, **QUICK)
     assert along(found, INTO_BASE, "agreement_tuned")[-1] > 0
 
     def not_yet(*_):
         raise AssertionError("what cannot be finished must not be begun")
 
-    monkeypatch.setattr("hyperlens.patching.layer_sweep.experiment.run_sweep", not_yet)
+    monkeypatch.setattr("hyperlens.patching.blocks.run_sweep", not_yet)
     with pytest.raises(PatchError, match=r"takes no past_key_values.*max_new_tokens=0"):
         patch_blocks(base, tuned, TEXTS, **SHORT)
 
@@ -262,3 +294,20 @@ def test_refusals_say_what_to_do() -> None:
         patch_blocks(without_branches, perturbed(without_branches), TEXTS, site="attn_out", **QUICK)
     with pytest.raises(HyperlensError, match="hooked model"):
         patch_blocks(ResidualModel(base), tuned, TEXTS, **QUICK)
+
+
+@pytest.mark.parametrize("experiment", [patch_blocks, patch_weights, patch_expansion])
+def test_prompts_go_through_in_batches_of_the_size_asked_for(experiment, monkeypatch):
+    base = make_tiny("llama")
+    sizes = set()
+    generate = type(base).generate
+
+    def watched(self, *args, **options):
+        sizes.add(len(options["input_ids"] if "input_ids" in options else args[0]))
+        return generate(self, *args, **options)
+
+    monkeypatch.setattr(type(base), "generate", watched)
+    texts = token_texts(16, shortest=12, longest=20)
+    options = {"n_prompts": 4, "prompt_tokens": 6, "max_new_tokens": 2, "progress": False}
+    experiment(base, perturbed(base, 0.1), texts, batch_size=3, **options)
+    assert sizes == {3, 1}

@@ -10,8 +10,8 @@ from conftest import D_VOCAB, make_tiny, perturbed
 from test_cli import tokenizer
 
 from hyperlens import cli
-from hyperlens.commands import patch
-from hyperlens.render.saved import read_results
+from hyperlens.cli import patch
+from hyperlens.questions import read_results
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +31,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def command(home: Path, *more: str) -> list[str]:
     pair = ["patch", str(home / "base"), str(home / "tuned"), "--texts", str(home / "texts.jsonl")]
-    quick = ["--prompt-tokens", "5", "--max-new-tokens", "4", "--n-prompts", "4", "-q"]
-    return [*pair, *quick, *more]
+    quick = ["--prompt-tokens", "5", "--max-new-tokens", "2", "--n-prompts", "3"]
+    return [*pair, *quick, "--n-texts", "8", "-q", *more]
 
 
 def test_every_part_is_saved_and_the_same_command_reads_them_again(
@@ -50,16 +50,16 @@ def test_every_part_is_saved_and_the_same_command_reads_them_again(
     printed = capsys.readouterr().out
     assert {path.name for path in out.iterdir()} == {*patch.PARTS, "patch.json", "report.html"}
     found = {result.name for result in read_results([out])}
-    assert found == {"patching", "patch_positions", "transplant", "expansion", "final_norm"}
+    assert found == {f"patch_{part}" for part in patch.PARTS}
     page = (out / "report.html").read_text()
-    for section in ("patching", "patch-positions", "transplant", "expansion", "final-norm"):
+    for section in (f"patch_{part}" for part in patch.PARTS):
         assert f'data-section="{section}"' in page, section
 
     def again(*_: object, **__: object) -> None:
         raise AssertionError("a part was run a second time")
 
-    monkeypatch.setattr("hyperlens.patching.layer_sweep.experiment.patch_blocks", again)
-    monkeypatch.setattr("hyperlens.patching.weights.experiment.transplant_weights", again)
+    monkeypatch.setattr("hyperlens.patching.blocks.patch_blocks", again)
+    monkeypatch.setattr("hyperlens.patching.weights.patch_weights", again)
     assert cli.main(everything) == cli.OK
     assert capsys.readouterr().out == printed
 
@@ -105,14 +105,14 @@ def test_a_folder_taken_meanwhile_is_not_mixed(
 ) -> None:
     out = tmp_path / "patched"
     one = command(home, "--what", "norm", "--out", str(out))
-    found = patch._found
+    found = patch._result
 
     def slowly(*args: Any) -> Any:
-        monkeypatch.setattr(patch, "_found", found)
+        monkeypatch.setattr(patch, "_result", found)
         assert cli.main([*one, "--seed", "1"]) == cli.OK
         return found(*args)
 
-    monkeypatch.setattr(patch, "_found", slowly)
+    monkeypatch.setattr(patch, "_result", slowly)
     assert cli.main(one) == cli.FAILED
     assert "with other inputs" in capsys.readouterr().err
     assert json.loads((out / patch.STAMP).read_text())["options"]["seed"] == "1"
@@ -123,7 +123,7 @@ def test_the_page_has_the_parts_of_earlier_calls(home: Path, tmp_path: Path) -> 
     for what in ("norm", "positions"):
         assert cli.main(command(home, "--what", what, "--out", str(out))) == cli.OK
     page = (out / "report.html").read_text()
-    for section in ("final-norm", "patch-positions"):
+    for section in ("patch_norm", "patch_positions"):
         assert page.count(f'data-section="{section}"') == 1, section
 
 

@@ -8,14 +8,17 @@ import transformers
 from conftest import ARCHITECTURES, GPT_SIZES, SIZES, lora, make_tiny, perturbed
 from test_hooked_models import BACKENDS, padded, supported
 
+import hyperlens.patching
 from hyperlens import load_hooked
 from hyperlens.decoding.generate import continuations
 from hyperlens.errors import HyperlensError, PatchError
 from hyperlens.hooks.residual import ResidualModel
+from hyperlens.hooks.resuming import check_resumes, read, resume, run_patched
+from hyperlens.hooks.sites import positions_mask
 from hyperlens.hooks.surface import resid_post, resid_pre, site_hook
 from hyperlens.patching import Site, changing, donating, in_blocks, patch_hooks, record
-from hyperlens.patching.hooks.cells import check_resumes, read, resume, run_patched
-from hyperlens.patching.hooks.positions import positions_mask
+
+pytestmark = pytest.mark.transformer_lens
 
 # Whose blocks keep states only; a state or keys and values; and both in one block.
 STATE_SPACE = {
@@ -100,20 +103,20 @@ def test_all_blocks_patched_speak_as_the_donor(name, backend):
         pytest.skip("TransformerLens 3.9 has no HookedTransformer for this architecture")
     base = make_tiny(name)
     tuned = blocks_perturbed(base)
-    host, donor = (load_hooked(model, backend=backend) for model in (base, tuned))
+    target, source = (load_hooked(model, backend=backend) for model in (base, tuned))
     tokens, mask = padded("right")
     real = mask.bool()
     with torch.no_grad():
-        expected = donor.run_with_hooks(tokens, attention_mask=mask)[real]
-        before = host.run_with_hooks(tokens, attention_mask=mask)[real]
+        expected = source.run_with_hooks(tokens, attention_mask=mask)[real]
+        before = target.run_with_hooks(tokens, attention_mask=mask)[real]
         assert (before - expected).abs().max() > 0.01
         # Before the blocks both streams are the same, so what the branches add is all there is.
         for kinds in (("resid_post",), ("attn_out", "mlp_out"), IN_A_BLOCK):
             where = [site for kind in kinds for site in in_blocks(kind, range(3))]
-            hooks = patch_hooks(host, record(donor, tokens, mask, where), attention_mask=mask)
-            logits = host.run_with_hooks(tokens, attention_mask=mask, fwd_hooks=hooks)[real]
+            hooks = patch_hooks(target, record(source, tokens, mask, where), attention_mask=mask)
+            logits = target.run_with_hooks(tokens, attention_mask=mask, fwd_hooks=hooks)[real]
             torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
-        after = host.run_with_hooks(tokens, attention_mask=mask)[real]
+        after = target.run_with_hooks(tokens, attention_mask=mask)[real]
     assert torch.equal(before, after)
 
 
@@ -123,17 +126,17 @@ def test_the_final_norm_is_a_site_or_refused_by_name(backend):
     tuned = perturbed(base, 0.2)
     with torch.no_grad():
         tuned.lm_head.weight.copy_(base.lm_head.weight)
-    host, donor = (load_hooked(model, backend=backend) for model in (base, tuned))
+    target, source = (load_hooked(model, backend=backend) for model in (base, tuned))
     tokens, mask = padded("right", (6, 6))
     site = Site("final_norm")
     if backend == "hooked_transformer":
         with pytest.raises(PatchError, match=r"HookedTransformer has no hook for final_norm"):
-            record(donor, tokens, mask, [site])
+            record(source, tokens, mask, [site])
         return
-    hooks = patch_hooks(host, record(donor, tokens, mask, [site]))
+    hooks = patch_hooks(target, record(source, tokens, mask, [site]))
     with torch.no_grad():
-        patched = host.run_with_hooks(tokens, fwd_hooks=hooks)
-        torch.testing.assert_close(patched, donor.run_with_hooks(tokens), atol=1e-5, rtol=1e-5)
+        patched = target.run_with_hooks(tokens, fwd_hooks=hooks)
+        torch.testing.assert_close(patched, source.run_with_hooks(tokens), atol=1e-5, rtol=1e-5)
 
 
 def test_blocks_that_add_three_things_have_no_branches():
@@ -152,32 +155,32 @@ def test_blocks_that_add_three_things_have_no_branches():
 @pytest.mark.parametrize("positions", [None, slice(2, None), slice(-3, -1), [0, 2], -1, 1])
 def test_only_chosen_positions_change(positions):
     base = make_tiny("llama")
-    host, donor = (ResidualModel(model) for model in (base, perturbed(base, 0.2)))
+    target, source = (ResidualModel(model) for model in (base, perturbed(base, 0.2)))
     for side in ("right", "left"):
         tokens, mask = padded(side)
         site = Site("resid_post", 2)
-        donated = record(donor, tokens, mask, [site])
-        hooks = patch_hooks(host, donated, attention_mask=mask, positions=positions)
-        own = record(host, tokens, mask, [site])[site]
+        activations = record(source, tokens, mask, [site])
+        hooks = patch_hooks(target, activations, attention_mask=mask, positions=positions)
+        own = record(target, tokens, mask, [site])[site]
         cache = {}
         keep = [(resid_post(2), lambda x, hook, cache=cache: cache.update(x=x))]
         with torch.no_grad():
-            host.run_with_hooks(tokens, attention_mask=mask, fwd_hooks=[*hooks, *keep])
+            target.run_with_hooks(tokens, attention_mask=mask, fwd_hooks=[*hooks, *keep])
         chosen = positions_mask(positions, mask)
         for row, real in enumerate(mask.bool()):
             numbers = torch.arange(int(real.sum()))
             wanted = numbers if positions is None else numbers[positions]
             assert chosen[row, real].nonzero().flatten().tolist() == wanted.reshape(-1).tolist()
         there = mask.bool() if positions is None else chosen
-        assert torch.equal(cache["x"][there], donated[site][there])
+        assert torch.equal(cache["x"][there], activations[site][there])
         assert torch.equal(cache["x"][~there & mask.bool()], own[~there & mask.bool()])
 
 
 def test_refusals_say_what_is_there():
-    host = ResidualModel(make_tiny("llama"))
+    target = ResidualModel(make_tiny("llama"))
     tokens, mask = padded("right")
     with pytest.raises(PatchError, match="this model has blocks 0 to 2"):
-        record(host, tokens, mask, [Site("resid_post", 3)])
+        record(target, tokens, mask, [Site("resid_post", 3)])
     with pytest.raises(PatchError, match="a site is one of resid_pre"):
         in_blocks("q", [1])
     with pytest.raises(PatchError, match="needs the number of a block"):
@@ -190,21 +193,23 @@ def test_refusals_say_what_is_there():
         positions_mask([True], mask)
     with pytest.raises(PatchError, match="without a step"):
         positions_mask(slice(0, 5, 2), mask)
-    donated = {Site("resid_post", 1): torch.zeros(1, 2, 32)}
+    activations = {Site("resid_post", 1): torch.zeros(1, 2, 32)}
     with pytest.raises(PatchError, match="record it on the same tokens"):
-        host.run_with_hooks(tokens, attention_mask=mask, fwd_hooks=patch_hooks(host, donated))
+        target.run_with_hooks(
+            tokens, attention_mask=mask, fwd_hooks=patch_hooks(target, activations)
+        )
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_resumed_blocks_end_where_they_ended(name):
-    host = ResidualModel(make_tiny(name))
+    target = ResidualModel(make_tiny(name))
     for side in ("right", "left"):
         tokens, mask = padded(side)
-        stream, _ = read(host, tokens, mask, [])
+        stream, _ = read(target, tokens, mask, [])
         for block in range(4):
-            again = resume(host, tokens, mask, block, stream[block])
+            again = resume(target, tokens, mask, block, stream[block])
             assert torch.equal(again[mask.bool()], stream[-1][mask.bool()])
-        check_resumes(host, tokens, mask, stream)
+        check_resumes(target, tokens, mask, stream)
 
 
 def test_blocks_that_hand_on_more_are_found_out():
@@ -213,11 +218,11 @@ def test_blocks_that_hand_on_more_are_found_out():
     first, last = model.model.layers[0], model.model.layers[2]
     first.register_forward_hook(lambda m, a, out: memory.update(x=out.detach().mean()))
     last.register_forward_hook(lambda m, a, out: out + memory.pop("x", 0.0))
-    host = ResidualModel(model)
+    target = ResidualModel(model)
     tokens, mask = padded("right")
-    stream, _ = read(host, tokens, mask, [])
-    with pytest.raises(PatchError, match="hand on more than the residual stream"):
-        check_resumes(host, tokens, mask, stream)
+    stream, _ = read(target, tokens, mask, [])
+    with pytest.raises(PatchError, match="pass on more than the residual stream"):
+        check_resumes(target, tokens, mask, stream)
 
 
 @pytest.mark.parametrize("without", ["nothing comes", "it fails"])
@@ -229,29 +234,29 @@ def test_what_late_blocks_leave_for_the_last_is_found_out(without):
     third.register_forward_hook(lambda m, a, out: memory.update(x=out.detach().mean()))
     default = [0.0] if without == "nothing comes" else []
     last.register_forward_hook(lambda m, a, out: out + memory.pop("x", *default))
-    host = ResidualModel(model)
+    target = ResidualModel(model)
     tokens, mask = padded("right")
-    stream, _ = read(host, tokens, mask, [])
-    assert torch.equal(resume(host, tokens, mask, 3, stream[3]), stream[-1])
-    with pytest.raises(PatchError, match=r"hand on more than the residual .*at block 5"):
-        check_resumes(host, tokens, mask, stream)
+    stream, _ = read(target, tokens, mask, [])
+    assert torch.equal(resume(target, tokens, mask, 3, stream[3]), stream[-1])
+    with pytest.raises(PatchError, match=r"pass on more than the residual .*at block 5"):
+        check_resumes(target, tokens, mask, stream)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "gemma2"])
 @pytest.mark.parametrize("kind", [*IN_A_BLOCK, "final_norm"])
 def test_a_cell_equals_a_whole_forward_pass_with_hooks(name, kind):
     base = make_tiny(name)
-    host, donor = (ResidualModel(model) for model in (base, perturbed(base, 0.1)))
+    target, source = (ResidualModel(model) for model in (base, perturbed(base, 0.1)))
     tokens, mask = padded("right")
     site = Site(kind, None if kind == "final_norm" else 1)
-    stream, _ = read(host, tokens, mask, [])
-    _, donated = read(donor, tokens, mask, [site])
-    normed = run_patched(host, tokens, mask, stream, site, donated[site])
-    hooks = patch_hooks(host, {site: donated[site]}, attention_mask=mask)
+    stream, _ = read(target, tokens, mask, [])
+    _, activations = read(source, tokens, mask, [site])
+    normed = run_patched(target, tokens, mask, stream, site, activations[site])
+    hooks = patch_hooks(target, {site: activations[site]}, attention_mask=mask)
     with torch.no_grad():
-        expected = host.run_with_hooks(tokens, attention_mask=mask, fwd_hooks=hooks)
-        logits = host.unembed(normed)
-        cap = host.cfg.output_logits_soft_cap
+        expected = target.run_with_hooks(tokens, attention_mask=mask, fwd_hooks=hooks)
+        logits = target.unembed(normed)
+        cap = target.cfg.output_logits_soft_cap
         logits = cap * torch.tanh(logits / cap) if cap else logits
     torch.testing.assert_close(logits[mask.bool()], expected[mask.bool()], atol=1e-5, rtol=1e-5)
 
@@ -259,25 +264,25 @@ def test_a_cell_equals_a_whole_forward_pass_with_hooks(name, kind):
 PROMPTS = [[1, 5, 9, 20], [1, 7], [1, 30, 31, 32, 33, 34]]
 
 
-def written(model, **options):
+def generated(model, **options):
     options = {"max_new_tokens": 8, "stop_at_eos": False, "progress": False} | options
     return continuations(model, None, PROMPTS, **options)
 
 
-def slowly(host, donor, site, prompt, steps, positions=None):
+def slowly(target, source, site, prompt, steps, positions=None):
     """The obvious way: one prompt, no cache, both models over the whole text at every step."""
-    host, donor = ResidualModel(host), ResidualModel(donor)
+    target, source = ResidualModel(target), ResidualModel(source)
     ids = list(prompt)
     for _ in range(steps):
         tokens = torch.tensor([ids])
-        donated = record(donor, tokens, None, [site])
+        activations = record(source, tokens, None, [site])
         chosen = positions if positions is None else list(range(len(ids)))[positions]
         if chosen == []:
             hooks = []
         else:
-            hooks = patch_hooks(host, donated, positions=chosen)
+            hooks = patch_hooks(target, activations, positions=chosen)
         with torch.no_grad():
-            ids.append(int(host.run_with_hooks(tokens, fwd_hooks=hooks)[0, -1].argmax()))
+            ids.append(int(target.run_with_hooks(tokens, fwd_hooks=hooks)[0, -1].argmax()))
     return ids[len(prompt) :]
 
 
@@ -289,7 +294,7 @@ def test_free_running_equals_the_slow_way(name, positions):
     tuned = perturbed(base, 0.2)
     for site in (Site("resid_post", 1), Site("mlp_out", 2), Site("resid_pre", 1)):
         with donating(base, tuned, [site], positions=positions):
-            got = written(base, batch_size=2)
+            got = generated(base, batch_size=2)
         for prompt, tokens in zip(PROMPTS, got, strict=True):
             assert tokens == slowly(base, tuned, site, prompt, 8, positions)
 
@@ -298,25 +303,25 @@ def test_all_of_the_donor_writes_as_the_donor():
     base = make_tiny("qwen2").double()
     tuned = blocks_perturbed(base, scale=0.3)
     with donating(base, tuned, [Site("resid_post", 2)]):
-        got = written(base)
-    assert got == written(tuned)
-    assert got != written(base), "the two must differ for this test"
+        got = generated(base)
+    assert got == generated(tuned)
+    assert got != generated(base), "the two must differ for this test"
 
 
 def test_an_adapter_can_donate_to_the_base_it_sits_on():
     base = make_tiny("llama").double()
     adapted = lora(copy.deepcopy(base), "llama").double()
     with donating(base, adapted, [Site("resid_post", 2)]):
-        got = written(base)
-    assert got == written(adapted)
+        got = generated(base)
+    assert got == generated(adapted)
 
 
 @pytest.mark.parametrize("name", ["lfm2", "falcon_h1"])
 def test_a_copy_lends_what_the_host_has(name):
     base = state_space(name)
     with donating(base, copy.deepcopy(base), [Site("resid_post", 2)]):
-        got = written(base)
-    assert got == written(base)
+        got = generated(base)
+    assert got == generated(base)
 
 
 def test_a_donor_that_keeps_its_past_in_another_way_is_refused():
@@ -330,10 +335,10 @@ def test_a_donor_that_keeps_its_past_in_another_way_is_refused():
 
 def test_a_model_does_not_lend_to_itself():
     base = make_tiny("llama")
-    for donor in (base, lora(base, "llama")):
+    for source in (base, lora(base, "llama")):
         with (
-            pytest.raises(PatchError, match="host and donor are one model"),
-            donating(base, donor, [Site("resid_post", 1)]),
+            pytest.raises(PatchError, match="target and source are one model"),
+            donating(base, source, [Site("resid_post", 1)]),
         ):
             pass
 
@@ -356,11 +361,11 @@ def test_a_host_goes_on_only_from_what_the_donor_has_read():
     with torch.no_grad():
         past = base(input_ids=tokens, use_cache=True).past_key_values
     with donating(base, perturbed(base), [Site("resid_post", 1)]), torch.no_grad():
-        with pytest.raises(PatchError, match="after 4 tokens, of which the donor has kept 0"):
+        with pytest.raises(PatchError, match="after 4 tokens, of which the source has kept 0"):
             base(input_ids=tokens[:, :1], past_key_values=past, use_cache=True)
         past = base(input_ids=tokens, use_cache=True).past_key_values
         past.crop(-2)
-        with pytest.raises(PatchError, match="after 2 tokens, of which the donor has kept 4"):
+        with pytest.raises(PatchError, match="after 2 tokens, of which the source has kept 4"):
             base(input_ids=tokens[:, 2:], past_key_values=past, use_cache=True)
 
 
@@ -369,19 +374,19 @@ def test_hooks_are_gone_after_whatever_happens(interrupt):
     base = make_tiny("llama")
     tuned = perturbed(base)
     tuned.train()
-    before = written(base)
+    before = generated(base)
 
-    def explode(own, donated):
+    def explode(own, activations):
         raise interrupt("stop here")
 
     with pytest.raises(interrupt), donating(base, tuned, [Site("resid_post", 1)], mix=explode):
-        written(base)
+        generated(base)
     with pytest.raises(interrupt), changing(base, Site("resid_post", 1), lambda x: explode(x, x)):
-        written(base)
+        generated(base)
     for model in (base, tuned):
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     assert tuned.training
-    assert written(base) == before
+    assert generated(base) == before
 
 
 def test_positions_of_a_text_being_written_count_from_its_start():
@@ -397,3 +402,11 @@ def test_positions_of_a_text_being_written_count_from_its_start():
     ):
         pass
     assert resid_pre(0) == site_hook("resid_pre", 0)
+
+
+def test_the_package_shows_what_it_has():
+    assert {"Site", "record", "patch_hooks", "donating", "changing", "transplanted"} <= set(
+        dir(hyperlens.patching)
+    )
+    for name in hyperlens.patching.__all__:
+        assert getattr(hyperlens.patching, name) is not None

@@ -13,14 +13,14 @@ from hyperlens.errors import ActivationError, HyperlensError, PatchError
 from hyperlens.hooks.residual import ResidualModel
 from hyperlens.hooks.surface import run_logits, unembed
 from hyperlens.patching import Site, patch_hooks
-from hyperlens.patching.position_map.cells import (
-    check_reads_on,
+from hyperlens.patching.position_map import (
+    EVERY,
+    check_continues,
     patched_everywhere,
     patched_singly,
-    read_ending,
+    read_endings,
 )
-from hyperlens.patching.position_map.experiment import patch_positions
-from hyperlens.patching.position_map.finding import EVERY, PositionsResult
+from hyperlens.patching.positions import PositionsResult, patch_positions
 
 INTO_BASE, INTO_TUNED = "tuned into base", "base into tuned"
 WAYS = (INTO_BASE, INTO_TUNED)
@@ -37,6 +37,7 @@ def site_of(layer):
     return Site("resid_pre", 0) if layer == 0 else Site("resid_post", layer - 1)
 
 
+@pytest.mark.transformer_lens
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_cell_equals_a_whole_forward_pass_with_a_hook(name):
     base = make_tiny(name)
@@ -45,8 +46,8 @@ def test_a_cell_equals_a_whole_forward_pass_with_a_hook(name):
     width = max(map(len, texts))
     tokens = torch.stack([torch.nn.functional.pad(t, (width - len(t), 0)) for t in texts])
     mask = torch.stack([torch.arange(width) >= width - len(t) for t in texts]).long()
-    host, donor = (read_ending("", model, tokens, mask, 5) for model in (host, donor))
-    check_reads_on(host)
+    host, donor = (read_endings("", model, tokens, mask, 5) for model in (host, donor))
+    check_continues(host)
     with torch.no_grad():
         for layer in range(4):
             donated = donor.stream[layer]
@@ -124,9 +125,9 @@ def test_one_text_is_shown_with_its_tokens_cell_by_cell():
     # No tokenizer: tokens are called by their ids.
     windows = [[str(i) for i in ids[j : j + 3]] for ids in TEXTS for j in range(len(ids))]
     assert example["tokens"] in windows
-    assert example["base_pick"] != example["tuned_pick"]
-    assert by_place[INTO_BASE, 3, 1]["choice"] == example["base_pick"]
-    assert by_place[INTO_TUNED, 3, 2]["choice"] == example["tuned_pick"]
+    assert example["base_top_1"] != example["tuned_top_1"]
+    assert by_place[INTO_BASE, 3, 1]["choice"] == example["base_top_1"]
+    assert by_place[INTO_TUNED, 3, 2]["choice"] == example["tuned_top_1"]
     assert 0 < abs(last["moved"]) < 5
 
 
@@ -165,7 +166,7 @@ def test_texts_that_do_not_serve_are_counted():
     assert found.extras["looked_at"] == 13
     assert found.extras["too_short"] == 3
     assert found.extras["decisions"] + found.extras["unchanged"] == 10
-    assert "3 of 13 texts have fewer than 6 tokens" in found.summary()
+    assert "3 of 13 texts have fewer than 6 tokens" in found.notes[0]
     fewer = patch_positions(base, tuned, TEXTS + short, offsets=6, n_texts=2, progress=False)
     assert fewer.extras["decisions"] == 2
     assert fewer.extras["looked_at"] < 13
@@ -175,11 +176,11 @@ def test_a_model_that_needs_more_than_keys_and_values_is_found_out():
     model = make_tiny("llama")
     tokens = torch.arange(3, 13)[None]
     ending = (ResidualModel(model), tokens, torch.ones_like(tokens), 4)
-    check_reads_on(read_ending("base", *ending))
+    check_continues(read_endings("base", *ending))
     # A block that looks at all tokens by another way than attention.
     model.model.layers[2].register_forward_hook(lambda m, given, out: out + out.mean(1, True))
     with pytest.raises(PatchError, match="does not read on from kept keys"):
-        check_reads_on(read_ending("base", *ending))
+        check_continues(read_endings("base", *ending))
 
 
 @pytest.mark.parametrize("name", STATE_SPACE)
@@ -187,9 +188,9 @@ def test_states_that_are_no_keys_and_values_are_refused(name):
     host = ResidualModel(state_space(name))
     tokens = torch.arange(3, 13)[None]
     with pytest.raises(PatchError, match="something other than keys and values"):
-        read_ending("base", host, tokens, torch.ones_like(tokens), 4)
+        read_endings("base", host, tokens, torch.ones_like(tokens), 4)
     # Nothing is kept where every token is patched.
-    check_reads_on(read_ending("base", host, tokens, torch.ones_like(tokens), 10))
+    check_continues(read_endings("base", host, tokens, torch.ones_like(tokens), 10))
 
 
 def test_a_state_that_overflows_in_the_other_model_is_refused():
@@ -213,11 +214,10 @@ def test_it_comes_back_from_its_folder_and_has_a_section(tmp_path):
     folder = found.save(tmp_path / "out")
     assert PositionsResult.load(folder) == found
     page = (folder / "report.html").read_text()
-    assert 'data-section="patch-positions"' in page
+    assert 'data-section="patch_positions"' in page
     assert "From which token does a changed decision come?" in page
-    assert (folder / "patch_positions.png").stat().st_size > 10_000
     # A name that Vega would take for a path, or for the end of a string, is drawn as nothing.
     fields = set(re.findall(r'"field": ?"([^"]*)"', page))
-    assert {"moved", "recovered", "position", "choice"} <= fields
     assert all(field.isidentifier() for field in fields)
-    assert "layers x positions" in (folder / "summary.txt").read_text()
+    assert "the last token" in (folder / "summary.txt").read_text()
+    assert found.plot().to_dict()

@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hyperlens import ProvenanceResult, cli, compare_models, provenance
 from hyperlens.embedded import embedded_base, embedded_tales
 from hyperlens.errors import CorpusError
-from hyperlens.experiments.contexts import names
-from hyperlens.experiments.contexts import token_texts as token_texts_of
 from hyperlens.experiments.decisions import neighbours
 from hyperlens.experiments.token_kinds import FUNCTION_WORDS, kind_of, repeats
+from hyperlens.models.tokenizers import token_names
+from hyperlens.models.tokenizers import token_texts as token_texts_of
 from hyperlens.probes.rank_reordering import rank_bins
 
 TEXTS = token_texts(10, shortest=8, longest=20)
@@ -264,7 +264,7 @@ def test_nor_is_it_one_in_the_table() -> None:
 def test_nor_is_one_of_sentencepiece_a_number(stories: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(stories)
     ids = tokenizer("😀 7", add_special_tokens=False)["input_ids"]
-    assert "<0xF0>" in names(tokenizer, ids)
+    assert "<0xF0>" in token_names(tokenizer, ids)
     kinds = [kind_of(text, "a") for text in token_texts_of(tokenizer, ids)]
     assert kinds.count("number") == 1  # the seven
 
@@ -337,4 +337,4 @@ def test_tokens_keep_the_space_that_begins_their_word(stories: Path) -> None:
     for folder in (stories, embedded_base()):
         tokenizer = AutoTokenizer.from_pretrained(folder)
         ids = tokenizer("Once upon a time there was a cat", add_special_tokens=False)["input_ids"]
-        assert "".join(names(tokenizer, ids)).strip() == "Once upon a time there was a cat"
+        assert "".join(token_names(tokenizer, ids)).strip() == "Once upon a time there was a cat"

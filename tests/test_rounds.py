@@ -14,8 +14,7 @@ from hyperlens import compare_models
 from hyperlens.data.corpus import build_corpus
 from hyperlens.errors import ResourceError
 from hyperlens.hooks.loading import load_hooked
-from hyperlens.passes import memory
-from hyperlens.passes import multi_pass as rounds
+from hyperlens.passes import memory, multi_pass
 from hyperlens.passes import streaming as runner
 from hyperlens.passes.multi_pass import run_passes
 from hyperlens.passes.streaming import PassOptions, pass_memory
@@ -46,10 +45,11 @@ def room_for(monkeypatch, work, n_layers):
     (ratio,) = (probe for probe in probes if isinstance(probe, ParticipationRatio))
     ratio.layers = tuple(range(n_layers))
     allowed = pass_memory(work[0], work[2], probes, OPTIONS).total
-    for module in (runner, rounds):
+    for module in (runner, multi_pass):
         monkeypatch.setattr(module, "free_bytes", lambda device: allowed)
 
 
+@pytest.mark.transformer_lens
 @pytest.mark.parametrize(("n_layers", "n_passes"), [(5, 1), (4, 2), (3, 2), (2, 3), (1, 5)])
 def test_several_passes_give_the_numbers_of_one(work, monkeypatch, n_layers, n_passes):
     once = run_passes(*work, default_probes(), OPTIONS)
@@ -72,7 +72,7 @@ def test_a_pass_holds_no_sums_of_the_one_before(work, monkeypatch):
         held.extend(weakref.ref(p.sums["outer"]) for p in probes if hasattr(p, "split"))
         return result
 
-    monkeypatch.setattr(rounds, "run_pass", spying)
+    monkeypatch.setattr(multi_pass, "run_pass", spying)
     assert run_passes(*work, default_probes(), OPTIONS).n_passes == len(held) == 3
 
 
@@ -91,7 +91,7 @@ def test_chosen_layers_and_views_stay_chosen(work, monkeypatch):
 
 def test_one_layer_that_does_not_fit_is_refused(work, monkeypatch):
     monkeypatch.setattr(runner, "free_bytes", lambda device: 1000)
-    monkeypatch.setattr(rounds, "free_bytes", lambda device: 1000)
+    monkeypatch.setattr(multi_pass, "free_bytes", lambda device: 1000)
     with pytest.raises(ResourceError, match="fewer views or layers"):
         run_passes(*work, default_probes(), OPTIONS)
     with pytest.raises(ResourceError, match="fewer views or layers"):

@@ -6,16 +6,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hyperlens.patching import spectrum
-from hyperlens.patching.expansion.interventions import (
+from hyperlens.patching.expansion.changes import (
     ITSELF,
+    METHODS,
     VARIANCE_CONTROL,
-    WAYS,
     Cell,
+    generated_cells,
     plan,
-    written_cells,
 )
-from hyperlens.patching.spectrum import Cloud
+from hyperlens.statistics import spectrum
+from hyperlens.statistics.spectrum import Cloud
 
 seeds = st.integers(0, 2**32 - 1)
 sizes = st.integers(2, 12)
@@ -57,7 +57,7 @@ def test_principal_axes_are_numpys(d, seed):
 def test_dimension_and_variance_after_a_change(d, seed, data):
     c, basis = covariance(d, seed), spectrum.random_basis(d, seed % 1000)
     gain = torch.from_numpy(np.random.default_rng(seed).uniform(0.1, 2, d))
-    seen = spectrum.seen_along(c, basis)
+    seen = spectrum.in_basis(c, basis)
     assert spectrum.participation(seen) == pytest.approx(ratio(c.numpy()))
     brute = after(c, basis, gain)
     assert spectrum.participation(seen, gain) == pytest.approx(ratio(brute))
@@ -72,7 +72,7 @@ def test_dimension_and_variance_after_a_change(d, seed, data):
 @given(sizes, seeds, st.floats(0, 1))
 def test_random_directions_remove_exactly_that_variance(d, seed, share):
     c, basis = covariance(d, seed), spectrum.random_basis(d, 3)
-    variance = spectrum.seen_along(c, basis).diagonal()
+    variance = spectrum.in_basis(c, basis).diagonal()
     total = share * float(variance.sum())
     gain = spectrum.removing_variance(variance, total)
     removed = np.trace(c.numpy()) - np.trace(after(c, basis, gain))
@@ -88,7 +88,9 @@ def test_removing_nothing_is_the_identity():
     assert torch.equal(spectrum.keeping(6, 6), torch.ones(6).double())
     own = spectrum.principal(covariance(6, 1)).values
     assert torch.equal(spectrum.respaced(own, own), torch.ones(6).double())
-    assert torch.equal(spectrum.dealt(torch.ones(6).double(), own, 2), torch.ones(6).double())
+    assert torch.equal(
+        spectrum.shuffled_gains(torch.ones(6).double(), own, 2), torch.ones(6).double()
+    )
 
 
 @given(sizes, seeds)
@@ -114,10 +116,10 @@ def test_transport_gives_exactly_the_wanted_covariance(d, seed):
 
 
 @given(sizes, seeds)
-def test_dealt_gains_are_the_same_gains_with_the_same_variance(d, seed):
+def test_shuffled_gains_are_the_same_gains_with_the_same_variance(d, seed):
     variance = spectrum.principal(covariance(d, seed)).values
     gain = torch.from_numpy(np.random.default_rng(seed).uniform(0.2, 3, d))
-    new = spectrum.dealt(gain, variance, seed % 97)
+    new = spectrum.shuffled_gains(gain, variance, seed % 97)
     assert float((new.square() * variance).sum()) == pytest.approx(
         float((gain.square() * variance).sum())
     )
@@ -128,7 +130,7 @@ def test_dealt_gains_are_the_same_gains_with_the_same_variance(d, seed):
 @given(sizes, seeds, st.floats(1.05, 12.0))
 def test_matched_doses_are_those_of_a_search(d, seed, wanted):
     c, basis = covariance(d, seed), spectrum.random_basis(d, 5)
-    seen = spectrum.seen_along(c, basis)
+    seen = spectrum.in_basis(c, basis)
     kept = [m for m in range(1, d + 1) if ratio(after(c, basis, spectrum.keeping(m, d))) <= wanted]
     assert spectrum.most_kept(seen, wanted) == (max(kept) if kept else 1)
     for most in (d // 2, d - 1):
@@ -174,12 +176,12 @@ def test_every_way_of_a_plan_does_what_it_says(d, seed):
         assert variance == pytest.approx(np.trace(brute) / np.trace(c.numpy()), abs=1e-9)
         if variance > 1e-9:
             assert dimension == pytest.approx(ratio(brute), rel=1e-5)
-        itself = Cell(cell.way, cell.dose, ITSELF, -1)
-        if cell.arm == VARIANCE_CONTROL[cell.way]:
+        itself = Cell(cell.method, cell.n_directions, ITSELF, -1)
+        if cell.condition == VARIANCE_CONTROL[cell.method]:
             assert variance == pytest.approx(left[itself].variance, abs=1e-9)
     spectra = {"base_spectrum": "base", "tuned_spectrum": "tuned", "tuned_covariance": "tuned"}
-    for way, model in spectra.items():
-        assert left[Cell(way, 0, ITSELF, -1)].dimension == pytest.approx(wide[model], rel=1e-5)
+    for method, model in spectra.items():
+        assert left[Cell(method, 0, ITSELF, -1)].dimension == pytest.approx(wide[model], rel=1e-5)
     everything = Cell("base_directions", d, ITSELF, -1)
     assert torch.equal(planned.changes[everything].gain, torch.ones(d).double())
 
@@ -188,22 +190,25 @@ def test_a_plan_has_its_matched_doses_and_writes_under_few():
     wide, narrow = torch.linspace(1, 2, 16).double(), torch.linspace(1, 2, 16).double() ** 8
     basis = spectrum.random_basis(16, 0)
     clouds = [Cloud(99, torch.zeros(16).double(), (basis * v) @ basis.mT) for v in (narrow, wide)]
-    planned = plan(*clouds, doses=[2, 4, 99], n_random=3, seed=0)
+    planned = plan(*clouds, n_directions=[2, 4, 99], n_random=3, seed=0)
     matched = planned.matched["base_directions"]
-    assert planned.doses("base_directions") == sorted({2, 4, 16, matched})
+    assert planned.sizes("base_directions") == sorted({2, 4, 16, matched})
     left = planned.spread({"base": clouds[0], "tuned": clouds[1]})
     wanted = ratio(clouds[0].covariance.numpy())
     assert left[Cell("base_directions", matched, ITSELF, -1)].dimension <= wanted * (1 + 1e-8)
-    cells = written_cells(plan(*clouds, doses=None, n_random=3, seed=0))
-    per_way = {way: len([c for c in cells if c.way == way and c.arm == ITSELF]) for way in WAYS}
-    assert per_way == {
+    cells = generated_cells(plan(*clouds, n_directions=None, n_random=3, seed=0))
+    per_method = {
+        method: len([c for c in cells if c.method == method and c.condition == ITSELF])
+        for method in METHODS
+    }
+    assert per_method == {
         "base_directions": 3,
         "new_directions": 3,
         "base_spectrum": 1,
         "tuned_spectrum": 1,
         "tuned_covariance": 1,
     }
-    assert matched in {c.dose for c in cells if c.way == "base_directions"}
+    assert matched in {c.n_directions for c in cells if c.method == "base_directions"}
     # Without an expansion there is nothing to be removed.
-    none = plan(clouds[1], clouds[0], doses=None, n_random=1, seed=0)
+    none = plan(clouds[1], clouds[0], n_directions=None, n_random=1, seed=0)
     assert none.matched == {"base_directions": 16, "new_directions": None}

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hyperlens import read_texts
+from hyperlens.data.texts import read_texts
 from hyperlens.errors import CorpusError
 
 TEXTS = ["Once upon a time.", "There was a king.", "He had three sons: ä, ß, 三."]
@@ -272,3 +272,21 @@ def test_a_hub_dataset_that_breaks_off(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     assert read_texts("owner/tales", limit=1) == ["one"]
     fails("owner/tales", "gone", limit=2)
+
+
+# file names in place of texts
+
+
+def test_a_list_of_file_names_is_not_measured_as_texts(tmp_path: Path) -> None:
+    existing = [str(written(tmp_path / name, "one\n\ntwo")) for name in ("a", "b.md")]
+    for names in (["a.txt", "b.TXT"], ["some/where.jsonl"], ("c.parquet",), existing):
+        fails(names, "list of file names", repr(names[0]), "pass one path", "read_texts")
+    for texts in (["a.txt", "A tale."], ["It is in a.txt", "see also b.txt"], [*existing, "more"]):
+        assert read_texts(texts) == texts
+    assert read_texts([" "]) == [" "]
+
+
+def test_folders_and_json_files_are_told_apart(tmp_path: Path) -> None:
+    fails(tmp_path, "a folder", "load_from_disk", "expected a file ending in .txt")
+    fails(str(tmp_path), "a folder", ".parquet")
+    fails(written(tmp_path / "t.json", "[]"), "single JSON value", "expected a file ending in .txt")

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
 
-from hyperlens.hooks import unembedding
-from hyperlens.hooks.unembedding import FEWEST_ROWS, ScaledUnembed, linear_in_pieces
+from hyperlens.hooks import residual
+from hyperlens.hooks.residual import FEWEST_ROWS, ScaledUnembed, linear_in_pieces
 from hyperlens.passes.streams import logit_chunk_bytes, logit_chunk_rows
 
 CPU = torch.device("cpu")
@@ -23,7 +23,7 @@ def in_pieces(monkeypatch):
         taken.append(len(given[0]))
         return linear_in_pieces(*given)
 
-    monkeypatch.setattr(unembedding, "linear_in_pieces", counted)
+    monkeypatch.setattr(residual, "linear_in_pieces", counted)
     return taken
 
 

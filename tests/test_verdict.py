@@ -10,9 +10,9 @@ from hyperlens.patching.expansion.verdict import (
     jointly,
     judge,
     of_claim,
-    of_way,
+    of_method,
 )
-from hyperlens.patching.ratios import NOTHING
+from hyperlens.statistics.ratios import NOTHING
 from hyperlens.statistics.significance import Estimate
 
 GROWN, SHRUNK = Estimate(30, 25, 35, math.nan, 9), Estimate(-3, -5, -1, math.nan, 9)
@@ -60,20 +60,20 @@ def whole(needed, enough, change=GROWN, n_changed=100):
     ],
 )
 def test_one_way(found, answer):
-    assert of_way(found, 0.1) == answer
+    assert of_method(found, 0.1) == answer
 
 
 def test_a_small_effect_is_no_support_however_sure():
-    assert of_way(Evidence(1.0, {"lost": about(0.05, 0.001)}, {"lost": 0.04}, ROOM), 0.1) == (
+    assert of_method(Evidence(1.0, {"lost": about(0.05, 0.001)}, {"lost": 0.04}, ROOM), 0.1) == (
         "contradicted"
     )
-    assert of_way(Evidence(1.0, {"lost": about(0.05, 0.001)}, {"lost": 0.04}, ROOM), 0.02) == (
+    assert of_method(Evidence(1.0, {"lost": about(0.05, 0.001)}, {"lost": 0.04}, ROOM), 0.02) == (
         "supported"
     )
 
 
 @pytest.mark.parametrize(
-    ("ways", "answer"),
+    ("methods", "answer"),
     [
         (["contradicted", "supported", None], "supported"),
         (["contradicted", "contradicted", None], "contradicted"),
@@ -82,8 +82,8 @@ def test_a_small_effect_is_no_support_however_sure():
         ([], "cannot tell"),
     ],
 )
-def test_a_claim(ways, answer):
-    assert of_claim(ways) == answer
+def test_a_claim(methods, answer):
+    assert of_claim(methods) == answer
 
 
 @pytest.mark.parametrize(
@@ -104,25 +104,25 @@ def test_whether_the_dimension_grew(change, there_is):
 
 
 def test_the_whole():
-    assert whole({"a": STRONG}, {"b": STRONG}).whole == "supports"
-    assert whole({"a": STRONG}, {"b": WEAK}).whole == "contradicts"
-    assert whole({"a": WEAK}, {"b": UNSURE}).whole == "contradicts"
-    assert whole({"a": STRONG}, {"b": UNSURE}).whole == "cannot tell"
+    assert whole({"a": STRONG}, {"b": STRONG}).overall == "supports"
+    assert whole({"a": STRONG}, {"b": WEAK}).overall == "contradicts"
+    assert whole({"a": WEAK}, {"b": UNSURE}).overall == "contradicts"
+    assert whole({"a": STRONG}, {"b": UNSURE}).overall == "cannot tell"
     # Whatever else: there is nothing that could be the cause.
-    assert whole({"a": STRONG}, {"b": STRONG}, SHRUNK).whole == "contradicts"
-    assert whole({"a": STRONG}, {"b": STRONG}, UNKNOWN).whole == "cannot tell"
+    assert whole({"a": STRONG}, {"b": STRONG}, SHRUNK).overall == "contradicts"
+    assert whole({"a": STRONG}, {"b": STRONG}, UNKNOWN).overall == "cannot tell"
     # Nothing to be caused comes first.
-    assert whole({"a": STRONG}, {"b": STRONG}, SHRUNK, n_changed=0).whole == "cannot tell"
+    assert whole({"a": STRONG}, {"b": STRONG}, SHRUNK, n_changed=0).overall == "cannot tell"
     found = whole({"a": STRONG, "c": one(moved=0.0, lost=0.5)}, {"b": WEAK})
     assert (found.needed, found.enough) == ("supported", "contradicted")
-    assert found.ways == {"a": "supported", "c": None, "b": "contradicted"}
+    assert found.methods == {"a": "supported", "c": None, "b": "contradicted"}
 
 
 def test_more_ways_need_wider_intervals():
     barely = Evidence(1.0, {"lost": about(0.155)}, {"lost": 0.1}, ROOM)
-    assert of_way(barely, 0.1) == "supported"
+    assert of_method(barely, 0.1) == "supported"
     alone = jointly({"a": barely})
     assert alone["a"].effects == barely.effects
     three = jointly({"a": barely, "b": barely, "c": Evidence(math.nan, {}, {}, NOTHING)})
     assert three["a"].effects["lost"].low < barely.effects["lost"].low
-    assert of_way(three["a"], 0.1) == "cannot tell"
+    assert of_method(three["a"], 0.1) == "cannot tell"

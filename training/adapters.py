@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import TrainingError
-from ..hub import first_line
+from ..errors import TrainingError, first_line
 from ..models.structure import find_structure
 from . import pissa
 from .recipes import Recipe

@@ -12,9 +12,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from ..data.corpus import adds_bos
+from ..data.corpus import adds_bos, are_token_ids
 from ..data.texts import Texts, read_texts
-from ..data.token_ids import are_token_ids
 from ..errors import TrainingError
 from .recipes import Recipe
 

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, TrainerCallback
 
-from ..errors import TrainingError
-from ..hub import first_line
+from ..errors import TrainingError, first_line
 from ..models.sources import OpenedModel
 from . import pissa, processes
 from .adapters import (

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
-from ..errors import ResultsError, TrainingError
-from ..hub import first_line
+from ..errors import ResultsError, TrainingError, first_line
 from . import processes
 from .callbacks import Progress
 from .prefix import PrefixCache

@@ -1,4 +1,4 @@
-"""Texts to token sequences: our own tokenisation, counted exclusions, and an order of our own.
+"""Texts to token sequences: tokenisation, counted exclusions, a fixed order, padded batches.
 
 Sequences are put in a fixed order (longest first, then by content), so that a result does not
 depend on the order the texts came in, batches carry little padding, and the largest batch, the
@@ -20,7 +20,6 @@ from torch import Tensor
 
 from ..errors import CorpusError
 from .texts import read_texts
-from .token_ids import are_token_ids, check_ids, read_token_ids
 
 PaddingSide = Literal["right", "left"]
 
@@ -102,7 +101,6 @@ class Corpus:
         n_sampled_sequences: int = 0,
         n_sampled_tokens: int = 0,
         seed: int = 0,
-        padding_side: PaddingSide = "right",
     ) -> Iterator[Batch]:
         """Padded batches in the corpus's own order.
 
@@ -110,30 +108,24 @@ class Corpus:
             batch_size: sequences per batch.
             n_sampled_sequences, n_sampled_tokens: size of the token sample.
             seed: of the choice of the sample, which depends on content alone otherwise.
-            padding_side: right padding needs no position ids; left is there to be tested.
         """
         keys = [_hash(sequence, seed) for sequence in self.sequences]
         chosen = sorted(range(len(keys)), key=lambda i: (keys[i], i))[:n_sampled_sequences]
         slots = {i: slot for slot, i in enumerate(chosen)}
         for start in range(0, len(self.sequences), batch_size):
             indices = range(start, min(start + batch_size, len(self.sequences)))
-            width = max(len(self.sequences[i]) for i in indices)
-            tokens = np.zeros((len(indices), width), dtype=np.int64)
-            real = np.zeros(tokens.shape, dtype=bool)
+            tokens, mask = pad([self.sequences[i] for i in indices])
+            real = mask.bool()
             position = np.full((len(indices), n_sampled_tokens), -1, dtype=np.int64)
             for row, i in enumerate(indices):
-                sequence = self.sequences[i]
-                offset = 0 if padding_side == "right" else width - len(sequence)
-                tokens[row, offset : offset + len(sequence)] = sequence
-                real[row, offset : offset + len(sequence)] = True
                 if i in slots:
-                    drawn = self._sampled_positions(sequence, keys[i], n_sampled_tokens)
-                    position[row, : len(drawn)] = drawn + offset
-            bos = real & (tokens == self.bos_id if self.bos_id is not None else np.False_)
+                    drawn = self._sampled_positions(self.sequences[i], keys[i], n_sampled_tokens)
+                    position[row, : len(drawn)] = drawn
+            is_bos = torch.zeros_like(real) if self.bos_id is None else tokens == self.bos_id
             yield Batch(
-                tokens=torch.from_numpy(tokens),
-                real=torch.from_numpy(real),
-                bos=torch.from_numpy(bos),
+                tokens=tokens,
+                real=real,
+                bos=real & is_bos,
                 slot=torch.tensor([slots.get(i, -1) for i in indices]),
                 position=torch.from_numpy(position),
             )
@@ -142,6 +134,35 @@ class Corpus:
         countable = np.flatnonzero(sequence != self.bos_id) if self.bos_id is not None else None
         candidates = np.arange(len(sequence)) if countable is None else countable
         return np.random.default_rng(key).permutation(candidates)[:n]
+
+
+def pad(
+    sequences: Sequence[Sequence[int] | np.ndarray],
+    *,
+    side: PaddingSide = "right",
+    width: int | None = None,
+    pad_id: int = 0,
+) -> tuple[Int[Tensor, "text pos"], Int[Tensor, "text pos"]]:
+    """Token ids and attention mask of several sequences in one batch.
+
+    Args:
+        sequences: token ids.
+        side: where the pads go, "right" or "left".
+        width: of the batch; None for that of the longest sequence.
+        pad_id: what pads are.
+
+    >>> tokens, mask = pad([[5, 6, 7], [8]], side="left")
+    >>> tokens.tolist(), mask.tolist()
+    ([[5, 6, 7], [0, 0, 8]], [[1, 1, 1], [0, 0, 1]])
+    """
+    width = max(map(len, sequences)) if width is None else width
+    tokens = np.full((len(sequences), width), pad_id, dtype=np.int64)
+    mask = np.zeros_like(tokens)
+    for row, ids in enumerate(sequences):
+        start = 0 if side == "right" else width - len(ids)
+        tokens[row, start : start + len(ids)] = ids
+        mask[row, start : start + len(ids)] = 1
+    return torch.from_numpy(tokens), torch.from_numpy(mask)
 
 
 def build_corpus(
@@ -156,8 +177,8 @@ def build_corpus(
 ) -> Corpus:
     """Tokenise texts, or take token ids as they are.
 
-    BOS is prepended exactly where the tokenizer itself would. Special tokens are otherwise not
-    added.
+    BOS is put in front exactly where the tokenizer itself would, and never twice. Other special
+    tokens are not added.
 
     Args:
         texts: anything `read_texts` takes, or a list of token id sequences.
@@ -173,22 +194,23 @@ def build_corpus(
     """
     check_max_length(max_length)
     longest = min(max_length, context_length or max_length)
-    notes = []
+    notes: list[str] = []
     if tokenizer is not None:
         bos_id = tokenizer.bos_token_id
-    raw = (
-        read_token_ids(texts, getattr(tokenizer, "pad_token_id", None))
-        if are_token_ids(texts)
-        else tokenize(read_texts(texts), tokenizer)
-    )
-    kept = [ids for ids in raw if _content_length(ids, bos_id) >= 2]
+    if are_token_ids(texts):
+        raw = read_token_ids(texts, getattr(tokenizer, "pad_token_id", None))
+    else:
+        texts = read_texts(texts)
+        raw = tokenize(texts, tokenizer)
+        notes += _bos_notes(texts, tokenizer)
+    long_enough = [ids for ids in raw if _content_length(ids, bos_id) >= 2]
     n_empty = sum(_content_length(ids, bos_id) == 0 for ids in raw)
-    if not kept:
+    if not long_enough:
         raise CorpusError(
             f"none of the {len(raw)} texts has two tokens or more "
             f"({n_empty} are empty): give longer texts"
         )
-    cut = [ids[:longest] for ids in kept]
+    cut = [ids[:longest] for ids in long_enough]
     check_ids(cut, d_vocab)
     ordered = sorted(cut, key=lambda ids: (-len(ids), ids.tobytes()))
     contents = [ids.tobytes() for ids in ordered]
@@ -196,8 +218,8 @@ def build_corpus(
     counts = Counts(
         n_texts=len(raw),
         n_empty=n_empty,
-        n_short=len(raw) - len(kept) - n_empty,
-        n_cut=sum(len(ids) > longest for ids in kept),
+        n_short=len(raw) - len(long_enough) - n_empty,
+        n_cut=sum(len(ids) > longest for ids in long_enough),
         n_duplicates=len(contents) - len(set(contents)),
         n_sequences=len(ordered),
         n_tokens=sum(map(len, ordered)),
@@ -229,7 +251,7 @@ def build_corpus(
 
 
 def check_max_length(max_length: Any) -> None:
-    """Refuse a length that leaves nothing to measure.
+    """Raise unless `max_length` leaves something to measure.
 
     Raises:
         CorpusError: below two tokens.
@@ -241,14 +263,20 @@ def check_max_length(max_length: Any) -> None:
 
 
 def adds_bos(tokenizer: Any) -> bool:
-    """Whether the tokenizer itself starts a text with BOS."""
+    """Whether the tokenizer itself puts BOS in front of a text."""
     if tokenizer.bos_token_id is None:
         return False
     return list(tokenizer("a")["input_ids"][:1]) == [tokenizer.bos_token_id]
 
 
 def tokenize(texts: Sequence[str], tokenizer: Any) -> list[np.ndarray]:
-    """Ids of every text, BOS in front where the tokenizer puts it; `CorpusError` without one."""
+    """Ids of every text, with BOS in front where the tokenizer itself puts it.
+
+    A text that begins with the BOS token's own text, as chat templates write it, gets no second.
+
+    Raises:
+        CorpusError: if there is no tokenizer.
+    """
     if tokenizer is None:
         raise CorpusError(
             "no tokenizer was found for the base model: pass (model, tokenizer) instead of the "
@@ -256,7 +284,88 @@ def tokenize(texts: Sequence[str], tokenizer: Any) -> list[np.ndarray]:
         )
     encoded = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
     start = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
-    return [np.array(start + list(ids) if ids else [], dtype=np.int64) for ids in encoded]
+    return [
+        np.array(ids if ids[:1] == start or not ids else start + ids, dtype=np.int64)
+        for ids in map(list, encoded)
+    ]
+
+
+def _bos_notes(texts: Sequence[str], tokenizer: Any) -> list[str]:
+    """Says how many texts, such as chats, begin with BOS themselves."""
+    if not adds_bos(tokenizer):
+        return []
+    n = sum(text.startswith(tokenizer.bos_token) for text in texts)
+    if n == 0:
+        return []
+    return [
+        f"{n} of {len(texts)} texts begin with {tokenizer.bos_token!r} themselves: no second BOS "
+        "was put in front"
+    ]
+
+
+def are_token_ids(texts: Any) -> bool:
+    """Whether texts are token ids already: a list of id sequences, or a tensor of them.
+
+    >>> are_token_ids([[1, 2], [3]]), are_token_ids(["some text"])
+    (True, False)
+    """
+    if isinstance(texts, Tensor):
+        return True
+    if isinstance(texts, np.ndarray):
+        return texts.dtype.kind not in "OUST" or are_token_ids(list(texts))
+    if not isinstance(texts, list | tuple) or not texts:
+        return False
+    return not isinstance(texts[0], str) and isinstance(texts[0], Sequence | Tensor | np.ndarray)
+
+
+def read_token_ids(texts: Any, pad_id: int | None) -> list[np.ndarray]:
+    """Token id sequences as arrays.
+
+    Raises:
+        CorpusError: if one is no flat list of whole numbers, or is padded.
+    """
+    sequences = []
+    for i, sequence in enumerate(texts):
+        try:
+            ids = np.asarray(sequence.cpu() if isinstance(sequence, Tensor) else sequence)
+        except (TypeError, ValueError):  # ragged, or of a kind that numpy does not know
+            ids = np.zeros((1, 1))
+        if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
+            raise CorpusError(
+                f"text {i}: expected a flat list of integer token ids, as every text in a list of "
+                "token ids must be"
+            )
+        sequences.append(ids.astype(np.int64))
+    _check_unpadded(texts, sequences, pad_id)
+    return sequences
+
+
+def _check_unpadded(texts: Any, sequences: list[np.ndarray], pad_id: int | None) -> None:
+    """Raise for a padded rectangle: its pads would be measured as text."""
+    if not isinstance(texts, Tensor | np.ndarray) or pad_id is None:
+        return
+    for i, ids in enumerate(sequences):
+        # A single one may be intended: many tokenizers pad with EOS.
+        if len(ids) > 2 and any((ends == pad_id).all() for ends in (ids[:2], ids[-2:])):
+            raise CorpusError(
+                f"text {i} is padded (with id {pad_id}): give a list of the token ids without "
+                "padding, or the texts themselves"
+            )
+
+
+def check_ids(sequences: list[np.ndarray], d_vocab: int | None) -> None:
+    """Raise if an id is outside the model's vocabulary.
+
+    Raises:
+        CorpusError: naming the id.
+    """
+    lowest, highest = min(int(s.min()) for s in sequences), max(int(s.max()) for s in sequences)
+    if lowest < 0 or (d_vocab is not None and highest >= d_vocab):
+        bad = lowest if lowest < 0 else highest
+        raise CorpusError(
+            f"token id {bad} is outside the model's vocabulary of {d_vocab}: "
+            "give the texts, or the token ids, of this model's own tokenizer"
+        )
 
 
 def _content_length(ids: np.ndarray, bos_id: int | None) -> int:

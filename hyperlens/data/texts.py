@@ -1,4 +1,4 @@
-"""Read texts from what people have: lists, files, tables, datasets, hub dataset names."""
+"""Read texts from lists, files, tables, datasets and hub dataset names."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import CorpusError
-from ..hub import HUB_ID, first_line
+from ..errors import CorpusError, first_line
+from ..models.kinds import HUB_ID
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -23,7 +23,7 @@ ENCODING = "utf-8-sig"
 
 
 class Texts(list[str]):
-    """Texts that know where they came from.
+    """A list of texts with a record of where they came from.
 
     Args:
         texts: the texts.
@@ -55,12 +55,17 @@ def read_texts(
         limit: keep only the first so many texts; a hub dataset is then streamed, not downloaded.
 
     Returns:
-        A list of strings that also says where it came from (`source`).
+        A list of strings; its `source` says where they came from.
 
     Raises:
-        CorpusError: if there is no such source, or no text in it.
+        CorpusError: if there is no such source, no text in it, or the list holds names of files.
+
+    >>> texts = read_texts(["Once upon a time.", "The end."], limit=1)
+    >>> texts, texts.source
+    (['Once upon a time.'], {'kind': 'list', 'limit': 1})
     """
     at_most: Any = limit
+    _check_not_file_names(source)
     if limit is not None and not (isinstance(at_most, Integral) and limit >= 1):
         raise CorpusError(f"limit must be at least 1 text (a whole number), got {limit}")
     streaming = limit is not None
@@ -69,6 +74,23 @@ def read_texts(
     if not texts:
         raise CorpusError(f"no texts in {_describe(source)}: expected at least one")
     return texts
+
+
+def _check_not_file_names(source: Any) -> None:
+    """A list of file names would be measured as if the names were the texts."""
+    if isinstance(source, list | tuple) and source and all(map(_is_file_name, source)):
+        names = repr(source[0]) + (", …" if source[1:] else "")
+        raise CorpusError(
+            f"expected texts, got a list of file names ({names}): "
+            "pass one path instead of a list, or read each file with read_texts and join the texts"
+        )
+
+
+def _is_file_name(text: Any) -> bool:
+    if not isinstance(text, str) or not text.strip():
+        return False
+    named = text.lower().endswith(READERS) and not any(c.isspace() for c in text)
+    return named or (_exists(Path(text)) and Path(text).expanduser().is_file())
 
 
 def _texts(source: Any, column: str | None, split: str, streaming: bool) -> Iterator[str]:
@@ -86,7 +108,7 @@ def _texts(source: Any, column: str | None, split: str, streaming: bool) -> Iter
 
 
 def _origin(source: Any, column: str | None, split: str, limit: int | None) -> dict[str, Any]:
-    """Where texts came from, in words that mean the same on another machine."""
+    """Where texts came from, without paths: the same on another machine."""
     options = {"column": column, "limit": limit}
     chosen = {name: value for name, value in options.items() if value is not None}
     if isinstance(source, Texts):
@@ -105,11 +127,11 @@ def _origin(source: Any, column: str | None, split: str, limit: int | None) -> d
     if not _exists(path):
         return {"kind": "hub dataset", "name": str(source), "split": split} | chosen
     path = path.expanduser()
-    found = {"kind": "file", "name": path.name}
+    origin = {"kind": "file", "name": path.name}
     if path.is_file():  # what came through a pipe cannot be read twice
         with path.open("rb") as file:
-            found["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
-    return found | chosen
+            origin["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+    return origin | chosen
 
 
 def _strings(source: Iterable[Any]) -> Iterator[str]:
@@ -127,8 +149,8 @@ def _named(source: str | Path, column: str | None, split: str, streaming: bool) 
         return _file(path.expanduser(), kind, column)
     if is_file:
         raise CorpusError(
-            f"cannot read texts from {_describe(source)}: expected a file ending in "
-            f"{', '.join(READERS)}"
+            f"cannot read texts from {_describe(source)}{_hint(path.expanduser(), kind)}: expected "
+            f"a file ending in {', '.join(READERS)}"
         )
     if isinstance(source, Path) or kind in READERS or not HUB_ID.fullmatch(source):
         raise CorpusError(
@@ -136,6 +158,13 @@ def _named(source: str | Path, column: str | None, split: str, streaming: bool) 
             "list of texts"
         )
     return _hub(source, column, split, streaming)
+
+
+def _hint(path: Path, kind: str) -> str:
+    """What a source that exists, but cannot be read, is."""
+    if path.is_dir():
+        return ", a folder (one that datasets saved is opened by datasets.load_from_disk)"
+    return ", a single JSON value (.jsonl has one JSON object per line)" if kind == ".json" else ""
 
 
 def _exists(path: Path) -> bool:
@@ -223,17 +252,19 @@ def _table(table: pd.DataFrame, column: str | None, where: str) -> Iterator[str]
 
 
 def _choose_column(strings: set[str], column: str | None, where: str) -> str:
-    found = ", ".join(sorted(strings)) or "none"
+    columns = ", ".join(sorted(strings)) or "none"
     if column is not None:
         if column not in strings:
-            raise CorpusError(f"{where} has no text in column {column!r}: columns of text: {found}")
+            raise CorpusError(
+                f"{where} has no text in column {column!r}: columns of text: {columns}"
+            )
         return column
     if COLUMN in strings:
         return COLUMN
     if len(strings) == 1:
         return next(iter(strings))
     raise CorpusError(
-        f"{where} has no column {COLUMN!r}; columns of text: {found}: read it with "
+        f"{where} has no column {COLUMN!r}; columns of text: {columns}: read it with "
         "read_texts(…, column=…), or --text-column on the command line"
     )
 
@@ -249,7 +280,7 @@ def _string_in(record: Mapping[str, Any], column: str, place: str) -> str:
 
 
 def _encodable(text: str, place: str) -> str:
-    """Half of a character, as a cut emoji leaves it, is nothing that a tokenizer can read."""
+    """Raise for a lone surrogate (half of a cut emoji), which no tokenizer can read."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -294,5 +325,5 @@ def _describe(source: Any) -> str:
     if not isinstance(source, str | Path):
         return type(source).__name__
     text = str(source)
-    # Of a long path both ends tell something.
+    # Both ends of a long path are informative.
     return repr(text if len(text) <= 60 else f"{text[:24]}…{text[-35:]}")

@@ -1,9 +1,9 @@
-"""Contrastive search: of the most likely tokens, the one whose state repeats the text least.
+"""Contrastive search: among the most likely tokens, choose the one least like the text so far.
 
-For each of the k most likely next tokens the model is asked what state it would have there. Chosen
-is the token with the largest (1 - α) p - α s, where s is the largest cosine of that state with the
-states of the text so far (Su et al. 2022, arXiv 2202.06417). k and α are fixed, or follow the
-model's uncertainty. transformers 5 has no contrastive search of its own.
+For each of the k most likely next tokens the model computes the hidden state it would have there.
+The token with the largest (1 - α) p - α s is chosen, where s is the largest cosine of that state
+with the states of the text so far (Su et al. 2022, arXiv 2202.06417). k and α are fixed, or follow
+the model's uncertainty. transformers 5 has no contrastive search of its own.
 """
 
 from __future__ import annotations
@@ -11,18 +11,22 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..checks import check_positive, check_whole
+from ..data.corpus import pad
 from ..errors import DecodingError
 from ..hooks.surface import evaluating
 from ..models.kinds import plain_model
-from .adaptive import Adaptive, Fixed, Strength
-from .prompts import batches, check_prompts, eos_ids, left_padded
+from .prompts import batches, check_prompts, eos_ids
+
+# Of adaptive contrastive search: k is 5 to 15.
+LOWEST_K, RANGE_OF_K = 5, 10
 
 
 def contrastive_search(
@@ -37,7 +41,7 @@ def contrastive_search(
     stop_at_eos: bool = True,
     progress: bool = True,
 ) -> list[list[int]]:
-    """What a model writes after each prompt by contrastive search (arXiv 2202.06417).
+    """Continue each prompt by contrastive search (arXiv 2202.06417).
 
     Deterministic; with α = 0 or k = 1 it is greedy decoding. The states compared are those after
     the final norm, of every token of prompt and continuation; pads do not count.
@@ -50,7 +54,7 @@ def contrastive_search(
         alpha: weight of the penalty, 0 to 1; its authors take 0.6.
         max_new_tokens: how many to add at most.
         batch_size: prompts at once; k times as many rows go through the model.
-        stop_at_eos: end at EOS (which is left out), or write through it.
+        stop_at_eos: end at EOS (which is left out), or generate past it.
         progress: show a progress bar.
 
     Returns:
@@ -126,29 +130,29 @@ def _search(
 ) -> list[list[int]]:
     check_prompts(model, prompts, max_new_tokens)
     eos = set(eos_ids(model, tokenizer)) if stop_at_eos else set()
-    made: list[list[int]] = [[] for _ in prompts]
+    generated: list[list[int]] = [[] for _ in prompts]
     device = next(model.parameters()).device
     bar = tqdm(total=len(prompts), desc="searching", unit="text", disable=not progress)
     with bar, evaluating(model):
         for batch in batches(prompts, batch_size):
             # A new one for every batch: what it remembers belongs to these texts.
             rule, alive = strength(), list(batch)
-            tokens, mask = left_padded([prompts[i] for i in batch], 0, device)
-            texts = _Texts.begin(model, tokens, mask)
+            tokens, mask = pad([prompts[i] for i in batch], side="left")
+            texts = _Texts.begin(model, tokens.to(device), mask.to(device))
             for left in range(max_new_tokens, 0, -1):
                 chosen = texts.extend(rule)
                 going = [row for row, token in enumerate(chosen) if token not in eos]
                 for row in going:
-                    made[alive[row]].append(chosen[row])
+                    generated[alive[row]].append(chosen[row])
                 if not going or left == 1:
                     break
                 if len(going) < len(alive):
                     alive = [alive[row] for row in going]
-                    kept = torch.tensor(going, device=device)
-                    texts.keep(kept)
-                    rule.keep(kept)
+                    rows = torch.tensor(going, device=device)
+                    texts.keep(rows)
+                    rule.keep(rows)
             bar.update(len(batch))
-    return made
+    return generated
 
 
 @dataclass
@@ -197,7 +201,7 @@ class _Texts:
         return chosen
 
     def keep(self, rows: Int[Tensor, " kept"]) -> None:
-        """Go on with these texts only."""
+        """Keep only these texts."""
         self.cache.reorder_cache(rows)
         self.logits, self.states, self.mask = self.logits[rows], self.states[rows], self.mask[rows]
 
@@ -227,7 +231,7 @@ def _forward(
     if "past_key_values" not in accepted:
         raise DecodingError(
             f"{type(plain_model(model)).__name__} keeps no cache of keys and values, which "
-            "contrastive search needs: use another way of decoding"
+            "contrastive search needs: use another decoding method"
         )
     options: dict[str, Any] = {}
     if "position_ids" in accepted:
@@ -251,3 +255,100 @@ def _forward(
     if bool(logits.isnan().any()):
         raise DecodingError("the model's logits are NaN: load it in another dtype, as in 'float32'")
     return out.past_key_values, logits, torch.nn.functional.normalize(states, dim=-1)
+
+
+@runtime_checkable
+class Strength(Protocol):
+    """Decides k and α at every step of one batch. It may remember earlier steps: one per batch."""
+
+    def __call__(
+        self, p: Float[Tensor, "rows d_vocab"]
+    ) -> tuple[Int[Tensor, " rows"], Float[Tensor, " rows"]]:
+        """How many candidates each text has (1 to d_vocab), and the weight of the penalty."""
+
+    def keep(self, rows: Int[Tensor, " kept"]) -> None:
+        """Keep only these texts."""
+
+
+class Fixed:
+    """The same k and α at every step (Su et al. 2022, arXiv 2202.06417).
+
+    Raises:
+        DecodingError: if k is below 1 or α outside 0 to 1.
+    """
+
+    def __init__(self, k: int, alpha: float) -> None:
+        check_whole("k", k, 1)
+        if not 0 <= alpha <= 1:
+            raise DecodingError(f"alpha must be from 0 to 1, got {alpha}")
+        self.k, self.alpha = k, alpha
+
+    def __call__(
+        self, p: Float[Tensor, "rows d_vocab"]
+    ) -> tuple[Int[Tensor, " rows"], Float[Tensor, " rows"]]:
+        """k, or the whole vocabulary where that is smaller, and α."""
+        k = torch.full((len(p),), min(self.k, p.shape[-1]), device=p.device)
+        return k, torch.full_like(p[:, 0], self.alpha)
+
+    def keep(self, rows: Int[Tensor, " kept"]) -> None:
+        """Nothing is remembered."""
+
+
+class Adaptive:
+    """k and α by how uncertain the model is (Garces Arias et al. 2024, arXiv 2407.18698).
+
+    Both grow with the entropy of the next token compared with the median of the earlier steps:
+    k with that of the whole distribution, α with that of its k most likely tokens. At the first
+    step, which has nothing before it, k is 10 and α 1/2. The authors' code rounds α to two
+    decimals, which their paper does not; here it is not rounded.
+
+    Args:
+        q: how steeply they grow; the authors' value is 1.
+
+    Raises:
+        DecodingError: if q is no positive number.
+    """
+
+    def __init__(self, q: float = 1.0) -> None:
+        check_positive("q", q)
+        self.q = q
+        self._whole: list[Tensor] = []
+        self._top: list[Tensor] = []
+
+    def __call__(
+        self, p: Float[Tensor, "rows d_vocab"]
+    ) -> tuple[Int[Tensor, " rows"], Float[Tensor, " rows"]]:
+        """k (5 to 15, or the whole vocabulary where that is smaller) and α (0 to 1)."""
+        d_vocab = p.shape[-1]
+        share = self._share(_entropy(p), self._whole, torch.full_like(p[:, 0], d_vocab))
+        k = (LOWEST_K + RANGE_OF_K * share).round().long().clamp(max=d_vocab)
+        ordered = p.sort(-1, descending=True).values
+        top = torch.where(torch.arange(d_vocab, device=p.device) < k[:, None], ordered, 0.0)
+        alpha = self._share(_entropy(top / top.sum(-1, keepdim=True)), self._top, k.to(p))
+        return k, alpha
+
+    def keep(self, rows: Int[Tensor, " kept"]) -> None:
+        """Forget the other texts' entropies."""
+        self._whole = [entropies[rows] for entropies in self._whole]
+        self._top = [entropies[rows] for entropies in self._top]
+
+    def _share(self, now: Tensor, earlier: list[Tensor], size: Tensor) -> Tensor:
+        """σ(q · atanh of the gap to the median, as a share of log size); `now` is remembered."""
+        usual = _median(torch.stack(earlier)) if earlier else now
+        earlier.append(now)
+        # A vocabulary of one token has no entropy to be a share of.
+        gap = (now - usual) / size.log().clamp_min(torch.finfo(now.dtype).tiny)
+        return torch.sigmoid(self.q * torch.atanh(gap.clamp(-1, 1)))
+
+
+def _entropy(p: Float[Tensor, "rows n"]) -> Float[Tensor, " rows"]:
+    """In nats; 0 · log 0 is 0."""
+    entropy: Tensor = torch.special.entr(p).sum(-1)
+    return entropy
+
+
+def _median(values: Float[Tensor, "t rows"]) -> Float[Tensor, " rows"]:
+    """Over steps; the mean of the middle two of an even number (torch's is the lower one)."""
+    ordered = values.sort(0).values
+    count = len(values)
+    return (ordered[(count - 1) // 2] + ordered[count // 2]) / 2

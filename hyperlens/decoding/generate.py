@@ -1,21 +1,25 @@
-"""Continuations of many prompts at once, on Hugging Face's `generate`."""
+"""Continue many prompts at once with Hugging Face's `generate`, under one or several conditions."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 from tqdm.auto import tqdm
 
+from ..checks import check_positive
+from ..data.corpus import pad
+from ..errors import DecodingError
+from ..hooks.loading import LoadedModel
 from ..hooks.surface import evaluating
 from ..models.kinds import plain_model
-from ..passes.failures import naming_what_to_lower
+from ..passes.failures import explaining_out_of_memory
 from ..randomness import own_randomness
-from .prompts import batches, check_prompts, eos_ids, left_padded
-from .settings import check_sampling
+from .diversity import repetition, type_token_ratio
+from .prompts import batches, check_prompts, eos_ids
 
 
 def continuations(
@@ -34,7 +38,7 @@ def continuations(
     logits_processors: Sequence[Any] = (),
     progress: bool = True,
 ) -> list[list[int]]:
-    """What a model writes after each prompt.
+    """Continue each prompt with a model.
 
     Prompts of like length share a batch, padded on the left with a mask. Nothing of the
     checkpoint's own generation settings (temperature, penalties, lengths) is used: two models
@@ -50,7 +54,7 @@ def continuations(
         do_sample: sample, or take the most likely token.
         temperature, top_p, min_p: of sampling.
         batch_size: prompts at once.
-        stop_at_eos: end at EOS (which is left out), or write through it.
+        stop_at_eos: end at EOS (which is left out), or generate past it.
         seed: of sampling.
         logits_processors: `LogitsProcessor` objects of transformers, applied in order. Those that
             have a `reset()` start every batch with it, so that nothing leaks between calls.
@@ -71,32 +75,46 @@ def continuations(
     settings = _settings(
         max_new_tokens, eos, do_sample=do_sample, temperature=temperature, top_p=top_p, min_p=min_p
     )
-    made: list[list[int]] = [[] for _ in prompts]
-    bar = tqdm(total=len(prompts), desc="writing", unit="text", disable=not progress)
+    generated: list[list[int]] = [[] for _ in prompts]
+    bar = tqdm(total=len(prompts), desc="generating", unit="text", disable=not progress)
     device = next(model.parameters()).device
     with (
-        naming_what_to_lower(batch_size, ", or max_new_tokens"),
+        explaining_out_of_memory(batch_size, ", or max_new_tokens"),
         bar,
         own_randomness(seed, device),
         _own_settings(model, settings),
-        torch.no_grad(),
+        evaluating(model),
     ):
         for batch in batches(prompts, batch_size):
             for processor in logits_processors:
                 if hasattr(processor, "reset"):
                     processor.reset()
-            tokens, mask = left_padded([prompts[i] for i in batch], settings.pad_token_id, device)
-            written = model.generate(
-                input_ids=tokens,
-                attention_mask=mask,
+            tokens, mask = pad(
+                [prompts[i] for i in batch], side="left", pad_id=settings.pad_token_id
+            )
+            output = model.generate(
+                input_ids=tokens.to(device),
+                attention_mask=mask.to(device),
                 generation_config=settings,
                 logits_processor=list(logits_processors),
             )
-            for i, row in zip(batch, written[:, tokens.shape[1] :].tolist(), strict=True):
+            for i, row in zip(batch, output[:, tokens.shape[1] :].tolist(), strict=True):
                 ends = [place for place, token in enumerate(row) if token in eos]
-                made[i] = row[: ends[0]] if ends else row
+                generated[i] = row[: ends[0]] if ends else row
             bar.update(len(batch))
-    return made
+    return generated
+
+
+def check_sampling(*, temperature: float, top_p: float, min_p: float | None) -> None:
+    """Raise unless the sampling parameters are in range.
+
+    Raises:
+        DecodingError: naming the parameter and its range.
+    """
+    check_positive("temperature", temperature)
+    for name, share in (("top_p", top_p), ("min_p", min_p)):
+        if share is not None and not 0 < share <= 1:
+            raise DecodingError(f"{name} must be above 0 and at most 1, got {share}")
 
 
 def _settings(max_new_tokens: int, eos: list[int], **sampling: Any) -> Any:
@@ -118,15 +136,71 @@ def _settings(max_new_tokens: int, eos: list[int], **sampling: Any) -> Any:
 
 @contextmanager
 def _own_settings(model: Any, settings: Any) -> Iterator[None]:
-    """`generate` fills what a configuration leaves open from the model's own: hide that.
-
-    Dropout is off inside.
-    """
+    """Hide the model's own settings inside, from which `generate` fills what ours leave open."""
     plain = plain_model(model)
     before = plain.generation_config
     plain.generation_config = copy.deepcopy(settings)
     try:
-        with evaluating(model):
-            yield
+        yield
     finally:
         plain.generation_config = before
+
+
+@dataclass(frozen=True)
+class Generations:
+    """Generated tokens of every prompt, and how much each text repeats itself.
+
+    Attributes:
+        tokens: token ids, prompt by prompt.
+        metrics: for each of `REPETITION_METRICS` a value per prompt: distinct tokens / all tokens,
+            and the share of bigrams and of trigrams that came before.
+    """
+
+    tokens: list[list[int]]
+    metrics: dict[str, list[float]]
+
+
+@dataclass(frozen=True)
+class GenerationRunner:
+    """Continues the same prompts, to the same length and from the same seed, under any condition.
+
+    An end-of-text token does not end a text, because repetition depends on length.
+
+    Attributes:
+        prompts: token ids.
+        max_new_tokens: how many are added to each.
+        batch_size: prompts per forward pass.
+        seed: of sampled continuations.
+        progress: show progress bars.
+    """
+
+    prompts: list[list[int]]
+    max_new_tokens: int
+    batch_size: int
+    seed: int
+    progress: bool
+
+    def run(
+        self, loaded: LoadedModel, processors: Sequence[Any] = (), *, do_sample: bool = False
+    ) -> Generations:
+        """Continue every prompt with one model, its logits changed by the processors."""
+        tokens = continuations(
+            loaded.model,
+            loaded.tokenizer,
+            self.prompts,
+            max_new_tokens=self.max_new_tokens,
+            do_sample=do_sample,
+            batch_size=self.batch_size,
+            stop_at_eos=False,
+            seed=self.seed,
+            logits_processors=tuple(processors),
+            progress=self.progress,
+        )
+        return Generations(
+            tokens,
+            {
+                "ttr": [type_token_ratio(text) for text in tokens],
+                "rep_2": [repetition(text, 2) for text in tokens],
+                "rep_3": [repetition(text, 3) for text in tokens],
+            },
+        )

@@ -1,4 +1,4 @@
-"""GUARD: a decoding method that follows its own uncertainty (Ding et al. 2025, EMNLP Findings).
+"""GUARD: sampling that adapts to the model's uncertainty (Ding et al. 2025, EMNLP Findings).
 
 It samples from the few most likely tokens, of which it lowers those that the text already holds.
 How few, and how much, follows from how the entropy of the next token compares with that of the
@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from .settings import check_whole
+from ..checks import check_whole
 
 EPSILON = 1e-4
 DECAY = 0.95  # of the weights of older entropies in the global mean
@@ -66,9 +66,11 @@ class Guard(LogitsProcessor):
         history = torch.stack(self._entropies, dim=-1)
         k, alpha = strengths(history, self.window, scores.shape[-1])
         counts = _counts(input_ids.to(p.device), scores.shape[-1], self.pad_token_id)
-        kept = log_p.argsort(dim=-1, descending=True, stable=True).argsort(-1) < k.int()[:, None]
+        among_top_k = (
+            log_p.argsort(dim=-1, descending=True, stable=True).argsort(-1) < k.int()[:, None]
+        )
         # As logarithms: powers of α vanish where every likely token has occurred many times.
-        penalised = (log_p + counts * alpha.log()[:, None]).masked_fill(~kept, -torch.inf)
+        penalised = (log_p + counts * alpha.log()[:, None]).masked_fill(~among_top_k, -torch.inf)
         return penalised.log_softmax(-1).to(scores)
 
     def _continues(self, input_ids: Tensor) -> bool:

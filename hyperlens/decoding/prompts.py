@@ -1,4 +1,4 @@
-"""Prompts for a causal LM, checked and padded on the left as batches; continuations as text."""
+"""Prompts for a causal LM: chosen, checked and put into batches; generated tokens as text."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ from collections.abc import Iterator, Sequence
 from os.path import commonprefix
 from typing import Any
 
-import torch
-from jaxtyping import Int
-from torch import Tensor
+import numpy as np
 
+from ..checks import check_counts, check_seed
+from ..data.corpus import Corpus
 from ..errors import CorpusError, LoadingError
 from ..models.kinds import plain_model
+from ..pair import Pair
 
 
 def check_prompts(model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
-    """Refuse a model that cannot generate, and prompts that leave no room.
+    """Raise unless the model can generate, and every prompt leaves room for the new tokens.
 
     Raises:
         CorpusError: if a prompt is empty, or longer than the model's context allows.
@@ -39,62 +40,97 @@ def check_prompts(model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: 
         )
 
 
-def eos_ids(model: Any, tokenizer: Any) -> list[int]:
-    """What ends a text: the EOS of tokenizer, configuration and generation settings, in that order.
+def check_room(pair: Pair, length: int, max_new_tokens: int) -> None:
+    """Raise unless prompts of this length and their continuations fit the models' context.
 
-    Chat models end a turn by another token than a text, and not every holder knows both. The first
-    is also what prompts are padded with.
+    Raises:
+        CorpusError: with the number of tokens there is room for.
+    """
+    check_counts(prompt_tokens=length, max_new_tokens=max_new_tokens)
+    room = pair.base.hooked.cfg.n_ctx
+    if room and length + max_new_tokens > room:
+        raise CorpusError(
+            f"{length} prompt tokens and {max_new_tokens} new ones do not fit the model's context "
+            f"of {room}: lower max_new_tokens to {max(1, room - length)} or less"
+        )
+
+
+def choose_prompts(corpus: Corpus, n: int, length: int, seed: int) -> list[list[int]]:
+    """The first tokens of n texts drawn at random, or of all texts that are long enough.
+
+    They are in the order of the corpus, which is sorted: see `choose_examples` for a few of them
+    to look at.
+
+    Raises:
+        CorpusError: if fewer than two texts have that many tokens, or a number is no count
+            or no seed.
+    """
+    check_counts(n_prompts=n, prompt_tokens=length)
+    check_seed(seed)
+    long = [sequence for sequence in corpus.sequences if len(sequence) >= length]
+    if len(long) < 2:
+        raise CorpusError(
+            f"{len(long)} of {len(corpus.sequences)} texts have the {length} tokens of a prompt, "
+            "and intervals need two: give longer texts, or lower prompt_tokens"
+        )
+    drawn = np.random.default_rng(seed).permutation(len(long))[:n]
+    return [long[i][:length].tolist() for i in sorted(drawn)]
+
+
+def choose_examples(n_prompts: int, n_examples: int, seed: int) -> list[int]:
+    """Which prompts to show: drawn at random, because a corpus is sorted by its tokens."""
+    drawn = np.random.default_rng((seed, 1)).permutation(n_prompts)[:n_examples]
+    chosen: list[int] = drawn.tolist()
+    return chosen
+
+
+def eos_ids(model: Any, tokenizer: Any) -> list[int]:
+    """The EOS ids of tokenizer, configuration and generation settings, in that order.
+
+    Chat models end a turn with another token than a text, and not each of the three knows both. The
+    first is also what prompts are padded with.
     """
     plain = plain_model(model)
-    found: list[Any] = []
+    ids: list[Any] = []
     for holder in (tokenizer, plain.config, getattr(plain, "generation_config", None)):
         value = getattr(holder, "eos_token_id", None)
-        found += value if isinstance(value, list | tuple) else [value]
-    return [int(token) for token in dict.fromkeys(found) if token is not None]
+        ids += value if isinstance(value, list | tuple) else [value]
+    return [int(token) for token in dict.fromkeys(ids) if token is not None]
 
 
 def batches(prompts: Sequence[Sequence[int]], size: int) -> Iterator[list[int]]:
-    """Which prompts go together: those of like length, the longest first."""
+    """Indices of the prompts of each batch: prompts of similar length together, longest first.
+
+    >>> list(batches([[1], [2, 3, 4], [5, 6]], 2))
+    [[1, 2], [0]]
+    """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
     for start in range(0, len(order), size):
         yield order[start : start + size]
 
 
-def left_padded(
-    prompts: Sequence[Sequence[int]], pad: int, device: torch.device
-) -> tuple[Int[Tensor, "batch pos"], Int[Tensor, "batch pos"]]:
-    """Tokens and their mask, 0 at the pads."""
-    width = max(len(prompt) for prompt in prompts)
-    tokens = torch.full((len(prompts), width), pad, dtype=torch.long)
-    mask = torch.zeros_like(tokens)
-    for row, prompt in enumerate(prompts):
-        tokens[row, width - len(prompt) :] = torch.tensor(prompt)
-        mask[row, width - len(prompt) :] = 1
-    return tokens.to(device), mask.to(device)
-
-
 def as_text(tokenizer: Any, tokens: Sequence[int]) -> str:
-    """Tokens as they read alone, special ones left out; ids without a tokenizer."""
+    """The text of some tokens, without special ones; their ids where there is no tokenizer."""
     if tokenizer is None:
         return " ".join(map(str, tokens))
     return str(tokenizer.decode(list(tokens), skip_special_tokens=True))
 
 
 def opening_and_texts(
-    tokenizer: Any, prompt: Sequence[int], written: Sequence[Sequence[int]]
+    tokenizer: Any, prompt: Sequence[int], continuations: Sequence[Sequence[int]]
 ) -> tuple[str, list[str]]:
-    """A prompt, and what was written after it, such that both together are the whole text.
+    """A prompt's text and its continuations' texts, such that each pair joins to the whole text.
 
-    A prompt may end inside a character, which reads "\ufffd" until what is written completes it:
-    the opening ends before it then, and every text begins with its own character there.
+    A prompt may end inside a character, which is "\ufffd" until a continuation completes it: the
+    opening ends before that character then, and every continuation begins with it.
 
     Args:
         tokenizer: None for ids instead of text.
         prompt: token ids.
-        written: for each text the ids after the prompt.
+        continuations: for each text the ids after the prompt.
     """
     if tokenizer is None:
-        return as_text(None, prompt), [as_text(None, tokens) for tokens in written]
-    wholes = [as_text(tokenizer, [*prompt, *tokens]) for tokens in written]
+        return as_text(None, prompt), [as_text(None, tokens) for tokens in continuations]
+    wholes = [as_text(tokenizer, [*prompt, *tokens]) for tokens in continuations]
     opening = commonprefix([as_text(tokenizer, prompt), *wholes])  # noqa: RUF071 - by characters
     return opening, [whole[len(opening) :] for whole in wholes]

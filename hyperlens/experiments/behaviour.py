@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from ..checks import check_counts, check_seed
 from ..decoding.diversity import (
     MEASURES,
     distinct,
@@ -16,9 +17,11 @@ from ..decoding.diversity import (
     type_token_ratio,
     words,
 )
-from ..decoding.prompts import opening_and_texts
+from ..decoding.generate import GenerationRunner
+from ..decoding.prompts import check_room, choose_examples, choose_prompts, opening_and_texts
 from ..errors import CorpusError
 from ..hooks.loading import LoadedModel
+from ..models.tokenizers import token_names
 from ..pair import Pair, open_inputs
 from ..render.blocks import (
     Axis,
@@ -36,15 +39,6 @@ from ..render.blocks import (
 from ..render.format import FRACTION, SIGNED_FRACTION, count, interval, p_value
 from ..results.result import Result
 from ..statistics import significance
-from .contexts import names
-from .continuing import (
-    Continuing,
-    check_counts,
-    check_room,
-    check_seed,
-    choose_examples,
-    choose_prompts,
-)
 from .decisions import in_the_base
 
 EXAMPLES = (
@@ -118,7 +112,7 @@ def measure_behaviour(
     check_room(pair, prompt_tokens, max_new_tokens)
     prompts = choose_prompts(inputs.corpus, n_prompts, prompt_tokens, seed)
     tokenizer = pair.tokenizer
-    continuing = Continuing(prompts, max_new_tokens, batch_size, seed, progress)
+    continuing = GenerationRunner(prompts, max_new_tokens, batch_size, seed, progress)
     table: list[dict[str, Any]] = []
     distinct_shares: list[dict[str, Any]] = []
     examples: list[dict[str, Any]] = []
@@ -220,9 +214,9 @@ def _example(
     sides = {
         side: {
             "text": text,
-            "tokens": names(tokenizer, tokens),
+            "tokens": token_names(tokenizer, tokens),
             "base_rank": ranks,
-            "base_top1": names(tokenizer, top1),
+            "base_top1": token_names(tokenizer, top1),
         }
         for (side, tokens), text in zip(written.items(), texts, strict=True)
         for ranks, top1 in [in_the_base(pair, prompt, tokens)]

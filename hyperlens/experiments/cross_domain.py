@@ -11,16 +11,17 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from ..data.corpus import check_max_length
+from ..checks import check_counts, check_seed
+from ..data.corpus import are_token_ids, check_max_length
 from ..data.texts import read_texts
-from ..data.token_ids import are_token_ids
+from ..decoding.diversity import REPETITION_METRICS
+from ..decoding.prompts import check_room
 from ..errors import CorpusError, HyperlensError, PairError
 from ..files import check_new_folder
 from ..models.sources import check_source
 from ..pair import check_generates, open_pair, tokenized
 from ..results.fingerprint import texts_sha256, versions
 from ..statistics import significance
-from .continuing import METRICS, check_counts, check_room, check_seed
 from .cross_domain_finding import CrossDomainResult
 from .cross_domain_row import RowOptions, measure_row, prompts_of
 from .kept_rows import KeptRows, model_identity
@@ -256,7 +257,7 @@ def _finding(
 
 def _correct(rows: list[dict[str, Any]]) -> None:
     """Holm's correction over all tests of the table."""
-    places = [(row, f"{metric}_p") for row in rows for metric in METRICS]
+    places = [(row, f"{metric}_p") for row in rows for metric in REPETITION_METRICS]
     corrected = significance.holm([row[key] for row, key in places])
     for (row, key), p in zip(places, corrected, strict=True):
         row[key] = p

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..decoding.diversity import REPETITION_METRICS
 from ..results.result import Result
-from .continuing import METRICS
 from .wording import noted, p_in_words, wrapped
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class CrossDomainResult(Result):
     name = "cross_domain"
     columns = (
         *("pair", "corpus", "n", "n_texts", "n_tokens"),
-        *(f"{metric}_{part}" for metric in METRICS for part in WRITTEN_PARTS),
+        *(f"{metric}_{part}" for metric in REPETITION_METRICS for part in WRITTEN_PARTS),
         *(f"{name}{end}" for name in READ for end in ("", "_low", "_high")),
         *(f"mauve_{side}{end}" for side in ("base", "tuned") for end in ("", "_low", "_high")),
     )

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..data.corpus import Corpus
+from ..decoding.diversity import REPETITION_METRICS
+from ..decoding.generate import GenerationRunner
+from ..decoding.prompts import choose_prompts
 from ..pair import Inputs
 from ..passes.streaming import PassOptions, run_pass
 from ..probes import ParticipationRatio, RankReordering
 from ..statistics import significance
-from .continuing import METRICS, Continuing, choose_prompts
 from .cross_domain_finding import READ
 from .mauve_written import OwnTexts
 from .text_features import Featurizer
@@ -64,7 +66,7 @@ def measure_row(
         reader: for MAUVE; None leaves it out (NaN).
     """
     pair = opened.pair
-    continuing = Continuing(
+    continuing = GenerationRunner(
         prompts.starts, options.max_new_tokens, options.batch_size, options.seed, False
     )
     written = {"base": continuing.run(pair.base), "tuned": continuing.run(pair.tuned)}
@@ -74,7 +76,7 @@ def measure_row(
         "n_texts": counts.n_sequences,
         "n_tokens": counts.n_tokens,
     }
-    for metric in METRICS:
+    for metric in REPETITION_METRICS:
         base, tuned = (written[side].metrics[metric] for side in ("base", "tuned"))
         gap = significance.difference(tuned, base)
         row |= {

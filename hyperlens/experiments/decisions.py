@@ -1,4 +1,4 @@
-"""Every next-token decision of a tuned model, and where it stood in the base model."""
+"""Every next-token decision of a tuned model, and its rank in the base model."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch import Tensor
 
 from ..hooks.surface import evaluating, run_logits
 from ..pair import Pair
+from ..passes.contexts import Contexts
 from ..statistics import distances
-from ..statistics.float32 import in_full_float32
-from .contexts import Contexts
+from ..statistics.moments import in_full_float32
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,8 @@ class Decisions:
     Attributes:
         ids: the whole text; the decision at i follows `ids[: position[i]]`.
         position: where each decision is made.
-        picked: the token the tuned model puts first.
-        base_first: the token the base model puts first.
+        picked: the tuned model's top-1 token.
+        base_first: the base model's top-1 token.
         rank: the base model's rank of `picked`, one-based; tied logits share the best rank.
     """
 
@@ -37,35 +37,35 @@ class Decisions:
 
 
 def along_texts(contexts: Contexts, progress: bool) -> list[Decisions]:
-    """Teacher-forced: what both models would write next at every context of the texts."""
-    found: dict[str, list[Tensor]] = {"picked": [], "base_first": [], "rank": []}
+    """Teacher-forced: what both models predict next at every context of the texts."""
+    parts_of: dict[str, list[Tensor]] = {"picked": [], "base_first": [], "rank": []}
     for _, base, tuned in contexts.rows("provenance", progress):
         winner = distances.winner(tuned)
-        found["picked"].append(winner)
-        found["base_first"].append(distances.winner(base))
-        found["rank"].append(distances.rank_of(base, winner))
-    columns = {name: torch.cat(parts).cpu() for name, parts in found.items()}
+        parts_of["picked"].append(winner)
+        parts_of["base_first"].append(distances.winner(base))
+        parts_of["rank"].append(distances.rank_of(base, winner))
+    columns = {name: torch.cat(parts).cpu() for name, parts in parts_of.items()}
     text = contexts.text.cpu()
     corpus = contexts.corpus
     decisions = []
     for number, sequence in enumerate(corpus.sequences):
-        mine = text == number
-        if not bool(mine.any()):
+        in_text = text == number
+        if not bool(in_text.any()):
             continue
         ids = sequence.tolist()
         # A decision follows every token but a BOS.
         position = [i + 1 for i, token in enumerate(ids) if token != corpus.bos_id]
-        picked, base_first, ranks = (columns[name][mine].tolist() for name in found)
+        picked, base_first, ranks = (columns[name][in_text].tolist() for name in parts_of)
         decisions.append(Decisions(ids, position, picked, base_first, ranks))
     return decisions
 
 
 def along_continuations(
-    pair: Pair, prompts: Sequence[Sequence[int]], written: Sequence[Sequence[int]]
+    pair: Pair, prompts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]
 ) -> list[Decisions]:
-    """Free-running: what the tuned model wrote, each token in the base model's eyes."""
+    """Free-running: each token that the tuned model generated, and its rank in the base model."""
     decisions = []
-    for prompt, tokens in zip(prompts, written, strict=True):
+    for prompt, tokens in zip(prompts, continuations, strict=True):
         ids = [*prompt, *tokens]
         ranks, first = in_the_base(pair, prompt, tokens)
         position = list(range(len(prompt), len(ids)))
@@ -76,13 +76,13 @@ def along_continuations(
 def in_the_base(
     pair: Pair, prompt: Sequence[int], tokens: Sequence[int]
 ) -> tuple[list[int], list[int]]:
-    """The base model's rank of every token in its place, and the token it puts first there.
+    """The base model's rank of every token in its place, and its own top-1 token there.
 
     Tied logits share the best rank.
     """
     base = pair.base.hooked
     ids = torch.tensor([[*prompt, *tokens]], device=base.cfg.device)
-    with evaluating(base):  # type: ignore[arg-type]
+    with evaluating(base):
         logits = run_logits(base, ids, torch.ones_like(ids))[0, len(prompt) - 1 : -1].float()
     ranks: list[int] = distances.rank_of(logits, ids[0, len(prompt) :]).tolist()
     first: list[int] = distances.winner(logits).tolist()

@@ -11,10 +11,16 @@ from typing import Any
 
 import torch
 
-from ..decoding.prompts import eos_ids, opening_and_texts
+from ..checks import check_counts, check_seed
+from ..decoding.prompts import (
+    check_room,
+    choose_examples,
+    choose_prompts,
+    eos_ids,
+    opening_and_texts,
+)
 from ..pair import open_inputs
 from ..statistics.significance import estimate
-from .continuing import check_counts, check_room, check_seed, choose_examples, choose_prompts
 from .decoding_finding import METHODS, DecodingResult
 from .decoding_methods import Writing, Written, check_methods
 from .decoding_rows import Way, measured, rows

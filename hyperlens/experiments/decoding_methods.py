@@ -7,11 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from ..decoding.adaptive import Adaptive
-from ..decoding.contrastive import adaptive_contrastive_search
-from ..decoding.generate import continuations
+from ..decoding.contrastive import Adaptive, adaptive_contrastive_search
+from ..decoding.generate import check_sampling, continuations
 from ..decoding.guard import Guard
-from ..decoding.settings import check_sampling
 from ..errors import DecodingError
 from ..hooks.loading import LoadedModel
 from .decoding_finding import METHODS

@@ -13,6 +13,10 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from ..checks import check_counts, check_seed
+from ..decoding.diversity import REPETITION_METRICS
+from ..decoding.generate import GenerationRunner
+from ..decoding.prompts import check_room, choose_prompts
 from ..errors import PairError
 from ..hooks.loading import LoadedModel, hook
 from ..models.sources import OpenedModel
@@ -24,7 +28,6 @@ from ..passes.streams import View
 from ..probes import LogitLens, ParticipationRatio, Probe, RankReordering, ResidualDrift
 from ..results.rows import Row
 from ..statistics.significance import estimate
-from .continuing import METRICS, Continuing, check_counts, check_room, check_seed, choose_prompts
 from .null_test_finding import NullTestResult
 from .placebo import changed_tensors, placebo
 
@@ -81,7 +84,7 @@ def run_null_test(
     opened = open_inputs(base, tuned, texts, max_length=max_length, device=device, dtype=dtype)
     check_room(opened.pair, prompt_tokens, max_new_tokens)
     prompts = choose_prompts(opened.corpus, n_prompts, prompt_tokens, seed)
-    continuing = Continuing(prompts, max_new_tokens, max(batch_size, 16), seed, False)
+    continuing = GenerationRunner(prompts, max_new_tokens, batch_size, seed, False)
     plain = merged(opened.pair.base.model)
     changes = changed_tensors(plain, merged(opened.pair.tuned.model))
     if not changes:
@@ -110,7 +113,7 @@ def run_null_test(
     }
     norms = {name: float(change.norm()) for name, change in changes.items()}
     extras = {
-        "base": {metric: estimate(written.metrics[metric]).value for metric in METRICS},
+        "base": {metric: estimate(written.metrics[metric]).value for metric in REPETITION_METRICS},
         "changed_tensors": len(changes),
         "norm_of_change": math.sqrt(sum(norm**2 for norm in norms.values())),
         "placebo_seeds": list(range(seed, seed + n_placebos)),
@@ -133,7 +136,7 @@ def _models(
 
 
 def _measure(
-    opened: Inputs, model: LoadedModel, options: PassOptions, continuing: Continuing
+    opened: Inputs, model: LoadedModel, options: PassOptions, continuing: GenerationRunner
 ) -> dict[Key, float]:
     """Every statistic of one model against the base."""
     probes: list[Probe] = [
@@ -154,7 +157,8 @@ def _measure(
     last = opened.pair.base.hooked.cfg.n_layers
     written = continuing.run(model)
     return found | {
-        (metric, last, "greedy text"): estimate(written.metrics[metric]).value for metric in METRICS
+        (metric, last, "greedy text"): estimate(written.metrics[metric]).value
+        for metric in REPETITION_METRICS
     }
 
 

@@ -14,12 +14,16 @@ from typing import Any
 
 import torch
 
+from ..checks import check_counts, check_seed
+from ..decoding.generate import GenerationRunner
+from ..decoding.prompts import check_room, choose_prompts
 from ..models.kinds import plain_model
+from ..models.tokenizers import token_names, token_texts
 from ..pair import open_inputs
+from ..passes.contexts import read_contexts
 from ..probes.rank_reordering import rank_bins
 from ..statistics import significance
-from .contexts import names, read_contexts, token_texts
-from .continuing import Continuing, check_counts, check_room, check_seed, choose_prompts
+from ..statistics.rank_buckets import DEEP_TAIL, bucket_of
 from .decisions import Decisions, along_continuations, along_texts, neighbours
 from .provenance_finding import BUCKETS, ProvenanceResult
 from .token_kinds import KINDS, kind_of, repeats
@@ -71,8 +75,10 @@ def trace_provenance(
     pair = opened.pair
     check_room(pair, prompt_tokens, max_new_tokens)
     prompts = choose_prompts(opened.corpus, n_prompts, prompt_tokens, seed)
-    contexts = read_contexts(opened, batch_size, progress)
-    written = Continuing(prompts, max_new_tokens, batch_size, seed, progress).run(pair.tuned)
+    contexts = read_contexts(
+        opened.pair.base.hooked, opened.pair.tuned.hooked, opened.corpus, batch_size, progress
+    )
+    written = GenerationRunner(prompts, max_new_tokens, batch_size, seed, progress).run(pair.tuned)
     read = {
         "teacher-forced": along_texts(contexts, progress),
         "free-running": along_continuations(pair, prompts, written.tokens),
@@ -122,12 +128,12 @@ def _picks(one: Decisions, near: dict[int, set[int]], tokenizer: Any) -> Iterato
         (text,) = token_texts(tokenizer, [token])
         yield {
             "index": i,
-            "bucket": next(name for name, low, high in BUCKETS if low <= rank <= high),
+            "bucket": bucket_of(rank).label,
             "kind": kind_of(text, texts[at - 1]) if tokenizer is not None else "other",
             "near_synonym": rank > 1 and token in near[first],
             "avoids": theirs and not ours,
             "falls_into": ours and not theirs,
-            "deep": rank >= 200,
+            "deep": DEEP_TAIL.holds(rank),
         }
 
 
@@ -144,7 +150,7 @@ def _histogram(decisions: Sequence[Decisions], d_vocab: int) -> list[dict[str, i
 
 def _rows(mode: str, picks: Sequence[Sequence[Pick]]) -> Iterator[dict[str, Any]]:
     """Shares per text, then their mean over texts: of each bucket, and of what is in it."""
-    for bucket in (*(name for name, _, _ in BUCKETS), "changed", "all"):
+    for bucket in (*BUCKETS, "changed", "all"):
         inside = [[p for p in text if _belongs(p, bucket)] for text in picks]
         if bucket != "all":
             shares = [len(i) / len(t) for i, t in zip(inside, picks, strict=True)]
@@ -155,7 +161,7 @@ def _rows(mode: str, picks: Sequence[Sequence[Pick]]) -> Iterator[dict[str, Any]
             continue
         for flag in ("near_synonym", "avoids", "falls_into"):
             yield _row(mode, bucket, flag, [_share(i, flag, True) for i in inside])
-    yield _row(mode, "all", "rank_ge_200", [_share(text, "deep", True) for text in picks])
+    yield _row(mode, "all", DEEP_TAIL.metric, [_share(text, "deep", True) for text in picks])
     gaps = [
         _share(i, "avoids", True) - _share(i, "falls_into", True)
         for i in ([p for p in text if _belongs(p, "changed")] for text in picks)
@@ -189,7 +195,7 @@ def _examples(
 ) -> Iterator[dict[str, Any]]:
     """A random few of every bucket beyond rank 1, each with the words before it."""
     generator = torch.Generator().manual_seed(seed)
-    for bucket, _, _ in BUCKETS[1:]:
+    for bucket in BUCKETS[1:]:
         places = [
             (number, pick)
             for number, text in enumerate(picks)
@@ -203,9 +209,11 @@ def _examples(
             yield {
                 "mode": mode,
                 "bucket": bucket,
-                "context": ("" if tokenizer is not None else " ").join(names(tokenizer, before)),
-                "picked": names(tokenizer, [one.picked[i]])[0],
-                "base_first": names(tokenizer, [one.base_first[i]])[0],
+                "context": ("" if tokenizer is not None else " ").join(
+                    token_names(tokenizer, before)
+                ),
+                "picked": token_names(tokenizer, [one.picked[i]])[0],
+                "base_first": token_names(tokenizer, [one.base_first[i]])[0],
                 "rank": one.rank[i],
                 "kind": pick["kind"],
             }

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..results.result import Result
+from ..statistics.rank_buckets import DEEP_TAIL, RANK_BUCKETS
 from .token_kinds import KINDS
 from .wording import noted
 
@@ -15,8 +16,8 @@ if TYPE_CHECKING:
     import matplotlib.figure
     from matplotlib.axes import Axes
 
-# Name, lowest and highest base rank: the paper's Figure 4.
-BUCKETS = (("1", 1.0, 1.0), ("2-10", 2.0, 10.0), (">10", 11.0, math.inf))
+# Of base ranks, as in the paper's Figure 4.
+BUCKETS = tuple(bucket.label for bucket in RANK_BUCKETS)
 MODES = ("teacher-forced", "free-running")
 # Colour (as in plots, which needs matplotlib) and place of each mode's bars.
 MODE_STYLES = {"teacher-forced": ("#0072B2", -0.2), "free-running": ("#D55E00", 0.2)}
@@ -53,9 +54,8 @@ class ProvenanceResult(Result):
             "",
             head,
         ]
-        for bucket, _, _ in BUCKETS:
-            lines.append(self._line(f"base rank {bucket}", bucket, "share"))
-        lines.append(self._line("of which 200 and more", "all", "rank_ge_200"))
+        lines += [self._line(f"base rank {bucket}", bucket, "share") for bucket in BUCKETS]
+        lines.append(self._line("of which 200 and more", "all", DEEP_TAIL.metric))
         lines += ["", "of the picks beyond rank 1:"]
         for kind in KINDS:
             lines.append(self._line(f"  {kind}", "changed", kind))
@@ -74,7 +74,7 @@ class ProvenanceResult(Result):
         """What a reader may and may not conclude."""
         gap = self.value("free-running", "changed", "avoids_minus_falls_into")
         said = [f"Free-running, {_repetition(gap)}."]
-        uniform = self.value("teacher-forced", "all", "rank_ge_200")["value"]
+        uniform = self.value("teacher-forced", "all", DEEP_TAIL.metric)["value"]
         vocabulary = self.meta["d_vocab"]
         if vocabulary > 400 and uniform > 0.5 * (vocabulary - 200) / vocabulary:
             said.append(
@@ -115,12 +115,12 @@ class ProvenanceResult(Result):
 
     def _draw_buckets(self, axes: Axes) -> None:
         for mode, (color, shift) in MODE_STYLES.items():
-            rows = [self.value(mode, bucket, "share") for bucket, _, _ in BUCKETS]
+            rows = [self.value(mode, bucket, "share") for bucket in BUCKETS]
             values = [100 * row["value"] for row in rows]
             half = [100 * (row["high"] - row["value"]) for row in rows]
             places = [i + shift for i in range(len(BUCKETS))]
             axes.bar(places, values, 0.38, yerr=half, color=color, capsize=3)
-        axes.set_xticks(range(len(BUCKETS)), [f"rank {bucket}" for bucket, _, _ in BUCKETS])
+        axes.set_xticks(range(len(BUCKETS)), [f"rank {bucket}" for bucket in BUCKETS])
         axes.set_ylabel("share of decisions (%), mean over texts, 95%")
 
     def _draw_kinds(self, axes: Axes) -> None:
@@ -128,13 +128,13 @@ class ProvenanceResult(Result):
 
         colors = (GREY, BLUE, ORANGE, GREEN, VERMILION, "#CCCCCC")
         short = [mode.partition("-")[0] for mode in MODES]
-        names = [f"{mode}\nrank {bucket}" for mode in short for bucket, _, _ in BUCKETS]
+        names = [f"{mode}\nrank {bucket}" for mode in short for bucket in BUCKETS]
         bottom = [0.0] * len(names)
         for kind, color in zip(KINDS, colors, strict=True):
             shares = [
                 100 * _or_zero(self.value(mode, bucket, kind)["value"])
                 for mode in MODES
-                for bucket, _, _ in BUCKETS
+                for bucket in BUCKETS
             ]
             axes.bar(names, shares, 0.7, bottom=bottom, color=color, label=kind)
             bottom = [b + s for b, s in zip(bottom, shares, strict=True)]

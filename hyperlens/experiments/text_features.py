@@ -12,12 +12,12 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..data.corpus import check_max_length, tokenize
+from ..checks import check_counts
+from ..data.corpus import check_max_length, pad, tokenize
 from ..errors import ActivationError, CorpusError
 from ..hooks.loading import LoadedModel, hook, parse_device, parse_dtype
 from ..hooks.surface import evaluating, final_norm, input_device, run_last_residual
 from ..models.sources import open_source
-from .continuing import check_counts
 
 
 class Features(NamedTuple):
@@ -81,14 +81,11 @@ class Featurizer:
     def _last(self, batch: Sequence[np.ndarray]) -> Float[Tensor, "batch d_model"]:
         """Padded on the right: what comes after a text's last token cannot change it."""
         model = self.loaded.hooked
-        lengths = torch.tensor([len(one) for one in batch])
-        real = torch.arange(int(lengths.max())) < lengths[:, None]
-        tokens = torch.zeros(real.shape, dtype=torch.int64)
-        for row, one in enumerate(batch):
-            tokens[row, : len(one)] = torch.from_numpy(one)
+        tokens, mask = pad(batch)
+        lengths = mask.sum(-1)
         device = input_device(model)
-        with evaluating(model):  # type: ignore[arg-type]
-            residual = run_last_residual(model, tokens.to(device), real.long().to(device))
+        with evaluating(model):
+            residual = run_last_residual(model, tokens.to(device), mask.to(device))
             last = residual[torch.arange(len(batch)), lengths - 1]
             vectors = final_norm(model, last).float()
         if not bool(torch.isfinite(vectors).all()):

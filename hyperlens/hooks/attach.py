@@ -1,4 +1,4 @@
-"""Native modules, changed while a context lasts: what they pass on, and whether they run at all."""
+"""Temporary hooks on native modules: replace what they pass on, or skip blocks altogether."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..models.structure import ModelStructure, first_tensor
 from .surface import Kind
 
 Change = Callable[[Tensor], Tensor | None]
-"""What takes an activation's place; None leaves it."""
+"""Returns what replaces an activation; None leaves it unchanged."""
 
 
 def attach(structure: ModelStructure, kind: Kind, block: int, change: Change) -> RemovableHandle:
@@ -24,8 +24,8 @@ def attach(structure: ModelStructure, kind: Kind, block: int, change: Change) ->
     Args:
         structure: where the model's parts are.
         kind: of the site.
-        block: 0-based; of no meaning for "final_norm".
-        change: gets the activation, and returns what takes its place.
+        block: 0-based; ignored for "final_norm".
+        change: gets the activation, and returns what replaces it.
 
     Raises:
         LoadingError: if the model's blocks have no two branches to attach to.
@@ -50,10 +50,13 @@ def on_input(module: nn.Module, change: Change) -> RemovableHandle:
     """Let a function see, and replace, the residual that a block is given."""
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        given = residual_given(args, kwargs)
-        made = change(given)
-        made = given if made is None else made
-        return ((made, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": made})
+        residual = residual_given(args, kwargs)
+        changed = change(residual)
+        if changed is None:
+            changed = residual
+        if args:
+            return (changed, *args[1:]), kwargs
+        return args, kwargs | {"hidden_states": changed}
 
     return module.register_forward_pre_hook(hook, with_kwargs=True)
 
@@ -65,9 +68,10 @@ def on_output(module: nn.Module, change: Change) -> RemovableHandle:
         returned = first_tensor(output)
         if returned is None:
             return output
-        made = change(returned)
-        made = returned if made is None else made
-        return made if isinstance(output, Tensor) else (made, *output[1:])
+        changed = change(returned)
+        if changed is None:
+            changed = returned
+        return changed if isinstance(output, Tensor) else (changed, *output[1:])
 
     return module.register_forward_hook(hook)
 
@@ -85,14 +89,14 @@ def entering_at(
     first: int,
     residual: Float[Tensor, "batch pos d_model"],
 ) -> Iterator[None]:
-    """Inside, blocks before `first` do nothing, and `residual` is what enters block `first`.
+    """Skip the blocks before `first` inside, and let `residual` enter block `first`.
 
-    Masks, positions, windows and everything else are still made by the model's own code. With
+    Masks, positions, windows and everything else are still computed by the model's own code. With
     `first` equal to the number of blocks, the residual is what the last block returns.
 
-    The block before `first` returns it. A hook on block `first` would not do: where gradient
-    checkpointing takes in hooks, as in transformers 5.18, the block is computed again when the
-    hook is gone.
+    The residual is returned by the block before `first`, not set by a hook on block `first`: where
+    gradient checkpointing includes hooks, as in transformers 5.18, the block is recomputed after
+    the hook is gone.
 
     Args:
         blocks: all blocks of the model, in order.
@@ -101,27 +105,27 @@ def entering_at(
         residual: what enters it.
     """
 
-    def kept(given: Tensor) -> Tensor:
+    def replaced(given: Tensor) -> Tensor:
         return residual.to(given.device, non_blocking=True)
 
     with ExitStack() as changes:
         if first == 0:
-            changes.enter_context(on_input(blocks[0], kept))
+            changes.enter_context(on_input(blocks[0], replaced))
         for index in range(first):
-            change = kept if index == first - 1 else _untouched
-            changes.enter_context(_standing_in(blocks[index], extras[index], change))
+            change = replaced if index == first - 1 else _unchanged
+            changes.enter_context(_skipped(blocks[index], extras[index], change))
         yield
 
 
-def _untouched(given: Tensor) -> Tensor:
+def _unchanged(given: Tensor) -> Tensor:
     return given
 
 
 @contextmanager
-def _standing_in(
+def _skipped(
     block: nn.Module, extras: int | None, change: Callable[[Tensor], Tensor]
 ) -> Iterator[None]:
-    """Inside, the block only changes the residual that it is given, and returns its usual form."""
+    """Let a block only change its residual inside, and return what it usually returns."""
     before = vars(block).get("forward")
 
     def forward(*args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Any model source to a hooked model, checked against its source, the caller's model untouched."""
+"""Any model source as a hooked model, checked against its source; the caller's stays unchanged."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from typing import Any, get_args
 
 import torch
 
-from ..errors import LoadingError
-from ..hub import first_line
-from ..models.kinds import Backend, backend_of
+from ..errors import LoadingError, ParityError, first_line
+from ..models.kinds import Backend, backend_of, quantisation_of
 from ..models.sources import OpenedModel, open_source
 from ..models.weight_sharing import merged
 from ..results.fingerprint import Known, weights_sha256
@@ -21,9 +20,16 @@ from .surface import HookedModel, import_transformer_lens
 
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# Beside the names that torch itself has, such as "half".
+DTYPE_ALIASES = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    "fp64": torch.float64,
+}
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class LoadedModel(OpenedModel):
     """An opened model with hooks on it.
 
@@ -34,6 +40,12 @@ class LoadedModel(OpenedModel):
 
     hooked: HookedModel
     backend: Backend
+
+    def __repr__(self) -> str:
+        dtype = str(self.hooked.cfg.dtype).removeprefix("torch.")
+        return (
+            f"LoadedModel({self.name}, {self.hooked.cfg.n_layers} blocks, {dtype}, {self.backend})"
+        )
 
     def describe(self, known: Known | None = None) -> dict[str, Any]:
         """Name, source and hash of the weights, as JSON values.
@@ -91,17 +103,26 @@ def hook(opened: OpenedModel, backend: Backend) -> LoadedModel:
         LoadingError: if the backend is not available.
         ParityError: if the hooked model does not reproduce its source.
     """
-    found = backend_of(opened.model)
-    if found is not None:
+    own_backend = backend_of(opened.model)
+    if own_backend is not None:
         check_parity(opened.model, None)
-        return _loaded(opened, opened.model, found)
+        return _loaded(opened, opened.model, own_backend)
     make = {
         "residual": _residual,
         "bridge": _bridge,
         "hooked_transformer": _hooked_transformer,
     }[backend]
-    model = make(opened)
-    check_parity(model, opened.model)
+    try:
+        model = make(opened)
+        check_parity(model, opened.model)
+    except (LoadingError, ParityError) as error:
+        method = quantisation_of(opened.model)
+        if method is None:
+            raise
+        raise type(error)(
+            f"{opened.name} is quantised ({method}), and hooked it does not reproduce its own "
+            "logits: load it unquantised, for example in bfloat16"
+        ) from error
     return _loaded(opened, model, backend)
 
 
@@ -118,7 +139,7 @@ def _loaded(opened: OpenedModel, hooked: HookedModel, backend: Backend) -> Loade
 
 
 def check_backend(backend: str) -> None:
-    """Refuse an unknown backend, or one that the installed TransformerLens lacks.
+    """Raise for an unknown backend, or one that the installed TransformerLens lacks.
 
     Raises:
         LoadingError: naming the choices, or the version to install.
@@ -149,15 +170,21 @@ def parse_device(device: str | torch.device | None) -> torch.device | None:
 def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     """A floating-point dtype from its name, or None.
 
+    >>> parse_dtype("bf16")
+    torch.bfloat16
+
     Raises:
         LoadingError: if it is no floating-point dtype.
     """
-    parsed = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    parsed: Any = dtype
+    if isinstance(dtype, str):
+        parsed = DTYPE_ALIASES.get(dtype) or getattr(torch, dtype, None)
     if parsed is None and dtype is None:
         return None
-    if parsed not in DTYPES:
-        raise LoadingError(f"dtype must be float32, bfloat16, float16 or float64; got {dtype!r}")
-    return parsed
+    for known in DTYPES:
+        if parsed == known:
+            return known
+    raise LoadingError(f"dtype must be float32, bfloat16, float16 or float64; got {dtype!r}")
 
 
 def _residual(opened: OpenedModel) -> HookedModel:

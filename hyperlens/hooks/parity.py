@@ -1,4 +1,4 @@
-"""Does a hooked model reproduce its source? Checked on every load, before any result."""
+"""Check on every load that a hooked model reproduces the logits of its source."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def check_parity(model: HookedModel, plain: Any | None) -> None:
     """Compare a hooked model with the plain Hugging Face model it was made from.
 
     Two sequences of different lengths are run, padded on the right and on the left. Without a
-    plain model (the caller brought a hooked one) padded runs are held against unpadded ones.
+    plain model (the caller brought a hooked one) padded runs are compared with unpadded ones.
 
     Raises:
         LoadingError: if the model is not causal.
@@ -38,7 +38,7 @@ def check_parity(model: HookedModel, plain: Any | None) -> None:
     reference = partial(surface.run_logits, model) if plain is None else partial(_plain, plain)
     residual = backend_of(model) == "residual"
     advice = "its architecture is not supported" if residual else "use backend='residual'"
-    with surface.evaluating(model):  # type: ignore[arg-type]
+    with surface.evaluating(model):
         for side in ("right", "left"):
             tokens, mask = _padded_batch(model.cfg.d_vocab, side, device)
             logits = surface.run_logits(model, tokens, mask)
@@ -59,7 +59,7 @@ def _check_output(
     logits: Float[Tensor, "batch pos d_vocab"],
     mask: Int[Tensor, "batch pos"],
 ) -> None:
-    """Broken blocks are named by the pass over the texts; a broken output is said here."""
+    """Raise for broken logits after sound blocks; the pass over the texts names a broken block."""
     real = mask.bool()
     if surface.first_bad_layer(residuals, real) is None and not torch.isfinite(logits[real]).all():
         raise LoadingError(
@@ -93,7 +93,7 @@ def _alone(
     tokens: Int[Tensor, "batch pos"],
     mask: Int[Tensor, "batch pos"],
 ) -> Float[Tensor, "n d_vocab"]:
-    """Logits of the real tokens, each sequence alone and unpadded: nothing to get wrong."""
+    """Logits of the real tokens, each sequence run alone and unpadded."""
     alone = (t[m.bool()][None] for t, m in zip(tokens, mask, strict=True))
     return torch.cat([run(real, torch.ones_like(real))[0] for real in alone])
 
@@ -116,7 +116,7 @@ def _difference(
 def _gap_and_span(
     got: Float[Tensor, "*rows d_vocab"], expected: Float[Tensor, "*rows d_vocab"]
 ) -> tuple[float, float]:
-    """Largest difference and largest value; a broken model's NaNs are the same as themselves."""
+    """Largest difference and largest value; NaN counts as equal to NaN."""
     got, expected = got.float(), expected.float()
     finite = torch.isfinite(expected)
     if not torch.equal(finite, torch.isfinite(got)):
@@ -135,7 +135,7 @@ def _check_causal(
     mask: Int[Tensor, "batch pos"],
     logits: Float[Tensor, "batch pos d_vocab"],
 ) -> None:
-    """A later token must not reach back: an encoder's outputs would change."""
+    """Raise if a later token changes earlier outputs, as in an encoder."""
     changed = tokens.clone()
     changed[:, -1] = (changed[:, -1] + 1) % model.cfg.d_vocab
     before, after = logits[:1, :-1], surface.run_logits(model, changed, mask)[:1, :-1]

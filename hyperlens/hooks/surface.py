@@ -17,6 +17,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from ..errors import ActivationError
+
 # The attribute names that TransformerLens gives the two ends of a block, what its two branches add
 # to the stream in between, and what leaves the final norm.
 RESID_PRE, RESID_POST = "hook_resid_pre", "hook_resid_post"
@@ -64,7 +66,7 @@ class HookedModel(Protocol):
         """n_layers, d_model, d_vocab, dtype, device and output_logits_soft_cap."""
 
     def __getattr__(self, name: str) -> Any:
-        """Its `blocks`, `ln_final` and `unembed`.
+        """Its `blocks`, `ln_final`, `unembed`, and what every torch module has.
 
         Not attributes of their own here: torch finds submodules by `__getattr__`, and from
         Python 3.12 on a protocol does not see what is found that way.
@@ -72,9 +74,6 @@ class HookedModel(Protocol):
 
     def run_with_hooks(self, *args: Any, **kwargs: Any) -> Any:
         """Forward pass with temporary hooks."""
-
-    def run_with_cache(self, *args: Any, **kwargs: Any) -> Any:
-        """Forward pass that also returns activations."""
 
     @property
     def hook_dict(self) -> Any:
@@ -93,9 +92,9 @@ def import_transformer_lens(submodule: str = "") -> ModuleType:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: HookedModel | nn.Module) -> Iterator[None]:
     """Evaluation mode and no gradients inside; every module's own mode back afterwards."""
-    training = [module for module in model.modules() if module.training]
+    training: list[nn.Module] = [module for module in model.modules() if module.training]
     try:
         for module in training:
             module.training = False
@@ -140,10 +139,10 @@ def run_last_residual(
 def _residuals(
     model: HookedModel, tokens: Tensor, attention_mask: Tensor, layers: Sequence[int]
 ) -> list[Tensor]:
-    kept: dict[int, Tensor] = {}
+    residuals: dict[int, Tensor] = {}
 
     def keep(residual: Tensor, hook: Any, layer: int) -> None:
-        kept[layer] = residual.detach()
+        residuals[layer] = residual.detach()
 
     model.run_with_hooks(
         tokens,
@@ -151,7 +150,7 @@ def _residuals(
         return_type=None,
         fwd_hooks=[(layer_hook(layer), partial(keep, layer=layer)) for layer in layers],
     )
-    return [kept[layer] for layer in layers]
+    return [residuals[layer] for layer in layers]
 
 
 def final_norm(model: HookedModel, x: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_model"]:
@@ -165,6 +164,23 @@ def unembed(model: HookedModel, x: Float[Tensor, "n d_model"]) -> Float[Tensor, 
     logits: Tensor = model.unembed(x[:, None])[:, 0]
     cap = getattr(model.cfg, "output_logits_soft_cap", None)
     return cap * torch.tanh(logits / cap) if cap is not None and cap > 0 else logits
+
+
+def float_logits(
+    model: HookedModel, normed: Float[Tensor, "n d_model"]
+) -> Float[Tensor, "n d_vocab"]:
+    """Float32 logits of final-normed vectors, on a device that has float64."""
+    logits = unembed(model, normed).float()
+    # Statistics are float64, which Apple's accelerator does not have.
+    return logits.cpu() if logits.device.type == "mps" else logits
+
+
+def residual_logits(
+    model: HookedModel, last: Float[Tensor, "n d_model"]
+) -> Float[Tensor, "n d_vocab"]:
+    """Float32 logits of last-layer residual vectors, on a device that has float64."""
+    with evaluating(model):
+        return float_logits(model, final_norm(model, last))
 
 
 def input_device(model: HookedModel) -> torch.device:
@@ -182,3 +198,40 @@ def first_bad_layer(
         if not torch.isfinite(residual).all() and not torch.isfinite(residual[real]).all():
             return layer
     return None
+
+
+def check_stream(
+    name: str,
+    stream: list[Float[Tensor, "batch pos d_model"]],
+    real: Bool[Tensor, "batch pos"],
+) -> None:
+    """Raise if a model's residual stream overflowed.
+
+    Args:
+        name: of the model, "base" or "tuned".
+        stream: all residual layers.
+        real: False at pads.
+
+    Raises:
+        ActivationError: naming the first layer with NaN or infinity at a real token.
+    """
+    layer = first_bad_layer(stream, real)
+    if layer is not None:
+        raise _overflow(f"the {name} model", f" at layer {layer}")
+
+
+def check_finite(whose: str, x: Float[Tensor, "*rows d_model"]) -> None:
+    """Raise if vectors overflowed, those of a patched or mixed model too.
+
+    Raises:
+        ActivationError: if one holds NaN or infinity.
+    """
+    if not bool(torch.isfinite(x).all()):
+        raise _overflow(whose)
+
+
+def _overflow(whose: str, where: str = "") -> ActivationError:
+    return ActivationError(
+        f"{whose} has NaN or infinite activations{where}: load both models in a wider dtype, as in "
+        "dtype='float32'"
+    )

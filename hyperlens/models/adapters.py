@@ -1,4 +1,4 @@
-"""PEFT adapters: where they are, what they hold, which base they name, whether they fit a base."""
+"""PEFT adapters: find them, read their configuration, put them on a base."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from ..errors import LoadingError, PairError
-from ..hub import HUB_ID, first_line
+from ..errors import LoadingError, PairError, first_line
+from .kinds import HUB_ID
 from .weight_sharing import weight_sharing_copy
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -18,10 +18,10 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
 
 
 def adapter_folder(source: Any) -> Path | None:
-    """The folder of an adapter: its own, or its copy in the cache for a hub id; None if it is none.
+    """The folder of an adapter, in the cache for a hub id; None for any other source.
 
     Args:
-        source: whatever a model can be opened from; of a pair (model, tokenizer), the model counts.
+        source: any model source; of a pair (model, tokenizer) the model.
     """
     if isinstance(source, tuple) and source:
         source = source[0]
@@ -30,8 +30,8 @@ def adapter_folder(source: Any) -> Path | None:
     folder = Path(source).expanduser()
     if folder.exists() or isinstance(source, Path) or not HUB_ID.fullmatch(source):
         return folder if (folder / ADAPTER_CONFIG).exists() else None
-    # A model that was opened before is no adapter; asking again would cost a request, and half a
-    # minute where there is no network.
+    # A full model in the cache is not an adapter; asking the hub again would cost a request, and
+    # half a minute of timeouts where there is no network.
     config = None if _is_cached_model(source) else _fetched(source, ADAPTER_CONFIG)
     if config is None:
         return None
@@ -55,10 +55,10 @@ def _fetched(name: str, file: str) -> Path | None:
     from transformers.utils.hub import cached_file
 
     try:
-        found = cached_file(name, file)
-    except OSError:  # no such repository or file, or no hub: whoever loads the model says so
+        path = cached_file(name, file)
+    except OSError:  # no such repository or file, or no hub: loading the model will say so
         return None
-    return None if found is None else Path(found)
+    return None if path is None else Path(path)
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
@@ -108,10 +108,10 @@ def named_base(folder: Path, config: dict[str, Any]) -> str | Path:
 
 
 def put_on(base: Any, base_name: str, folder: Path, named: str | None) -> Any:
-    """A PeftModel of an adapter folder over a shell of the base, unmerged.
+    """An unmerged PeftModel of an adapter folder on a weight-sharing copy of the base.
 
     Args:
-        base: plain Hugging Face model, left as it is.
+        base: plain Hugging Face model; it is not changed.
         base_name: how to call it in errors.
         folder: adapter folder whose configuration has been read.
         named: the base that the adapter itself names.
@@ -159,7 +159,7 @@ def put_on(base: Any, base_name: str, folder: Path, named: str | None) -> Any:
 
 
 def check_adapter_kind(model: Any) -> None:
-    """Refuse adapters that add positions.
+    """Raise for adapters that add positions.
 
     Raises:
         LoadingError: if a PeftModel holds one.
@@ -173,10 +173,10 @@ def check_adapter_kind(model: Any) -> None:
 
 
 def check_not_injected(model: Any) -> None:
-    """Refuse the inside of a PeftModel, which reads as the tuned model whatever it is called.
+    """Raise for the inside of a PeftModel, which is the tuned model whatever it is passed as.
 
-    `get_peft_model` puts its layers into the very model it is given. (What transformers' own
-    `load_adapter` made says so, and is a tuned model like any other.)
+    `get_peft_model` puts its layers into the model that it is given. (A model with adapters from
+    transformers' own `load_adapter` says so, and is a tuned model like any other.)
 
     Raises:
         LoadingError: if a plain model holds adapter layers that it does not know of.

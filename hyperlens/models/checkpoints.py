@@ -1,4 +1,4 @@
-"""Checkpoints by folder or hub id: safetensors of a whole causal language model, or one line."""
+"""Load a causal LM from safetensors; every failure is a one-line LoadingError."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 
-from ..errors import LoadingError
-from ..hub import first_line
+from ..errors import LoadingError, first_line
 from .adapters import ADAPTER_CONFIG
 
 
@@ -29,7 +28,7 @@ def read_checkpoint(name: str, kind: str, dtype: torch.dtype | None) -> tuple[An
 
     loaded: Any
     with _readable_errors(name, kind):
-        # Without code from a checkpoint, which would be asked about on the terminal.
+        # Code from a checkpoint is never run; without False, transformers asks on the terminal.
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         check_causal(config, name, config.architectures or [])
         with _quiet_loading():
@@ -53,7 +52,7 @@ def read_checkpoint(name: str, kind: str, dtype: torch.dtype | None) -> tuple[An
 
 
 def check_checkpoint_folder(folder: Path) -> None:
-    """Refuse a folder that holds no readable safetensors checkpoint of a causal LM.
+    """Raise unless a folder holds a safetensors checkpoint with its configuration.
 
     Raises:
         LoadingError: naming what is missing and what to do.
@@ -78,7 +77,7 @@ def check_checkpoint_folder(folder: Path) -> None:
 
 
 def _check_complete(name: str, info: dict[str, Any]) -> None:
-    """Refuse a checkpoint that would leave weights at random values."""
+    """Raise for a checkpoint that would leave weights at random values."""
     missing = sorted(info["missing_keys"])
     if missing:
         raise LoadingError(
@@ -94,7 +93,7 @@ def _check_complete(name: str, info: dict[str, Any]) -> None:
 
 
 def check_causal(config: Any, name: str, declared: Sequence[str]) -> None:
-    """Refuse what its configuration, or its declared class, says is no causal language model.
+    """Raise for a model whose configuration or declared class is not a causal LM's.
 
     Raises:
         LoadingError: saying what it is instead.
@@ -110,7 +109,7 @@ def check_causal(config: Any, name: str, declared: Sequence[str]) -> None:
 
 @contextmanager
 def _readable_errors(name: str, kind: str) -> Iterator[None]:
-    """Turn the many errors of loading into one line that says what to do."""
+    """Turn any error of loading into a LoadingError that says what to do."""
     from safetensors import SafetensorError
 
     try:
@@ -137,7 +136,7 @@ def _readable_errors(name: str, kind: str) -> Iterator[None]:
 
 @contextmanager
 def _quiet_loading() -> Iterator[None]:
-    """No weight-loading bar and no report of what is refused here; both settings are put back."""
+    """Silence transformers' loading bar and report inside; both settings are restored."""
     from transformers.utils import logging
 
     shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()

@@ -1,14 +1,21 @@
-"""What kind of model an object is, told by class names so that no library need be imported."""
+"""What a source is: the pattern of hub ids, and kinds of model objects told by class names.
+
+Class names, because `isinstance` would import libraries that a run may not need.
+"""
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal
+
+# "name" or "owner/name", of models and of datasets.
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 Backend = Literal["residual", "bridge", "hooked_transformer"]
 
 
 def backend_of(model: object) -> Backend | None:
-    """Which kind of hooked model this is; None if it is none."""
+    """Which kind of hooked model this is; None for one without hooks."""
     kinds: dict[str, Backend] = {
         "ResidualModel": "residual",
         "TransformerBridge": "bridge",
@@ -25,3 +32,12 @@ def is_peft(model: object) -> bool:
 def plain_model(model: Any) -> Any:
     """The Hugging Face model inside a PeftModel; any other model is its own plain model."""
     return model.get_base_model() if is_peft(model) else model
+
+
+def quantisation_of(model: Any) -> str | None:
+    """How a model's weights are quantised, such as "bitsandbytes"; None where they are not."""
+    method = getattr(plain_model(model), "quantization_method", None)
+    if method is not None:
+        return str(getattr(method, "value", method))
+    kinds = {type(parameter).__name__ for parameter in model.parameters()} - {"Parameter"}
+    return min(kinds, default=None)

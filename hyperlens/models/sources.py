@@ -1,4 +1,4 @@
-"""Open what people have: hub ids, folders, adapter folders, Hugging Face and PEFT models."""
+"""Open model sources: hub ids, folders, adapter folders, Hugging Face and PEFT models."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from ..errors import LoadingError, PairError
-from ..hub import HUB_ID
 from .adapters import (
     ADAPTER_CONFIG,
     adapter_folder,
@@ -22,14 +21,14 @@ from .adapters import (
     read_adapter_config,
 )
 from .checkpoints import check_causal, check_checkpoint_folder, read_checkpoint
-from .kinds import backend_of, is_peft, plain_model
+from .kinds import HUB_ID, backend_of, is_peft, plain_model
 from .tokenizers import read_tokenizer, tokenizer_of_object
 from .weight_sharing import check_has_values, converted, weight_sharing_copy
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class OpenedModel:
-    """A model ready to be hooked, that nobody else holds.
+    """A model ready to be hooked, with modules of its own that nobody else holds.
 
     Attributes:
         model: Hugging Face model, PeftModel, or an already hooked model (then the caller's own).
@@ -44,6 +43,9 @@ class OpenedModel:
     name: str
     kind: str
     notes: tuple[str, ...] = field(default=())
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.name}, {self.kind})"
 
 
 def open_source(
@@ -87,7 +89,7 @@ def open_source(
 
 
 def check_source(source: Any) -> None:
-    """Refuse at once what can be told from its name alone to be no model, opening nothing.
+    """Raise at once for what is clearly no model, without opening anything.
 
     Raises:
         LoadingError: if it is of the wrong kind, or a folder that is missing or holds no model.
@@ -170,7 +172,7 @@ def _open_adapter(
             base = open_source(named_base(folder, config), device=device, dtype=dtype)
         except LoadingError as error:
             raise LoadingError(f"adapter {name}, its base: {error}") from error
-    elif named and not _same_source(named, base.name):
+    elif named and not same_source(named, base.name):
         notes = (f"adapter {Path(name).name} names {named} as its base; it was put on {base.name}",)
     if is_peft(base.model) or backend_of(base.model) is not None:
         raise PairError(
@@ -182,7 +184,9 @@ def _open_adapter(
     return OpenedModel(converted(model, device, dtype), tokenizer, name, "adapter", notes)
 
 
-def _same_source(one: str, other: str) -> bool:
+def same_source(first: str, second: str) -> bool:
     """Whether two names are the same hub id, or lead to the same folder."""
-    one, other = (os.path.realpath(name) if os.path.isdir(name) else name for name in (one, other))
-    return one == other
+    first, second = (
+        os.path.realpath(name) if os.path.isdir(name) else name for name in (first, second)
+    )
+    return first == second

@@ -1,14 +1,16 @@
-"""Find the blocks, the final norm and the unembedding of any causal LM by watching it run.
+"""Find the blocks, the final norm and the unembedding of any causal LM by tracing a run.
 
-Names differ from one architecture to the next, the flow of data does not: each block takes what
-the block before it returned, and the final norm takes what the last block returned.
+Module names differ between architectures, the data flow does not: each block takes what the block
+before it returned, and the final norm takes what the last block returned.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from jaxtyping import Float
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 
 from ..errors import LoadingError
 
-# Two sums, each rounded once, are at most one machine epsilon off; more than a few are others.
+# Two correct sums differ by about one machine epsilon; more than a few means another sum.
 ROUNDINGS = 4.0
 
 
@@ -44,7 +46,7 @@ class ModelStructure:
     soft_cap: float
 
     def logits(self, unembedded: Float[Tensor, "*rows d_vocab"]) -> Float[Tensor, "*rows d_vocab"]:
-        """What the model makes of the unembedding's output: scaled, then capped."""
+        """The model's logits from the unembedding's output: scaled, then capped."""
         scaled = unembedded if self.logit_scale == 1.0 else unembedded * self.logit_scale
         cap = self.soft_cap
         return cap * torch.tanh(scaled / cap) if cap else scaled
@@ -67,14 +69,46 @@ def first_tensor(value: Any) -> Tensor | None:
     return None
 
 
-@torch.no_grad()
 def find_structure(model: Any) -> ModelStructure:
     """Run four tokens through a Hugging Face causal LM (or PeftModel) and read its structure.
+
+    It is found once: a model that is asked about again is not run, unless a module of it was
+    added, removed or exchanged meanwhile.
 
     Raises:
         LoadingError: if no stack of blocks, or no path from it to the logits, is found.
     """
     plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+    known = _KNOWN.get(plain)
+    if known is None or not known.is_current(plain):
+        known = _Known(_traced_structure(plain), [ref(module) for module in plain.modules()])
+        _KNOWN[plain] = known
+    return known.structure
+
+
+@dataclass(frozen=True)
+class _Known:
+    """A structure that was found, and all modules of the model at that time, in order.
+
+    References are weak: the number of a module that is gone may be given to another one.
+    """
+
+    structure: ModelStructure
+    modules: Sequence[ref[nn.Module]]
+
+    def is_current(self, model: nn.Module) -> bool:
+        """Whether the model still has exactly these modules."""
+        now = list(model.modules())
+        return len(now) == len(self.modules) and all(
+            reference() is module for reference, module in zip(self.modules, now, strict=True)
+        )
+
+
+_KNOWN: WeakKeyDictionary[nn.Module, _Known] = WeakKeyDictionary()
+
+
+@torch.no_grad()
+def _traced_structure(plain: Any) -> ModelStructure:
     config = plain.config.get_text_config()
     head = plain.get_output_embeddings()
     kind = type(plain).__name__
@@ -138,24 +172,24 @@ def _trace(model: Any) -> tuple[list[_Call], Float[Tensor, "batch pos d_vocab"]]
 
 
 def _outputs_in_order(stack: nn.ModuleList, calls: list[_Call]) -> list[Tensor] | None:
-    made: list[Tensor] = []
+    outputs: list[Tensor] = []
     by_module = {id(call.module): call for call in calls}
     for block in stack:
         call = by_module.get(id(block))
         if call is None or call.given is None or call.returned is None:
             return None
-        if made and not _same(call.given, made[-1]):
+        if outputs and not _same(call.given, outputs[-1]):
             return None
-        made.append(call.returned)
-    return made
+        outputs.append(call.returned)
+    return outputs
 
 
 def _branches(
     stack: nn.ModuleList, calls: dict[int, _Call]
 ) -> tuple[tuple[nn.Module, nn.Module], ...] | None:
     """What each block adds to the stream: the two parts of it that sum to output - input."""
-    found = [_added_pair(block, calls) for block in stack]
-    return tuple(pair for pair in found if pair) if all(found) else None
+    pairs = [_added_pair(block, calls) for block in stack]
+    return tuple(pair for pair in pairs if pair) if all(pairs) else None
 
 
 def _added_pair(block: nn.Module, calls: dict[int, _Call]) -> tuple[nn.Module, nn.Module] | None:
@@ -163,7 +197,7 @@ def _added_pair(block: nn.Module, calls: dict[int, _Call]) -> tuple[nn.Module, n
     if own.given is None or own.returned is None:
         return None
     parts = {id(part) for part in block.children()}
-    # In the order in which they ran: whatever the module calls them, attention comes first.
+    # In the order in which they ran: attention comes first, whatever it is called.
     added = [
         (call.module, call.returned)
         for call in calls.values()
@@ -182,7 +216,7 @@ def _added_pair(block: nn.Module, calls: dict[int, _Call]) -> tuple[nn.Module, n
 def _misfit(given: Tensor, one: Tensor, two: Tensor, returned: Tensor) -> float:
     """How far given + one + two is from what was returned, in roundings of its largest term.
 
-    Element by element: beside a single huge activation, everything else would look alike.
+    Element by element: relative to one huge activation, all other differences would vanish.
     """
     terms = torch.stack([given, one, two]).double()
     gap = (terms.sum(0) - returned.double()).abs()
@@ -214,14 +248,14 @@ def _tail(
 def _same(a: Tensor, b: Tensor) -> bool:
     if a is b:
         return True
-    # A broken model's NaNs are the same NaNs; the pass over the texts names the block.
+    # NaN counts as equal here: the pass over the texts names the block that makes it.
     alike = a.shape == b.shape and a.dtype == b.dtype
     return alike and torch.allclose(a, b, rtol=0.0, atol=0.0, equal_nan=True)
 
 
 def _logit_map(unembedded: Tensor, logits: Tensor, config: Any) -> tuple[float, float]:
     """(scale, soft cap) that turn the unembedding's output into the logits."""
-    # A cap that is configured comes first: it hardly moves small logits, which look uncapped.
+    # A configured cap is tried first: small logits are hardly changed by it and look uncapped.
     cap = float(getattr(config, "final_logit_softcapping", None) or 0.0)
     if cap and _close(cap * torch.tanh(unembedded / cap), logits):
         return 1.0, cap

@@ -1,4 +1,4 @@
-"""Copies of a model that share its weights: what we do to a shell, the caller never sees."""
+"""Copies of a model that share its weights, so that the caller's model is never changed."""
 
 from __future__ import annotations
 
@@ -9,16 +9,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import LoadingError
-from ..hub import first_line
-from .kinds import is_peft, plain_model
+from ..errors import LoadingError, first_line
+from .kinds import is_peft, quantisation_of
 
 
 def weight_sharing_copy(model: nn.Module) -> Any:
     """A copy of all modules around the same tensors, in evaluation mode.
 
     Parameters are new objects over the same storage, so that merging an adapter, casting, or
-    moving the shell leaves the caller's weights, keys, training mode and configuration alone,
+    moving the copy leaves the caller's weights, keys, training mode and configuration alone,
     and ties between weights survive. Costs no memory for weights.
     """
     memo: dict[int, Any] = {id(b): b for b in model.buffers()}
@@ -40,7 +39,7 @@ def weight_sharing_copy(model: nn.Module) -> Any:
 
 
 def check_has_values(model: nn.Module) -> None:
-    """Refuse a model whose weights are elsewhere, or were never loaded.
+    """Raise if some weights are elsewhere, or were never loaded.
 
     Raises:
         LoadingError: if some are on the "meta" device, as those are that accelerate offloads.
@@ -55,56 +54,55 @@ def check_has_values(model: nn.Module) -> None:
         )
 
 
-def converted(shell: Any, device: torch.device | None, dtype: torch.dtype | None) -> Any:
-    """Move and cast a shell; tensors are copied only where something changes.
+def converted(model: Any, device: torch.device | None, dtype: torch.dtype | None) -> Any:
+    """Move and cast a weight-sharing copy; tensors are copied only where something changes.
 
-    Cast is what a checkpoint stores, as `from_pretrained` does: buffers that the model computes
-    for itself, such as rotary frequencies, keep the precision that they were computed in.
+    As in `from_pretrained`, only what a checkpoint stores is cast: buffers that the model computes
+    itself, such as rotary frequencies, keep their precision.
 
     Raises:
         LoadingError: if the model is spread over several devices, or quantised.
     """
     if device is not None:
-        shell = _moved(shell, device)
+        model = _moved(model, device)
     if dtype is not None:
-        _cast(shell, dtype)
-    return shell
+        _cast(model, dtype)
+    return model
 
 
-def _moved(shell: Any, device: torch.device) -> Any:
-    places = {tensor.device for tensor in (*shell.parameters(), *shell.buffers())}
+def _moved(model: Any, device: torch.device) -> Any:
+    places = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
     wanted = torch.empty(0, device=device).device  # "cuda" is a name for one of several
     if places <= {wanted}:
-        return shell
-    if len({parameter.device for parameter in shell.parameters()}) > 1:
+        return model
+    if len({parameter.device for parameter in model.parameters()}) > 1:
         raise LoadingError(
-            f"{type(shell).__name__} is spread over several devices, so it cannot be moved to "
+            f"{type(model).__name__} is spread over several devices, so it cannot be moved to "
             f"{device}: leave device out, and give both models spread in the same way"
         )
     try:
         # The class's own method: accelerate puts one on the model that moves the original.
-        return type(shell).to(shell, device)
+        return type(model).to(model, device)
     except (ValueError, RuntimeError) as error:
         raise LoadingError(
-            f"cannot move {type(shell).__name__} to {device} ({first_line(error)}): load it there"
+            f"cannot move {type(model).__name__} to {device} ({first_line(error)}): load it there"
         ) from error
 
 
-def _cast(shell: Any, dtype: torch.dtype) -> None:
-    quantised = getattr(plain_model(shell), "quantization_method", None) is not None
-    if quantised or any(type(parameter) is not nn.Parameter for parameter in shell.parameters()):
+def _cast(model: Any, dtype: torch.dtype) -> None:
+    if quantisation_of(model) is not None:
         raise LoadingError(
-            f"{type(shell).__name__} is quantised and cannot be cast to {dtype}: leave dtype out"
+            f"{type(model).__name__} is quantised and cannot be cast to {dtype}: leave dtype out"
         )
-    for parameter in shell.parameters():
+    for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
-    done: dict[int, torch.Tensor] = {}  # a buffer that two modules share stays shared
-    for module in shell.modules():
+    cast: dict[int, torch.Tensor] = {}  # a buffer that two modules share stays shared
+    for module in model.modules():
         for name, buffer in module._buffers.items():
             computed = buffer is None or name in module._non_persistent_buffers_set
             if not computed and buffer.is_floating_point():
-                module._buffers[name] = done.setdefault(id(buffer), buffer.to(dtype))
+                module._buffers[name] = cast.setdefault(id(buffer), buffer.to(dtype))
 
 
 def merged(model: Any) -> Any:
@@ -113,13 +111,13 @@ def merged(model: Any) -> Any:
     Raises:
         LoadingError: if this kind of adapter cannot be merged.
     """
-    shell = weight_sharing_copy(model)
-    if not is_peft(shell):
-        return shell
+    model = weight_sharing_copy(model)
+    if not is_peft(model):
+        return model
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "All adapters are already merged")
-            return shell.merge_and_unload(safe_merge=True).eval()
+            return model.merge_and_unload(safe_merge=True).eval()
     except Exception as error:
         raise LoadingError(
             f"this adapter cannot be merged into its base ({error}); use backend='residual', "

@@ -1,4 +1,4 @@
-"""What goes wrong while texts are read says where, and what to do."""
+"""Wrap probe and out-of-memory errors with the probe's name and a remedy."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import torch
 from ..errors import HyperlensError, ProbeError, ResourceError
 
 
-def guarded(probe: Any, step: str, *args: Any) -> Any:
-    """Run one step of a probe.
+def run_probe_step(probe: Any, step: str, *args: Any) -> Any:
+    """Call a method of a probe.
 
     Raises:
-        ProbeError: if the step fails; it names the probe, the step and what went wrong.
+        ProbeError: if it fails with an error of its own; names the probe, the step and the error.
     """
     try:
         return getattr(probe, step)(*args)
@@ -29,8 +29,8 @@ def guarded(probe: Any, step: str, *args: Any) -> Any:
 
 
 @contextmanager
-def naming_what_to_lower(batch_size: int, also: str = "") -> Iterator[None]:
-    """Run what may need more memory than a GPU has.
+def explaining_out_of_memory(batch_size: int, also: str = "") -> Iterator[None]:
+    """Say what to lower if a GPU runs out of memory inside.
 
     Args:
         batch_size: texts per forward pass.
@@ -42,7 +42,7 @@ def naming_what_to_lower(batch_size: int, also: str = "") -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError:
-        # Without the cause: its traceback would keep alive all that filled the memory.
+        # Without the cause: its traceback would keep alive the tensors that filled the memory.
         raise ResourceError(
             f"the GPU ran out of memory with batch_size={batch_size}: lower it{also}"
         ) from None

@@ -1,7 +1,7 @@
-"""One reading of the logit lens for all probes that want logits.
+"""One logits reader for all probes that need logits.
 
-The unembedding is the dearest matrix product of a comparison, and logits are too many to keep:
-so each chunk of them is made once, shown to every probe, and dropped.
+The unembedding is the most expensive matrix product of a comparison, and the logits are too many to
+keep: each chunk of them is computed once, shown to every probe, and dropped.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from ..statistics import distances
-from .failures import guarded
+from .failures import run_probe_step
 from .streams import StreamPair
 
 
@@ -27,7 +27,7 @@ class LogitChunk:
     Attributes:
         layer: 0..L; at L these are the models' own logits.
         base, tuned: one row per token, float32.
-        final: the token that the tuned model puts first at the output, for each row.
+        final: the tuned model's top-1 token at the output, for each row.
     """
 
     layer: int
@@ -36,28 +36,31 @@ class LogitChunk:
     final: Int[Tensor, " chunk"]
 
     def copied(self) -> LogitChunk:
-        """The same logits in memory of their own."""
+        """A copy, for a reader that overwrites the logits while others still need them."""
         return LogitChunk(self.layer, self.base.clone(), self.tuned.clone(), self.final)
 
 
 @runtime_checkable
 class ReadsLogits(Protocol):
-    """What is asked of a probe that reads logits together with others."""
+    """A probe that reads logits together with others.
+
+    `overwrites` says whether `read` changes the logits it is given.
+    """
 
     overwrites: bool
 
     def logit_layers(self) -> Sequence[int]:
-        """The layers it reads."""
+        """Layers whose logits it reads."""
 
     def read(self, chunk: LogitChunk) -> Mapping[str, Shaped[Tensor, " chunk"]]:
-        """Numbers per token of one chunk."""
+        """Compute named numbers, one per token of the chunk."""
 
     def finish(self, pair: StreamPair, layer: int, numbers: Mapping[str, Tensor]) -> None:
-        """Take in the numbers of all of a layer's tokens."""
+        """Add the numbers of all tokens of the batch at one layer."""
 
 
 def read_logits(pair: StreamPair, readers: Sequence[ReadsLogits]) -> None:
-    """Show every layer's logits to the readers that want it, the output first.
+    """Show each layer's logits to the readers that want that layer, the output first.
 
     Readers that overwrite come last, and get copies unless they are the last of all.
 
@@ -66,28 +69,29 @@ def read_logits(pair: StreamPair, readers: Sequence[ReadsLogits]) -> None:
     """
     wanted = {layer for reader in readers for layer in reader.logit_layers()}
     in_turn = sorted(readers, key=lambda reader: reader.overwrites)
-    final = None if pair.n_layers in wanted else _final_winners(pair)
+    final = None if pair.n_layers in wanted else _final_top1(pair)
     for layer in sorted(wanted, reverse=True):
         here = [reader for reader in in_turn if layer in reader.logit_layers()]
-        found: list[dict[str, list[Tensor]]] = [defaultdict(list) for _ in here]
-        winners = []
+        parts: list[dict[str, list[Tensor]]] = [defaultdict(list) for _ in here]
+        top1_parts = []
         for rows, base, tuned in pair.logits(layer):
-            decided = distances.winner(tuned) if final is None else final[rows]
-            winners.append(decided)
-            chunk = LogitChunk(layer, base, tuned, decided)
-            for reader, numbers in zip(here, found, strict=True):
-                own = chunk.copied() if reader.overwrites and reader is not here[-1] else chunk
-                for name, values in guarded(reader, "read", own).items():
+            top1 = distances.winner(tuned) if final is None else final[rows]
+            top1_parts.append(top1)
+            chunk = LogitChunk(layer, base, tuned, top1)
+            for reader, numbers in zip(here, parts, strict=True):
+                needs_copy = reader.overwrites and reader is not here[-1]
+                shown = chunk.copied() if needs_copy else chunk
+                for name, values in run_probe_step(reader, "read", shown).items():
                     numbers[name].append(values)
-        if not winners:
+        if not top1_parts:
             return  # a batch without a single decision
-        final = torch.cat(winners)
-        for reader, numbers in zip(here, found, strict=True):
-            whole = {name: torch.cat(values) for name, values in numbers.items()}
-            guarded(reader, "finish", pair, layer, whole)
+        final = torch.cat(top1_parts)
+        for reader, numbers in zip(here, parts, strict=True):
+            of_layer = {name: torch.cat(values) for name, values in numbers.items()}
+            run_probe_step(reader, "finish", pair, layer, of_layer)
 
 
-def _final_winners(pair: StreamPair) -> Int[Tensor, " n"]:
-    """What the tuned model puts first at the output, where no reader asks for that layer."""
+def _final_top1(pair: StreamPair) -> Int[Tensor, " n"]:
+    """The tuned model's top-1 tokens at the output, where no reader asks for that layer."""
     none = torch.zeros(0, dtype=torch.int64, device=pair.device)
     return torch.cat([none, *(distances.winner(t) for _, _, t in pair.logits(pair.n_layers))])

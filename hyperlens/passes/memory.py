@@ -1,4 +1,4 @@
-"""What a pass takes besides the weights, known before it begins."""
+"""Estimate a pass's peak memory before running it, measure what is free, reuse what is freed."""
 
 from __future__ import annotations
 
@@ -11,17 +11,19 @@ from typing import Any
 import psutil
 import torch
 
-from .failures import guarded
+from .failures import run_probe_step
 from .streams import StreamSpec, logit_chunk_bytes
 
 CGROUPS, OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
-# Of the vectors of a batch, or of the sample: float64 copies that statistics make for a moment.
+# Temporary float64 copies of a batch's (or the sample's) vectors that statistics make.
 COPIES = 6
+# glibc adapts its threshold to freed blocks of up to 32 MiB, their own bookkeeping included.
+LARGEST_ADAPTIVE_BLOCK = 32 * 2**20 - 2**16
 
 
 @dataclass(frozen=True)
 class MemoryNeeded:
-    """Bytes of the probes' sums, of both models' streams over a batch, and of passing work."""
+    """Bytes of the probes' sums, of both models' streams over a batch, and of temporaries."""
 
     sums: int
     streams: int
@@ -29,42 +31,42 @@ class MemoryNeeded:
 
     @property
     def total(self) -> int:
-        """All of it, as if needed at the same moment."""
+        """The sum, as if all were needed at the same moment."""
         return self.sums + self.streams + self.work
 
 
 def memory_needed(
     spec: StreamSpec, probes: Iterable[Any], rows: int, dtype: torch.dtype
 ) -> MemoryNeeded:
-    """What a pass of these probes takes, over batches of at most `rows` tokens.
+    """Bytes a pass of these probes needs over batches of at most `rows` tokens, weights excluded.
 
     Raises:
-        ProbeError: if a probe cannot say what it takes.
+        ProbeError: if a probe's `state_bytes` fails.
     """
     d = spec.d_model
     widest = max(rows, spec.n_sampled_sequences * spec.n_sampled_tokens)
     return MemoryNeeded(
-        sums=sum(int(guarded(probe, "state_bytes", spec)) for probe in probes),
+        sums=sum(int(run_probe_step(probe, "state_bytes", spec)) for probe in probes),
         streams=2 * len(spec.layers) * rows * d * dtype.itemsize,
         work=8 * logit_chunk_bytes(spec.d_vocab, spec.device) + 8 * d * (COPIES * widest + 4 * d),
     )
 
 
 def free_bytes(device: torch.device) -> int:
-    """What can still be taken on a device."""
+    """Bytes that can still be allocated on a device."""
     if device.type == "cuda":
-        # What torch keeps of freed tensors is free to us, though the driver counts it as taken.
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(torch.cuda.mem_get_info(device)[0]) + kept
+        # Memory that torch caches of freed tensors is free, though the driver counts it as used.
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + cached
     return min(int(psutil.virtual_memory().available), _free_in_container())
 
 
 def _free_in_container() -> int:
-    """What the tightest control group of this process leaves it (Linux, cgroup v2)."""
+    """Bytes that the tightest control group of this process leaves it (Linux, cgroup v2)."""
     free = sys.maxsize
     try:
-        own = OWN_CGROUP.read_text().rpartition("::/")[2].strip()
-        for group in (CGROUPS / own, *(CGROUPS / own).parents):
+        group_of_process = OWN_CGROUP.read_text().rpartition("::/")[2].strip()
+        for group in (CGROUPS / group_of_process, *(CGROUPS / group_of_process).parents):
             if not group.is_relative_to(CGROUPS) or not (group / "memory.max").exists():
                 continue
             limit = (group / "memory.max").read_text().strip()
@@ -76,3 +78,14 @@ def _free_in_container() -> int:
     except (OSError, ValueError, KeyError):
         return sys.maxsize
     return max(free, 0)
+
+
+def keep_freed_memory() -> None:
+    """Raise glibc's trim threshold so that freed logit buffers are reused.
+
+    glibc returns memory at the end of the heap to the system once twice the largest block ever
+    freed lies there unused. Chunks of logits come and go in that size, and paging them in anew
+    takes a tenth of a comparison. Freeing one block of 32 MiB raises the threshold to 64 MiB, as
+    larger models would do anyway; other C libraries are not affected.
+    """
+    torch.empty(LARGEST_ADAPTIVE_BLOCK, dtype=torch.uint8)

@@ -1,7 +1,7 @@
 """One pass over the texts where everything fits in memory, several where it does not.
 
-Sums of d_model² numbers per layer outgrow the weights of wide models. Probes that keep them can
-be split by layers, and each part gets a pass of its own: the same numbers for more time.
+Sums of d_model² numbers per layer are larger than the weights of wide models. Probes that keep
+such sums can be split by layers, and each part gets its own pass: the same numbers, more time.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ..data.corpus import Corpus
 from ..hooks import surface
 from ..hooks.surface import HookedModel
 from ..results.rows import ProbeResult, Row
-from .failures import guarded
+from .failures import run_probe_step
 from .memory import free_bytes
 from .streaming import PassOptions, PassResult, RunsInAPass, pass_memory, run_pass, stream_spec
 from .streams import StreamSpec
@@ -36,44 +36,48 @@ def run_passes(
     probes: Sequence[RunsInAPass],
     options: PassOptions,
 ) -> PassResult:
-    """`run_pass`, over the texts as often as memory demands.
+    """`run_pass`, over the texts as often as the memory requires.
 
     Probes that were split hold no sums afterwards.
 
     Raises:
         HyperlensError: as `run_pass`; ResourceError only if a single layer is too much.
     """
-    rounds = _rounds(base, corpus, probes, options)
-    n_passes = len(rounds)
-    found: list[PassResult] = []
-    while rounds:
-        chosen = rounds.pop(0)  # nothing else holds it: its sums make room for the next
-        title = f"{options.title} ({len(found) + 1} of {n_passes})" if n_passes > 1 else None
-        apart = replace(options, title=title or options.title)
-        found.append(run_pass(base, tuned, corpus, chosen, apart))
+    passes = _plan_passes(base, corpus, probes, options)
+    n_passes = len(passes)
+    done: list[PassResult] = []
+    while passes:
+        chosen = passes.pop(0)  # the last reference: its sums are freed before the next pass
+        title = f"{options.title} ({len(done) + 1} of {n_passes})" if n_passes > 1 else None
+        titled = replace(options, title=title or options.title)
+        done.append(run_pass(base, tuned, corpus, chosen, titled))
     results = {
-        probe.name: _joined(one.results[probe.name] for one in found if probe.name in one.results)
+        probe.name: _joined(part.results[probe.name] for part in done if probe.name in part.results)
         for probe in probes
     }
-    return PassResult(results, found[0].sinks_per_layer, n_passes)
+    return PassResult(results, done[0].sinks_per_layer, n_passes)
 
 
-def _rounds(
+def _plan_passes(
     base: HookedModel, corpus: Corpus, probes: Sequence[RunsInAPass], options: PassOptions
 ) -> list[list[RunsInAPass]]:
     """The probes of each pass: as few passes as fit, or as many as there are."""
     device = surface.input_device(base)
     spec, free = stream_spec(base, corpus, device), free_bytes(device)
-    rounds = [list(probes)]
+    passes = [list(probes)]
     for n in range(2, len(spec.layers) + 1):
-        if pass_memory(base, corpus, rounds[0], options).total <= free:
+        if pass_memory(base, corpus, passes[0], options).total <= free:
             break
         parts = (
-            guarded(probe, "split", spec, n) if isinstance(probe, SplitsByLayers) else [probe]
+            run_probe_step(probe, "split", spec, n)
+            if isinstance(probe, SplitsByLayers)
+            else [probe]
             for probe in probes
         )
-        rounds = [[one for one in chosen if one is not None] for chosen in zip_longest(*parts)]
-    return rounds
+        passes = [
+            [probe for probe in together if probe is not None] for together in zip_longest(*parts)
+        ]
+    return passes
 
 
 def _joined(parts: Iterable[ProbeResult]) -> ProbeResult:

@@ -1,4 +1,4 @@
-"""The one pass: both models over every batch, residuals to all probes, then dropped."""
+"""One pass over the texts: both models on every batch, their residuals shown to all probes."""
 
 from __future__ import annotations
 
@@ -13,16 +13,15 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..data.corpus import Batch, Corpus, PaddingSide
+from ..data.corpus import Batch, Corpus
 from ..errors import ActivationError, ResourceError
 from ..hooks import surface
 from ..hooks.surface import HookedModel
 from ..results.rows import ProbeResult
 from ..statistics import distances
-from .failures import guarded, naming_what_to_lower
-from .heap import keep_freed_memory
+from .failures import explaining_out_of_memory, run_probe_step
 from .logits_reader import ReadsLogits, read_logits
-from .memory import MemoryNeeded, free_bytes, memory_needed
+from .memory import MemoryNeeded, free_bytes, keep_freed_memory, memory_needed
 from .streams import ModelStream, StreamPair, StreamSpec, TokenSample
 
 # Tokens are kept for intervals in at most this many bytes per layer, view and model, or in as
@@ -34,7 +33,7 @@ MAX_SAMPLED_TOKENS = 8192
 
 @runtime_checkable
 class RunsInAPass(Protocol):
-    """What the pass asks of a probe."""
+    """What the pass needs of a probe."""
 
     @property
     def name(self) -> str:
@@ -63,7 +62,6 @@ class PassOptions:
             at a layer, in either model, is an attention sink there; 0 turns the mask off.
         seed: of the token sample.
         progress: show a progress bar.
-        padding_side: where pads go.
         title: what the bar is called.
     """
 
@@ -71,13 +69,12 @@ class PassOptions:
     sink_threshold: float
     seed: int
     progress: bool
-    padding_side: PaddingSide = "right"
     title: str = "comparing"
 
 
 @dataclass(frozen=True)
 class PassResult:
-    """Results by probe name, and what they rest on.
+    """Results by probe name, and how they were obtained.
 
     Attributes:
         results: by the name of the probe.
@@ -108,11 +105,11 @@ def run_pass(
     device = surface.input_device(base)
     spec = stream_spec(base, corpus, device)
     _check_memory(pass_memory(base, corpus, probes, options), device, options.progress)
-    with naming_what_to_lower(options.batch_size, ", or measure fewer views or layers"):
+    with explaining_out_of_memory(options.batch_size, ", or measure fewer views or layers"):
         for probe in probes:
-            guarded(probe, "open", spec)
+            run_probe_step(probe, "open", spec)
         sinks = _read_texts(base, tuned, corpus, probes, options, spec)
-        results = {probe.name: guarded(probe, "compute") for probe in probes}
+        results = {probe.name: run_probe_step(probe, "compute") for probe in probes}
     return PassResult(results, tuple(sinks.tolist()))
 
 
@@ -131,12 +128,11 @@ def _read_texts(
         n_sampled_sequences=spec.n_sampled_sequences,
         n_sampled_tokens=spec.n_sampled_tokens,
         seed=options.seed,
-        padding_side=options.padding_side,
     )
     bar = tqdm(
         total=corpus.counts.n_tokens, unit="tok", desc=options.title, disable=not options.progress
     )
-    with bar, surface.evaluating(base), surface.evaluating(tuned):  # type: ignore[arg-type]
+    with bar, surface.evaluating(base), surface.evaluating(tuned):
         for batch in batches:
             pair = read_pair(base, tuned, batch, options.sink_threshold, spec.device)
             sinks += _update(probes, pair)
@@ -150,7 +146,7 @@ def _update(probes: Sequence[RunsInAPass], pair: StreamPair) -> Int[Tensor, " la
     """Show a batch to all probes, and count its sinks."""
     for probe in probes:
         if not isinstance(probe, ReadsLogits):
-            guarded(probe, "update", pair)
+            run_probe_step(probe, "update", pair)
     read_logits(pair, [probe for probe in probes if isinstance(probe, ReadsLogits)])
     return (pair.sinks & (pair.real & ~pair.bos)).sum((-1, -2)).cpu()
 
@@ -158,10 +154,10 @@ def _update(probes: Sequence[RunsInAPass], pair: StreamPair) -> Int[Tensor, " la
 def pass_memory(
     base: HookedModel, corpus: Corpus, probes: Sequence[RunsInAPass], options: PassOptions
 ) -> MemoryNeeded:
-    """What `run_pass` takes besides the weights.
+    """The memory that `run_pass` needs besides the weights.
 
     Raises:
-        ProbeError: if a probe cannot say what it takes.
+        ProbeError: if a probe's `state_bytes` fails.
     """
     spec = stream_spec(base, corpus, surface.input_device(base))
     rows = min(options.batch_size, corpus.counts.n_sequences) * len(corpus.sequences[0])
@@ -207,7 +203,7 @@ def read_pair(
             ModelStream(
                 residuals=residuals,
                 final_norm=partial(surface.final_norm, model),
-                unembed=partial(surface.unembed, model),
+                unembed=partial(surface.float_logits, model),
                 d_vocab=model.cfg.d_vocab,
             )
         )

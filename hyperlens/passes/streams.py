@@ -1,4 +1,4 @@
-"""What a probe sees: the residual streams of both models over one batch, and which tokens count.
+"""What a probe is given: both models' residual streams over one batch, and which tokens count.
 
 Layers follow the paper (arXiv 2605.22579, section 4): layer 0 is the embedding output, layer l the
 output of block l - 1, layer L the output of the last block.
@@ -32,7 +32,7 @@ TOKEN_SETS: tuple[TokenSet, ...] = get_args(TokenSet)
 
 
 def checked_views(views: Any) -> tuple[View, ...]:
-    """Views of the stream, known to exist.
+    """Check names of views.
 
     Raises:
         ProbeError: if there are none, or others than `VIEWS`.
@@ -43,7 +43,7 @@ def checked_views(views: Any) -> tuple[View, ...]:
 
 
 def checked_token_set(token_set: Any) -> TokenSet:
-    """A token set, known to exist.
+    """Check the name of a token set.
 
     Raises:
         ProbeError: if it is none of `TOKEN_SETS`.
@@ -54,7 +54,7 @@ def checked_token_set(token_set: Any) -> TokenSet:
 
 
 def checked_layers(layers: Any) -> tuple[int, ...] | None:
-    """Layers as they may be asked for; whether a model has them, `StreamSpec` tells.
+    """Check that layers are whole numbers; whether a model has them, `StreamSpec` checks.
 
     Raises:
         ProbeError: if they are neither None nor one or more whole numbers.
@@ -67,13 +67,13 @@ def checked_layers(layers: Any) -> tuple[int, ...] | None:
     return tuple(int(layer) for layer in given)
 
 
-# Logits exist for this many bytes' worth of rows at a time, per model, as a processor's cache holds
-# them. Below this many rows the unembedding, read anew for every chunk, is multiplied slower: where
-# the vocabulary is wide, chunks are larger than that cache.
+# Logits of this many bytes exist at a time, per model, so that they stay in the processor's cache.
+# With fewer rows than this the unembedding, which is read again for every chunk, multiplies slower:
+# for wide vocabularies chunks are larger than the cache.
 LOGIT_CHUNK_BYTES = 16 * 2**20
 LOGIT_CHUNK_ROWS = 256
 LARGEST_LOGIT_CHUNK_BYTES = 64 * 2**20
-# An accelerator multiplies many rows at once, or wastes most of itself.
+# An accelerator needs many rows at once to be used fully.
 ACCELERATOR_CHUNK_BYTES = 128 * 2**20
 
 
@@ -93,8 +93,31 @@ def logit_chunk_bytes(d_vocab: int, device: torch.device) -> int:
 
 def logit_rows(n: int, d_vocab: int, device: torch.device) -> Iterator[slice]:
     """Slices of n tokens, each of as many rows of logits as exist at a time."""
-    step = logit_chunk_rows(d_vocab, device)
-    return (slice(start, min(start + step, n)) for start in range(0, n, step))
+    return slices(n, logit_chunk_rows(d_vocab, device))
+
+
+def slices(n: int, size: int) -> Iterator[slice]:
+    """Consecutive slices of at most `size` that cover 0 to n.
+
+    >>> list(slices(5, 3))
+    [slice(0, 3, None), slice(3, 5, None)]
+    """
+    return (slice(start, min(start + size, n)) for start in range(0, n, size))
+
+
+def logits_in_pieces(
+    pieces: Iterable[slice], *models: tuple[Callable[[Tensor], Tensor], Float[Tensor, "n d_model"]]
+) -> Iterator[tuple[Any, ...]]:
+    """Logits a few rows at a time: the whole of them would not fit in memory.
+
+    Args:
+        pieces: which rows exist at the same time.
+        models: for each, the function from its vectors to float32 logits, and its vectors.
+
+    Yields the rows, and each model's logits [rows, d_vocab].
+    """
+    for rows in pieces:
+        yield rows, *(to_logits(vectors[rows]) for to_logits, vectors in models)
 
 
 @dataclass(frozen=True)
@@ -147,7 +170,8 @@ class ModelStream:
     Attributes:
         residuals: L + 1 tensors [batch, pos, d_model], in the model's own dtype.
         final_norm: the model's own final norm, on [n, d_model].
-        unembed: final-normed vectors [n, d_model] to logits [n, d_vocab], soft cap included.
+        unembed: final-normed vectors [n, d_model] to logits [n, d_vocab], soft cap included, as
+            float32 on the device where statistics are computed.
         d_vocab: number of logits.
     """
 
@@ -239,8 +263,8 @@ class StreamPair:
     ) -> Float[Tensor, " batch"]:
         """Sum one number per token of the set over each sequence, float64.
 
-        Written into place and summed along a row, not scattered: the same on every run, also on
-        an accelerator.
+        Written into place and summed along a row rather than scattered, which makes the order of
+        the sum, and so the last bit, the same on every run on an accelerator too.
 
         Raises:
             ProbeError: if there are more or fewer numbers than tokens.
@@ -274,10 +298,8 @@ class StreamPair:
         Yields (rows, base logits, tuned logits), `rows` being the slice of the set's tokens.
         """
         index = self.index(layer, "decisions")
-        base, tuned = self.base.normed(layer, index), self.tuned.normed(layer, index)
-        for rows in logit_rows(len(index), self.base.d_vocab, index.device):
-            yield (
-                rows,
-                self.base.unembed(base[rows]).float().to(self.device),
-                self.tuned.unembed(tuned[rows]).float().to(self.device),
-            )
+        yield from logits_in_pieces(
+            logit_rows(len(index), self.base.d_vocab, index.device),
+            (self.base.unembed, self.base.normed(layer, index)),
+            (self.tuned.unembed, self.tuned.normed(layer, index)),
+        )

@@ -63,10 +63,16 @@ def figure(blocks: Sequence[Block], title: str = "") -> altair.TopLevelMixin | N
         if isinstance(block, Chart):
             rows.append(draw(block, chosen, titled=True))
         elif isinstance(block, Grid):
-            rows.append(alt.hconcat(*(draw(one, chosen, titled=True) for one in block.charts)))
+            beside: Any = alt.hconcat(*(draw(one, chosen, titled=True) for one in block.charts))
+            # One legend for the row, unless its charts show different series: their colours would
+            # be mixed up in a shared scale.
+            same = len({tuple(one.series) for one in block.charts}) == 1
+            rows.append(beside if same else beside.resolve_scale(color="independent"))
     if not rows:
         return None
-    whole: Any = rows[0] if len(rows) == 1 else alt.vconcat(*rows)
+    whole: Any = rows[0]
+    if len(rows) > 1:
+        whole = alt.vconcat(*rows).resolve_scale(color="independent")
     return whole.properties(title=title) if title else whole  # type: ignore[no-any-return]
 
 

@@ -10,7 +10,7 @@ import difflib
 import json
 import math
 from abc import ABC
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 
 # 1 was written by version 0.1; it is still read.
 FORMAT = 2
+# Besides the columns, the keys of extras that hold words of ours; other strings may be tokens or
+# texts of people, which keep theirs.
+LABEL_KEYS = ("against", "effect", "cell")
 
 AnyResult = TypeVar("AnyResult", bound="Result")
 
@@ -261,12 +264,15 @@ class Result(ABC):
         meta = dict(data["meta"])
         if "data" in meta:
             meta["corpus"] = meta.pop("data")
+        labels = {*cls.columns, *LABEL_KEYS}
+        if "options" in meta:
+            meta["options"] = _rename(meta["options"], cls.renamed, labels)
         return {
             **data,
             "name": cls.name,
             "meta": meta,
-            "table": _rename(data["table"], cls.renamed),
-            "extras": _rename(data["extras"], cls.renamed),
+            "table": _rename(data["table"], cls.renamed, labels),
+            "extras": _rename(data["extras"], cls.renamed, labels),
         }
 
 
@@ -277,13 +283,23 @@ def unknown(what: str, given: Any, known: Sequence[Any]) -> str:
     return f"no {what} {given!r}: expected one of {', '.join(map(str, known))}{hint}"
 
 
-def _rename(value: Any, renamed: Mapping[str, str]) -> Any:
-    """Keys and words by their names of today, wherever they stand."""
+def _rename(value: Any, renamed: Mapping[str, str], labels: Collection[str], key: str = "") -> Any:
+    """Keys, and the words under keys that hold labels, by their names of today.
+
+    Args:
+        value: any part of a file.
+        renamed: old names and new ones.
+        labels: keys (new names) under which strings are words of ours.
+        key: what the value stands under.
+    """
     if isinstance(value, Mapping):
-        return {renamed.get(key, key): _rename(inner, renamed) for key, inner in value.items()}
+        return {
+            renamed.get(name, name): _rename(inner, renamed, labels, renamed.get(name, name))
+            for name, inner in value.items()
+        }
     if isinstance(value, list):
-        return [_rename(inner, renamed) for inner in value]
-    return renamed.get(value, value) if isinstance(value, str) else value
+        return [_rename(inner, renamed, labels) for inner in value]
+    return renamed.get(value, value) if isinstance(value, str) and key in labels else value
 
 
 _NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}

@@ -8,14 +8,14 @@ lose its variance to cancellation; PR itself does not depend on the origin.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from einops import einsum
 from jaxtyping import Float, Float64
 from torch import Tensor
-
-from .float32 import in_full_float32
 
 # A row is long if its square is this many times the median square.
 LONG = 16.0
@@ -45,7 +45,7 @@ class Moments:
     cubic: Float[Tensor, "*sets d"]
 
     def shifted(self, step: Float[Tensor, "*sets d"]) -> Moments:
-        """The same vectors' sums after adding `step` to each of them; exact algebra."""
+        """The sums after adding `step` to each vector, multiplied out: exact but for rounding."""
         n, step_sq = self.n, step.square().sum(-1)
         along = (self.total * step).sum(-1)
         pushed = einsum(self.outer, step, "... i j, ... j -> ... i")
@@ -70,10 +70,15 @@ class Moments:
 
 
 def moments_of(x: Float[Tensor, "n d"], origin: Float[Tensor, " d"]) -> Moments:
-    """Moments of the rows of `x` about `origin`, as float64 sums."""
+    """Moments of the rows of `x` about `origin`, as float64 sums.
+
+    >>> m = moments_of(torch.tensor([[1.0, 0.0], [3.0, 0.0]]), torch.zeros(2))
+    >>> m.total.tolist(), float(m.square), float(m.fourth)
+    ([4.0, 0.0], 10.0, 82.0)
+    """
     x = torch.sub(x, origin.to(torch.float64))  # in float64, whatever x is
     squares = x.square().sum(-1)
-    # On the CPU float64 products cost little; accelerators can be dozens of times slower at them.
+    # On the CPU float64 products cost little; on accelerators they can be dozens of times slower.
     outer = outer_by_stripes(x) if x.device.type == "cpu" else outer_mostly_float32(x, squares)
     return Moments(
         n=torch.tensor(float(len(x)), dtype=torch.float64, device=x.device),
@@ -102,15 +107,35 @@ def outer_mostly_float32(
 ) -> Float64[Tensor, "d d"]:
     """Σxxᵀ by float32 products, but float64 ones for rows far longer than most.
 
-    The row estimator takes Σ|x|⁴ away from ‖Σxxᵀ‖². Where one attention sink is a thousand
-    times as long as other tokens, nearly all of both is that token's, and its products rounded
-    to float32 would leave a participation ratio that is wrong by a tenth of a percent or more.
+    The row estimator subtracts Σ|x|⁴ from ‖Σxxᵀ‖². Where one attention sink is a thousand times
+    as long as other tokens, nearly all of both terms is that token's own and cancels; rounded to
+    float32, its products would leave a participation ratio that is off by 0.1% or more.
     """
     long = squares > LONG * squares.median() if len(x) else squares > 0
     short = torch.where(long[:, None], 0.0, x).to(torch.float32)
     with in_full_float32():
         product = short.T @ short
     return product.to(torch.float64) + x[long].T @ x[long]
+
+
+@contextmanager
+def in_full_float32() -> Iterator[None]:
+    """Turn TensorFloat-32 off inside, and restore the caller's setting afterwards.
+
+    TensorFloat-32 rounds the factors of a product to 11 bits. That is the caller's choice for the
+    models; in a statistic an error of one in a thousand would be taken for a result.
+    """
+    matmul = torch.backends.cuda.matmul
+    # The older name cannot be read where the caller used the newer one, nor the other way round.
+    name, full = (
+        ("fp32_precision", "ieee") if hasattr(matmul, "fp32_precision") else ("allow_tf32", False)
+    )
+    before = getattr(matmul, name)
+    setattr(matmul, name, full)
+    try:
+        yield
+    finally:
+        setattr(matmul, name, before)
 
 
 @dataclass(frozen=True)
@@ -127,7 +152,16 @@ class TraceEstimates:
 
 
 def naive_traces(m: Moments) -> TraceEstimates:
-    """Plug-in estimates from the sample covariance (divisor n); biased low for few tokens."""
+    """Plug-in estimates from the sample covariance (divisor n); biased low for few tokens.
+
+    Four points at the corners of a square vary alike in two directions:
+
+    >>> corners = torch.tensor([[1.0, 0], [-1, 0], [0, 1], [0, -1]])
+    >>> float(naive_traces(moments_of(corners, torch.zeros(2))).ratio)
+    2.0
+    """
+    # With S = Σxxᵀ and s = Σx, the covariance is C = S/n - ssᵀ/n². Then
+    # tr(C)² = (Σ|x|²/n - |s|²/n²)² and tr(C²) = (‖S‖² - 2 sᵀSs/n + |s|⁴/n²) / n².
     t1, t5, t6, t7, t9 = _terms(m)
     n = m.n
     return TraceEstimates(
@@ -139,7 +173,12 @@ def naive_traces(m: Moments) -> TraceEstimates:
 def corrected_traces(m: Moments) -> TraceEstimates:
     """The row estimator of Chun et al. 2025 (arXiv 2509.26560): unbiased for independent tokens.
 
-    It averages over distinct tokens only, all columns observed. NaN below four tokens.
+    The plug-in estimate of tr(Σ²) averages the squared products of all pairs of tokens, each
+    token's with itself included; these inflate it, and so the ratio is too low. Here every product
+    is of distinct tokens: with x_i - x_k and x_j - x_l for four different tokens the unknown mean
+    cancels as well. These U-statistics over quadruples are summed in closed form from the quartic
+    sums below. All columns are observed, so there is no correction over them. NaN below four
+    tokens.
     """
     t1, t5, t6, t7, t9 = _terms(m)
     n, t2 = m.n, m.fourth
@@ -152,7 +191,12 @@ def corrected_traces(m: Moments) -> TraceEstimates:
 
 
 def _terms(m: Moments) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """t1, t5, t6, t7, t9: the quartic sums both estimators share."""
+    """The sums over pairs, triples and quadruples of tokens that both estimators are made of.
+
+    Numbered as in Chun et al.: t1 = Σᵢⱼ(xᵢ·xⱼ)² = ‖Σxxᵀ‖², t5 = Σᵢ(xᵢ·s)², t6 = (Σ|x|²)²,
+    t7 = Σ|x|²·|s|² and t9 = |s|⁴ with s = Σx; `corrected_traces` adds t2 = Σ|x|⁴ and
+    t3 = Σ|xᵢ|²(xᵢ·s), where indices coincide.
+    """
     s = m.total
     s_sq = s.square().sum(-1)
     t1 = m.outer.square().sum((-1, -2))

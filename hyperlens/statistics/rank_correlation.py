@@ -1,8 +1,8 @@
 """Spearman's ρ over whole vocabularies, tie-aware: Pearson's correlation of the average ranks.
 
-A vocabulary has to be sorted twice per token, which makes this the dearest statistic of all. On
-the CPU floats are sorted as integers of the same order, each in one number with what it has to
-carry along, and a few rows at a time, so that all of it stays in the processor's cache.
+A vocabulary has to be sorted twice per token, which makes this the most expensive statistic of
+all. On the CPU floats are sorted as integers of the same order, each packed into one number with
+the payload it carries along, and a few rows at a time, so that all of it stays in the cache.
 """
 
 from __future__ import annotations
@@ -17,20 +17,25 @@ from torch import Tensor
 
 from .distances import cosine
 
-# Of a number of 64 bits: what it is sorted by is above this bit, what it carries below.
+# Of a 64-bit number: the sort key is above this bit, the payload below.
 HALF, LOWER = np.uint64(32), np.uint64(2**32 - 1)
-# Rows are sorted in blocks of this many entries, whose indices one core's cache holds.
+# Rows are sorted in blocks of this many entries, which fit one core's cache.
 BLOCK_ENTRIES = 2**16
-# An accelerator sorts more at a time; what that takes besides, some forty bytes an entry, is
-# little next to the logits themselves.
+# An accelerator sorts more at a time; the extra memory, some forty bytes an entry, is little next
+# to the logits themselves.
 ACCELERATOR_ENTRIES = 2**22
 
 
 def spearman(a: Float32[Tensor, "n d"], b: Float32[Tensor, "n d"]) -> Float[Tensor, " n"]:
     """Spearman's ρ between each row of `a` and the same row of `b`; equal rows give exactly 1.
 
-    A row without any spread has no ranking: ρ is 1 if the other row has none either, else 0.
-    Exact for rows of up to a million entries on the CPU.
+    A row whose entries are all equal has no ranking: ρ is 1 if the other row has none either, else
+    0. Exact for rows of up to a million entries on the CPU.
+
+    >>> a = torch.tensor([[1.0, 2.0, 3.0], [1.0, 2.0, 2.0]])
+    >>> b = torch.tensor([[5.0, 4.0, 3.0], [1.0, 2.0, 2.0]])
+    >>> spearman(a, b).tolist()
+    [-1.0, 1.0]
     """
     if a.device.type != "cpu":
         return spearman_on_accelerator(a, b)
@@ -59,10 +64,12 @@ def _correlate(a: Float32[np.ndarray, "n d"], b: Float32[np.ndarray, "n d"]) -> 
 
 
 def _correlate_block(a: Float32[np.ndarray, "n d"], b: Float32[np.ndarray, "n d"]) -> np.ndarray:
-    """Twice the average ranks are integers, and so is everything up to the last division.
+    """ρ per row, in integers up to the last division: twice an average rank is an integer.
 
-    Each number of 64 bits is a pair. Sorted by `a`, the pairs hand over the values of `b`; these
-    then carry twice the rank of `a` with them while they are sorted in turn.
+    Each 64-bit number is a pair (key, payload). First the pairs (a, b) are sorted, so that the
+    place of a pair is the rank of its `a`. Then b becomes the key, with twice the rank of `a` as
+    its payload, and the pairs are sorted again: now the place is the rank of `b`, and the payload
+    the rank of `a` that belongs to it.
     """
     d = a.shape[-1]
     twice_ranks = np.arange(2, 2 * d + 1, 2)
@@ -75,10 +82,11 @@ def _correlate_block(a: Float32[np.ndarray, "n d"], b: Float32[np.ndarray, "n d"
     pairs.sort(axis=-1)
     tied_b = _tied(pairs >> HALF)
     ranks_a = (pairs & LOWER).view(np.int64)  # in the order of b
-    centre = d * (d + 1) ** 2
+    centre = d * (d + 1) ** 2  # Σ of (twice the mean rank)²: centres both factors at once
     with_b = np.einsum("nd,d->n", ranks_a, twice_ranks) - centre
     np.add.at(with_b, tied_b.entry // d, ranks_a.reshape(-1)[tied_b.entry] * tied_b.moved)
-    # Without ties the squares have a sum that depends on nothing but d.
+    # Without ties the centred squares of twice the ranks 1..d sum to d(d² - 1)/3; a run of t tied
+    # entries lowers that by (t³ - t)/3.
     aa, bb = ((d * (d**2 - 1) // 3 - x.lost).astype(np.float64) for x in (tied_a, tied_b))
     scale = np.sqrt(aa * bb)
     both_flat = ((aa == 0) & (bb == 0)).astype(np.float64)
@@ -97,7 +105,7 @@ class _Tied(NamedTuple):
 
     Attributes:
         entry: their places in all rows one after another.
-        moved: from twice its own rank to twice the mean rank of the run it belongs to.
+        moved: twice the mean rank of its run, less twice its own rank.
         lost: by how much ties lower each row's sum of squares of twice the ranks.
     """
 
@@ -107,7 +115,7 @@ class _Tied(NamedTuple):
 
 
 def _tied(ordered: UInt64[np.ndarray, "n d"]) -> _Tied:
-    """Runs of equal entries in every row; costs only what is tied."""
+    """Runs of equal entries in every row; takes time only for entries that are tied."""
     n, d = ordered.shape
     lost = np.zeros(n, dtype=np.int64)
     gap = np.flatnonzero(ordered[:, 1:] == ordered[:, :-1])  # several times faster than nonzero

@@ -1,4 +1,4 @@
-"""Is it the extra dimensions? Take the expansion away, or bring it about, and see what is decided.
+"""patch_expansion: take the expansion away, or bring it about, and see what is decided.
 
 arXiv 2605.22579 (section 4.2) finds that the last block's outputs spread over more directions
 after tuning and calls that the mechanism. Here the spread itself is changed, and nothing else: the
@@ -7,44 +7,59 @@ outputs of one model's last block about their mean, before its own final norm an
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from typing import Any
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
+from ...checks import check_counts
 from ...data.corpus import Corpus
 from ...errors import CorpusError, PatchError
-from ...experiments.continuing import Continuing, check_counts, check_room, choose_prompts
+from ...hooks.generation import changing
+from ...hooks.loading import LoadedModel
+from ...hooks.sites import Site
+from ...hooks.surface import check_finite
 from ...pair import Pair, open_inputs
 from ...passes.streaming import PassOptions, run_pass
+from ...passes.streams import StreamPair, StreamSpec
 from ...probes import ParticipationRatio
+from ...results.rows import ProbeResult
+from ...statistics.moments import moments_of
 from ...statistics.significance import Estimate
-from ..choosing import drawn, only, second_half
-from ..hooks.generating import changing
-from ..hooks.sites import Site
-from ..spectrum import Cloud, participation
-from .applying import Reading, change_of
-from .finding import ExpansionResult
-from .halves import FITTED, READ, SIDES, Halves
-from .interventions import ADDING, REMOVING, Plan, plan, written_cells
-from .rows import Found, Written, contrasts, draws, evidence, rows
+from ...statistics.spectrum import Cloud, participation
+from ..engine import (
+    ChangedOutput,
+    OutputReader,
+    draw_texts,
+    greedy_generation,
+    patched_repetition,
+    second_half,
+    subset,
+)
+from ..outcomes import SIDES, Side
+from .changes import ADDING, REMOVING, Cell, Frame, Plan, change_of, generated_cells, plan
+from .result import ExpansionResult
+from .rows import Measured, contrasts, draws, evidence, rows
 from .verdict import Evidence, jointly, judge
 
 SINK_THRESHOLD = 10.0
 # A covariance from fewer tokens than this many times the width says little of its small axes.
 FEWEST_TOKENS, FEW_TOKENS = 2, 10
+# The half of the texts that directions are fitted on, and the half that decisions are read on.
+FITTED, READ = 0, 1
 
 
-def expansion(
+def patch_expansion(
     base: Any,
     tuned: Any = None,
     texts: Any = None,
     *,
-    doses: Sequence[int] | None = None,
+    n_directions: Sequence[int] | None = None,
     n_random: int = 3,
     smallest_effect: float = 0.1,
     n_texts: int = 128,
@@ -62,74 +77,86 @@ def expansion(
 
     Half of the texts, drawn at random, are for means, covariances and directions only (without BOS
     and attention sinks); decisions, and the dimension that is left, are read on the other half,
-    with the output of every token changed. Ways and controls are those of
-    `hyperlens.patching.expansion.interventions`, the rules of the verdict those of
+    with the output of every token changed. Methods and controls are those of
+    `hyperlens.patching.expansion.changes`, the rules of the verdict those of
     `hyperlens.patching.expansion.verdict`.
 
     Args:
-        base, tuned: what `compare_models` takes, but no hooked models.
+        base, tuned: what `compare_models` takes, but no hooked models; or an open `Pair`.
         texts: what `compare_models` takes.
-        doses: how many of the base's directions are kept, and how many new ones removed; None for
-            1, 2, 4, ... up to all. The dose that just undoes the expansion is always among them.
+        n_directions: how many of the base's directions are kept, and how many new ones removed;
+            None for 1, 2, 4, ... up to all. The number that just undoes the expansion is always
+            among them.
         n_random: random draws of every control.
         smallest_effect: of interest, as a share of the changed decisions.
         n_texts: how many texts are used, drawn at random.
         max_length: tokens per text.
-        n_prompts, prompt_tokens, max_new_tokens: of the greedy continuations of texts of the
-            second half, under a few of the changes; 0 new tokens writes none.
-        batch_size: texts per forward pass; does not change the result.
+        n_prompts, prompt_tokens, max_new_tokens: of the greedy generations from texts of the
+            second half, under a few of the changes; 0 new tokens generates none.
+        batch_size: texts, or prompts, per forward pass; does not change the result.
         seed: of all draws.
         device, dtype: as in `compare_models`.
         progress: show progress bars.
 
     Raises:
         CorpusError: if there are too few texts, or too few tokens to fit directions on.
-        PatchError: if a dose or the smallest effect makes no sense.
-        ActivationError: if a model, or what a change makes of it, overflows.
+        PatchError: if a number of directions or the smallest effect makes no sense.
+        ActivationError: if a model, or a changed one, overflows.
         HyperlensError: if a source cannot be opened, or the texts do not fit the models.
     """
     check_counts(batch_size=batch_size, n_random=n_random, n_texts=n_texts)
-    _check(doses, smallest_effect)
-    opened = open_inputs(base, tuned, texts, max_length=max_length, device=device, dtype=dtype)
-    pair, corpus, notes = drawn(opened, n_texts, seed)
+    _check(n_directions, smallest_effect)
+    inputs = open_inputs(base, tuned, texts, max_length=max_length, device=device, dtype=dtype)
+    inputs = draw_texts(inputs, n_texts, seed)
+    pair, corpus = inputs.pair, inputs.corpus
     is_read = second_half(corpus, seed)
-    prompts: list[list[int]] = []
-    if max_new_tokens:
-        check_room(pair, prompt_tokens, max_new_tokens)
-        prompts = choose_prompts(only(corpus, is_read), n_prompts, prompt_tokens, seed)
+    read = subset(corpus, is_read)
+    generation = greedy_generation(
+        pair,
+        read,
+        n_prompts=n_prompts,
+        prompt_tokens=prompt_tokens,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        seed=seed,
+    )
     options = PassOptions(batch_size, SINK_THRESHOLD, seed, progress)
     dimension, clouds = _spread(pair, corpus, is_read, options)
-    planned = plan(clouds[FITTED]["base"], clouds[FITTED]["tuned"], doses, n_random, seed)
-    means = {side: clouds[FITTED][side].mean for side in SIDES}
-    second = only(corpus, is_read)
-    reading = Reading(planned, means, len(second.sequences))
-    run_pass(pair.base.hooked, pair.tuned.hooked, second, [reading], options)
-    written: Written = {}
-    if prompts:
-        continuing = Continuing(prompts, max_new_tokens, max(batch_size, 16), seed, False)
-        written = _write(pair, planned, means, continuing, progress)
-    found = Found(planned, reading.outcomes(), clouds[FITTED], clouds[READ], written)
-    meta = pair.describe() | {
-        "seed": seed,
-        "options": {
-            "doses": None if doses is None else list(doses),
+    fitted = clouds[FITTED]
+    planned = plan(fitted["base"], fitted["tuned"], n_directions, n_random, seed)
+    means = {side: fitted[side].mean for side in SIDES}
+    reader = ExpansionReader(planned, means, len(read.sequences))
+    run_pass(pair.base.hooked, pair.tuned.hooked, read, [reader], options)
+    models: dict[Side, LoadedModel] = {"base": pair.base, "tuned": pair.tuned}
+    last_block = Site("resid_post", pair.base.hooked.cfg.n_layers - 1)
+
+    def patch(cell: Cell) -> tuple[LoadedModel, AbstractContextManager[None]]:
+        loaded = models[cell.side]
+        change = change_of(planned, cell, means[cell.side], loaded.hooked.cfg.device)
+        return loaded, changing(loaded.model, last_block, change)
+
+    repetition = patched_repetition(generation, models, generated_cells(planned), patch, progress)
+    measured = Measured(planned, reader.outcomes(), fitted, clouds[READ], repetition)
+    meta = inputs.metadata(
+        seed=seed,
+        options={
+            "n_directions": None if n_directions is None else list(n_directions),
             "n_random": n_random,
             "smallest_effect": smallest_effect,
             "n_texts": len(corpus.sequences),
             "max_length": max_length,
-            "n_prompts": len(prompts),
+            "n_prompts": len(generation.prompts) if generation else 0,
             "prompt_tokens": prompt_tokens,
             "max_new_tokens": max_new_tokens,
             "batch_size": batch_size,
         },
-        "data": corpus.describe(),
-        "notes": [*notes, *_notes(clouds[FITTED]["base"], planned)],
-    }
-    extras = _extras(found, dimension, smallest_effect) | {
+        notes=list(_notes(fitted["base"], planned)),
+    )
+    extras = _extras(measured, dimension, smallest_effect) | {
         "texts": {"fitted": int((~is_read).sum()), "read": int(is_read.sum())},
-        "tokens": {"fitted": clouds[FITTED]["base"].n, "read": clouds[READ]["base"].n},
+        "tokens": {"fitted": fitted["base"].n, "read": clouds[READ]["base"].n},
     }
-    return ExpansionResult(tuple(rows(found)), extras, meta)
+    return ExpansionResult(tuple(rows(measured)), extras, meta)
 
 
 def _spread(
@@ -141,7 +168,7 @@ def _spread(
         CorpusError: if the first half has too few tokens for a covariance.
     """
     probe = ParticipationRatio(views=("raw",), layers=(-1,))
-    halves = Halves(is_read)
+    halves = TextHalves(is_read)
     result = run_pass(pair.base.hooked, pair.tuned.hooked, corpus, [probe, halves], options)
     dimension = {
         row.metric: Estimate(row.value, row.low, row.high, float("nan"), row.n)
@@ -160,35 +187,33 @@ def _spread(
 
 
 def _extras(
-    found: Found, dimension: Mapping[str, Estimate], smallest_effect: float
+    measured: Measured, dimension: Mapping[str, Estimate], smallest_effect: float
 ) -> dict[str, Any]:
-    unchanged = found.outcomes["base"]
-    n_changed = int(unchanged.changed.sum())
+    counts = measured.outcomes.models["base"].counts()
     needed, enough = (
-        jointly({way: evidence(found, way) for way in ways}) for ways in (REMOVING, ADDING)
+        jointly({method: evidence(measured, method) for method in methods})
+        for methods in (REMOVING, ADDING)
     )
     verdict = judge(
         dimension["delta"],
         dimension["base"].value,
-        n_changed,
+        counts["changed"],
         needed,
         enough,
         smallest_effect,
     )
-    clouds = {"fitted": found.fitted, "read": found.read}
-    return {
-        "decisions": int(unchanged.decisions.sum()),
-        "changed": n_changed,
-        "dimension": {name: one._asdict() for name, one in dimension.items()},
+    clouds = {"fitted": measured.fitted, "read": measured.read}
+    return counts | {
+        "dimension": {name: estimate._asdict() for name, estimate in dimension.items()},
         "naive": {
             half: {side: participation(cloud.covariance) for side, cloud in both.items()}
             for half, both in clouds.items()
         },
-        "matched": dict(found.planned.matched),
-        "evidence": {way: _as_row(one) for way, one in {**needed, **enough}.items()},
+        "matched": dict(measured.planned.matched),
+        "evidence": {method: _as_row(one) for method, one in {**needed, **enough}.items()},
         "verdict": asdict(verdict),
-        "contrasts": list(contrasts(found)),
-        "draws": list(draws(found)),
+        "contrasts": list(contrasts(measured)),
+        "draws": list(draws(measured)),
     }
 
 
@@ -201,36 +226,13 @@ def _as_row(one: Evidence) -> dict[str, Any]:
     }
 
 
-def _write(
-    pair: Pair,
-    planned: Plan,
-    means: Mapping[Any, Tensor],
-    continuing: Continuing,
-    progress: bool,
-) -> Written:
-    """Repetition of what is written under some of the changes, and by both models as they are."""
-    cells = written_cells(planned)
-    loaded = {"base": pair.base, "tuned": pair.tuned}
-    site = Site("resid_post", pair.base.hooked.cfg.n_layers - 1)
-    written: Written = {}
-    with tqdm(total=len(cells) + 2, desc="writing", unit="model", disable=not progress) as bar:
-        for side, one in loaded.items():
-            written[side] = continuing.run(one).metrics
-            bar.update()
-        for cell in cells:
-            one = loaded[cell.side]
-            change = change_of(planned, cell, means[cell.side], one.hooked.cfg.device)
-            with changing(one.model, site, change):
-                written[cell] = continuing.run(one).metrics
-            bar.update()
-    return written
-
-
-def _check(doses: Any, smallest_effect: Any) -> None:
-    if doses is not None:
-        if not isinstance(doses, list | tuple | range) or not doses:
-            raise PatchError(f"expected doses as a list of numbers of directions, got {doses!r}")
-        check_counts(**{f"doses[{i}]": dose for i, dose in enumerate(doses)})
+def _check(n_directions: Any, smallest_effect: Any) -> None:
+    if n_directions is not None:
+        if not isinstance(n_directions, list | tuple | range) or not n_directions:
+            raise PatchError(
+                f"expected n_directions as a list of numbers of directions, got {n_directions!r}"
+            )
+        check_counts(**{f"n_directions[{i}]": n for i, n in enumerate(n_directions)})
     if not 0 < smallest_effect < 1:
         raise PatchError(
             "expected the smallest effect of interest as a share between 0 and 1, got "
@@ -243,7 +245,7 @@ def _notes(fitted: Cloud, planned: Plan) -> Iterator[str]:
     if fitted.n < FEW_TOKENS * d:
         yield (
             f"directions are fitted on {fitted.n} tokens, for {d} of them: the spectra look "
-            "steeper than they are, and small directions are not known well"
+            "steeper than they are, and small directions are poorly determined"
         )
     for side, count in planned.empty.items():
         if count:
@@ -254,5 +256,126 @@ def _notes(fitted: Cloud, planned: Plan) -> Iterator[str]:
     if planned.matched["new_directions"] is None:
         yield (
             "no number of the directions that grew most brings the tuned model's dimension down "
-            "to the base model's when they are removed: that way is not judged"
+            "to the base model's when they are removed: that method is not judged"
         )
+
+
+# Readers of a streaming pass
+
+
+class TextHalves:
+    """Mean and covariance of both models' last-block outputs, on each half of the texts.
+
+    Without BOS and attention sinks, like every measure of geometry. Runs in a pass over the whole
+    corpus.
+
+    Args:
+        is_read: which texts belong to the half that decisions are read on.
+    """
+
+    name = "halves"
+
+    def __init__(self, is_read: Bool[Tensor, " text"]) -> None:
+        self._half = torch.where(is_read, READ, FITTED)
+        self._seen = 0
+
+    def open(self, spec: StreamSpec) -> None:
+        """Allocate."""
+        d = spec.d_model
+
+        def sums(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.float64, device=spec.device)
+
+        # By half, by model.
+        self._n = sums(2)
+        self._total, self._outer = sums(2, 2, d), sums(2, 2, d, d)
+        self._origin: dict[int, Tensor] = {}
+
+    def update(self, pair: StreamPair) -> None:
+        """Add one batch, which follows the one before in the corpus's order."""
+        last = pair.n_layers
+        here = self._half[self._seen : self._seen + pair.n_sequences].to(pair.tokens.device)
+        self._seen += pair.n_sequences
+        counted = pair.mask(last, "geometry")
+        for half in (FITTED, READ):
+            index = (counted & (here == half)[:, None]).flatten().nonzero().squeeze(-1)
+            self._n[half] += len(index)
+            if not len(index):
+                continue
+            for i, stream in enumerate((pair.base, pair.tuned)):
+                x = stream.vectors(last, "raw", index).to(pair.device)
+                # Sums are taken about a point near the data: less cancellation; any will do.
+                found = moments_of(x, self._origin.setdefault(i, x.mean(0)))
+                self._total[half, i] += found.total
+                self._outer[half, i] += found.outer
+
+    def compute(self) -> ProbeResult:
+        """A pass asks for rows; `cloud` has the result instead."""
+        return ProbeResult(())
+
+    def state_bytes(self, spec: StreamSpec) -> int:
+        """Memory of the sums, and of the products that are added to them."""
+        return 5 * 8 * spec.d_model * (spec.d_model + 1)
+
+    def cloud(self, half: int, side: Side) -> Cloud:
+        """One model's outputs on one half, on the CPU."""
+        i = SIDES.index(side)
+        n = int(self._n[half])
+        if not n:
+            raise CorpusError(
+                "half of the texts have nothing but BOS and attention sinks: give more texts"
+            )
+        mean = (self._total[half, i] / n).cpu()
+        covariance = self._outer[half, i].cpu() / n - torch.outer(mean, mean)
+        return Cloud(n, mean + self._origin[i].cpu().double(), covariance)
+
+
+class ExpansionReader(OutputReader[Cell]):
+    """Every change on every decision of the texts of a pass.
+
+    Args:
+        planned: the changes.
+        means: of the last-block outputs of both models, where the changes are fitted.
+        n_texts: how many texts the pass reads.
+    """
+
+    name = "expansion"
+
+    def __init__(
+        self, planned: Plan, means: Mapping[Side, Float[Tensor, " d_model"]], n_texts: int
+    ) -> None:
+        super().__init__(n_texts)
+        self._plan = planned
+        self._means = means
+
+    def open(self, spec: StreamSpec) -> None:
+        """Group the changes by model and basis, and start to count."""
+        super().open(spec)
+        grouped: dict[tuple[Side, str], list[Cell]] = defaultdict(list)
+        for cell, (basis, _) in self._plan.changes.items():
+            grouped[cell.side, basis].append(cell)
+        self._grouped = dict(grouped)
+        self._frames: dict[tuple[Side, str], Frame] = {}
+
+    def changes(
+        self, residuals: Mapping[Side, Float[Tensor, "n d_model"]]
+    ) -> Iterator[tuple[Cell, ChangedOutput]]:
+        """Every planned change; `ActivationError` if one overflows."""
+        for (side, basis), cells in self._grouped.items():
+            x = residuals[side]
+            frame = self._frame(side, basis, x.device)
+            coordinates = frame.coordinates(x)
+            for cell in cells:
+                new = frame.moved(x, coordinates, self._plan.changes[cell].gain)
+                check_finite(f"the {side} model ({cell.method}, {cell.condition})", new)
+                yield cell, ChangedOutput(new, side, side)
+
+    def _frame(self, side: Side, basis: str, device: torch.device) -> Frame:
+        if (side, basis) not in self._frames:
+            frame = Frame(self._means[side], self._plan.bases[basis], device)
+            self._frames[side, basis] = frame
+        return self._frames[side, basis]
+
+    def state_bytes(self, spec: StreamSpec) -> int:
+        """Memory of the bases, and of comparing some rows of logits."""
+        return 4 * len(self._plan.bases) * spec.d_model**2 + super().state_bytes(spec)

@@ -1,4 +1,4 @@
-"""What the changes did, as rows: estimates, paired differences to controls, evidence."""
+"""What the changes did, as rows: estimates, paired differences from controls, evidence."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import Any
 
 import torch
 
-from ...experiments.continuing import METRICS as WRITTEN
+from ...decoding.diversity import REPETITION_METRICS as REPETITION
 from ...statistics import significance
-from ...statistics.significance import Estimate, holm
-from ..outcomes import METRICS, Outcome, p_value
-from ..ratios import NOTHING
-from ..spectrum import Cloud, participation
-from .interventions import ADDING, ITSELF, VARIANCE_CONTROL, WAYS, Cell, Plan, Side
+from ...statistics.ratios import NOTHING, holm_p_values
+from ...statistics.significance import Estimate
+from ...statistics.spectrum import Cloud, participation
+from ..engine import Outcomes, Repetition
+from ..outcomes import METRICS, SIDES, Outcome, Side
+from .changes import ADDING, ITSELF, METHODS, VARIANCE_CONTROL, Cell, Plan
 from .verdict import Evidence
 
-Written = dict[Cell | str, dict[str, list[float]]]
 Row = dict[str, Any]
 
 CONTRASTED = ("to_tuned", "to_base", "agreement_tuned", "agreement_base", "kl_tuned", "kl_base")
@@ -28,36 +28,40 @@ SPREAD = ("dimension_fitted", "dimension", "variance")
 
 
 @dataclass(frozen=True)
-class Found:
+class Measured:
     """All that was measured.
 
     Attributes:
         planned: the changes.
-        outcomes: of each cell, and of "base" and "tuned" as they are.
+        outcomes: of each cell, and of both models as they are.
         fitted, read: both models' outputs on the half that directions are fitted on, and on the
             half that decisions are read on.
-        written: repetition of greedy text, per prompt, of some cells and of both models.
+        repetition: of greedy text, per prompt, of some cells and of both models.
     """
 
     planned: Plan
-    outcomes: Mapping[Cell | Side, Outcome]
+    outcomes: Outcomes[Cell]
     fitted: Mapping[Side, Cloud]
     read: Mapping[Side, Cloud]
-    written: Written
+    repetition: Mapping[Cell | Side, Repetition]
 
-    def arms(self, way: str, dose: int) -> list[str]:
-        """The way itself, then its controls."""
+    def conditions(self, method: str, size: int) -> list[str]:
+        """The method itself, then its controls."""
         cells = self.planned.changes
-        return list(dict.fromkeys(c.arm for c in cells if (c.way, c.dose) == (way, dose)))
+        return list(
+            dict.fromkeys(
+                c.condition for c in cells if (c.method, c.n_directions) == (method, size)
+            )
+        )
 
-    def draws(self, way: str, dose: int, arm: str) -> list[Cell]:
-        """All random draws of an arm; one cell for the way itself."""
-        wanted = (way, dose, arm)
+    def draws(self, method: str, size: int, condition: str) -> list[Cell]:
+        """All random draws of an condition; one cell for the method itself."""
+        wanted = (method, size, condition)
         return [cell for cell in self.planned.changes if cell[:3] == wanted]
 
-    def outcome(self, way: str, dose: int, arm: str) -> Outcome:
-        """The mean over the draws of an arm."""
-        each = [self.outcomes[cell] for cell in self.draws(way, dose, arm)]
+    def outcome(self, method: str, size: int, condition: str) -> Outcome:
+        """The mean over the draws of an condition."""
+        each = [self.outcomes.patched[cell] for cell in self.draws(method, size, condition)]
         sums = {
             metric: torch.stack([one.sums[metric] for one in each]).mean(0)
             for metric in each[0].sums
@@ -81,65 +85,67 @@ class Found:
         return self.spread[cell]["dimension"]
 
 
-def rows(found: Found) -> Iterator[Row]:
-    """The table: both models as they are, then every way, dose and arm."""
-    for side in ("base", "tuned"):
-        outcome = found.outcomes[side]
+def rows(measured: Measured) -> Iterator[Row]:
+    """The table: both models as they are, then every method, number of directions and condition."""
+    for side in SIDES:
+        outcome = measured.outcomes.models[side]
         yield from (_row("none", 0, side, m, outcome.estimate(m)) for m in METRICS)
-        yield from _spread_rows("none", 0, side, _spread(found, side))
-        yield from _written_rows("none", 0, side, found.written.get(side))
-    for way in WAYS:
-        for dose in found.planned.doses(way):
-            for arm in found.arms(way, dose):
-                outcome = found.outcome(way, dose, arm)
-                yield from (_row(way, dose, arm, m, outcome.estimate(m)) for m in METRICS)
-                cells = found.draws(way, dose, arm)
-                each = [found.spread[cell] for cell in cells]
-                yield from _spread_rows(way, dose, arm, _mean(each))
-                yield from _written_rows(way, dose, arm, found.written.get(cells[0]))
+        yield from _spread_rows("none", 0, side, _spread(measured, side))
+        yield from _repetition_rows("none", 0, side, measured.repetition.get(side))
+    for method in METHODS:
+        for size in measured.planned.sizes(method):
+            for condition in measured.conditions(method, size):
+                outcome = measured.outcome(method, size, condition)
+                yield from (_row(method, size, condition, m, outcome.estimate(m)) for m in METRICS)
+                cells = measured.draws(method, size, condition)
+                each = [measured.spread[cell] for cell in cells]
+                yield from _spread_rows(method, size, condition, _mean(each))
+                yield from _repetition_rows(
+                    method, size, condition, measured.repetition.get(cells[0])
+                )
 
 
-def contrasts(found: Found) -> Iterator[Row]:
-    """Every way less its controls, paired by text; p corrected over the doses (Holm).
+def contrasts(measured: Measured) -> Iterator[Row]:
+    """Every method less its controls, paired by text; p corrected over the sizes (Holm).
 
-    What is written: less the control, and less the model as it is, paired by prompt.
+    Generated text: less the control, and less the model as it is, paired by prompt.
     """
-    for way in WAYS:
-        doses = found.planned.doses(way)
-        for against in found.arms(way, doses[0])[1:] if doses else ():
+    for method in METHODS:
+        sizes = measured.planned.sizes(method)
+        for against in measured.conditions(method, sizes[0])[1:] if sizes else ():
             for metric in CONTRASTED:
                 each = [
-                    found.outcome(way, dose, ITSELF).difference(
-                        found.outcome(way, dose, against), metric
+                    measured.outcome(method, size, ITSELF).difference(
+                        measured.outcome(method, size, against), metric
                     )
-                    for dose in doses
+                    for size in sizes
                 ]
-                yield from _corrected(way, doses, against, metric, each)
-        yield from _written_contrasts(found, way)
+                yield from _corrected(method, sizes, against, metric, each)
+        yield from _repetition_contrasts(measured, method)
 
 
-def draws(found: Found) -> Iterator[Row]:
+def draws(measured: Measured) -> Iterator[Row]:
     """Every random draw of every control, without intervals."""
-    for cell in found.planned.changes:
-        if cell.arm != ITSELF:
-            outcome = found.outcomes[cell]
+    for cell in measured.planned.changes:
+        if cell.condition != ITSELF:
+            outcome = measured.outcomes.patched[cell]
             yield cell._asdict() | {
                 "to_tuned": outcome.estimate("to_tuned").value,
                 "to_base": outcome.estimate("to_base").value,
-                "dimension": found.dimension(cell),
+                "dimension": measured.dimension(cell),
             }
 
 
-def evidence(found: Found, way: str) -> Evidence:
-    """What a way did beyond its control, at the dose that is judged."""
-    dose = found.planned.judged(way)
-    if dose is None:
+def evidence(measured: Measured, method: str) -> Evidence:
+    """What a method did beyond its control, at the size that is judged."""
+    size = measured.planned.judged(method)
+    if size is None:
         return Evidence(math.nan, {}, {}, NOTHING)
-    control = VARIANCE_CONTROL[way]
-    itself = found.outcome(way, dose, ITSELF)
-    mean = found.outcome(way, dose, control)
-    each = [found.outcomes[cell] for cell in found.draws(way, dose, control)]
-    signs = {"brought": ("to_tuned", 1.0)} if way in ADDING else {
+    control = VARIANCE_CONTROL[method]
+    itself = measured.outcome(method, size, ITSELF)
+    mean = measured.outcome(method, size, control)
+    each = [measured.outcomes.patched[cell] for cell in measured.draws(method, size, control)]
+    signs = {"brought": ("to_tuned", 1.0)} if method in ADDING else {
         "lost": ("to_tuned", -1.0),
         "returned": ("to_base", 1.0),
     }  # fmt: skip
@@ -152,41 +158,46 @@ def evidence(found: Found, way: str) -> Evidence:
         for name, (metric, sign) in signs.items()
     }
     left = mean.estimate("to_tuned")
-    room = left if way not in ADDING else _less_from_one(left)
-    return Evidence(_moved(found, way, dose), effects, least, room)
+    room = left if method not in ADDING else _one_minus(left)
+    return Evidence(_moved(measured, method, size), effects, least, room)
 
 
-def _moved(found: Found, way: str, dose: int) -> float:
+def _moved(measured: Measured, method: str, size: int) -> float:
     """By how much of the expansion the dimension moved, where decisions are read."""
-    own, other = (participation(found.read[side].covariance) for side in ("base", "tuned"))
-    if way not in ADDING:
+    own, other = (participation(measured.read[side].covariance) for side in SIDES)
+    if method not in ADDING:
         own, other = other, own
-    (cell,) = found.draws(way, dose, ITSELF)
-    return (found.dimension(cell) - own) / (other - own) if other != own else math.nan
+    (cell,) = measured.draws(method, size, ITSELF)
+    return (measured.dimension(cell) - own) / (other - own) if other != own else math.nan
 
 
-def _times(sign: float, found: Estimate) -> Estimate:
-    if sign > 0:
-        return found
-    return found._replace(value=-found.value, low=-found.high, high=-found.low)
+def _times(sign: float, x: Estimate) -> Estimate:
+    return x if sign > 0 else x._replace(value=-x.value, low=-x.high, high=-x.low)
 
 
-def _less_from_one(found: Estimate) -> Estimate:
-    return found._replace(value=1 - found.value, low=1 - found.high, high=1 - found.low)
+def _one_minus(x: Estimate) -> Estimate:
+    return x._replace(value=1 - x.value, low=1 - x.high, high=1 - x.low)
 
 
-def _row(way: str, dose: int, arm: str, metric: str, found: Estimate) -> Row:
-    return {"way": way, "dose": dose, "arm": arm, "metric": metric} | found._asdict()
+def _row(method: str, size: int, condition: str, metric: str, estimate: Estimate) -> Row:
+    return {
+        "method": method,
+        "n_directions": size,
+        "condition": condition,
+        "metric": metric,
+    } | estimate._asdict()
 
 
-def _spread_rows(way: str, dose: int, arm: str, values: Mapping[str, float]) -> Iterator[Row]:
+def _spread_rows(
+    method: str, size: int, condition: str, values: Mapping[str, float]
+) -> Iterator[Row]:
     for metric, value in values.items():
         none = math.nan
-        yield _row(way, dose, arm, metric, Estimate(value, none, none, none, 0))
+        yield _row(method, size, condition, metric, Estimate(value, none, none, none, 0))
 
 
-def _spread(found: Found, side: Side) -> dict[str, float]:
-    fitted, read = found.fitted[side].covariance, found.read[side].covariance
+def _spread(measured: Measured, side: Side) -> dict[str, float]:
+    fitted, read = measured.fitted[side].covariance, measured.read[side].covariance
     return dict(zip(SPREAD, (participation(fitted), participation(read), 1.0), strict=True))
 
 
@@ -194,32 +205,34 @@ def _mean(each: list[dict[str, float]]) -> dict[str, float]:
     return {name: sum(one[name] for one in each) / len(each) for name in each[0]}
 
 
-def _written_rows(
-    way: str, dose: int, arm: str, metrics: Mapping[str, list[float]] | None
+def _repetition_rows(
+    method: str, size: int, condition: str, metrics: Repetition | None
 ) -> Iterator[Row]:
     for metric, values in (metrics or {}).items():
-        yield _row(way, dose, arm, metric, significance.estimate(values))
+        yield _row(method, size, condition, metric, significance.estimate(values))
 
 
-def _written_contrasts(found: Found, way: str) -> Iterator[Row]:
-    control = VARIANCE_CONTROL[way]
-    those = [cell for cell in found.written if isinstance(cell, Cell) and cell.way == way]
-    doses = sorted({cell.dose for cell in those})
-    for against in (control, "untouched") if doses else ():
-        for metric in WRITTEN:
+def _repetition_contrasts(measured: Measured, method: str) -> Iterator[Row]:
+    control = VARIANCE_CONTROL[method]
+    those = [
+        cell for cell in measured.repetition if isinstance(cell, Cell) and cell.method == method
+    ]
+    sizes = sorted({cell.n_directions for cell in those})
+    for against in (control, "unchanged") if sizes else ():
+        for metric in REPETITION:
             each = []
-            for dose in doses:
-                other: Cell | str = Cell(way, dose, control, 0)
-                if against == "untouched":
-                    other = Cell(way, dose, control, 0).side
-                own = found.written[Cell(way, dose, ITSELF, -1)][metric]
-                each.append(significance.difference(own, found.written[other][metric]))
-            yield from _corrected(way, doses, against, metric, each)
+            for size in sizes:
+                other: Cell | Side = Cell(method, size, control, 0)
+                if against == "unchanged":
+                    other = Cell(method, size, control, 0).side
+                own = measured.repetition[Cell(method, size, ITSELF, -1)][metric]
+                each.append(significance.difference(own, measured.repetition[other][metric]))
+            yield from _corrected(method, sizes, against, metric, each)
 
 
 def _corrected(
-    way: str, doses: list[int], against: str, metric: str, each: list[Estimate]
+    method: str, sizes: list[int], against: str, metric: str, each: list[Estimate]
 ) -> Iterator[Row]:
-    for dose, one, p in zip(doses, each, holm([p_value(one) for one in each]), strict=True):
-        row = {"way": way, "dose": dose, "against": against, "metric": metric}
+    for size, one, p in zip(sizes, each, holm_p_values(each), strict=True):
+        row = {"method": method, "n_directions": size, "against": against, "metric": metric}
         yield row | one._asdict() | {"p": p}

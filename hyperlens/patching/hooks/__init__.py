@@ -1,1 +1,0 @@
-"""Put activations in, at any site, while a model reads or writes."""

@@ -1,1 +1,0 @@
-"""The layer sweep: one block's activation of one model put into the other."""

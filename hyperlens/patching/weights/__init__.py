@@ -1,1 +1,0 @@
-"""The weight transplant: whole parts of one model in the other."""
