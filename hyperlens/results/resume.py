@@ -52,8 +52,10 @@ class KeptRecords:
             data = json.loads(path.read_text(encoding="utf-8")) if path else None
         except (OSError, ValueError, RecursionError):
             return None
-        is_its_own = isinstance(data, dict) and data.get("identity") == _as_read_back(identity)
-        return data["record"] if is_its_own and isinstance(data.get("record"), dict) else None
+        if not isinstance(data, dict) or data.get("identity") != _as_read_back(identity):
+            return None
+        record = data.get("record")
+        return record if isinstance(record, dict) else None
 
     def keep(self, identity: Identity, record: Mapping[str, Any]) -> None:
         """Write a record.
