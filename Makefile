@@ -13,12 +13,12 @@ LOCK3 := requirements/dev-tl3.txt
 
 PIP := -m pip --disable-pip-version-check --no-input
 # Two processes share the tests; torch is told to use one thread in each.
-PYTEST_ARGS ?= -n 2 --dist worksteal
+PYTEST_ARGS ?= -n 2 --dist worksteal --durations=20
 DEMO_ARGS ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help env env-tl3 test test-tl3 lint format types docs demo lock clean
+.PHONY: help env env-tl3 test test-tl3 test-long tutorials lint format types docs demo lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,8 +29,14 @@ env-tl3: .venv-tl3/.installed ## make .venv-tl3 (TransformerLens 3.9)
 test: .venv/.installed ## run the tests on TransformerLens 4
 	.venv/bin/python -m pytest $(PYTEST_ARGS)
 
-test-tl3: .venv-tl3/.installed ## run the tests on TransformerLens 3.9
-	.venv-tl3/bin/python -m pytest $(PYTEST_ARGS)
+test-tl3: .venv-tl3/.installed ## run what touches TransformerLens on 3.9
+	.venv-tl3/bin/python -m pytest -m "transformer_lens and not long" $(PYTEST_ARGS)
+
+test-long: .venv/.installed ## run the long forms of tests, which `make test` leaves out
+	.venv/bin/python -m pytest -m long $(PYTEST_ARGS)
+
+tutorials: .venv/.installed ## run every tutorial on fewer and shorter texts
+	.venv/bin/python -m pytest -m tutorial tests/test_tutorials.py $(PYTEST_ARGS)
 
 lint: .venv/.installed ## check style and formatting
 	.venv/bin/ruff check .
@@ -58,25 +64,40 @@ clean: ## remove environments, caches and builds
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# The stamp is written last, so an interrupted installation is taken up again.
+# The stamp is written last, so an interrupted installation is taken up again. The lock is whole,
+# so nothing has to be resolved; what is imported gets compiled then, and the rest never.
 .venv/.installed: $(LOCK4) pyproject.toml
-	$(call install,.venv,$(LOCK4))
+	@$(check_python)
+	.venv/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
+	.venv/bin/python $(PIP) install -q --no-compile torch==$(TORCH)
+	.venv/bin/python $(PIP) install -q --no-compile --no-deps -r $(LOCK4)
+	.venv/bin/python $(PIP) check
+	.venv/bin/python $(PIP) install -q --no-deps --no-build-isolation -e .
+	touch $@
 
-.venv-tl3/.installed: $(LOCK3) pyproject.toml
-	$(call install,.venv-tl3,$(LOCK3))
+# What the two locks have in common is not installed twice: the second environment holds what is
+# its own, and looks for everything else in the first.
+.venv-tl3/.installed: $(LOCK3) .venv/.installed
+	rm -rf .venv-tl3
+	.venv/bin/python -m venv --without-pip .venv-tl3
+	grep -vxFf $(LOCK4) $(LOCK3) | grep -v '^#' > .venv-tl3/own.txt
+	.venv/bin/python $(PIP) --python .venv-tl3/bin/python install -q --no-compile --no-deps -r .venv-tl3/own.txt
+	.venv/bin/python -c "$$SEES_FIRST" .venv-tl3/bin/python
+	touch $@
+
+# Its own packages come first, and are found first.
+define SEES_FIRST
+import pathlib, subprocess, sys, sysconfig
+where = "import sysconfig; print(sysconfig.get_path('purelib'))"
+own = subprocess.run([sys.argv[1], "-c", where], capture_output=True, text=True, check=True).stdout
+first = sysconfig.get_path("purelib")
+line = f"import site; site.addsitedir({first!r})\n"
+(pathlib.Path(own.strip()) / "first_environment.pth").write_text(line)
+endef
+export SEES_FIRST
 
 define check_python
 $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "hyperlens needs Python 3.11 or later: make PYTHON=python3.11 ...")'
-endef
-
-# $(1) environment, $(2) lock
-define install
-	@$(check_python)
-	$(1)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(1)
-	$(1)/bin/python $(PIP) install -q torch==$(TORCH)
-	$(1)/bin/python $(PIP) install -q -r $(2)
-	$(1)/bin/python $(PIP) install -q --no-deps --no-build-isolation -e .
-	touch $@
 endef
 
 # $(1) TransformerLens version, $(2) lock

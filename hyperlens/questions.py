@@ -63,7 +63,7 @@ QUESTIONS = (
         "MauveResult",
         command="cli.mauve",
     ),
-    Question("judge", "judging.judge", "judge_models", "JudgeResult", command="judging.command"),
+    Question("judge", "judging.judge", "judge_models", "JudgeResult", command="cli.judge"),
     _patch("patch_blocks", "blocks", "BlocksResult", ("patching",)),
     _patch("patch_positions", "positions", "PositionsResult", ()),
     _patch("patch_weights", "weights", "WeightsResult", ("transplant",)),

@@ -1,7 +1,9 @@
 """Shared fixtures: tiny random models of several architectures, and the real one where it is."""
 
+import inspect
 import json
 import os
+import re
 from pathlib import Path
 
 # Before transformers is imported anywhere: no test may reach a hub.
@@ -75,6 +77,26 @@ LORA_TARGETS = {
 }
 
 
+# A test that says one of these says something about TransformerLens.
+OF_TRANSFORMER_LENS = re.compile(
+    r"load_hooked|\bloading\(|to_hooked|run_with_hooks|ResidualModel|transformer[-_]lens|"
+    r"hooked_transformer|HookedTransformer|HookedModel|\bbridge\b|\bBACKENDS\b|\bTL4\b"
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what may differ between TransformerLens 3.9 and 4, beside what is marked by hand."""
+    of_it: dict[object, bool] = {}
+    for item in items:
+        test = getattr(item, "function", None)
+        if test is not None:
+            if test not in of_it:
+                plain = inspect.unwrap(test)
+                of_it[test] = bool(OF_TRANSFORMER_LENS.search(inspect.getsource(plain)))
+            if of_it[test]:
+                item.add_marker("transformer_lens")
+
+
 def make_tiny(name: str, seed: int = 0, **changes: object):
     """A random model whose norms, biases and embeddings are not at their tidy initial values."""
     import torch
@@ -120,6 +142,19 @@ def lora(model, name: str, seed: int = 2, **options: object):
         **options,
     )
     return get_peft_model(model, config).eval()
+
+
+def trials(n: int):
+    """The numbers below n. Shapes and types, half of a short trial's time, are checked once."""
+    import jaxtyping
+
+    before = jaxtyping.config.jaxtyping_disable
+    try:
+        for number in range(n):
+            yield number
+            jaxtyping.config.update("jaxtyping_disable", True)
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", before)
 
 
 def token_texts(n: int = 12, seed: int = 0, shortest: int = 5, longest: int = 20):

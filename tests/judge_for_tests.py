@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from hyperlens.judging.prompt import read_prompt
+from hyperlens.judging import read_prompt
 
 KEY = "sk-test-0123456789abcdefghij"
 Act = Callable[[BaseHTTPRequestHandler], None]

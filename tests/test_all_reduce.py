@@ -1,5 +1,6 @@
 """Shards on two ranks add up to what one process sees; one rank may see nothing."""
 
+import itertools
 import os
 import pickle
 import subprocess
@@ -17,28 +18,33 @@ sys.path.insert(0, sys.argv[1])
 import torch
 from streams_for_tests import Streams
 from hyperlens.probes import default_probes
-rank, shares, out = int(sys.argv[2]), eval(sys.argv[3]), sys.argv[4]
+rank, ways, out = int(sys.argv[2]), eval(sys.argv[3]), sys.argv[4]
 store = f"file://{out}.store"
 torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
 streams = Streams()
 results = []
-for probe in default_probes():
-    streams.run(probe, shares[rank])
-    probe.all_reduce()
-    results.append(probe.compute())
+for shares in ways:
+    results.append([])
+    for probe in default_probes():
+        streams.run(probe, shares[rank])
+        probe.all_reduce()
+        results[-1].append(probe.compute())
 with open(f"{out}.{rank}", "wb") as file:
     pickle.dump(results, file)
 torch.distributed.destroy_process_group()
 """
 
 
-@pytest.mark.parametrize("shares", [([0, 1, 2, 3], [4, 5, 6, 7, 8, 9, 10]), ([], list(range(11)))])
-def test_ranks_add_up(tmp_path, shares):
+# Shared between two ranks; and all of it in one of them.
+WAYS = [([0, 1, 2, 3], [4, 5, 6, 7, 8, 9, 10]), ([], list(range(11)))]
+
+
+def test_ranks_add_up(tmp_path):
     out = str(tmp_path / "out")
     ranks = [
         subprocess.Popen(
             [sys.executable, "-W", "ignore", "-c", RANK, str(Path(__file__).parent), str(rank),
-             repr(shares), out],
+             repr(WAYS), out],
             env=os.environ | {"OMP_NUM_THREADS": "1"},
         )
         for rank in range(2)
@@ -46,8 +52,9 @@ def test_ranks_add_up(tmp_path, shares):
     assert [process.wait(120) for process in ranks] == [0, 0]
     streams = Streams()
     expected = [streams.run(probe).compute() for probe in default_probes()]
-    for rank in range(2):
-        results = pickle.loads(Path(f"{out}.{rank}").read_bytes())
+    for results in itertools.chain.from_iterable(
+        pickle.loads(Path(f"{out}.{rank}").read_bytes()) for rank in range(2)
+    ):
         for got, full in zip(results, expected, strict=True):
             assert got.extras == full.extras
             for a, b in zip(got.rows, full.rows, strict=True):

@@ -104,6 +104,7 @@ def broken_adapter(adapter: Path, tmp_path: Path) -> Path:
 # Folders and checkpoints
 
 
+@pytest.mark.transformer_lens
 def test_missing_folder(base, tmp_path: Path) -> None:
     missing = tmp_path / "none"
     for source in (missing, str(missing), "./none", "models/deep/none"):
@@ -203,6 +204,7 @@ def test_unreadable_tokenizer(base, broken: Path) -> None:
 # Models of another kind
 
 
+@pytest.mark.transformer_lens
 def test_encoders(base, tmp_path: Path) -> None:
     config = transformers.BertConfig(
         hidden_size=32,
@@ -222,6 +224,7 @@ def test_encoders(base, tmp_path: Path) -> None:
     refused(LoadingError, comparing(base, model), "looks ahead", "expected a causal")
 
 
+@pytest.mark.transformer_lens
 def test_encoder_decoders(base, tmp_path: Path) -> None:
     config = transformers.T5Config(
         d_model=32, d_kv=8, d_ff=32, num_layers=2, num_heads=2, vocab_size=D_VOCAB
@@ -233,6 +236,7 @@ def test_encoder_decoders(base, tmp_path: Path) -> None:
             refused(LoadingError, call, "encoder-decoder", "t5", "expected a …ForCausalLM")
 
 
+@pytest.mark.transformer_lens
 def test_models_without_an_unembedding(base, tmp_path: Path) -> None:
     config = copy.deepcopy(base.config)
     model = transformers.LlamaForSequenceClassification(config).eval()
@@ -248,6 +252,7 @@ def test_the_class_of_an_object_counts_not_where_its_configuration_was(base) -> 
     compare_models(base, model, IDS, progress=False)
 
 
+@pytest.mark.transformer_lens
 @pytest.mark.parametrize("source", [torch.nn.Linear(2, 2), 3, None, [1, 2]], ids=repr)
 def test_what_is_no_model(unchecked, base, source: object) -> None:
     for call in (comparing(base, source), loading(source)):
@@ -437,6 +442,7 @@ def test_a_tokenizer_given_by_name(base, tuned) -> None:
     refused(LoadingError, comparing((base, "folder"), tuned), message, "AutoTokenizer")
 
 
+@pytest.mark.transformer_lens
 def test_an_adapter_needs_a_plain_base(base, adapter: Path, saved: Path, tmp_path: Path) -> None:
     wrapped = lora(copy.deepcopy(base), "llama")
     hooked = load_hooked(base, backend="residual")
@@ -533,6 +539,7 @@ def poisoned(model, block: int, value: float):
     return model
 
 
+@pytest.mark.transformer_lens
 @pytest.mark.parametrize("backend", ["residual", "bridge"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=["nan", "inf"])
 def test_activations_that_are_not_finite(base, tuned, value: float, backend: str) -> None:
@@ -567,6 +574,7 @@ def test_logits_that_overflow_are_not_hidden(base, tuned) -> None:
 # Options
 
 
+@pytest.mark.transformer_lens
 @pytest.mark.parametrize(
     ("options", "error", "expected"),
     [

@@ -128,6 +128,7 @@ def test_compare_without_out_only_prints(home: Path, capsys: pytest.CaptureFixtu
     assert sorted(home.rglob("*")) == before
 
 
+@pytest.mark.transformer_lens
 def test_every_option_of_compare_arrives(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -648,6 +649,7 @@ def test_several_processes_answer_once(
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.transformer_lens
 def test_noise_of_other_libraries_is_kept_away(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -756,6 +758,7 @@ def program(*argv: str, **environment: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.transformer_lens
 def test_the_program_compares(tmp_path: Path) -> None:
     # Other libraries' warnings must stay away here too, where pytest does not hide them.
     done = program(*COMPARE, "--out", str(tmp_path / "out"), PYTHONWARNINGS="default")

@@ -20,12 +20,12 @@ from test_results import (
     with_rows,
 )
 
-from hyperlens.compare.comparison import MAX_LAYERS, Comparison, chosen_layers
+from hyperlens.compare.comparison import MAX_LAYERS, Comparison
 from hyperlens.render.blocks import Chart, Table, Verdict, flat
 from hyperlens.render.charts import colours
 from hyperlens.render.html import to_html
 from hyperlens.render.terminal import WIDTH
-from hyperlens.results.rows import Row
+from hyperlens.results.rows import Row, chosen_layers
 
 
 def words(text: str) -> str:

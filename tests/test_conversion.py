@@ -13,6 +13,8 @@ from hyperlens.models.weight_sharing import converted, weight_sharing_copy
 from hyperlens.probes import ResidualDrift
 from hyperlens.training import hyperfit
 
+pytestmark = pytest.mark.transformer_lens
+
 TEXTS = token_texts()
 
 

@@ -15,13 +15,13 @@ from test_compare import UNCHANGED, assert_same, compare, numbers
 
 from hyperlens import (
     compare_models,
+    inject_static_bias,
     load_hooked,
+    match_temperature,
     measure_behaviour,
-    null_test,
     patch_blocks,
-    provenance,
-    static_bias,
-    temperature,
+    run_null_test,
+    trace_provenance,
 )
 from hyperlens.data.corpus import build_corpus
 from hyperlens.decoding.generate import continuations
@@ -45,10 +45,10 @@ TEXTS = token_texts(16, shortest=14, longest=24)
 PROMPTS = {"n_prompts": 4, "prompt_tokens": 6, "max_new_tokens": 6, "progress": False}
 EXPERIMENTS = {
     "measure_behaviour": (measure_behaviour, PROMPTS | {"strategies": ["greedy"]}),
-    "temperature": (temperature, PROMPTS),
-    "provenance": (provenance, PROMPTS),
-    "static_bias": (static_bias, PROMPTS | {"k": 8, "alphas": [0.5]}),
-    "null_test": (null_test, PROMPTS | {"n_placebos": 1}),
+    "match_temperature": (match_temperature, PROMPTS),
+    "provenance": (trace_provenance, PROMPTS),
+    "inject_static_bias": (inject_static_bias, PROMPTS | {"k": 8, "alphas": [0.5]}),
+    "null_test": (run_null_test, PROMPTS | {"n_controls": 1}),
     "compare_decoding": (compare_decoding, PROMPTS | {"methods": ["greedy", "contrastive"]}),
     "patch_blocks": (patch_blocks, PROMPTS),
     "patch_positions": (patch_positions, {"offsets": 4, "progress": False}),

@@ -9,8 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import brentq
 
-from hyperlens.errors import ProbeError
-from hyperlens.experiments.entropy_matching import (
+from hyperlens.decoding.entropy_matching import (
     MATCHED,
     EntropyMatched,
     entropy_at,
@@ -19,6 +18,7 @@ from hyperlens.experiments.entropy_matching import (
     scaled,
     tied_maxima,
 )
+from hyperlens.errors import ProbeError
 
 NONE = -math.inf
 

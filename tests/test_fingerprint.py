@@ -9,6 +9,8 @@ from conftest import lora
 from hyperlens import compare_models
 from hyperlens.results.fingerprint import Known, weights_sha256
 
+pytestmark = pytest.mark.transformer_lens
+
 
 def test_it_is_of_names_shapes_types_and_values(tiny):
     said = {weights_sha256(tiny)}

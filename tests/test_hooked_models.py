@@ -20,6 +20,8 @@ from hyperlens.hooks.residual import ResidualModel
 from hyperlens.hooks.surface import HookedModel, import_transformer_lens
 from hyperlens.models.kinds import backend_of
 
+pytestmark = pytest.mark.transformer_lens
+
 HAS_HOOKED_TRANSFORMER = "HookedTransformer" in dir(import_transformer_lens())
 BACKENDS = ["residual", "bridge"] + ["hooked_transformer"] * HAS_HOOKED_TRANSFORMER
 FUSED = ["gpt2", "gpt_neox", "phi3"]

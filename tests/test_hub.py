@@ -7,8 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from conftest import lora, make_tiny
 from test_corpus import make_tokenizer
+
+pytestmark = pytest.mark.transformer_lens
 
 PROGRAM = """
 import sys

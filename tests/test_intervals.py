@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
+from conftest import trials
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -67,7 +68,7 @@ def coverage(n_sequences, resemblance, correlation, sampled):
     torch.manual_seed(0)
     spec = StreamSpec(0, D_MODEL, D_MODEL, torch.device("cpu"), n_sequences, sampled)
     inside = dict.fromkeys(TRUTH, 0)
-    for _ in range(REPEATS):
+    for _ in trials(REPEATS):
         probe = ParticipationRatio(views=["raw"])
         probe.open(spec)
         probe.update(as_pair(*clustered(rng, n_sequences, resemblance, correlation), sampled))
@@ -84,8 +85,12 @@ SLACK = 2 * math.sqrt(0.95 * 0.05 / REPEATS)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("n_sequences", "resemblance", "correlation", "sampled"),
-    [(64, 0.2, 0.5, LENGTH), (64, 0.2, 0.5, 12), (48, 0.4, 0.8, LENGTH), (128, 0.3, 0.5, 12)],
-    ids=["topics", "topics, half the tokens", "strong topics", "many sequences"],
+    [
+        pytest.param(64, 0.2, 0.5, LENGTH, id="topics", marks=pytest.mark.long),
+        pytest.param(64, 0.2, 0.5, 12, id="topics, half the tokens"),
+        pytest.param(48, 0.4, 0.8, LENGTH, id="strong topics"),
+        pytest.param(128, 0.3, 0.5, 12, id="many sequences", marks=pytest.mark.long),
+    ],
 )
 def test_participation_ratio_intervals_cover(n_sequences, resemblance, correlation, sampled):
     for metric, share in coverage(n_sequences, resemblance, correlation, sampled).items():
@@ -118,7 +123,7 @@ def test_the_row_estimator_alone_would_mislead_on_clustered_tokens():
 def test_mean_intervals_cover_with_clusters():
     rng = np.random.default_rng(0)
     inside = 0
-    for _ in range(REPEATS):
+    for _ in trials(REPEATS):
         n = rng.integers(5, 40, 30)
         y = np.array([(1 + 0.5 * rng.normal() + rng.normal(size=k)).sum() for k in n])
         sums = [torch.tensor(float(v)) for v in ((y * y).sum(), (y * n).sum(), (n * n).sum())]
@@ -132,7 +137,7 @@ def test_median_rank_intervals_cover_where_the_share_jumps_between_tracked_ranks
     # 10% of the ranks are 64 or lower and 100% are 128 or lower: neither is near one half. How much
     # tokens of a sequence resemble each other is known at 10% only, where it is a little less.
     rng, inside, median = np.random.default_rng(0), 0, 93
-    for _ in range(REPEATS):
+    for _ in trials(REPEATS):
         own, shared = rng.normal(size=(40, LENGTH)), rng.normal(size=(40, 1))
         level = scipy.stats.norm.cdf(math.sqrt(0.8) * own + math.sqrt(0.2) * shared)
         rank = np.where(level < 0.1, 1 + 640 * level, 65 + 64 * (level - 0.1) / 0.9).astype(int)

@@ -15,11 +15,19 @@ from jsonschema import Draft202012Validator
 from judge_for_tests import verdict
 
 from hyperlens.errors import CorpusError, JudgeError, ResultsError
-from hyperlens.judging.backoff import LONGEST_WAIT, wait
-from hyperlens.judging.cache import Answers
-from hyperlens.judging.pairs import Pair, pairs_sha256, read_pairs
-from hyperlens.judging.prompt import FORM, ask_again, read_prompt, write_prompt
-from hyperlens.judging.verdict import LONGEST_ANSWER, SCHEMA, NoVerdict, read_verdict
+from hyperlens.judging.answers import AnswerCache
+from hyperlens.judging.endpoint import LONGEST_WAIT, wait
+from hyperlens.judging.pairs import TextPair, pairs_sha256, read_pairs
+from hyperlens.judging.prompt import (
+    FORM,
+    LONGEST_ANSWER,
+    SCHEMA,
+    UnreadableAnswer,
+    ask_again,
+    read_judgement,
+    read_prompt,
+    write_prompt,
+)
 
 TEXT = st.text(alphabet=st.sampled_from("ab =\n{}FIRSTEND"), max_size=60) | st.text(max_size=20)
 GOOD = verdict("second", (3, 7), (8, 8), "it loops")
@@ -58,7 +66,7 @@ def test_the_question_after_a_bad_answer_is_another_one() -> None:
     assert "it was empty" in again
 
 
-# verdicts
+# judgements
 
 
 @pytest.mark.parametrize(
@@ -73,7 +81,7 @@ def test_the_question_after_a_bad_answer_is_another_one() -> None:
     ],
 )
 def test_one_object_is_read_whatever_stands_around_it(answer: str) -> None:
-    found = read_verdict(answer)
+    found = read_judgement(answer)
     assert (found.coherence, found.diversity) == ((3, 7), (8, 8))
     assert all(type(score) is int for score in found.coherence)
     assert (found.winner, found.reason) == ("second", "it loops")
@@ -114,9 +122,9 @@ def changed(**changes: object) -> str:
         (json.dumps({"verdict": json.loads(GOOD)}), "another form"),
     ],
 )
-def test_anything_else_is_no_verdict(answer: str, problem: str) -> None:
-    with pytest.raises(NoVerdict, match=problem) as caught:
-        read_verdict(answer)
+def test_anything_else_cannot_be_read(answer: str, problem: str) -> None:
+    with pytest.raises(UnreadableAnswer, match=problem) as caught:
+        read_judgement(answer)
     assert len(str(caught.value)) < 250
     assert answer.startswith(caught.value.answer)
     assert len(caught.value.answer) <= 300
@@ -124,14 +132,14 @@ def test_anything_else_is_no_verdict(answer: str, problem: str) -> None:
 
 @given(st.recursive(st.none() | st.integers() | st.text(max_size=5), st.lists, max_leaves=5))
 def test_no_value_of_another_kind_gets_through(value: object) -> None:
-    with pytest.raises(NoVerdict):
-        read_verdict(json.dumps(value))
+    with pytest.raises(UnreadableAnswer):
+        read_judgement(json.dumps(value))
 
 
 @given(st.text(max_size=200))
 def test_no_text_breaks_the_reader(text: str) -> None:
-    with pytest.raises(NoVerdict):
-        read_verdict(text)
+    with pytest.raises(UnreadableAnswer):
+        read_judgement(text)
 
 
 def test_the_schema_is_one() -> None:
@@ -145,7 +153,7 @@ def test_pairs_are_read_from_lists_and_files(tmp_path: Path) -> None:
     records = [{"context": "c", "a": "x", "b": "y", "id": 7}, {"context": "", "a": "", "b": "{"}]
     file = tmp_path / "pairs.jsonl"
     file.write_text("\n\n".join(map(json.dumps, records)) + "\n", encoding="utf-8-sig")
-    pairs = [Pair("c", "x", "y"), Pair("", "", "{")]
+    pairs = [TextPair("c", "x", "y"), TextPair("", "", "{")]
     assert read_pairs(file) == read_pairs(str(file)) == read_pairs(records) == pairs
     assert read_pairs(pairs) == pairs
     assert pairs_sha256(pairs) != pairs_sha256(pairs[::-1])
@@ -187,24 +195,24 @@ def test_what_are_no_pairs(tmp_path: Path) -> None:
 def test_answers_outlive_the_run(tmp_path: Path) -> None:
     judge = {"kind": "function", "name": "j", "n": 1}
     folder = tmp_path / "deep" / "answers"
-    Answers(judge, folder).put("question \ud800", "answer é \ud800")
-    assert Answers(judge, folder).get("question \ud800") == "answer é \ud800"
-    assert Answers(judge, folder).get("question") is None
-    other = Answers({**judge, "n": 2}, folder)
+    AnswerCache(judge, folder).put("question \ud800", "answer é \ud800")
+    assert AnswerCache(judge, folder).get("question \ud800") == "answer é \ud800"
+    assert AnswerCache(judge, folder).get("question") is None
+    other = AnswerCache({**judge, "n": 2}, folder)
     assert other.get("question \ud800") is None
     assert len(list(folder.iterdir())) == 1
     other.put("question \ud800", "another")
-    assert Answers(judge, folder).get("question \ud800") == "answer é \ud800"
+    assert AnswerCache(judge, folder).get("question \ud800") == "answer é \ud800"
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[]", "{}", "\x00", '{"answer": 3}', "other"])
 def test_a_damaged_answer_counts_as_missing(tmp_path: Path, damage: str) -> None:
-    answers = Answers({"kind": "j"}, tmp_path)
+    answers = AnswerCache({"kind": "j"}, tmp_path)
     answers.put("p", "a")
     (file,) = tmp_path.iterdir()
     whole = file.read_text()
     file.write_text(whole.replace('"p"', '"q"') if damage == "other" else damage)
-    again = Answers({"kind": "j"}, tmp_path)
+    again = AnswerCache({"kind": "j"}, tmp_path)
     assert again.get("p") is None
     assert again.damaged == 1
     again.put("p", "a")
@@ -216,7 +224,7 @@ def test_answers_need_a_folder_that_can_be_written(tmp_path: Path) -> None:
     file.write_text("")
     for folder in (file, file / "inside"):
         with pytest.raises(ResultsError, match="another folder"):
-            Answers({"kind": "j"}, folder)
+            AnswerCache({"kind": "j"}, folder)
 
 
 # waiting

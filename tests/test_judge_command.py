@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 from judge_for_tests import KEY, Act, after, fails, longer, says, serving, verdict
 
-from hyperlens import Endpoint, JudgeResult, cli, judge_continuations, judge_models
-from hyperlens.commands.judge import WRITTEN
+from hyperlens import cli, write_report
+from hyperlens.cli.judge import GENERATION
 from hyperlens.errors import JudgeError
-from hyperlens.render import write_report
+from hyperlens.judging import Endpoint, JudgeResult, judge_continuations, judge_models
 
 ROOT = Path(__file__).resolve().parent.parent
 N = 8
@@ -64,7 +64,7 @@ def test_every_pair_is_asked_in_both_orders(
     found = JudgeResult.load(out)
     assert printed.startswith(found.summary())
     assert err == ""
-    assert found.value("overall", "b_wins")["value"] == 1
+    assert found.value(criterion="overall", metric="b_wins") == 1
     assert found.meta["judge"] == {
         "kind": "endpoint",
         "url": server.url,
@@ -193,7 +193,7 @@ def test_ctrl_c_and_the_same_command_go_on(pairs: Path, tmp_path: Path, script: 
         server.script = lambda n, prompt: says(longer(prompt))
         assert cli.main(command(pairs, server.url, out)) == cli.OK
         assert len(server.requests) == before + 2 * N - 6
-    assert JudgeResult.load(out).value("overall", "b_wins")["value"] == 1
+    assert JudgeResult.load(out).value(criterion="overall", metric="b_wins") == 1
     assert not files_with(KEY, out, tmp_path / "out.answers")
 
 
@@ -208,7 +208,10 @@ def test_ctrl_c_and_the_same_command_go_on(pairs: Path, tmp_path: Path, script: 
         (["--pairs", "PAIRS", "--judge-folder", "./none"], "./none does not exist"),
         (["--pairs", "PAIRS", "--judge-rule", "--tries", "0"], "tries must be at least 1"),
         (["--pairs", "PAIRS", "--judge-rule", "--cache", "PAIRS"], "cannot keep answers in"),
-        (["--pairs", "PAIRS", "--judge-rule", "--limit", "3"], "--limit is for models that write"),
+        (
+            ["--pairs", "PAIRS", "--judge-rule", "--limit", "3"],
+            "--limit is for two models and --texts",
+        ),
         (["--pairs", "PAIRS", "--judge-rule", "--n-prompts", "100"], "--n-prompts is for"),
         (["--pairs", "PAIRS", "--judge-rule", "--seed", "0"], "--seed is for"),
         (["--pairs", "PAIRS", "--judge-rule", "--split", "test"], "--split is for"),
@@ -228,7 +231,7 @@ def test_errors_are_one_line(
 
 
 def test_what_models_write_is_as_the_command_says(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked: list[dict[str, Any]] = []
 
@@ -243,11 +246,14 @@ def test_what_models_write_is_as_the_command_says(
     cli.main(command)
     first, second = asked
     assert (first["n_prompts"], first["seed"], first["tries"]) == (7, 0, 2)
-    # Who does not ask gets the library's defaults, which --help names.
-    names = {option.removeprefix("--").replace("-", "_"): n for option, n, _ in WRITTEN}
-    assert not names.keys() & second.keys()
-    parameters = inspect.signature(judge_models).parameters
-    assert names == {name: parameters[name].default for name in names}
+    # What is not on the command line is the library's default, which --help names.
+    assert not set(GENERATION) & second.keys()
+    assert cli.main(["judge", "--help"]) == cli.OK
+    text = " ".join(capsys.readouterr().out.split())
+    for name in (*GENERATION, "tries", "n_examples"):
+        default = inspect.signature(judge_models).parameters[name].default
+        option = f"--{name.replace('_', '-')}"
+        assert re.search(rf"{option} N [^(]*\(default: {default}\)", text), name
 
 
 def test_wrong_usage(pairs: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -268,5 +274,5 @@ def test_the_page_escapes_what_judges_and_models_say(tmp_path: Path) -> None:
     assert "&lt;script&gt;" in body
     for raw in ("<script>alert", "<img", "<b>no"):
         assert raw not in body
-    assert "Some answers that could not be read" in body
+    assert "answers that could not be read" in body
     found.save(tmp_path / "out")

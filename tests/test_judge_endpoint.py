@@ -21,10 +21,9 @@ from judge_for_tests import (
     serving,
 )
 
-from hyperlens import Endpoint
 from hyperlens.errors import JudgeError
-from hyperlens.judging.pool import in_threads
-from hyperlens.judging.transport import LARGEST_REPLY, is_loopback
+from hyperlens.judging import Endpoint
+from hyperlens.judging.endpoint import LARGEST_REPLY, in_threads, is_loopback
 
 QUICK = {"pause": 0.001, "timeout": 5.0, "retries": 2}
 
@@ -137,8 +136,8 @@ def test_the_server_is_given_the_time_it_asks_for() -> None:
         (fails(403), "check the key"),
         (fails(404, "no such model"), r"no such model\): check the model's name, and the base URL"),
         (fails(400, "max_tokens\nis\tnot known"), "HTTP 400: max_tokens is not known"),
-        (reply(b"", 302, Location="http://127.0.0.1:1/elsewhere"), "points elsewhere"),
-        (reply(b"", 308, Location="/v2"), "points elsewhere"),
+        (reply(b"", 302, Location="http://127.0.0.1:1/elsewhere"), "it redirects"),
+        (reply(b"", 308, Location="/v2"), "it redirects"),
     ],
 )
 def test_a_refusal_is_final_and_one_line(act: Act, said: str) -> None:
@@ -255,7 +254,7 @@ def test_keys_that_cannot_be_sent(monkeypatch: pytest.MonkeyPatch, key: str) -> 
     with pytest.raises(JudgeError, match="is not set") as caught:
         Endpoint(url, "m", key_env="hunter2hunter2")  # perhaps the key itself
     assert "hunter2" not in str(caught.value)
-    with pytest.raises(JudgeError, match="no name of an environment variable") as caught:
+    with pytest.raises(JudgeError, match="not the name of an environment variable") as caught:
         Endpoint(url, "m", key_env=key)
     assert key not in str(caught.value)
 
@@ -273,18 +272,22 @@ def test_the_usual_key_is_not_sent_in_the_clear(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(
     ("url", "options", "said"),
     [
-        ("host:8000/v1", {}, "no http or https address"),
-        ("ftp://host", {}, "no http or https address"),
-        ("http://", {}, "no http or https address"),
-        ("http://host:port/v1", {}, "no http or https address"),
-        ("http://host/v 1", {}, "no http or https address"),
+        ("host:8000/v1", {}, "not an http or https address"),
+        ("ftp://host", {}, "not an http or https address"),
+        ("http://", {}, "not an http or https address"),
+        ("http://host:port/v1", {}, "not an http or https address"),
+        ("http://host/v 1", {}, "not an http or https address"),
         (f"https://me:{KEY}@host/v1", {}, "holds a user"),
         (f"https://host/v1?key={KEY}", {}, "holds a user, a query"),
-        (f"https://host/{KEY}", {}, "stands in the judge's URL"),
-        ("https://host/v1", {"parameters": {"x": KEY}}, "stands in the judge's URL"),
+        (f"https://host/{KEY}", {}, "the judge's URL, model or parameters contain the key"),
+        (
+            "https://host/v1",
+            {"parameters": {"x": KEY}},
+            "the judge's URL, model or parameters contain the key",
+        ),
         ("https://host/v1", {"parameters": {"api_key": "k"}}, "api_key cannot be"),
         ("https://host/v1", {"parameters": {"stream": True}}, "stream cannot be"),
-        ("https://host/v1", {"parameters": {"x": object()}}, "no JSON"),
+        ("https://host/v1", {"parameters": {"x": object()}}, "not JSON"),
         ("https://host/v1", {"workers": 0}, "workers must be at least 1"),
         ("https://host/v1", {"retries": -1}, "retries must be at least 0"),
         ("https://host/v1", {"timeout": 0.0}, "timeout must be at least"),

@@ -11,13 +11,17 @@ from peft import AutoPeftModelForCausalLM
 from test_cli import tokenizer
 from transformers import AutoModelForCausalLM
 
-from hyperlens import JudgeResult, cli, judge_continuations, judge_models
+from hyperlens import cli, open_pair, write_report
 from hyperlens.decoding.generate import continuations
 from hyperlens.decoding.prompts import choose_examples
 from hyperlens.errors import CorpusError, JudgeError
-from hyperlens.judging.local import LocalJudge
-from hyperlens.judging.prompt import read_prompt
-from hyperlens.render import write_report
+from hyperlens.judging import (
+    JudgeResult,
+    LocalJudge,
+    judge_continuations,
+    judge_models,
+    read_prompt,
+)
 
 QUIET = {"progress": False}
 SHORT = {"prompt_tokens": 4, "max_new_tokens": 8, **QUIET}
@@ -35,7 +39,7 @@ def test_two_models_write_and_a_judge_reads(tmp_path: Path) -> None:
 
     same = judge_models(base, base, TEXTS, judge=judge, **SHORT)
     assert same.extras["counts"] == {"pairs": 6, "judged": 0, "identical": 6, "left_out": 0}
-    assert same.value("overall", "tie")["value"] == 1
+    assert same.value(criterion="overall", metric="tie") == 1
     assert not seen
     tuned = (perturbed(base[0], 0.5), tokenizer())
     found, again = (judge_models(base, tuned, TEXTS, judge=judge, **SHORT) for _ in range(2))
@@ -54,6 +58,8 @@ def test_two_models_write_and_a_judge_reads(tmp_path: Path) -> None:
     }
     found.write(tmp_path)
     assert JudgeResult.load(tmp_path) == found
+    # An open pair and the texts are the same inputs.
+    assert judge_models(open_pair(base, tuned), TEXTS, judge=judge, **SHORT) == found
     write_report(tmp_path / "page.html", [found])
 
 
@@ -106,7 +112,7 @@ def test_two_adapters_are_each_put_on_their_own_base(tmp_path: Path) -> None:
 
     sources = [str(tmp_path / f"adapter-{name}") for name in ("base", "other")]
     found = judge_models(*sources, TEXTS, judge=judge, **SHORT)
-    assert found.sides == ("adapter-base", "adapter-other")
+    assert (found.base_name, found.tuned_name) == ("adapter-base", "adapter-other")
     assert found.meta["tuned"]["kind"] == "adapter"
     # Each wrote what it writes alone.
     alone = [judge_models(source, source, TEXTS, judge=judge, **SHORT) for source in sources]
@@ -208,7 +214,7 @@ def test_a_local_models_answers_are_read(tmp_path: Path) -> None:
     options = {"cache": tmp_path, **QUIET}
     found = judge_continuations(PAIRS, judge=judge, **options)
     assert len(stub.chats) == 6
-    assert found.value("overall", "first_position")["value"] == 1
+    assert found.value(criterion="overall", metric="first_position") == 1
     assert found.is_language_model
     assert judge_continuations(PAIRS, judge=judge, **options) == found
     assert len(stub.chats) == 6
@@ -254,4 +260,4 @@ def test_the_command_takes_a_folder_as_judge(
     found = JudgeResult.load(out)
     assert found.extras["counts"]["left_out"] >= 4
     assert found.meta["judge"]["name"] == "judge"
-    assert "judged by judge (local)" in capsys.readouterr().out
+    assert "Judged by judge (local)" in capsys.readouterr().out

@@ -54,7 +54,7 @@ def test_every_tensor_belongs_to_one_part(name):
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_with_all_parts_the_host_is_the_donor_bit_for_bit(name):
+def test_with_all_parts_the_target_is_the_source_bit_for_bit(name):
     base, tuned = make_tiny(name), perturbed(make_tiny(name), 0.1)
     before, expected = logits_of(base), logits_of(tuned)
     held, theirs = tensors(base), tensors(tuned)
@@ -149,12 +149,15 @@ def test_only_what_differs_has_changed():
 def test_models_that_do_not_fit_are_refused_in_one_line():
     base = make_tiny("llama")
     for other, words in (
-        (make_tiny("llama", num_hidden_layers=2), "3 blocks and the donor 2"),
-        (make_tiny("llama", intermediate_size=40), r"shape \(32, 48\) in the host and \(32, 40\)"),
-        (make_tiny("llama").double(), "dtype torch.float32 in the host and torch.float64"),
-        (make_tiny("qwen3"), "the host has no model.layers.0.self_attn.k_norm.weight"),
-        (lora(make_tiny("llama"), "llama"), "the donor is a PeftModel.*merge it first"),
-        (torch.nn.Linear(2, 2), "the donor is a Linear"),
+        (make_tiny("llama", num_hidden_layers=2), "3 blocks and the source 2"),
+        (
+            make_tiny("llama", intermediate_size=40),
+            r"shape \(32, 48\) in the target and \(32, 40\)",
+        ),
+        (make_tiny("llama").double(), "dtype torch.float32 in the target and torch.float64"),
+        (make_tiny("qwen3"), "the target has no model.layers.0.self_attn.k_norm.weight"),
+        (lora(make_tiny("llama"), "llama"), "the source is a PeftModel.*merge it first"),
+        (torch.nn.Linear(2, 2), "the source is a Linear"),
     ):
         held = tensors(base)
         with pytest.raises(PatchError, match=words) as caught, transplanted(base, other, "all"):
@@ -162,7 +165,7 @@ def test_models_that_do_not_fit_are_refused_in_one_line():
         assert "\n" not in str(caught.value)
         assert tensors(base) == held
     with (
-        pytest.raises(PatchError, match="the host is a PeftModel"),
+        pytest.raises(PatchError, match="the target is a PeftModel"),
         transplanted(lora(make_tiny("llama"), "llama"), base, 0),
     ):
         pass

@@ -19,8 +19,10 @@ from hyperlens.pair import open_pair
 from hyperlens.patching import BlocksResult, patch_blocks, patch_expansion, patch_weights
 from hyperlens.patching.blocks import Cell, Sweep, run_sweep
 from hyperlens.patching.outcomes import INTO_BASE, INTO_TUNED, METRICS
+from hyperlens.render.blocks import Chart, flat
 
 TEXTS = token_texts(14, shortest=6, longest=20)
+LONG = pytest.mark.long
 QUICK = {"max_new_tokens": 0, "progress": False}
 SHORT = {"n_prompts": 4, "prompt_tokens": 6, "max_new_tokens": 6, "progress": False}
 
@@ -29,7 +31,7 @@ def along(finding, direction, metric, activation="source"):
     return [row["value"] for row in finding.along(direction, metric, activation)]
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox"])
+@pytest.mark.parametrize("name", ["llama", pytest.param("gpt2", marks=LONG), "gpt_neox"])
 def test_the_same_model_twice_shows_nothing_anywhere(name):
     base = make_tiny(name)
     found = patch_blocks(base, copy.deepcopy(base), TEXTS, **SHORT)
@@ -46,8 +48,15 @@ def test_the_same_model_twice_shows_nothing_anywhere(name):
     assert "changed no decision" in found.summary()
 
 
-@pytest.mark.parametrize("block", [0, 1, 2])
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("name", "block"),
+    [
+        # Each block and each architecture, and all blocks of one.
+        pytest.param(name, block, marks=() if i in (0, block) or i % 3 == block else LONG)
+        for i, name in enumerate(ARCHITECTURES)
+        for block in range(3)
+    ],
+)
 def test_a_change_of_one_block_is_found_in_that_block(name, block):
     base = make_tiny(name)
     tuned = blocks_perturbed(base, [block], scale=0.3)
@@ -69,8 +78,19 @@ def test_a_change_of_one_block_is_found_in_that_block(name, block):
         assert both[layer] == 0
 
 
-@pytest.mark.parametrize("kind", ["attn_out", "mlp_out"])
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "gpt_neox"])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("llama", "attn_out"),
+        ("gpt2", "mlp_out"),
+        ("gemma2", "mlp_out"),
+        ("gpt_neox", "attn_out"),
+        pytest.param("llama", "mlp_out", marks=LONG),
+        pytest.param("gpt2", "attn_out", marks=LONG),
+        pytest.param("gemma2", "attn_out", marks=LONG),
+        pytest.param("gpt_neox", "mlp_out", marks=LONG),
+    ],
+)
 def test_a_change_of_one_branch_is_found_in_that_branch(name, kind):
     base = make_tiny(name)
     tuned = copy.deepcopy(base)
@@ -89,7 +109,7 @@ def test_a_change_of_one_branch_is_found_in_that_branch(name, kind):
         assert not found.extras["effects"], "a branch is no state: there is no 2 x 2 of it"
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2"])
+@pytest.mark.parametrize("name", [pytest.param("llama", marks=LONG), "qwen2", "gpt2"])
 def test_a_change_of_the_final_norm_or_the_head_is_in_no_block(name):
     base = make_tiny(name, tie_word_embeddings=False)
     for part in ("norm", "head"):
@@ -113,21 +133,22 @@ def brute_force(base, tuned, site, texts):
     """Shares by whole forward passes, one text at a time, hooks on the stock model."""
     from hyperlens.patching import patch_hooks, record
 
-    host, donor = ResidualModel(base), ResidualModel(tuned)
+    target, source = ResidualModel(base), ResidualModel(tuned)
     hits = changed = 0
     for ids in texts:
         tokens = torch.tensor([ids])
         mask = torch.ones_like(tokens)
         with torch.no_grad():
-            first = run_logits(host, tokens, mask)[0, 1:].argmax(-1)  # BOS decides nothing
-            second = run_logits(donor, tokens, mask)[0, 1:].argmax(-1)
-            hooks = patch_hooks(host, record(donor, tokens, mask, [site]))
-            third = run_logits(host, tokens, mask, hooks)[0, 1:].argmax(-1)
+            first = run_logits(target, tokens, mask)[0, 1:].argmax(-1)  # BOS decides nothing
+            second = run_logits(source, tokens, mask)[0, 1:].argmax(-1)
+            hooks = patch_hooks(target, record(source, tokens, mask, [site]))
+            third = run_logits(target, tokens, mask, hooks)[0, 1:].argmax(-1)
         changed += int((first != second).sum())
         hits += int(((first != second) & (third == second)).sum())
     return hits / changed
 
 
+@pytest.mark.transformer_lens
 @pytest.mark.parametrize("kind", ["resid_post", "attn_out", "mlp_out"])
 def test_shares_equal_whole_forward_passes(kind):
     base = make_tiny("qwen3")
@@ -139,11 +160,17 @@ def test_shares_equal_whole_forward_passes(kind):
         assert row["value"] == pytest.approx(brute_force(base, tuned, site, TEXTS), abs=1e-9)
 
 
-@pytest.mark.parametrize("side_by_side", [1, 3, 14])
-def test_batches_change_nothing(side_by_side):
+@pytest.fixture(scope="module")
+def in_fives():
+    """A pair in float64, and its result with five texts side by side."""
     base = make_tiny("llama").double()
     tuned = perturbed(base, 0.15)
-    whole = patch_blocks(base, tuned, TEXTS, batch_size=5, **QUICK)
+    return base, tuned, patch_blocks(base, tuned, TEXTS, batch_size=5, **QUICK)
+
+
+@pytest.mark.parametrize("side_by_side", [pytest.param(1, marks=LONG), 3, 14])
+def test_batches_change_nothing(in_fives, side_by_side):
+    base, tuned, whole = in_fives
     other = patch_blocks(base, tuned, TEXTS, batch_size=side_by_side, **QUICK)
     for one, two in zip(whole.table, other.table, strict=True):
         assert one.keys() == two.keys()
@@ -151,6 +178,7 @@ def test_batches_change_nothing(side_by_side):
         assert one["low"] == pytest.approx(two["low"], abs=1e-6, nan_ok=True)
 
 
+@pytest.mark.transformer_lens
 def test_a_patch_at_some_positions_does_not_reach_back():
     base = make_tiny("llama")
     tuned = blocks_perturbed(base, [1], scale=0.3)
@@ -166,7 +194,7 @@ def test_a_patch_at_some_positions_does_not_reach_back():
         run_sweep(pair, corpus, Sweep(site, [40], False, 0), 4, False)
 
 
-def test_what_is_written_is_the_donors_where_all_of_it_is_donated():
+def test_generated_text_is_the_sources_where_all_of_it_is_patched():
     base = make_tiny("llama")
     tuned = blocks_perturbed(base, [0, 2], scale=0.4)
     found = patch_blocks(base, tuned, TEXTS, **SHORT)
@@ -175,19 +203,19 @@ def test_what_is_written_is_the_donors_where_all_of_it_is_donated():
         assert along(found, INTO_TUNED, metric)[3] == found.unpatched("base", metric)["value"]
         assert along(found, INTO_BASE, metric)[0] == found.unpatched("base", metric)["value"]
     against = {c["activation"] for c in found.contrasts(INTO_BASE, "ttr")}
-    assert against == {"unpatched", "rotation"}
+    assert against == {"unpatched", "rotated"}
 
 
-def test_placebos_do_not_pass_for_the_donor():
+def test_controls_do_not_pass_for_the_source():
     base = make_tiny("llama")
     tuned = blocks_perturbed(base, [1], scale=0.3)
     found = patch_blocks(base, tuned, token_texts(40, shortest=8, longest=20), **QUICK)
     for layer in (2, 3):
-        assert found.beats_placebos(INTO_BASE, layer) is True
+        assert found.beats_controls(INTO_BASE, layer) is True
     for layer in (0, 1):
-        # Nothing to donate: the placebos of size zero are the host itself.
-        assert found.beats_placebos(INTO_BASE, layer) is False
-    for name in ("noise", "rotation"):
+        # Nothing to put in: controls of size zero are the target itself.
+        assert found.beats_controls(INTO_BASE, layer) is False
+    for name in ("random_direction", "rotated"):
         assert max(along(found, INTO_BASE, "to_tuned", name)) < 0.7
         assert along(found, INTO_BASE, "to_tuned", name)[:2] == [0, 0]
 
@@ -199,10 +227,13 @@ def test_it_comes_back_from_disk_and_draws(tmp_path: Path) -> None:
     assert found == again
     folder = found.save(tmp_path / "out")
     assert BlocksResult.load(folder) == found
-    assert len(found.plot().axes) == 3
+    assert found.plot().to_dict()
+    kinds = [block for block in flat(found.blocks()) if isinstance(block, Chart)]
+    assert len(kinds) == 4
+    assert all(chart.y.scale == "share" for chart in kinds if "2 x 2" not in chart.title)
     page = (folder / "report.html").read_text()
     assert 'data-section="patch_blocks"' in page
-    assert "before the last block" in found.summary()
+    assert "last block and head on the base's incoming residual" in found.conclusions()[0]
     metrics = {row["metric"] for row in found.table}
     assert metrics == {*METRICS, "ttr", "rep_2", "rep_3"}
 
@@ -216,14 +247,15 @@ def test_the_last_cut_is_the_same_whichever_end_of_a_block_is_patched(n_layers):
         for site in ("resid_post", "resid_pre")
     )
     said = {
-        name: [text for text in found.conclusions() if "Free-running" not in text]
+        name: [text for text in found.conclusions() if "Generated text" not in text]
         for name, found in (("post", post), ("pre", pre))
     }
     assert said["pre"] == said["post"]
-    assert f"cut before the last block (layer {n_layers - 1})" in said["pre"][1]
+    assert "last block and head on the base's incoming residual" in said["pre"][0]
     # What enters the last block is the layer before the last.
-    assert f"tuned into base at layer {n_layers - 1}:" in pre.summary()
-    assert "tuned into base at the last layer:" in post.summary()
+    answers = [" ".join(found.conclusions()) for found in (pre, post)]
+    assert f"tuned into base at layer {n_layers - 1}:" in answers[0]
+    assert "tuned into base at the last layer:" in answers[1]
 
 
 def test_a_state_that_overflows_in_the_other_model_is_refused():

@@ -31,8 +31,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def command(home: Path, *more: str) -> list[str]:
     pair = ["patch", str(home / "base"), str(home / "tuned"), "--texts", str(home / "texts.jsonl")]
-    quick = ["--prompt-tokens", "5", "--max-new-tokens", "4", "--n-prompts", "4", "-q"]
-    return [*pair, *quick, *more]
+    quick = ["--prompt-tokens", "5", "--max-new-tokens", "2", "--n-prompts", "3"]
+    return [*pair, *quick, "--n-texts", "8", "-q", *more]
 
 
 def test_every_part_is_saved_and_the_same_command_reads_them_again(

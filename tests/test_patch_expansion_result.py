@@ -48,9 +48,9 @@ def test_what_is_written_follows_the_changes(found):
         for method in NAMES
         for condition in ("itself", VARIANCE_CONTROL[method])
     }
-    doses = {r["n_directions"] for r in found.select(method="new_directions", metric="ttr")}
-    assert len(doses) == 3
-    assert found.judged("new_directions") in doses
+    sizes = {r["n_directions"] for r in found.select(method="new_directions", metric="ttr")}
+    assert len(sizes) == 3
+    assert found.judged("new_directions") in sizes
 
 
 def test_contrasts_are_paired_and_corrected(found):

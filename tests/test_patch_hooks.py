@@ -18,6 +18,8 @@ from hyperlens.hooks.sites import positions_mask
 from hyperlens.hooks.surface import resid_post, resid_pre, site_hook
 from hyperlens.patching import Site, changing, donating, in_blocks, patch_hooks, record
 
+pytestmark = pytest.mark.transformer_lens
+
 # Whose blocks keep states only; a state or keys and values; and both in one block.
 STATE_SPACE = {
     "mamba": (

@@ -1,10 +1,12 @@
 """Do the intervals of patching cover? Simulated decisions, clustered in texts of unequal length."""
 
+import itertools
 import math
 
 import numpy as np
 import pytest
 import torch
+from conftest import trials
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -43,7 +45,7 @@ def coverage(n_texts, unequal, both, only_one, only_other, resemblance):
     rng = np.random.default_rng(0)
     shares = (both, only_one, only_other, 1 - both - only_one - only_other)
     inside = {"share": 0, "difference": 0, "p above 0.05": 0}
-    for _ in range(TRIALS):
+    for _ in trials(TRIALS):
         n = lengths(rng, n_texts, unequal)
         counts = decided(rng, n, shares, resemblance)
         one, other = (outcome(counts[:, 0] + counts[:, i], n) for i in (1, 2))
@@ -54,20 +56,31 @@ def coverage(n_texts, unequal, both, only_one, only_other, resemblance):
     return {what: count / TRIALS for what, count in inside.items()}
 
 
+# Each share of decisions once, with all pairs of the other two; the rest is the long form.
+SHARES = {
+    "a part": (0.3, 0.2, 0.1, 0.1),
+    "no difference": (0.1, 0.05, 0.05, 0.05),
+    "nearly all": (0.6, 0.3, 0.05, 0.05),
+    "rare": (0.02, 0.08, 0.01, 0.03),
+}
+FEW = {
+    ("a part", 20, "a few long ones"),
+    ("no difference", 60, "even"),
+    ("nearly all", 20, "even"),
+    ("rare", 60, "a few long ones"),
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("n_texts", [20, 60])
-@pytest.mark.parametrize("unequal", ["even", "a few long ones"])
 @pytest.mark.parametrize(
-    ("both", "only_one", "only_other", "resemblance"),
+    ("shares", "n_texts", "unequal"),
     [
-        pytest.param(0.3, 0.2, 0.1, 0.1, id="a part"),
-        pytest.param(0.1, 0.05, 0.05, 0.05, id="no difference"),
-        pytest.param(0.6, 0.3, 0.05, 0.05, id="nearly all"),
-        pytest.param(0.02, 0.08, 0.01, 0.03, id="rare"),
+        pytest.param(*case, marks=() if case in FEW else pytest.mark.long)
+        for case in itertools.product(SHARES, (20, 60), ("even", "a few long ones"))
     ],
 )
-def test_intervals_cover(n_texts, unequal, both, only_one, only_other, resemblance):
-    found = coverage(n_texts, unequal, both, only_one, only_other, resemblance)
+def test_intervals_cover(shares, n_texts, unequal):
+    found = coverage(n_texts, unequal, *SHARES[shares])
     assert found.pop("p above 0.05") == 1
     for what, share in found.items():
         assert 0.93 - LUCK <= share <= 0.97 + LUCK, (what, share)
@@ -86,7 +99,7 @@ def test_a_mean_with_normal_texts_covers():
     rng = np.random.default_rng(1)
     n = torch.full((20,), 30.0)
     inside = 0
-    for _ in range(TRIALS):
+    for _ in trials(TRIALS):
         found = ratio(torch.from_numpy(rng.normal(6.0, 4.0, 20)), n)
         inside += found.low <= 0.2 <= found.high
     assert 0.93 <= inside / TRIALS <= 0.97

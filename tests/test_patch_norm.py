@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import make_tiny, perturbed, token_texts
+from conftest import make_tiny, perturbed, token_texts, trials
 from test_intervals import D_MODEL, LENGTH, SPECTRUM, as_pair, clustered, true_ratio
 
 from hyperlens.compare import compare_models
@@ -186,17 +186,16 @@ def test_a_result_returns_from_its_folder(found, tmp_path):
     assert "Is the expansion in the block, or in the final norm?" in page
     assert "&lt;b&gt;other → LlamaForCausalLM" in page
     assert "<b>other" not in page
-    assert len(found.plot().axes) == 3
+    assert found.plot().to_dict()
     assert NormResult in map(result_class, QUESTIONS)
 
 
-def test_the_summary_says_what_a_script_would_read(found):
-    text = " ".join(found.summary().split())
+def test_the_verdicts_say_what_a_script_would_read(found):
+    text = " ".join(found.conclusions())
     jump = found.dimension("jump_as_read")["value"]
-    assert f"a jump of {jump:+.1f}" in text
+    assert f"the last block seems to add {jump:+.1f}" in text
     assert "dimensions after the final norm" in text
     assert "what the norm's weights change by themselves" in text
-    assert all(len(line) <= 100 for line in found.summary().splitlines())
 
 
 def test_refusals_are_one_line(pair):
@@ -212,7 +211,9 @@ STRETCHED = SPECTRUM * (np.linspace(1.0, 1.6, D_MODEL) + 0.01)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("n_sequences", "resemblance"), [(64, 0.2), (128, 0.3)])
+@pytest.mark.parametrize(
+    ("n_sequences", "resemblance"), [(64, 0.2), pytest.param(128, 0.3, marks=pytest.mark.long)]
+)
 def test_intervals_of_effects_cover(n_sequences, resemblance):
     """Known truth: norms that only weigh directions, streams with known spectra, topics."""
     bb, bt, tb, tt = (true_ratio(s * w**2) for s in (SPECTRUM, STRETCHED) for w in WEIGHTS)
@@ -227,7 +228,7 @@ def test_intervals_of_effects_cover(n_sequences, resemblance):
     spec = StreamSpec(0, D_MODEL, D_MODEL, torch.device("cpu"), n_sequences, LENGTH // 2)
     norms = [partial(torch.mul, torch.from_numpy(w).float()) for w in WEIGHTS]
     inside = dict.fromkeys(truth, 0)
-    for _ in range(REPEATS):
+    for _ in trials(REPEATS):
         pair = as_pair(*clustered(rng, n_sequences, resemblance, 0.5), LENGTH // 2)
         object.__setattr__(pair.base, "final_norm", norms[0])
         object.__setattr__(pair.tuned, "final_norm", norms[1])

@@ -37,31 +37,32 @@ def site_of(layer):
     return Site("resid_pre", 0) if layer == 0 else Site("resid_post", layer - 1)
 
 
+@pytest.mark.transformer_lens
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_cell_equals_a_whole_forward_pass_with_a_hook(name):
     base = make_tiny(name)
-    host, donor = ResidualModel(base), ResidualModel(perturbed(base, 0.1))
+    target, source = ResidualModel(base), ResidualModel(perturbed(base, 0.1))
     texts = [torch.tensor(ids) for ids in (*TEXTS[1:3], TEXTS[0][:5])]
     width = max(map(len, texts))
     tokens = torch.stack([torch.nn.functional.pad(t, (width - len(t), 0)) for t in texts])
     mask = torch.stack([torch.arange(width) >= width - len(t) for t in texts]).long()
-    host, donor = (read_endings("", model, tokens, mask, 5) for model in (host, donor))
-    check_continues(host)
+    target, source = (read_endings("", model, tokens, mask, 5) for model in (target, source))
+    check_continues(target)
     with torch.no_grad():
         for layer in range(4):
-            donated = donor.stream[layer]
-            made = patched_singly(host, donated, layer, 4)
-            every = patched_everywhere(host, donated, layer)
+            donated = source.stream[layer]
+            made = patched_singly(target, donated, layer, 4)
+            every = patched_everywhere(target, donated, layer)
             for row, ids in enumerate(texts):
                 n = len(ids)
                 for offset, normed in ((0, made[row, 0]), (4, made[row, 4]), (None, every[row])):
                     hooks = patch_hooks(
-                        host.model,
+                        target.model,
                         {site_of(layer): donated[row : row + 1, width - n :]},
                         positions=None if offset is None else [n - 1 - offset],
                     )
-                    whole = run_logits(host.model, ids[None], torch.ones(1, n).long(), hooks)
-                    got = unembed(host.model, normed[None])[0]
+                    whole = run_logits(target.model, ids[None], torch.ones(1, n).long(), hooks)
+                    got = unembed(target.model, normed[None])[0]
                     torch.testing.assert_close(got, whole[0, -1], atol=1e-4, rtol=1e-4)
 
 
@@ -165,7 +166,7 @@ def test_texts_that_do_not_serve_are_counted():
     assert found.extras["looked_at"] == 13
     assert found.extras["too_short"] == 3
     assert found.extras["decisions"] + found.extras["unchanged"] == 10
-    assert "3 of 13 texts have fewer than 6 tokens" in found.summary()
+    assert "3 of 13 texts have fewer than 6 tokens" in found.notes[0]
     fewer = patch_positions(base, tuned, TEXTS + short, offsets=6, n_texts=2, progress=False)
     assert fewer.extras["decisions"] == 2
     assert fewer.extras["looked_at"] < 13
@@ -184,12 +185,12 @@ def test_a_model_that_needs_more_than_keys_and_values_is_found_out():
 
 @pytest.mark.parametrize("name", STATE_SPACE)
 def test_states_that_are_no_keys_and_values_are_refused(name):
-    host = ResidualModel(state_space(name))
+    target = ResidualModel(state_space(name))
     tokens = torch.arange(3, 13)[None]
     with pytest.raises(PatchError, match="something other than keys and values"):
-        read_endings("base", host, tokens, torch.ones_like(tokens), 4)
+        read_endings("base", target, tokens, torch.ones_like(tokens), 4)
     # Nothing is kept where every token is patched.
-    check_continues(read_endings("base", host, tokens, torch.ones_like(tokens), 10))
+    check_continues(read_endings("base", target, tokens, torch.ones_like(tokens), 10))
 
 
 def test_a_state_that_overflows_in_the_other_model_is_refused():
@@ -218,4 +219,5 @@ def test_it_comes_back_from_its_folder_and_has_a_section(tmp_path):
     # A name that Vega would take for a path, or for the end of a string, is drawn as nothing.
     fields = set(re.findall(r'"field": ?"([^"]*)"', page))
     assert all(field.isidentifier() for field in fields)
-    assert "layers x positions" in (folder / "summary.txt").read_text()
+    assert "the last token" in (folder / "summary.txt").read_text()
+    assert found.plot().to_dict()

@@ -56,6 +56,7 @@ def test_a_suffix_is_the_base_state_in_the_tuned_stack(name):
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.transformer_lens
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_hybrid_is_a_whole_pass_of_the_mixed_model(name):
     """What is saved makes no difference: against the mixed model run from its tokens on."""
@@ -82,7 +83,7 @@ def test_a_hybrid_is_a_whole_pass_of_the_mixed_model(name):
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gemma2", "qwen2"])
-def test_nothing_moved_is_the_host_and_everything_the_donor(name):
+def test_nothing_moved_is_the_target_and_everything_the_source(name):
     base = make_tiny(name)
     found = patch_weights(base, perturbed(base, 0.1), TEXTS, **SILENT)
     assert found.extras["changed"] > 0
@@ -232,10 +233,14 @@ def test_text_is_that_of_the_mixed_model():
         for row in found.select(direction=INTO_TUNED, kind="block", metric=metric):
             assert row["value"] == own["base" if row["number"] == 2 else "tuned"]
         assert own["base"] != own["tuned"], "the two must differ for this test"
-    gaps = [c for c in found.extras["contrasts"] if c["against"] == "source"]
-    for gap in gaps:
-        if gap["direction"] == INTO_BASE and gap["kind"] == "suffix" and gap["number"]:
-            assert gap["value"] == 0
+    differences = [c for c in found.extras["contrasts"] if c["against"] == "source"]
+    for difference in differences:
+        if (
+            difference["direction"] == INTO_BASE
+            and difference["kind"] == "suffix"
+            and difference["number"]
+        ):
+            assert difference["value"] == 0
 
 
 def row_of(number, low, **more):
@@ -249,17 +254,17 @@ def test_the_smallest_suffix_follows_its_rule():
     assert (found.number, found.by_text) == (2, False)
     assert next(smallest_suffixes(table[:2], [], 0.9)).number == -1
     change = row_of(-1, 0.2, kind="source", metric="ttr", against="target", value=0.4, high=0.6)
-    gaps = [
+    differences = [
         row_of(k, low, metric="ttr", against="source", high=high)
         for k, (low, high) in enumerate(
             ((-0.5, -0.3), (-0.1, 0.1), (-0.3, 0.1), (0.01, 0.05), (-0.1, 0.15))
         )
     ]
     # Of those with enough decisions: 2 may lie further than half the change, 3 surely differs.
-    assert next(smallest_suffixes(table, [change, *gaps], 0.9))[2:] == (4, True)
-    assert close(gaps[1], 0.2)
+    assert next(smallest_suffixes(table, [change, *differences], 0.9))[2:] == (4, True)
+    assert close(differences[1], 0.2)
     unclear = change | {"low": -0.1}
-    assert next(smallest_suffixes(table, [unclear, *gaps], 0.9))[2:] == (2, False)
+    assert next(smallest_suffixes(table, [unclear, *differences], 0.9))[2:] == (2, False)
     nan = [row_of(1, math.nan)]
     assert next(smallest_suffixes(nan, [], 0.9)).number == -1
 

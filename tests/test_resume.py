@@ -66,11 +66,6 @@ def start(
     )
 
 
-def finish(process: subprocess.Popen) -> None:
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
-
-
 def weights(out: Path) -> dict[str, torch.Tensor]:
     return load_file(next(out.glob("*.safetensors")))
 
@@ -87,6 +82,7 @@ def same(one: Path, other: Path) -> None:
     assert str(timeless[0]) == str(timeless[1])  # as text, where the base's missing loss is NaN
 
 
+@pytest.mark.parametrize("kills", [1, pytest.param(5, marks=pytest.mark.long)])
 @pytest.mark.parametrize(
     ("method", "options"),
     [
@@ -96,20 +92,25 @@ def same(one: Path, other: Path) -> None:
     ids=["late_lora", "full"],
 )
 def test_killed_at_random_moments_it_ends_the_same(
-    llama_folder, ids_file, tmp_path, method, options
+    llama_folder, ids_file, tmp_path, method, options, kills
 ):
     whole, out = tmp_path / "whole", tmp_path / "killed"
-    process = start(llama_folder, ids_file, whole, method, **options)
-    process.stdout.readline()
-    loaded = time.monotonic()
-    finish(process)
-    takes = time.monotonic() - loaded
+    ids = json.loads(ids_file.read_text())
+    began = time.monotonic()
+    hyperfit(llama_folder, ids, method, out=whole, **OPTIONS | options)
+    takes = time.monotonic() - began
+    checkpoint = tmp_path / "killed.partial" / "checkpoint" / "progress.json"
     rng = random.Random(method)
-    for _ in range(5):  # ten in all, over both methods
+    for kill in range(kills):  # ten in the long form, over both methods
         process = start(llama_folder, ids_file, out, method, **options)
         process.stdout.readline()
+        wait = rng.uniform(0.05, 0.9) * takes
+        if kill == 0:  # with something to go on from, and much to do
+            while not checkpoint.exists() and process.poll() is None:
+                time.sleep(0.01)
+            wait = rng.uniform(0, 0.3) * takes
         try:
-            process.communicate(timeout=rng.uniform(0.05, 0.9) * takes)
+            process.communicate(timeout=wait)
         except subprocess.TimeoutExpired:
             process.kill()
         process.communicate()
@@ -118,7 +119,7 @@ def test_killed_at_random_moments_it_ends_the_same(
             shutil.rmtree(out)
         else:
             assert process.returncode == -signal.SIGKILL
-    finish(start(llama_folder, ids_file, out, method, **options))
+    hyperfit(llama_folder, ids, method, out=out, **OPTIONS | options)
     same(whole, out)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["killed", "whole"]
 
@@ -195,16 +196,25 @@ def interrupted_at(step: int, monkeypatch, llama_folder, ids, out, method="late_
             hyperfit(llama_folder, ids, method, out=out, **OPTIONS | options)
 
 
+@pytest.fixture(scope="module")
+def unbroken(llama_folder, ids_file, tmp_path_factory):
+    """The folder of a run that nothing broke off."""
+    out = tmp_path_factory.mktemp("unbroken") / "run"
+    hyperfit(
+        llama_folder, json.loads(ids_file.read_text()), "late_lora", out=out, last_k=1, **OPTIONS
+    )
+    return out
+
+
 @pytest.mark.parametrize("step", [1, 3, 4, 8, 17])
-def test_from_every_kind_of_step(llama_folder, ids_file, tmp_path, monkeypatch, step):
+def test_from_every_kind_of_step(llama_folder, ids_file, tmp_path, monkeypatch, unbroken, step):
     """After the first, at an epoch's end, just after it, between records, before the last."""
     ids = json.loads(ids_file.read_text())
     interrupted_at(step, monkeypatch, llama_folder, ids, tmp_path / "broken", last_k=1)
     assert json.loads((tmp_path / "broken.partial/checkpoint/progress.json").read_text())
     hyperfit(llama_folder, ids, "late_lora", out=tmp_path / "broken", last_k=1, **OPTIONS)
-    hyperfit(llama_folder, ids, "late_lora", out=tmp_path / "whole", last_k=1, **OPTIONS)
-    same(tmp_path / "whole", tmp_path / "broken")
-    tables = [(tmp_path / name / "history.csv").read_text() for name in ("whole", "broken")]
+    same(unbroken, tmp_path / "broken")
+    tables = [(out / "history.csv").read_text() for out in (unbroken, tmp_path / "broken")]
     assert tables[0].count("\n") == tables[1].count("\n") == 1 + 4  # epochs 0, 2, 4 and 6
 
 

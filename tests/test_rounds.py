@@ -49,6 +49,7 @@ def room_for(monkeypatch, work, n_layers):
         monkeypatch.setattr(module, "free_bytes", lambda device: allowed)
 
 
+@pytest.mark.transformer_lens
 @pytest.mark.parametrize(("n_layers", "n_passes"), [(5, 1), (4, 2), (3, 2), (2, 3), (1, 5)])
 def test_several_passes_give_the_numbers_of_one(work, monkeypatch, n_layers, n_passes):
     once = run_passes(*work, default_probes(), OPTIONS)

@@ -1,10 +1,11 @@
-"""Is it a static bias? Planted biases are recovered, placebos change nothing that they must not."""
+"""Is it a static bias? Planted biases are recovered, controls change nothing that they must not."""
 
 import copy
 import itertools
+import json
 import math
+from dataclasses import replace
 
-import matplotlib.figure
 import numpy as np
 import pytest
 import torch
@@ -15,19 +16,25 @@ from scipy import stats as scipy_stats
 from torch import nn
 
 from hyperlens.cli import main
-from hyperlens.errors import CorpusError, LoadingError, ProbeError
-from hyperlens.experiments.logit_shift import (
+from hyperlens.errors import CorpusError, LoadingError, ProbeError, ResultsError
+from hyperlens.experiments.static_bias import (
+    BIASES,
+    CONTROL_BAND,
+    CONTROLS,
     LogitBias,
+    StaticBiasResult,
     biases,
     check_alphas,
+    inject_static_bias,
     mean_shift,
     promoted,
 )
-from hyperlens.experiments.static_bias import static_bias
-from hyperlens.experiments.static_bias_finding import BIASES, StaticBiasResult
 from hyperlens.hooks.loading import load_hooked
-from hyperlens.pair import open_inputs
+from hyperlens.pair import open_inputs, open_pair
 from hyperlens.passes.contexts import read_contexts
+from hyperlens.render.blocks import Chart, flat
+from hyperlens.render.format import POINTS, interval
+from hyperlens.render.page import write_report
 from hyperlens.statistics.significance import exact_p, rho_and_p, trend
 
 TEXTS = token_texts(10, shortest=8, longest=20)
@@ -85,9 +92,9 @@ def rows_of_logits(model) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def finding() -> StaticBiasResult:
+def result() -> StaticBiasResult:
     base = make_tiny("llama")
-    return static_bias(base, perturbed(base, 0.1), TEXTS, **SMALL)
+    return inject_static_bias(base, perturbed(base, 0.1), TEXTS, **SMALL)
 
 
 @pytest.mark.parametrize("name", ["phi", "llama", "gpt_neox"])
@@ -98,16 +105,18 @@ def test_a_planted_bias_is_recovered(name: str) -> None:
     shift = shift_of(base, tuned)
     assert shift.delta == pytest.approx((bias - bias.mean()).double(), abs=1e-4)
     assert shift.static_share == pytest.approx(1.0, abs=1e-4)
-    finding = static_bias(base, tuned, TEXTS, **(SMALL | {"k": D_VOCAB}))
-    assert finding.value("none", 0.0, "agreement_tuned")["value"] < 0.9
-    assert finding.value("all", 1.0, "agreement_tuned")["value"] == 1.0
+    result = inject_static_bias(base, tuned, TEXTS, **(SMALL | {"k": D_VOCAB}))
+    assert result.value(bias="none", alpha=0.0, metric="agreement_tuned") < 0.9
+    assert result.value(bias="all", alpha=1.0, metric="agreement_tuned") == 1.0
     for metric in ("ttr", "rep_2", "rep_3"):
-        met = finding.value("all", 1.0, metric)
-        assert met | {"bias": "tuned", "alpha": 0.0} == finding.value("tuned", 0.0, metric)
-    assert "base plus a bias" in finding.summary()
+        met = result.at(bias="all", alpha=1.0, metric=metric)
+        assert met | {"bias": "tuned", "alpha": 0.0} == result.at(
+            bias="tuned", alpha=0.0, metric=metric
+        )
+    assert "base plus a bias" in result.summary()
     # The same numbers on other tokens do not get there, nor does one number for all.
-    assert finding.value("shuffled", 1.0, "agreement_tuned")["value"] < 0.9
-    assert finding.value("constant", 1.0, "agreement_tuned")["value"] < 0.9
+    assert result.value(bias="shuffled", alpha=1.0, metric="agreement_tuned") < 0.9
+    assert result.value(bias="constant", alpha=1.0, metric="agreement_tuned") < 0.9
 
 
 def test_k_of_all_tokens_recovers_it_too() -> None:
@@ -116,10 +125,10 @@ def test_k_of_all_tokens_recovers_it_too() -> None:
     # Special tokens never get a bias: neither plant one on them nor let them win.
     base = with_bias(base, torch.where(special, -30.0, 0.0))
     tuned = with_bias(base, torch.where(special, 0.0, bias))
-    finding = static_bias(base, tuned, TEXTS, **(SMALL | {"k": D_VOCAB - 3}))
-    assert finding.extras["k_used"] == D_VOCAB - 3
-    assert finding.value("none", 0.0, "agreement_tuned")["value"] < 0.9
-    assert finding.value("promoted", 1.0, "agreement_tuned")["value"] == 1.0
+    result = inject_static_bias(base, tuned, TEXTS, **(SMALL | {"k": D_VOCAB - 3}))
+    assert result.extras["k_used"] == D_VOCAB - 3
+    assert result.value(bias="none", alpha=0.0, metric="agreement_tuned") < 0.9
+    assert result.value(bias="promoted", alpha=1.0, metric="agreement_tuned") == 1.0
 
 
 def test_a_shift_of_all_logits_is_no_change() -> None:
@@ -128,9 +137,9 @@ def test_a_shift_of_all_logits_is_no_change() -> None:
     shift = shift_of(base, tuned)
     assert shift.delta.abs().max() < 1e-5
     assert shift.rank_gain.abs().max() < 1e-6
-    finding = static_bias(base, tuned, TEXTS, **SMALL)
-    assert finding.value("none", 0.0, "agreement_tuned")["value"] == 1.0
-    assert "no change to explain" in finding.summary()
+    result = inject_static_bias(base, tuned, TEXTS, **SMALL)
+    assert result.value(bias="none", alpha=0.0, metric="agreement_tuned") == 1.0
+    assert "there is no change to explain" in result.conclusions()[0]
 
 
 @pytest.mark.parametrize("name", list(ARCHITECTURES))
@@ -181,7 +190,7 @@ def test_the_most_promoted_tokens(gain, n_special: int, k: int) -> None:
     assert found == expected
 
 
-def test_placebos() -> None:
+def test_controls() -> None:
     delta = planted().double()
     allowed = torch.ones(D_VOCAB, dtype=torch.bool)
     allowed[:3] = False
@@ -205,7 +214,7 @@ def test_placebos() -> None:
     assert not torch.equal(other["random"], found["random"])
 
 
-def test_agreement_equals_a_loop_over_contexts(finding) -> None:
+def test_agreement_equals_a_loop_over_contexts(result) -> None:
     base = make_tiny("llama")
     tuned = perturbed(base, 0.1)
     delta = shift_of(base, tuned).delta.numpy()
@@ -215,7 +224,7 @@ def test_agreement_equals_a_loop_over_contexts(finding) -> None:
             a, b = (m(torch.tensor([ids])).logits[0].double().numpy() for m in (base, tuned))
         keep = np.array(ids) != 1
         per_text.append(((a + 0.5 * delta).argmax(-1) == b.argmax(-1))[keep].mean())
-    row = finding.value("all", 0.5, "agreement_tuned")
+    row = result.at(bias="all", alpha=0.5, metric="agreement_tuned")
     assert row["value"] == pytest.approx(np.mean(per_text), abs=1e-9)
     assert row["se"] == pytest.approx(np.std(per_text, ddof=1) / len(per_text) ** 0.5, abs=1e-9)
 
@@ -235,24 +244,24 @@ def test_the_processor_works_in_plain_transformers() -> None:
         LogitBias(bias[:-1])(prompt, torch.zeros(2, D_VOCAB))
 
 
-def test_a_constant_bias_changes_no_text(finding) -> None:
-    for alpha, metric in itertools.product(finding.alphas, ("ttr", "rep_2", "agreement_base")):
+def test_a_constant_bias_changes_no_text(result) -> None:
+    for alpha, metric in itertools.product(result.alphas, ("ttr", "rep_2", "agreement_base")):
         constant, none = (
-            finding.value("constant", alpha, metric),
-            finding.value("none", 0.0, metric),
+            result.at(bias="constant", alpha=alpha, metric=metric),
+            result.at(bias="none", alpha=0.0, metric=metric),
         )
         assert constant["value"] == none["value"]
-    assert math.isnan(finding.trend("constant", "ttr")["rho"])
+    assert math.isnan(result.trend("constant", "ttr")["rho"])
 
 
 def test_special_tokens_get_no_bias_and_k_may_be_too_large() -> None:
     base = make_tiny("llama")
-    finding = static_bias(base, perturbed(base), TEXTS, **(SMALL | {"k": 500}))
-    assert finding.extras["k_used"] == D_VOCAB - 3
-    assert any("K = 500 is more than the 58 tokens" in note for note in finding.meta["notes"])
-    few = static_bias(base, perturbed(base), TEXTS, **(SMALL | {"k": 3}))
+    result = inject_static_bias(base, perturbed(base), TEXTS, **(SMALL | {"k": 500}))
+    assert result.extras["k_used"] == D_VOCAB - 3
+    assert any("K = 500 is more than the 58 tokens" in note for note in result.meta["notes"])
+    few = inject_static_bias(base, perturbed(base), TEXTS, **(SMALL | {"k": 3}))
     assert {one["id"] for one in few.extras["promoted"]}.isdisjoint({0, 1, 2})
-    most = static_bias(base, perturbed(base), TEXTS, **(SMALL | {"k": 40}))
+    most = inject_static_bias(base, perturbed(base), TEXTS, **(SMALL | {"k": 40}))
     assert any("69% of the 58 tokens" in note for note in most.meta["notes"])
 
 
@@ -280,13 +289,13 @@ def test_the_papers_own_trend() -> None:
     assert found["p_exact"] == pytest.approx(12 / 720)
 
 
-def test_the_same_seed_gives_the_same_result(finding) -> None:
+def test_the_same_seed_gives_the_same_result(result) -> None:
     base = make_tiny("llama")
-    again = static_bias(base, perturbed(base, 0.1), TEXTS, **SMALL)
-    assert again.table == finding.table
-    assert str(again.extras) == str(finding.extras)
-    other = static_bias(base, perturbed(base, 0.1), TEXTS, **(SMALL | {"seed": 1}))
-    assert other.table != finding.table
+    again = inject_static_bias(base, perturbed(base, 0.1), TEXTS, **SMALL)
+    assert again.table == result.table
+    assert str(again.extras) == str(result.extras)
+    other = inject_static_bias(base, perturbed(base, 0.1), TEXTS, **(SMALL | {"seed": 1}))
+    assert other.table != result.table
 
 
 @pytest.mark.parametrize(
@@ -304,7 +313,7 @@ def test_the_same_seed_gives_the_same_result(finding) -> None:
 def test_bad_options_are_one_line(change, kind, says: str) -> None:
     base = make_tiny("llama")
     with pytest.raises(kind, match=says) as caught:
-        static_bias(base, perturbed(base), TEXTS, **(SMALL | change))
+        inject_static_bias(base, perturbed(base), TEXTS, **(SMALL | change))
     assert "\n" not in str(caught.value)
 
 
@@ -318,57 +327,125 @@ def test_one_strength_alone_is_no_list_of_them() -> None:
 def test_a_hooked_model_is_refused() -> None:
     base = make_tiny("llama")
     with pytest.raises(LoadingError, match="cannot generate"):
-        static_bias(base, load_hooked(perturbed(base), backend="residual"), TEXTS, **SMALL)
+        inject_static_bias(base, load_hooked(perturbed(base), backend="residual"), TEXTS, **SMALL)
 
 
-def test_words_and_figure(finding) -> None:
-    summary = finding.summary()
-    assert max(map(len, summary.splitlines())) <= 100
-    for word in ("top K", "shuffled", "α = 0.5", "trend", "Not to be concluded"):
-        assert word in summary
-    figure = finding.plot()
-    assert isinstance(figure, matplotlib.figure.Figure)
-    assert len(figure.axes) == 3
+def test_text_answers_first_in_a_screenful(result) -> None:
+    summary = result.summary()
+    assert summary.startswith("Is it just a bias on some tokens?")
+    words = " ".join(summary.split())
+    for word in ("top K", "shuffled", "α = 0.5", "controls", "Not to be concluded"):
+        assert word in words
+    for old in ("placebo", "first token", "±", "No bias"):
+        assert old not in words
+    best = result.best()
+    assert interval(result.gain(best["bias"], best["alpha"]), POINTS) in result.conclusions()[0]
+    assert "The best of 6 biases tried" in result.conclusions()[0]
+    assert result.verdicts()[-1].caution
 
 
-def test_what_is_written_returns(finding, tmp_path) -> None:
-    finding.write(tmp_path)
+def test_charts_show_biases_base_and_tuned_and_the_range_of_controls(result) -> None:
+    charts = [block for block in flat(result.blocks()) if isinstance(block, Chart)]
+    metrics = ("ttr", "rep_2", "agreement_tuned")
+    for chart, metric in zip(charts, metrics, strict=True):
+        assert chart.y.scale == "share"
+        assert chart.series == ["top K", "all tokens", CONTROL_BAND]
+        assert chart.roles[CONTROL_BAND] == "control"
+        for row in chart.rows:
+            if row["series"] == CONTROL_BAND:
+                values = [
+                    result.value(bias=bias, alpha=row["alpha"], metric=metric) for bias in CONTROLS
+                ]
+                assert (row["low"], row["high"]) == (min(values), max(values))
+            else:
+                bias = {"top K": "promoted", "all tokens": "all"}[row["series"]]
+                assert row["value"] == result.value(bias=bias, alpha=row["alpha"], metric=metric)
+        assert [line.value for line in chart.references] == [
+            result.value(bias=side, alpha=0.0, metric=metric) for side in ("none", "tuned")
+        ]
+        assert [line.role for line in chart.references] == ["base", "tuned"]
+    assert result.plot().to_dict()
+
+
+def test_page_and_notebook_show_the_numbers_of_the_summary(result, tmp_path) -> None:
+    page = write_report(tmp_path / "report.html", result).read_text(encoding="utf-8")
+    best = result.best()
+    gain = interval(result.gain(best["bias"], best["alpha"]), POINTS)
+    for text in (page, result._repr_html_(), " ".join(result.summary().split())):
+        assert gain in text
+    assert "placebo" not in page
+
+
+def test_what_was_not_measured_is_an_error(result) -> None:
+    with pytest.raises(ResultsError, match="no gains of"):
+        result.gain("promoted", 0.3)
+    with pytest.raises(ResultsError, match="no trends of"):
+        result.trend("promoted", "agreement_tuned")
+
+
+def test_a_clear_gain_is_a_share_of_what_changed(result) -> None:
+    gains = [
+        row | {"value": 0.1, "low": 0.05, "high": 0.15}
+        if (row["bias"], row["alpha"]) == (result.best()["bias"], result.best()["alpha"])
+        else row
+        for row in result.extras["gains"]
+    ]
+    base = result.value(bias="none", alpha=0.0, metric="agreement_tuned")
+    answer = replace(result, extras={**result.extras, "gains": gains}).conclusions()[0]
+    assert "adds +10.0 [+5.0, +15.0] points" in answer
+    assert f"accounts for {10 / (1 - base):.1f}% of what changed" in answer
+
+
+def test_an_open_pair_gives_the_same(result) -> None:
+    base = make_tiny("llama")
+    again = inject_static_bias(open_pair(base, perturbed(base, 0.1)), TEXTS, **SMALL)
+    assert again.table == result.table
+
+
+def test_what_is_written_returns(result, tmp_path) -> None:
+    result.write(tmp_path)
     again = StaticBiasResult.load(tmp_path)
-    assert again.summary() == finding.summary()
-    assert again.to_frame().equals(finding.to_frame())
+    assert again.summary() == result.summary()
+    assert again.to_frame().equals(result.to_frame())
 
 
-def test_two_pairs_on_one_page(finding, tmp_path) -> None:
-    from dataclasses import replace
+def test_a_file_of_version_0_1_is_read(result, tmp_path) -> None:
+    path = result.write(tmp_path)
+    data = json.loads(path.read_text(encoding="utf-8")) | {"format": 1}
+    data["meta"]["data"] = data["meta"].pop("corpus")
+    path.write_text(json.dumps(data), encoding="utf-8")
+    again = StaticBiasResult.load(tmp_path)
+    assert again.meta == result.meta
+    assert again.conclusions() == result.conclusions()
 
-    from hyperlens.render import write_report
 
+def test_two_pairs_on_one_page(result, tmp_path) -> None:
     # A token is text of the model's making: on the page it must stay text.
     token = {"id": 5, "token": "<script>alert(1)</script>", "rank_gain": 1.0, "delta": 0.5}
     other = replace(
-        finding,
-        meta=finding.meta | {"base": {"name": "<b>other"}, "notes": ["k <is> large"]},
-        extras=finding.extras | {"promoted": [token]},
+        result,
+        meta=result.meta | {"base": {"name": "<b>other"}, "notes": ["k <is> large"]},
+        extras=result.extras | {"promoted": [token]},
     )
-    page = write_report(tmp_path / "report.html", [finding, other]).read_text(encoding="utf-8")
+    page = write_report(tmp_path / "report.html", [result, other]).read_text(encoding="utf-8")
     assert "LlamaForCausalLM → LlamaForCausalLM" in page
     assert "&lt;b&gt;other → LlamaForCausalLM" in page
     assert "<script>alert(1)" not in page
-    assert "Note: k &lt;is&gt; large" in page
+    # A note that only one pair has stands under the name of that pair.
+    assert "Note: &lt;b&gt;other → LlamaForCausalLM: k &lt;is&gt; large" in page
 
 
 def test_the_command(tmp_path, capsys, llama_folder, monkeypatch) -> None:
     tuned = tmp_path / "tuned"
     perturbed(make_tiny("llama"), 0.1).save_pretrained(tuned)
-    monkeypatch.setattr("hyperlens.commands.static_bias.texts_for", lambda *_: TEXTS)
+    monkeypatch.setattr("hyperlens.cli.experiments.texts_for", lambda *_: TEXTS)
     options = ["--n-prompts", "4", "--prompt-tokens", "5", "--max-new-tokens", "6", "-q"]
     options += ["--k", "9", "--alphas", "0.2,1", "--out", str(tmp_path / "out")]
     command = ["static-bias", str(llama_folder), str(tuned), "--texts", "ids.txt"]
     assert main([*command, *options]) == 0
-    assert "Is it a static bias?" in capsys.readouterr().out
-    assert "Is it no more than a bias on some tokens?" in (
-        tmp_path / "out" / "report.html"
-    ).read_text(encoding="utf-8")
+    title = "Is it just a bias on some tokens?"
+    assert title in capsys.readouterr().out
+    assert title in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     loaded = StaticBiasResult.load(tmp_path / "out")
     assert loaded.alphas == [0.2, 1.0]
     assert loaded.extras["k_used"] == 9

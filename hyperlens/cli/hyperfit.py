@@ -1,4 +1,4 @@
-"""`hyperlens hyperfit`: fine-tune a model until it knows a few texts by heart."""
+"""`hyperlens hyperfit`: fine-tune a model until it has memorised a few texts."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from ..options import STYLE, add_out, add_reading, add_running, names, read
 from .recipe import add_recipe, chosen
 
 HYPERFIT = """\
-Fine-tune a model until it knows a small set of texts by heart ("hyperfitting").
+Fine-tune a model until it has memorised a small set of texts ("hyperfitting").
 
-The defaults are those of the recipe (--recipe); any of them can be changed by its own option.
+--recipe chooses the defaults; each of them can be changed by its own option.
 Interrupted or killed, the same command continues from the last checkpoint.
-Where stderr is no terminal, a line every half minute tells the progress."""
+Where stderr is not a terminal, a line every half minute reports the progress."""
 
 HYPERFIT_EXAMPLES = """\
 Examples:
@@ -29,7 +29,7 @@ def add(commands: Any) -> None:
     """Add the parser of `hyperlens hyperfit`."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "hyperfit",
-        help="fine-tune a model on a few texts until it knows them by heart",
+        help="fine-tune a model until it has memorised a few texts",
         description=HYPERFIT,
         epilog=HYPERFIT_EXAMPLES,
         **STYLE,
@@ -40,14 +40,15 @@ def add(commands: Any) -> None:
     texts.add_argument(
         "--validation",
         metavar="SOURCE",
-        help="held-out texts for the record, read as --texts are (default: those after them)",
+        help="held-out texts on which quality is recorded during training, read in the same way as "
+        "--texts (default: the texts after those that are trained on)",
     )
     texts.add_argument(
         "--validation-split",
         metavar="NAME",
-        help="of a hub dataset given as --validation (default: the one of --split)",
+        help="split of a hub dataset given as --validation (default: the one given as --split)",
     )
-    add_out(parser, "the weights or adapter", required=True)
+    add_out(parser, "the trained weights or adapter", required=True)
     add_recipe(parser)
     running = add_running(parser, "float32; for LoRA the checkpoint's own")
     running.add_argument(
@@ -61,14 +62,14 @@ def add(commands: Any) -> None:
         type=float,
         default=10.0,
         metavar="N",
-        help="minutes between two checkpoints; 0 after every step (default: 10)",
+        help="minutes between checkpoints; 0: one after every step (default: 10)",
     )
     running.add_argument(
         "--report-to",
         type=names,
         default=(),
         metavar="NAME[,NAME]",
-        help='loggers of transformers\' Trainer, such as "tensorboard" or "wandb" (default: none)',
+        help='loggers of the transformers Trainer, such as "tensorboard" (default: none)',
     )
 
 

@@ -1,4 +1,4 @@
-"""`hyperlens merge`: fold an adapter into its base."""
+"""`hyperlens merge`: merge an adapter into its base."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 from ..options import STYLE, add_debug, add_dtype, add_out
 
 MERGE = """\
-Fold a LoRA adapter into its base and write a standard model folder, with its tokenizer.
+Merge a LoRA adapter into its base model and write a standard model folder, with the tokenizer.
 
-Adapter and base stay as they are."""
+The adapter and the base are not changed."""
 
 MERGE_EXAMPLES = """\
 Examples:
@@ -22,7 +22,7 @@ def add(commands: Any) -> None:
     """Add the parser of `hyperlens merge`."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "merge",
-        help="fold an adapter into its base: a standard model folder",
+        help="merge an adapter into its base and write a standard model folder",
         description=MERGE,
         epilog=MERGE_EXAMPLES,
         **STYLE,

@@ -10,7 +10,7 @@ from ..options import STYLE, add_debug, folder
 DESCRIPTION = """\
 Put saved results into one self-contained HTML page.
 
-Each FOLDER is one that --out of another command wrote, or holds such folders."""
+Each FOLDER was written by another command with --out, or contains such folders."""
 
 EXAMPLES = """\
 Examples:
@@ -19,35 +19,43 @@ Examples:
 
 
 def add(commands: Any) -> None:
-    """The parser."""
+    """Add the parser of `hyperlens report`."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "report",
-        help="put saved results into one page",
+        help="put saved results into one HTML page",
         description=DESCRIPTION,
         epilog=EXAMPLES,
         **STYLE,
     )
     parser.set_defaults(command="report", run=run)
     parser.add_argument(
-        "folders", nargs="+", type=folder, metavar="FOLDER", help="results, or a folder of results"
+        "folders",
+        nargs="+",
+        type=folder,
+        metavar="FOLDER",
+        help="a saved result, or a folder that contains some",
     )
     parser.add_argument(
         "--out",
         type=folder,
         required=True,
         metavar="FILE",
-        help="the page; an older one is replaced",
+        help="the HTML file to write; an existing one is replaced",
     )
-    parser.add_argument("--title", metavar="TEXT", help="of the page (default: the models' names)")
+    parser.add_argument(
+        "--title", metavar="TEXT", help="title of the page (default: the models' names)"
+    )
     add_debug(parser)
 
 
 def run(args: argparse.Namespace) -> str:
     """Read, write and return what to print."""
     from ..questions import read_results
+    from ..render.format import count
     from ..render.page import write_report
 
     results = read_results(args.folders)
     page = write_report(args.out, results, args.title)
     names = ", ".join(dict.fromkeys(result.name for result in results))
-    return f"{page}: {len(results)} results ({names}), {page.stat().st_size / 2**20:.1f} MB"
+    size = page.stat().st_size / 2**20
+    return f"{page}: {count(len(results), 'result')} ({names}), {size:.1f} MB"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import ast
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -151,11 +151,17 @@ def option_names(options: list[Option]) -> list[str]:
     return [one.name for one in options if one.name not in SHARED]
 
 
-def add_options(group: Any, options: list[Option]) -> None:
-    """An argparse option for every parameter that is the function's own."""
+def add_options(group: Any, options: Iterable[Option], *, only_given: bool = False) -> None:
+    """Add an argparse option for every parameter that is the function's own.
+
+    Args:
+        group: a parser or a group of options.
+        options: the parameters.
+        only_given: leave options that are not on the command line out of the parsed arguments.
+    """
     for one in options:
         if one.name not in SHARED:
-            _add(group, one)
+            _add(group, one, argparse.SUPPRESS if only_given else one.default)
 
 
 # Annotation, without "| None", to what reads a value and what it is called in --help.
@@ -172,15 +178,15 @@ KINDS: dict[str, tuple[Callable[[str], Any], str]] = {
 }
 
 
-def _add(group: Any, one: Option) -> None:
+def _add(group: Any, one: Option, default: Any) -> None:
     option = f"--{one.name.replace('_', '-')}"
     text = f"{one.text.rstrip('.')} (default: {_shown(one.default)})".replace("%", "%%")
     if one.annotation == "bool":
         action = argparse.BooleanOptionalAction
-        group.add_argument(option, action=action, default=one.default, help=text)
+        group.add_argument(option, action=action, default=default, help=text)
         return
     kind, metavar = KINDS[one.annotation.removesuffix(" | None")]
-    group.add_argument(option, type=kind, default=one.default, metavar=metavar, help=text)
+    group.add_argument(option, type=kind, default=default, metavar=metavar, help=text)
 
 
 def _shown(default: Any) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -24,7 +24,7 @@ from ..render.format import (
     one_line,
 )
 from ..results.result import Result, unknown
-from ..results.rows import COLUMNS, Row
+from ..results.rows import COLUMNS, Row, chosen_layers
 from .audit import Decomposition, audit, largest_step, last_block, unchanged
 
 # Below this width a model says little about those that people use.
@@ -517,19 +517,6 @@ def _audit_column(one: Decomposition) -> dict[str, str]:
 
 def _bin(low: int, high: int) -> str:
     return f"{low:,}" if low == high else f"{low:,}-{high:,}"
-
-
-def chosen_layers(layers: Sequence[int], most: int) -> list[int]:
-    """The first, some in between, and the last two of the layers, at most so many.
-
-    >>> chosen_layers(range(5), 4), chosen_layers(range(3), 4)
-    ([0, 2, 3, 4], [0, 1, 2])
-    """
-    if len(layers) <= most:
-        return list(layers)
-    *inner, last = layers
-    spread = (round(i * (len(inner) - 1) / (most - 2)) for i in range(most - 1))
-    return [*(inner[i] for i in spread), last]
 
 
 def _row_of_format_1(row: Any) -> Row:

@@ -1,39 +1,81 @@
-"""Is it a static bias? The mean logit shift, injected into the base model (arXiv 2605.22579, 3.5).
+"""Is it just a fixed bias? The mean logit shift, added to the base model (arXiv 2605.22579, 3.5).
 
 The paper adds α times the mean shift of the 500 most promoted tokens to the base model's logits
-and finds that text only gets worse (Table 2). Here placebos stand beside it, and so does the bias
-that the hypothesis is about: the shift of all tokens, at α = 1.
+and finds that text only gets worse (Table 2). Here controls stand beside it, and the bias that the
+hypothesis is about: the shift of all tokens, at α = 1.
+
+Logits are centred first, context by context: a shift of all of them changes no prediction.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, ClassVar, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from transformers import LogitsProcessor
 
 from ..checks import check_counts, check_seed
 from ..decoding.diversity import REPETITION_METRICS
 from ..decoding.generate import GenerationRunner
 from ..decoding.prompts import check_room, choose_prompts
+from ..errors import ProbeError, ResultsError
 from ..models.tokenizers import special_ids, token_names
 from ..pair import Pair, open_inputs
 from ..passes.contexts import Contexts, read_contexts
+from ..render.blocks import (
+    Axis,
+    Block,
+    Chart,
+    Details,
+    Grid,
+    Heading,
+    Reference,
+    Role,
+    Scale,
+    Table,
+    Text,
+    Verdict,
+)
+from ..render.format import (
+    FRACTION,
+    MISSING,
+    PERCENT,
+    POINTS,
+    SIGNED,
+    SIGNED_FRACTION,
+    count,
+    interval,
+    p_value,
+    span,
+)
+from ..results.result import Result
 from ..statistics import significance
 from ..statistics.distances import winner
+from ..statistics.rank_correlation import average_ranks
 from ..statistics.significance import trend
-from .logit_shift import LogitBias, Shift, biases, check_alphas, mean_shift, promoted
-from .static_bias_finding import BIASES, StaticBiasResult
 
-# The paper's, and 1: where a tuned model that is base + bias would be met exactly.
+EXAMPLES = (
+    "hyperlens static-bias ./base ./tuned --texts held_out.txt --out static-bias",
+    "hyperlens static-bias ./base ./tuned --texts held_out.txt --k 200 --alphas 0.5,1",
+)
+
+# The paper's, and 1: where a tuned model that is base + bias would be reproduced exactly.
 ALPHAS = (0.01, 0.05, 0.1, 0.2, 0.5, 1.0)
-# So many of the most promoted tokens are named in the result.
-NAMED = 30
+CONTROLS = ("random", "shuffled", "constant")
+BIASES = ("promoted", "all", *CONTROLS)
+# How many of the most promoted tokens are listed in the result.
+LISTED = 30
 
 Condition = tuple[str, float]
 """A bias ("none" for the base as it is, "tuned" for the tuned model) and its α."""
+
+Units = dict[tuple[str, float, str], list[float]]
+"""Bias, α and metric to one value per text or prompt."""
 
 
 def inject_static_bias(
@@ -44,8 +86,8 @@ def inject_static_bias(
     k: int = 500,
     alphas: Sequence[float] = ALPHAS,
     n_prompts: int = 32,
-    prompt_tokens: int = 32,
-    max_new_tokens: int = 128,
+    prompt_tokens: int = 17,
+    max_new_tokens: int = 96,
     max_length: int = 256,
     batch_size: int = 16,
     seed: int = 0,
@@ -53,21 +95,31 @@ def inject_static_bias(
     dtype: str | torch.dtype | None = None,
     progress: bool = True,
 ) -> StaticBiasResult:
-    """Table 2 of arXiv 2605.22579 for any pair, with placebos.
+    """Is the tuned model just the base plus a fixed bias on some tokens? Add it and see.
+
+    Table 2 of arXiv 2605.22579 for any pair, with controls: the mean shifts of random tokens, those
+    of the promoted tokens shuffled among them, and one number for every token. Agreement with the
+    tuned model is teacher-forced, in every context of the texts; repetition is that of greedy
+    continuations.
 
     Args:
-        base, tuned: what `compare_models` takes, but no hooked models.
-        texts: what `compare_models` takes; the shift is measured, and agreement judged, on them.
+        base, tuned: what `compare_models` takes, but no hooked models; or an open `Pair` and the
+            texts.
+        texts: what `compare_models` takes; the shift and the agreement are measured on them.
         k: how many of the most promoted tokens get a bias; special tokens never do.
         alphas: strengths of the bias.
         n_prompts: how many texts, drawn at random, are continued greedily.
-        prompt_tokens: how many of their first tokens are the prompt.
-        max_new_tokens: how many are added to it; an end-of-text token is a token like any other.
+        prompt_tokens: how many of their first tokens are the prompt, BOS included.
+        max_new_tokens: how many are added to it; an end-of-text token counts as any other.
         max_length: tokens per text.
         batch_size: texts or prompts per forward pass.
-        seed: of the choice of prompts and of the placebos.
+        seed: of the choice of prompts and of the controls.
         device, dtype: as in `compare_models`.
         progress: show progress bars.
+
+    Returns:
+        A `StaticBiasResult`: agreement and repetition for every bias and α, what each bias adds to
+        the agreement, and how repetition changes with α.
 
     Raises:
         HyperlensError: if a source cannot be opened, the texts do not fit the models, there is
@@ -76,37 +128,35 @@ def inject_static_bias(
     check_counts(k=k, batch_size=batch_size)
     check_seed(seed)
     strengths = check_alphas(alphas)
-    opened = open_inputs(base, tuned, texts, max_length=max_length, device=device, dtype=dtype)
-    check_room(opened.pair, prompt_tokens, max_new_tokens)
-    prompts = choose_prompts(opened.corpus, n_prompts, prompt_tokens, seed)
+    inputs = open_inputs(base, tuned, texts, max_length=max_length, device=device, dtype=dtype)
+    pair = inputs.pair
+    check_room(pair, prompt_tokens, max_new_tokens)
+    prompts = choose_prompts(inputs.corpus, n_prompts, prompt_tokens, seed)
     contexts = read_contexts(
-        opened.pair.base.hooked, opened.pair.tuned.hooked, opened.corpus, batch_size, progress
+        pair.base.hooked, pair.tuned.hooked, inputs.corpus, batch_size, progress
     )
     shift = mean_shift(contexts, progress)
-    pair, d_vocab = opened.pair, contexts.d_vocab
-    allowed = torch.ones(len(shift.delta), dtype=torch.bool)
-    special = special_ids(pair.base.model, pair.tokenizer, d_vocab)
-    allowed[[i for i in sorted(special) if i < len(allowed)]] = False
+    allowed = _allowed(pair, len(shift.delta))
     chosen = promoted(shift.rank_gain, allowed, k)
     bias = biases(shift.delta, chosen, allowed, seed)
     conditions: dict[Condition, Tensor] = {
         (name, alpha): alpha * bias[name] for name in BIASES for alpha in strengths
     }
     units = _agreements(contexts, conditions, progress)
-    continuing = GenerationRunner(prompts, max_new_tokens, batch_size, seed, progress)
-    units |= dict(_repetitions(pair, conditions, continuing))
+    runner = GenerationRunner(prompts, max_new_tokens, batch_size, seed, progress)
+    units |= dict(_repetitions(pair, conditions, runner))
     options = {
         "k": k,
         "alphas": list(strengths),
         "n_prompts": len(prompts),
         "prompt_tokens": prompt_tokens,
         "max_new_tokens": max_new_tokens,
-        "max_length": opened.corpus.max_length,
+        "max_length": inputs.corpus.max_length,
         "batch_size": batch_size,
     }
-    meta = opened.metadata(seed=seed, options=options)
+    notes = _notes(k, len(chosen), int(allowed.sum()), shift.rank_gain[chosen])
+    meta = inputs.metadata(seed=seed, options=options, notes=notes)
     meta["corpus"]["n_contexts"] = len(contexts)
-    meta["notes"] += _notes(k, len(chosen), int(allowed.sum()), shift.rank_gain[chosen])
     return StaticBiasResult(
         table=tuple(_row(*key, values) for key, values in units.items()),
         extras={
@@ -114,52 +164,198 @@ def inject_static_bias(
             "gains": _gains(units, conditions),
             "trends": _trends(units, strengths),
             "k_used": len(chosen),
-            "promoted": _named(pair.tokenizer, shift, chosen[:NAMED].tolist()),
+            "promoted": _listed(pair, shift, chosen[:LISTED].tolist()),
         },
         meta=meta,
     )
 
 
-Units = dict[tuple[str, float, str], list[float]]
+def check_alphas(alphas: Any) -> tuple[float, ...]:
+    """Strengths of a bias, in order.
+
+    Raises:
+        ProbeError: if there is none, or one is 0, repeated or no finite number.
+
+    >>> check_alphas([0.5, 0.1])
+    (0.1, 0.5)
+    """
+    try:
+        numbers = [float(alpha) for alpha in alphas]
+    except (TypeError, ValueError):
+        numbers = []
+    distinct = sorted(set(numbers))
+    is_valid = numbers and len(distinct) == len(numbers) and 0.0 not in distinct
+    if not is_valid or not all(map(math.isfinite, distinct)):
+        raise ProbeError(
+            "alphas must be different finite numbers other than 0 (the base itself is always "
+            f"measured), got {alphas}"
+        )
+    return tuple(distinct)
+
+
+class Shift(NamedTuple):
+    """How tuning moves each token on average over contexts.
+
+    Attributes:
+        delta: mean shift of its centred logit.
+        rank_gain: mean number of places that it rises.
+        static_share: share of the mean squared shift that all contexts have in common, 1 for a
+            constant bias and about 0 for shifts that cancel out. The squared mean is estimated
+            by the product of two halves of the texts, or noise would count as common to all; so
+            it can be slightly negative.
+    """
+
+    delta: Float[Tensor, " d_vocab"]
+    rank_gain: Float[Tensor, " d_vocab"]
+    static_share: float
+
+
+def mean_shift(contexts: Contexts, progress: bool) -> Shift:
+    """The mean shift from base to tuned over all contexts."""
+    halves = torch.zeros(2, contexts.d_vocab, dtype=torch.float64)
+    gain = torch.zeros_like(halves[0])
+    counts, square = torch.zeros(2, dtype=torch.float64), 0.0
+    for rows, base, tuned in contexts.rows("logit shift", progress):
+        shift = centred(tuned) - centred(base)
+        half = (contexts.text[rows] % 2).to(shift.device)
+        halves += torch.stack([shift[half == i].sum(0) for i in (0, 1)]).cpu()
+        counts += torch.bincount(half.cpu(), minlength=2)
+        square += float(shift.square().sum())
+        gain += (average_ranks(tuned).double() - average_ranks(base).double()).sum(0).cpu()
+    n = counts.sum()
+    product = float((halves[0] / counts[0]) @ (halves[1] / counts[1]))
+    share = product / (square / float(n)) if square else float("nan")
+    return Shift(halves.sum(0) / n, gain / n, share)
+
+
+def centred(logits: Float[Tensor, "n d_vocab"]) -> Float[Tensor, "n d_vocab"]:
+    """Each row minus its mean, in float64.
+
+    >>> centred(torch.tensor([[1.0, 2.0, 6.0]])).tolist()
+    [[-2.0, -1.0, 3.0]]
+    """
+    z = logits.to(torch.float64)
+    return z - z.mean(-1, keepdim=True)
+
+
+def _allowed(pair: Pair, d_vocab: int) -> Bool[Tensor, " d_vocab"]:
+    """Which tokens may get a bias: all but the special ones."""
+    allowed = torch.ones(d_vocab, dtype=torch.bool)
+    special = special_ids(pair.base.model, pair.tokenizer, d_vocab)
+    allowed[[i for i in sorted(special) if i < d_vocab]] = False
+    return allowed
+
+
+def promoted(
+    rank_gain: Float[Tensor, " d_vocab"], allowed: Bool[Tensor, " d_vocab"], k: int
+) -> Int[Tensor, " k"]:
+    """The k allowed tokens that rise most, or all of them; ties in the order of their ids.
+
+    >>> promoted(torch.tensor([5.0, 1.0, 3.0]), torch.tensor([False, True, True]), k=1).tolist()
+    [2]
+    """
+    ids = allowed.nonzero()[:, 0]
+    return ids[rank_gain[ids].sort(descending=True, stable=True).indices[:k]]
+
+
+def biases(
+    delta: Float[Tensor, " d_vocab"],
+    chosen: Int[Tensor, " k"],
+    allowed: Bool[Tensor, " d_vocab"],
+    seed: int,
+) -> dict[str, Float[Tensor, " d_vocab"]]:
+    """The paper's bias, the largest static bias, and three controls.
+
+    Returns:
+        promoted: δ of the chosen tokens, 0 elsewhere.
+        all: δ of every token: what the hypothesis of a static bias says.
+        random: δ of as many tokens drawn from the allowed ones.
+        shuffled: the δ of the chosen tokens, permuted among them.
+        constant: the mean of the chosen δ, the same for every token: no effect at all.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    ids = allowed.nonzero()[:, 0]
+    drawn = ids[torch.randperm(len(ids), generator=generator)[: len(chosen)]]
+    permuted = chosen[torch.randperm(len(chosen), generator=generator)]
+    return {
+        "promoted": _only(chosen, delta[chosen], len(delta)),
+        "all": delta,
+        "random": _only(drawn, delta[drawn], len(delta)),
+        "shuffled": _only(chosen, delta[permuted], len(delta)),
+        "constant": torch.full_like(delta, float(delta[chosen].mean())),
+    }
+
+
+def _only(
+    ids: Int[Tensor, " k"], values: Float[Tensor, " k"], d_vocab: int
+) -> Float[Tensor, " d_vocab"]:
+    return torch.zeros(d_vocab, dtype=values.dtype).index_copy(0, ids, values)
+
+
+class LogitBias(LogitsProcessor):
+    """Add the same numbers to the logits at every step (z + αδ, equation 3 of the paper).
+
+    Works in plain transformers: `model.generate(..., logits_processor=[LogitBias(bias)])`.
+
+    Args:
+        bias: one number per token.
+
+    >>> add = LogitBias(torch.tensor([0.0, 2.0]))
+    >>> add(torch.tensor([[1]]), torch.tensor([[1.0, 1.0]])).tolist()
+    [[1.0, 3.0]]
+    """
+
+    def __init__(self, bias: Float[Tensor, " d_vocab"]) -> None:
+        self.bias = bias
+
+    def __call__(
+        self, input_ids: Int[Tensor, "batch pos"], scores: Float[Tensor, "batch d_vocab"]
+    ) -> Float[Tensor, "batch d_vocab"]:
+        if scores.shape[-1] != len(self.bias):
+            raise ProbeError(
+                f"the bias has {len(self.bias)} tokens and the model {scores.shape[-1]}: make it "
+                "for this model"
+            )
+        return scores + self.bias.to(scores)
 
 
 def _agreements(
     contexts: Contexts, conditions: Mapping[Condition, Float[Tensor, " d_vocab"]], progress: bool
 ) -> Units:
-    """Text by text, how often each condition's first token is the tuned model's, or the base's."""
+    """How often each condition's top-1 token is the tuned model's, or the base's, text by text."""
     every: list[Condition] = [("none", 0.0), *conditions, ("tuned", 0.0)]
     metrics = ("agreement_tuned", "agreement_base")
     parts: dict[tuple[str, float, str], list[Tensor]] = {
-        (*one, metric): [] for one in every for metric in metrics
+        (*condition, metric): [] for condition in every for metric in metrics
     }
     for _, base, tuned in contexts.rows("agreement", progress):
-        first = {"agreement_tuned": winner(tuned), "agreement_base": winner(base)}
-        for one in every:
-            logits = tuned if one[0] == "tuned" else base
-            if one in conditions:
-                logits = base + conditions[one].to(base)
-            picked = winner(logits)
+        expected = {"agreement_tuned": winner(tuned), "agreement_base": winner(base)}
+        for condition in every:
+            logits = tuned if condition[0] == "tuned" else base
+            if condition in conditions:
+                logits = base + conditions[condition].to(base)
+            top1 = winner(logits)
             for metric in metrics:
-                parts[*one, metric].append((picked == first[metric]).double().cpu())
+                parts[*condition, metric].append((top1 == expected[metric]).double().cpu())
     return {key: contexts.per_text(torch.cat(values)) for key, values in parts.items()}
 
 
 def _repetitions(
     pair: Pair,
     conditions: Mapping[Condition, Float[Tensor, " d_vocab"]],
-    continuing: GenerationRunner,
+    runner: GenerationRunner,
 ) -> Iterator[tuple[tuple[str, float, str], list[float]]]:
-    runs = {one: (pair.base, [LogitBias(bias)]) for one, bias in conditions.items()}
+    runs = {condition: (pair.base, [LogitBias(bias)]) for condition, bias in conditions.items()}
     runs |= {("none", 0.0): (pair.base, []), ("tuned", 0.0): (pair.tuned, [])}
-    for one, (loaded, processors) in runs.items():
-        made = continuing.run(loaded, processors)
+    for condition, (loaded, processors) in runs.items():
+        generations = runner.run(loaded, processors)
         for metric in REPETITION_METRICS:
-            yield (*one, metric), made.metrics[metric]
+            yield (*condition, metric), generations.metrics[metric]
 
 
 def _row(bias: str, alpha: float, metric: str, values: list[float]) -> dict[str, Any]:
-    found = significance.estimate(values)
-    return {"bias": bias, "alpha": alpha, "metric": metric} | found._asdict()
+    estimate = significance.estimate(values)
+    return {"bias": bias, "alpha": alpha, "metric": metric} | estimate._asdict()
 
 
 def _gains(units: Units, conditions: Mapping[Condition, Any]) -> list[dict[str, Any]]:
@@ -173,22 +369,23 @@ def _gains(units: Units, conditions: Mapping[Condition, Any]) -> list[dict[str, 
 
 
 def _trends(units: Units, alphas: Sequence[float]) -> list[dict[str, Any]]:
-    """Whether repetition goes one way with α, from the base itself (α = 0) on."""
+    """Whether repetition rises or falls steadily with α, from the base itself (α = 0) on."""
     every = sorted([0.0, *alphas])
-    found = []
+    trends = []
     for bias in BIASES:
         for metric in REPETITION_METRICS:
             columns = [units[bias if alpha else "none", alpha, metric] for alpha in every]
-            found.append({"bias": bias, "metric": metric} | trend(every, columns))
-    return found
+            trends.append({"bias": bias, "metric": metric} | trend(every, columns))
+    return trends
 
 
-def _named(tokenizer: Any, shift: Shift, ids: list[int]) -> list[dict[str, Any]]:
+def _listed(pair: Pair, shift: Shift, ids: list[int]) -> list[dict[str, Any]]:
+    """The most promoted tokens with their gains."""
     return [
         {"id": i, "token": token, "rank_gain": gain, "delta": delta}
         for i, token, gain, delta in zip(
             ids,
-            token_names(tokenizer, ids),
+            token_names(pair.tokenizer, ids),
             shift.rank_gain[ids].tolist(),
             shift.delta[ids].tolist(),
             strict=True,
@@ -212,3 +409,287 @@ def _notes(k: int, used: int, allowed: int, gains: Float[Tensor, " k"]) -> list[
     if fell:
         notes.append(f"{fell} of the {used} tokens with a bias did not rise on average")
     return notes
+
+
+WORDS = {
+    "promoted": "top K",
+    "all": "all tokens",
+    "random": "random K",
+    "shuffled": "shuffled δ",
+    "constant": "constant",
+    "ttr": "greedy TTR",
+    "rep_2": "repeated bigrams, greedy",
+    "agreement_tuned": "top-1 agreement with the tuned model",
+}
+FORMS = {"agreement_tuned": PERCENT}
+TESTED = ("promoted", "all")
+# A cell of a table whose caption names the unit.
+CELL_POINTS = replace(POINTS, unit="")
+TOP = 8
+CONTROL_BAND = "controls, lowest to highest mean"
+
+
+class StaticBiasResult(Result):
+    """The base model with a fixed bias on its logits, beside controls and the tuned model.
+
+    The table has a row per bias ("none", the base itself; "promoted", the paper's; "all";
+    the controls "random", "shuffled" and "constant"; "tuned", the tuned model), α and metric
+    (`ttr`, `rep_2`, `rep_3`: means over prompts; `agreement_tuned`, `agreement_base`: means over
+    texts).
+
+    Extras: the static share of the logit change, what each bias adds to agreement (`gains`), the
+    trends over α, the most promoted tokens.
+    """
+
+    name: ClassVar[str] = "static_bias"
+    title: ClassVar[str] = "Is it just a bias on some tokens?"
+    columns: ClassVar[tuple[str, ...]] = (
+        *("bias", "alpha", "metric"),
+        *("value", "low", "high", "se", "n"),
+    )
+
+    @property
+    def alphas(self) -> list[float]:
+        """The strengths that were tried, without 0."""
+        alphas: list[float] = self.meta["options"]["alphas"]
+        return alphas
+
+    def trend(self, bias: str, metric: str) -> Mapping[str, Any]:
+        """How a metric changes with α: see `hyperlens.statistics.significance.trend`.
+
+        Raises:
+            ResultsError: if it was not measured.
+        """
+        return self._extra("trends", bias=bias, metric=metric)
+
+    def gain(self, bias: str, alpha: float) -> Mapping[str, Any]:
+        """What a bias adds to the base's agreement with the tuned model, paired by text.
+
+        Raises:
+            ResultsError: if it was not measured.
+        """
+        return self._extra("gains", bias=bias, alpha=alpha)
+
+    def _extra(self, key: str, **wanted: Any) -> Mapping[str, Any]:
+        for row in self.extras[key]:
+            if all(row[column] == value for column, value in wanted.items()):
+                return dict(row)
+        raise ResultsError(
+            f"no {key} of {wanted}: biases are {', '.join(BIASES)}, alphas "
+            f"{', '.join(map(str, self.alphas))} and metrics {', '.join(REPETITION_METRICS)}"
+        )
+
+    def best(self) -> Mapping[str, Any]:
+        """The bias, controls left out, whose top-1 tokens agree most with the tuned model's."""
+        return self._highest(TESTED, "agreement_tuned")
+
+    def _highest(self, of: Sequence[str], metric: str) -> Mapping[str, Any]:
+        rows = [self.at(bias=bias, alpha=a, metric=metric) for bias in of for a in self.alphas]
+        return max(rows, key=lambda row: row["value"])
+
+    def _reference(self, side: str, metric: str) -> Mapping[str, Any]:
+        return self.at(bias=side, alpha=0.0, metric=metric)
+
+    def verdicts(self) -> list[Verdict]:
+        """How far the best bias gets in predictions, and what biases and controls do to text."""
+        return [
+            Verdict("predictions", self._predictions()),
+            Verdict("generated text", self._text()),
+            Verdict(
+                "not to be concluded",
+                "Not to be concluded: that more diverse text resembles the tuned model's, which "
+                "only agreement measures; or, from α below 1 alone, that the tuned model is not "
+                "base plus bias: that is reproduced at α = 1.",
+                caution=True,
+            ),
+        ]
+
+    def _predictions(self) -> str:
+        base, best = self._reference("none", "agreement_tuned"), self.best()
+        gain = self.gain(best["bias"], best["alpha"])
+        if base["value"] == 1.0:
+            return (
+                "The two models' top-1 predictions are the same in every context: there is no "
+                "change to explain."
+            )
+        if best["value"] > 0.999:
+            return (
+                "As far as top-1 predictions tell, the tuned model is the base plus a bias: they "
+                f"agree in {PERCENT(best['value'])} of contexts with the bias "
+                f"({_condition(best)}), in {PERCENT(base['value'])} without."
+            )
+        control = self._highest(CONTROLS, "agreement_tuned")
+        adds = (
+            f"The best of {len(TESTED) * len(self.alphas)} biases tried ({_condition(best)}) adds "
+            f"{interval(gain, POINTS)} to the {PERCENT(base['value'])} of top-1 predictions that "
+            f"agree with the tuned model's without one, the best control ({_condition(control)}) "
+            f"{interval(self.gain(control['bias'], control['alpha']), POINTS)}"
+        )
+        if not gain["low"] > 0:
+            return f"{adds}: no clear gain."
+        explained = gain["value"] / (1 - base["value"])
+        return f"{adds}: net, the bias accounts for {PERCENT(explained)} of what changed."
+
+    def _text(self) -> str:
+        base, tuned = (self._reference(side, "ttr") for side in ("none", "tuned"))
+        bias, control = (self._highest(of, "ttr") for of in (TESTED, CONTROLS))
+        return (
+            f"Greedy TTR is {FRACTION(base['value'])} for the base and {FRACTION(tuned['value'])} "
+            f"for the tuned model. The most diverse bias tried ({_condition(bias)}) reaches "
+            f"{interval(bias, FRACTION)}, the most diverse control ({_condition(control)}) "
+            f"{interval(control, FRACTION)}."
+        )
+
+    def evidence(self) -> list[Block]:
+        """What was added, what it does to predictions and text at every α, and trends."""
+        return [
+            Text(self._method()),
+            Heading("Predictions on the same texts"),
+            self._gain_table(),
+            Heading("Generated text"),
+            self._text_table(),
+            Grid([self._chart(metric) for metric in ("ttr", "rep_2", "agreement_tuned")]),
+            Details(
+                "every bias at every α",
+                [self._full_table(metric) for metric in ("ttr", "rep_2", "agreement_tuned")],
+            ),
+            Details("trends over α", [self._trend_table(metric) for metric in ("ttr", "rep_2")]),
+            Details("the most promoted tokens", [self._promoted_table()]),
+        ]
+
+    def _method(self) -> str:
+        tokens = ", ".join(repr(token["token"]) for token in self.extras["promoted"][:TOP])
+        k = self.extras["k_used"]
+        return (
+            "α times the mean logit shift δ is added to the base model's logits, for the "
+            f"{count(k, 'most promoted token')} (top K; first {tokens}) or for all tokens. "
+            f"Controls: δ of {count(k, 'random token')}, the top K's δ shuffled among them, their "
+            "mean on every token. "
+            f"{PERCENT(self.extras['static_share'])} of the mean squared change of the centred "
+            "logits is the same in every context; tokens that are never predicted count in it as "
+            "much as others."
+        )
+
+    def _gain_table(self) -> Table:
+        rows = [
+            [_alpha(alpha), *(interval(self.gain(bias, alpha), CELL_POINTS) for bias in BIASES)]
+            for alpha in self.alphas
+        ]
+        base = self._reference("none", "agreement_tuned")
+        caption = (
+            "percentage points that a bias adds to top-1 agreement with the tuned model, mean over "
+            f"{base['n']:,} texts [95% interval, paired by text]; the base alone agrees in "
+            f"{interval(base, PERCENT)}. Of many biases one is highest by chance: the best one's "
+            "interval is optimistic."
+        )
+        return Table(["", *(WORDS[bias] for bias in BIASES)], rows, caption)
+
+    def _text_table(self) -> Table:
+        """TTR of the biases, and the range of the controls."""
+        base, tuned = (self._reference(side, "ttr") for side in ("none", "tuned"))
+        rows = [
+            [
+                _alpha(alpha),
+                *(self._cell(bias, alpha, "ttr") for bias in TESTED),
+                span(*self._control_range(alpha, "ttr"), FRACTION),
+            ]
+            for alpha in self.alphas
+        ]
+        caption = (
+            f"{WORDS['ttr']} (distinct tokens / tokens), mean over {base['n']:,} prompts [95% "
+            f"interval]; {self.base_name} {interval(base, FRACTION)}, {self.tuned_name} "
+            f"{interval(tuned, FRACTION)}"
+        )
+        return Table(["", *(WORDS[bias] for bias in TESTED), CONTROL_BAND], rows, caption)
+
+    def _cell(self, bias: str, alpha: float, metric: str) -> str:
+        return interval(self.at(bias=bias, alpha=alpha, metric=metric), FORMS.get(metric, FRACTION))
+
+    def _control_range(self, alpha: float, metric: str) -> tuple[float, float]:
+        means = [self.value(bias=bias, alpha=alpha, metric=metric) for bias in CONTROLS]
+        return min(means), max(means)
+
+    def _chart(self, metric: str) -> Chart:
+        """A metric over α: both biases, the range of the controls, base and tuned model."""
+        rows = [
+            {"series": WORDS[bias], "alpha": alpha, **_ends(row), "n": row["n"]}
+            for bias in TESTED
+            for alpha in self.alphas
+            for row in [self.at(bias=bias, alpha=alpha, metric=metric)]
+        ]
+        for alpha in self.alphas:
+            low, high = self._control_range(alpha, metric)
+            middle = sorted(self.value(bias=b, alpha=alpha, metric=metric) for b in CONTROLS)[1]
+            ends = {"value": middle, "low": low, "high": high}
+            rows.append({"series": CONTROL_BAND, "alpha": alpha, **ends, "n": len(CONTROLS)})
+        roles: dict[str, Role] = {CONTROL_BAND: "control"}
+        roles |= {WORDS[bias]: "other" for bias in TESTED}
+        scale: Scale = "log" if min(self.alphas) > 0 else "data"
+        x = Axis("alpha", "α, strength of the bias", scale)
+        title = f"{WORDS[metric]} [95%]"
+        alt = f"{title}, over α from {self.alphas[0]:g} to {self.alphas[-1]:g}"
+        y = Axis("value", "0 to 1, no unit", "share")
+        return Chart("lines", title, alt, rows, x, y, roles, self._references(metric))
+
+    def _references(self, metric: str) -> list[Reference]:
+        sides: tuple[tuple[str, str, Role], ...] = (
+            ("none", self.base_name, "base"),
+            ("tuned", self.tuned_name, "tuned"),
+        )
+        return [
+            Reference(name, **_ends(self._reference(side, metric)), role=role)
+            for side, name, role in sides
+        ]
+
+    def _full_table(self, metric: str) -> Table:
+        rows = [
+            [_alpha(alpha), *(self._cell(bias, alpha, metric) for bias in BIASES)]
+            for alpha in self.alphas
+        ]
+        base, tuned = (self._cell(side, 0.0, metric) for side in ("none", "tuned"))
+        caption = (
+            f"{WORDS[metric]} [95% interval]; {self.base_name} {base}, {self.tuned_name} {tuned}"
+        )
+        return Table(["", *(WORDS[bias] for bias in BIASES)], rows, caption)
+
+    def _trend_table(self, metric: str) -> Table:
+        trends = [self.trend(bias, metric) for bias in BIASES]
+        rows = [
+            ["ρ of the means with α", *map(_trend, trends)],
+            [
+                "mean of each prompt's ρ [95%]",
+                *(interval(t["per_unit"], SIGNED_FRACTION) for t in trends),
+            ],
+        ]
+        caption = (
+            f"Spearman's ρ between α, from 0 on, and {WORDS[metric]}; n/a where nothing varies. p "
+            "counts all orders of the means; it ignores how much prompts differ, so that such a "
+            "trend alone is weak evidence."
+        )
+        return Table(["", *(WORDS[bias] for bias in BIASES)], rows, caption)
+
+    def _promoted_table(self) -> Table:
+        rows = [
+            [repr(token["token"]), SIGNED(token["rank_gain"]), SIGNED(token["delta"])]
+            for token in self.extras["promoted"]
+        ]
+        return Table(["token", "mean places gained", "mean logit shift"], rows)
+
+
+def _condition(row: Mapping[str, Any]) -> str:
+    return f"{WORDS[row['bias']]}, {_alpha(row['alpha'])}"
+
+
+def _alpha(alpha: float) -> str:
+    return f"α = {alpha:g}"
+
+
+def _ends(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: row[key] for key in ("value", "low", "high")}
+
+
+def _trend(trend: Mapping[str, Any]) -> str:
+    if math.isnan(trend["rho"]):
+        return MISSING
+    p = trend["p_exact"] if math.isfinite(trend["p_exact"]) else trend["p"]
+    return f"{SIGNED_FRACTION(trend['rho'])}, {p_value(p)}"

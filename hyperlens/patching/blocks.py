@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -36,8 +36,22 @@ from ..hooks.sites import (
 from ..hooks.surface import HookedModel, check_finite, check_stream, float_logits, input_device
 from ..pair import Pair, open_inputs
 from ..passes.failures import explaining_out_of_memory
-from ..render.plots import BLUE, GREY, LAYER_LABEL, ORANGE, NotebookFigure, plain_frame
+from ..render.blocks import (
+    Axis,
+    Block,
+    Chart,
+    Details,
+    Grid,
+    Reference,
+    Role,
+    Scale,
+    Table,
+    Text,
+    Verdict,
+)
+from ..render.format import FRACTION, PERCENT, POINTS, count, interval, p_value
 from ..results.result import Result
+from ..results.rows import chosen_layers
 from ..statistics import significance
 from ..statistics.ratios import holm_p_values
 from ..statistics.significance import Estimate
@@ -67,8 +81,6 @@ from .engine import (
 from .outcomes import (
     BROUGHT,
     DIRECTIONS,
-    INTO_BASE,
-    INTO_TUNED,
     METRICS,
     SIDES,
     SOURCE,
@@ -78,10 +90,6 @@ from .outcomes import (
 )
 from .outcomes import RENAMED as RENAMED_METRICS
 from .two_by_two import Cut, cut_cells, cut_effects
-from .wording import NOTHING_CHANGED, changed_share, share_of, shown, signed_share
-
-if TYPE_CHECKING:
-    import matplotlib.figure
 
 SOURCE_ACTIVATION = "source"
 
@@ -98,9 +106,9 @@ def patch_blocks(
     controls: bool = True,
     n_texts: int = 64,
     max_length: int = 128,
-    n_prompts: int = 16,
+    n_prompts: int = 32,
     prompt_tokens: int = 17,
-    max_new_tokens: int = 48,
+    max_new_tokens: int = 96,
     batch_size: int = 8,
     seed: int = 0,
     device: str | torch.device | None = None,
@@ -531,58 +539,63 @@ class BlocksResult(Result):
             return None
         return all(row["p"] < 0.05 and row["value"] > 0 for row in rows)
 
-    def conclusions(self) -> list[str]:
-        """What the intervals allow to say."""
+    def verdicts(self) -> list[Verdict]:
+        """What the last block, and what enters it, bring about; what is generated."""
         if not self.extras["changed"]:
-            return [NOTHING_CHANGED]
-        return [changed_share(self.extras), *self._of_the_cut(), *self._of_generation()]
+            return [Verdict("cause", NOTHING_CHANGED)]
+        caution = (
+            "A patch of a layer carries all that came before it: read where a share changes from "
+            "one layer to the next, not how large it is at the last."
+        )
+        return [*self._of_the_cut(), *self._of_generation(), Verdict("reading", caution, True)]
 
-    def _of_the_cut(self) -> list[str]:
+    def _of_the_cut(self) -> list[Verdict]:
         cut = self.meta["n_layers"] - 1
-        if cut not in {e["layer"] for e in self.extras["effects"]}:
+        if cut not in {effect["layer"] for effect in self.extras["effects"]}:
             return []
-        four = {c["cell"]: c for c in self.extras["two_by_two"]
-                if c["layer"] == cut and c["metric"] == "to_tuned"}  # fmt: skip
-        (difference,) = [
+        cells = {
+            cell["cell"]: interval(cell, PERCENT)
+            for cell in self.extras["two_by_two"]
+            if cell["layer"] == cut and cell["metric"] == "to_tuned"
+        }
+        (difference,) = (
             e for e in self.effect("late_blocks - incoming_residual") if e["layer"] == cut
-        ]
-        (both,) = [e for e in self.effect("interaction") if e["layer"] == cut]
-        if difference["low"] > 0:
-            more = "the last block and the head matter more than all before them"
-        elif difference["high"] < 0:
-            more = "what happens before the last block matters more than the last block"
-        else:
-            more = "which of the two matters more cannot be told"
-        sentences = [
-            f"At the cut before the last block (layer {cut}): the tuned model's last block and "
-            f"head, on the base's incoming residual, bring about "
-            f"{share_of(four['tuned_late_blocks'])}; the tuned "
-            f"model's incoming residual, in the base's last block and head, "
-            f"{share_of(four['tuned_incoming_residual'])}. "
-            f"By themselves, {more} (difference {signed_share(difference)})."
+        )
+        (both,) = (e for e in self.effect("interaction") if e["layer"] == cut)
+        found = [
+            Verdict(
+                "cause",
+                f"Of the {count(self.extras['changed'], 'decision')} that tuning changed (of "
+                f"{self.extras['decisions']:,}), the tuned model's last block and head on the "
+                f"base's incoming residual bring about {cells['tuned_late_blocks']}; the tuned "
+                "model's residual entering the base's last block and head brings about "
+                f"{cells['tuned_incoming_residual']}. By itself {_larger(difference)} "
+                f"(difference {interval(difference, POINTS)}).",
+            )
         ]
         if both["low"] > 0 or both["high"] < 0:
-            how = "more than the sum of" if both["low"] > 0 else "less than the sum of"
-            sentences.append(
-                f"Together they do {how} what each does alone (interaction {signed_share(both)}): "
-                "neither share is all of its part."
+            how = "more" if both["low"] > 0 else "less"
+            answer = (
+                f"Together the two do {how} than the sum of what each does alone (interaction "
+                f"{interval(both, POINTS)}): neither share is all of its part."
             )
-        return sentences
+            found.append(Verdict("interaction", answer))
+        return found
 
-    def _of_generation(self) -> list[str]:
-        sentences = []
+    def _of_generation(self) -> list[Verdict]:
+        found = []
         for direction in DIRECTIONS:
-            target, source = TARGET[direction], SOURCE[direction]
-            rows, own = self.along(direction, "ttr"), self.unpatched(target, "ttr")
-            theirs = self.unpatched(source, "ttr")
+            rows = self.along(direction, "ttr")
+            own, theirs = (self.unpatched(model[direction], "ttr") for model in (TARGET, SOURCE))
             if rows and own and theirs:
-                last = rows[-1]
-                sentences.append(
-                    f"Free-running, {direction} at {self._where(last)}: type-token ratio "
-                    f"{last['value']:.3f} [{last['low']:.3f}, {last['high']:.3f}]; the {target} "
-                    f"model by itself {own['value']:.3f}, the {source} model {theirs['value']:.3f}."
+                answer = (
+                    f"Generated text, {direction} at {self._where(rows[-1])}: TTR "
+                    f"{interval(rows[-1], FRACTION)}; the {TARGET[direction]} model by itself "
+                    f"{FRACTION(own['value'])}, the {SOURCE[direction]} model "
+                    f"{FRACTION(theirs['value'])}."
                 )
-        return sentences
+                found.append(Verdict("generated text", answer))
+        return found
 
     def _where(self, row: Mapping[str, Any]) -> str:
         if row["layer"] < 0:
@@ -590,69 +603,156 @@ class BlocksResult(Result):
         is_last = row["layer"] == self.meta["n_layers"]
         return "the last layer" if is_last else f"layer {row['layer']}"
 
-    def summary(self) -> str:
-        """Both directions along the layers, the 2 x 2, and what they allow to say."""
+    def evidence(self) -> list[Block]:
+        """Both directions along the layers beside the controls, the 2 x 2, and generated text."""
         options = self.meta["options"]
         where = "all positions" if options["positions"] is None else options["positions"]
-        lines = [
-            f"patching  {self.meta['base']['name']} → {self.meta['tuned']['name']}",
-            f"{options['site']} of one model put into the other, {where}, "
-            f"{options['n_texts']} texts",
-            "",
+        texts = count(options["n_texts"], "text")
+        blocks: list[Block] = [
+            Text(
+                f"The {options['site']} of one model is put into the other at {where} of {texts}, "
+                "and all blocks after it run on. Controls put in another activation: that of "
+                "another text, one as far away in a random direction, or the same change rotated."
+            ),
+            *(self._sweep(direction) for direction in TOWARDS),
+            Grid(self._charts()),
         ]
-        for direction in TOWARDS:
-            lines += [*self._sweep(direction), ""]
         if self.extras["effects"]:
-            lines += [*self._cuts(), ""]
-        lines += [
-            *self.conclusions(),
-            "A patch of a layer carries all that came before it: read where the shares change from "
-            "one layer to the next.",
-            *(f"note: {note}" for note in self.meta["notes"]),
-        ]
-        return "\n".join(lines)
-
-    def _sweep(self, direction: str) -> list[str]:
-        metric = TOWARDS[direction]
-        controls = self.activations[1:]
-        ttr = {row["layer"]: row for row in self.along(direction, "ttr")}
-        head = f"{direction}: {BROUGHT[direction]}"
-        lines = [
-            head,
-            f"{'layer':>5}  {'source [95%]':<26}{'greatest control':<18}{'greedy TTR':<10}",
-        ]
-        for row in shown(self.along(direction, metric)):
-            others = [
-                other["value"]
-                for name in controls
-                for other in self.along(direction, metric, name)
-                if other["layer"] == row["layer"]
+            blocks += [
+                Text(
+                    "The 2 x 2 of a cut keeps apart whose residual enters the late blocks and "
+                    "whose late blocks (with the head) they are."
+                ),
+                self._cuts(),
+                Details("all four cells of every cut", [self._two_by_two()]),
             ]
-            beats = {True: "  beyond all", False: "", None: ""}[
-                self.beats_controls(direction, row["layer"])
+        return [
+            *blocks,
+            *(self._against(direction) for direction in TOWARDS if self.activations[1:]),
+        ]
+
+    def _sweep(self, direction: str) -> Table:
+        metric, ttr = TOWARDS[direction], {r["layer"]: r for r in self.along(direction, "ttr")}
+        rows = []
+        for row in chosen_rows(self.along(direction, metric)):
+            layer = row["layer"]
+            text = FRACTION(ttr[layer]["value"]) if layer in ttr else ""
+            rows.append(
+                [place(row), interval(row, PERCENT), self._controls_at(direction, layer), text]
+            )
+        head = ["layer", BROUGHT[direction], "greatest control", "greedy TTR"]
+        caption = f"{direction}; share of the decisions that tuning changed, 95% over texts"
+        return Table(head, rows, caption)
+
+    def _controls_at(self, direction: str, layer: int) -> str:
+        others = [
+            row["value"]
+            for name in self.activations[1:]
+            for row in self.along(direction, TOWARDS[direction], name)
+            if row["layer"] == layer
+        ]
+        if not others:
+            return ""
+        beyond = " (source above all, p < 0.05)" if self.beats_controls(direction, layer) else ""
+        return f"{PERCENT(max(others))}{beyond}"
+
+    def _charts(self) -> list[Chart]:
+        drawn = [self._decisions(direction) for direction in TOWARDS]
+        if self.extras["effects"]:
+            rows = [
+                _point(row, words) for key, words in EFFECTS.items() for row in self.effect(key)
             ]
-            greatest = f"{max(others):.1%}{beats}" if others else ""
-            text = f"{ttr[row['layer']]['value']:.3f}" if row["layer"] in ttr else ""
-            line = f"{place(row):>5}  {share_of(row):<26}{greatest:<18}{text:<10}"
-            lines.append(line.rstrip())
-        return lines
+            title = "2 x 2 of every cut: effect on the share that is the tuned model's"
+            drawn.append(
+                _chart(title, rows, "effect", "data", dict.fromkeys(EFFECTS.values(), "other"))
+            )
+        if any(self.along(direction, "ttr") for direction in TOWARDS):
+            drawn.append(self._generated())
+        return drawn
 
-    def _cuts(self) -> list[str]:
-        lines = [
-            "2 x 2 of every cut: effects on the share that are the tuned model's, points",
-            f"{'cut':>5}  {'incoming residual':<26}{'late blocks':<26}{'interaction':<26}",
-        ]
-        columns = [
-            self.effect(name) for name in ("incoming_residual", "late_blocks", "interaction")
-        ]
-        for rows in shown(list(zip(*columns, strict=True))):
-            cells = "".join(f"{signed_share(row):<26}" for row in rows)
-            lines.append(f"{rows[0]['layer']:>5}  {cells}".rstrip())
-        return lines
+    def _decisions(self, direction: str) -> Chart:
+        metric, source = TOWARDS[direction], "the source model's activation"
+        rows = [_point(row, source) for row in self.along(direction, metric)]
+        roles: dict[str, Role] = {source: "tuned"}
+        controls = [self.along(direction, metric, name) for name in self.activations[1:]]
+        if controls:
+            roles["controls (range)"] = "control"
+            rows += [_range(same) for same in zip(*controls, strict=True)]
+        return _chart(f"{direction}: {BROUGHT[direction]}", rows, "share", "share", roles)
 
-    def plot(self) -> matplotlib.figure.Figure:  # type: ignore[override]
-        """Decisions brought about along the layers, the 2 x 2, and generated text."""
-        return draw(self)
+    def _generated(self) -> Chart:
+        rows = [_point(row, d) for d in TOWARDS for row in self.along(d, "ttr")]
+        sides: dict[str, Role] = {self.base_name: "base", self.tuned_name: "tuned"}
+        references = [
+            Reference(name, *_ends(own), role)
+            for name, role in sides.items()
+            if (own := self.unpatched(role, "ttr"))
+        ]
+        roles: dict[str, Role] = dict.fromkeys(TOWARDS, "other")
+        chart = _chart("TTR of greedy text by patched layer", rows, "TTR", "share", roles)
+        return replace(chart, references=references)
+
+    def _cuts(self) -> Table:
+        columns = [self.effect(key) for key in EFFECTS]
+        rows = [
+            [str(same[0]["layer"]), *(interval(row, POINTS) for row in same)]
+            for same in chosen_rows(list(zip(*columns, strict=True)))
+        ]
+        caption = "effects on the share of changed decisions that are the tuned model's"
+        return Table(["cut at layer", *EFFECTS.values()], rows, caption)
+
+    def _two_by_two(self) -> Table:
+        found = {
+            (cell["layer"], cell["cell"]): interval(cell, PERCENT)
+            for cell in self.extras["two_by_two"]
+            if cell["metric"] == "to_tuned"
+        }
+        cuts = sorted({layer for layer, _ in found})
+        rows = [[str(cut), *(found[cut, cell] for cell in CELLS)] for cut in cuts]
+        return Table(["cut at layer", *CELLS.values()], rows)
+
+    def _against(self, direction: str) -> Details:
+        """Source less every control with its p value, at every layer."""
+        metric, controls = TOWARDS[direction], self.activations[1:]
+        contrasts = {(c["activation"], c["layer"]): c for c in self.contrasts(direction, metric)}
+        rows = []
+        for row in self.along(direction, metric):
+            found = [contrasts[name, row["layer"]] for name in controls]
+            cells = [f"{interval(c, POINTS)} {p_value(c['p'])}".rstrip() for c in found]
+            rows.append([place(row), *cells])
+        head = ["layer", *(f"less {CONTROL_NAMES.get(name, name)}" for name in controls)]
+        caption = "paired by text; p Holm-corrected over the layers"
+        return Details(f"{direction}: source less each control", [Table(head, rows, caption)])
+
+
+# Rows of a table in the summary; the last layers are always among them.
+MAX_ROWS = 14
+
+NOTHING_CHANGED = "Tuning changed no decision on these texts: there is nothing to bring about."
+EFFECTS = {
+    "incoming_residual": "incoming residual",
+    "late_blocks": "late blocks and head",
+    "interaction": "interaction",
+}
+CELLS = {
+    "base": "base residual, base blocks",
+    "tuned_late_blocks": "base residual, tuned blocks",
+    "tuned_incoming_residual": "tuned residual, base blocks",
+    "tuned": "tuned residual, tuned blocks",
+}
+CONTROL_NAMES = {
+    OTHER_TEXT: "that of another text",
+    RANDOM_DIRECTION: "as far at random",
+    ROTATED: "the change rotated",
+}
+
+
+def _larger(difference: Mapping[str, Any]) -> str:
+    if difference["low"] > 0:
+        return "the last block with the head does more"
+    if difference["high"] < 0:
+        return "what happens before the last block does more"
+    return "neither can be told to do more"
 
 
 def place(row: Mapping[str, Any]) -> str:
@@ -660,70 +760,37 @@ def place(row: Mapping[str, Any]) -> str:
     return "norm" if row["layer"] < 0 else str(row["layer"])
 
 
-# The figure
+def chosen_rows(rows: Sequence[Any]) -> list[Any]:
+    """All rows, or some of them spread over all with the last two among them."""
+    return [rows[i] for i in chosen_layers(range(len(rows)), MAX_ROWS)]
 
 
-COLOURS = {INTO_BASE: BLUE, INTO_TUNED: ORANGE}
-LABELS = {
-    INTO_BASE: "become the tuned model's (tuned into base)",
-    INTO_TUNED: "become the base's again (base into tuned)",
-}
-EFFECT_COLOURS = {"incoming_residual": BLUE, "late_blocks": ORANGE, "interaction": GREY}
+def _ends(row: Mapping[str, Any]) -> tuple[float, float, float]:
+    return row["value"], row["low"], row["high"]
 
 
-def draw(result: Any) -> matplotlib.figure.Figure:
-    """Decisions brought about, effects of the 2 x 2, and diversity of generated text."""
-    panels = [_decisions]
-    panels += [_effects] if result.extras["effects"] else []
-    panels += [_generated] if result.along(INTO_BASE, "ttr") else []
-    figure = NotebookFigure(figsize=(4.4 * len(panels), 3.9), layout="constrained")
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for ax, panel in zip(axes, panels, strict=True):
-        panel(ax, result)
-        ax.set_xlabel(LAYER_LABEL)
-        ax.xaxis.get_major_locator().set_params(integer=True)
-        plain_frame(ax)
-        ax.legend(frameon=False, fontsize=8)
-    return figure
+def _point(row: Mapping[str, Any], series: str) -> dict[str, Any]:
+    return {"series": series, **{key: row[key] for key in ("layer", "value", "low", "high")}}
 
 
-def _decisions(ax: Any, result: Any) -> None:
-    ax.set_title("changed decisions that ...", loc="left", fontsize=10)
-    for direction, metric in TOWARDS.items():
-        _line(ax, result.along(direction, metric), COLOURS[direction], LABELS[direction])
-        for name in result.activations[1:]:
-            rows = result.along(direction, metric, name)
-            label = "controls" if (direction, name) == (INTO_BASE, OTHER_TEXT) else None
-            ax.plot(*_points(rows), color=COLOURS[direction], ls=":", lw=1, label=label)
-    ax.set_ylim(-0.03, 1.03)
-    ax.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+def _range(controls: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The lowest and highest control at one layer, as a band."""
+    values = [row["value"] for row in controls]
+    middle = sum(values) / len(values)
+    found = {
+        "layer": controls[0]["layer"],
+        "value": middle,
+        "low": min(values),
+        "high": max(values),
+    }
+    return {"series": "controls (range)", **found}
 
 
-def _effects(ax: Any, result: Any) -> None:
-    ax.set_title("2 x 2 of every cut: effect on them", loc="left", fontsize=10)
-    for name, colour in EFFECT_COLOURS.items():
-        _line(ax, result.effect(name), colour, name.replace("_", " "))
-    ax.axhline(0, color=GREY, lw=0.8)
-
-
-def _generated(ax: Any, result: Any) -> None:
-    ax.set_title("type-token ratio of greedy text", loc="left", fontsize=10)
-    for direction, colour in COLOURS.items():
-        _line(ax, result.along(direction, "ttr"), colour, direction)
-        rows = result.along(direction, "ttr", ROTATED)
-        if rows:
-            ax.plot(*_points(rows), color=colour, ls=":", lw=1, label=f"{direction}, rotated")
-    for model, style in (("base", "--"), ("tuned", "-.")):
-        own = result.unpatched(model, "ttr")
-        ax.axhline(own["value"], color=GREY, ls=style, lw=1, label=f"the {model} model")
-
-
-def _points(rows: Any) -> tuple[list[int], list[float]]:
-    return [row["layer"] for row in rows], [row["value"] for row in rows]
-
-
-def _line(ax: Any, rows: Any, colour: str, label: str) -> None:
-    layers, values = _points(rows)
-    ax.plot(layers, values, color=colour, marker="o", ms=4, label=label)
-    low, high = ([row[end] for row in rows] for end in ("low", "high"))
-    ax.fill_between(layers, low, high, color=colour, alpha=0.2, lw=0)
+def _chart(
+    title: str, rows: list[dict[str, Any]], y: str, scale: Scale, roles: dict[str, Role]
+) -> Chart:
+    ends = {row["series"]: row["value"] for row in rows}
+    alt = f"{title}; at the last layer " + ", ".join(f"{k} {v:.3g}" for k, v in ends.items())
+    return Chart(
+        "lines", title, alt, rows, Axis("layer", "patched layer"), Axis("value", y, scale), roles
+    )

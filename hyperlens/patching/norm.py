@@ -8,10 +8,9 @@ last output is read through either model's norm, so that both parts are measured
 from __future__ import annotations
 
 import math
-import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -22,16 +21,12 @@ from ..pair import open_inputs
 from ..passes.streaming import PassOptions, run_pass
 from ..passes.streams import VIEWS, StreamPair, View
 from ..probes import ParticipationRatio
-from ..render.plots import BLUE, GREEN, GREY, ORANGE, VERMILION, NotebookFigure, plain_frame
+from ..render.blocks import Axis, Block, Chart, Details, Grid, Role, Table, Text, Verdict
+from ..render.format import DIMENSIONS, NUMBER, PERCENT, count, interval
 from ..results.result import Result
 from ..statistics.intervals import RatioInfluence, SampledTokens, influence_half_width
 from .engine import ChangedOutput, OutputReader
 from .outcomes import METRICS, RENAMED, SIDES, Outcome, Side
-from .wording import share_of
-
-if TYPE_CHECKING:
-    import matplotlib.figure
-    from matplotlib.axes import Axes
 
 SINK_THRESHOLD = 10.0
 
@@ -296,22 +291,26 @@ def _same(a: Dimension, b: Dimension) -> bool:
     return a.n == b.n and torch.equal(a.sample.valid, b.sample.valid)
 
 
-# The result
-
-
-ROWS = {
+CELLS = {
     "raw": ("raw_base", "raw_tuned", "raw_change"),
-    "every vector scaled to one length": ("unit_rms_base", "unit_rms_tuned", "unit_rms_change"),
-    "after the base model's norm": ("base_stream_base_norm", "tuned_stream_base_norm", None),
+    "scaled to one length": ("unit_rms_base", "unit_rms_tuned", "unit_rms_change"),
+    "after the base's norm": ("base_stream_base_norm", "tuned_stream_base_norm", None),
     "after the tuned model's norm": ("base_stream_tuned_norm", "tuned_stream_tuned_norm", None),
     "after each model's own norm": ("base_stream_base_norm", "tuned_stream_tuned_norm", "change"),
+    "raw, one block earlier": ("before_base", "before_tuned", "before_change"),
 }
 STEPS = {
     "raw_change": "the stream itself, raw",
-    "rescaling": "scaling every vector to one length",
-    "weighting": "reading it through a norm's weights",
-    "weights": "the change of the norm's weights",
-    "change": "after each model's own norm",
+    "rescaling": "+ scaling every vector to one length",
+    "weighting": "+ reading it through a norm's weights",
+    "weights": "+ the change of the norm's weights",
+    "change": "= after each model's own norm",
+}
+EFFECTS = {
+    "stream": "2 x 2: effect of the stream",
+    "interaction": "2 x 2: interaction of stream and weights",
+    "jump_as_read": "what the last layer seems to add, read after the norm",
+    "jump_raw": "what the last block adds, raw on both sides",
 }
 SWAPPED = {
     "norm into base": ("to_tuned", "the base model with the tuned model's norm"),
@@ -320,10 +319,8 @@ SWAPPED = {
     "stream into tuned": ("to_base", "the tuned model with the base model's stream"),
 }
 OUTCOME = {"to_tuned": "become the tuned model's", "to_base": "become the base model's again"}
-WIDTH = 98
 
 
-@dataclass(frozen=True)
 class NormResult(Result):
     """The last block's outputs of both models, read through the final norms of both.
 
@@ -348,173 +345,125 @@ class NormResult(Result):
 
     def dimension(self, name: str) -> Mapping[str, Any]:
         """One quantity, in dimensions."""
-        return self.rows(what="dimension", name=name)[0]
+        return self.at(what="dimension", name=name)
 
     def decided(self, name: str, metric: str) -> Mapping[str, Any]:
         """One metric of one swap."""
-        return self.rows(what="decisions", name=name, metric=metric)[0]
+        return self.at(what="decisions", name=name, metric=metric)
 
-    def conclusions(self) -> list[str]:
-        """What the numbers say, sentence by sentence."""
-        return [*self._of_the_norm(), self._of_the_reading(), self._of_decisions()]
-
-    def _of_the_norm(self) -> list[str]:
-        rows = {name: self.dimension(name) for name in (*STEPS, "stream", "interaction")}
+    def verdicts(self) -> list[Verdict]:
+        """How much is the stream's, how much the norm's, and what the usual reading shows."""
+        rows = {name: self.dimension(name) for name in (*STEPS, *EFFECTS)}
         own = (
             "the two models have the same final norm"
             if self.extras["same_norm"]
-            else f"{signed(rows['weights'])} from the change of the norm's weights (interaction "
-            f"{signed(rows['interaction'])})"
+            else f"{interval(rows['weights'], DIMENSIONS)} from the change of the norm's weights"
         )
         return [
-            f"Of the {signed(rows['change'])} dimensions after the final norm, "
-            f"{signed(rows['stream'])} come from the stream that leaves the last block; {own}.",
-            f"Raw, that stream changes by {signed(rows['raw_change'])}. To that, scaling every "
-            f"vector to one length adds {signed(rows['rescaling'])}, and reading it through a "
-            f"norm's weights, whichever model's, {signed(rows['weighting'])}.",
+            Verdict(
+                "block or norm",
+                f"Of the {interval(rows['change'], DIMENSIONS)} dimensions after the final norm, "
+                f"{interval(rows['stream'], DIMENSIONS)} come from the stream that leaves the last "
+                f"block; {own}.",
+            ),
+            Verdict(
+                "reading",
+                "Read after the final norm at the last layer and raw before it, as "
+                "hidden_states[-1] and [-2] are, the last block seems to add "
+                f"{interval(rows['jump_as_read'], DIMENSIONS)}; raw on both sides it adds "
+                f"{interval(rows['jump_raw'], DIMENSIONS)}.",
+            ),
+            Verdict("decisions", self._of_decisions()),
         ]
-
-    def _of_the_reading(self) -> str:
-        before, change = self.dimension("before_change"), self.dimension("change")
-        read, raw = self.dimension("jump_as_read"), self.dimension("jump_raw")
-        return (
-            "A script that holds hidden_states[-1] against hidden_states[-2] reads a vector after "
-            f"the final norm against a raw one: the change of dimension seems to go from "
-            f"{before['value']:+.1f} to {change['value']:+.1f} in the last block, a jump of "
-            f"{signed(read)}. Raw outputs on both sides have one of {signed(raw)}."
-        )
 
     def _of_decisions(self) -> str:
         if not self.extras["changed"]:
             return "Tuning changed no decision on these texts."
-        parts = []
-        for name, (metric, words) in SWAPPED.items():
-            if name.startswith("norm"):
-                row = self.decided(name, metric)
-                parts.append(f"{share_of(row)} {OUTCOME[metric]} in {words}")
+        parts = [
+            f"{interval(self.decided(name, metric), PERCENT)} {OUTCOME[metric]} in {words}"
+            for name, (metric, words) in SWAPPED.items()
+            if name.startswith("norm")
+        ]
         return (
-            f"Of the {self.extras['changed']:,} decisions that tuning changed (of "
+            f"Of the {count(self.extras['changed'], 'decision')} that tuning changed (of "
             f"{self.extras['decisions']:,}), {' and '.join(parts)}: what the norm's weights change "
             "by themselves."
         )
 
-    def summary(self) -> str:
-        """The cells, their effects, and what they say."""
-        n = self.dimension("change")["n"]
-        texts = self.meta["corpus"]["n_sequences"]
-        lines = [
-            f"The norm question  {self.meta['base']['name']} → {self.meta['tuned']['name']}",
-            f"participation ratio of the last block's output over {n:,} tokens of {texts} texts",
-            "",
-            f"{'':<36}{'base stream':>20}{'tuned stream':>20}{'change [95%]':>22}",
+    def evidence(self) -> list[Block]:
+        """The 2 x 2 of streams and norms, the steps from raw to normed, and the swaps."""
+        return [
+            Text(
+                "Either model's last output, read through either model's final norm: what the "
+                "blocks put out, what any norm does by scaling every vector to one length, and "
+                "what tuning changed in the norm's weights."
+            ),
+            self._cells(),
+            self._steps(),
+            Grid([self._cells_chart(), self._swaps_chart()]),
+            self._decisions(),
         ]
-        for words, (base, tuned, change) in ROWS.items():
-            cells = "".join(f"{self._cell(name):>20}" for name in (base, tuned))
-            end = f"{signed(self.dimension(change)):>22}" if change else ""
-            lines.append(f"{words:<36}{cells}{end}".rstrip())
-        lines += ["in brackets: naive, from the sample covariance", ""]
-        for name, words in STEPS.items():
-            sign = "= " if name == "change" else "  "
-            lines.append(f"{sign}{words:<40}{signed(self.dimension(name))}")
-        lines += ["", *(line for text in self.conclusions() for line in _wrapped(text))]
-        lines += [line for note in self.meta["notes"] for line in _wrapped(f"note: {note}")]
-        return "\n".join(lines)
 
-    def _cell(self, name: str) -> str:
-        row = self.dimension(name)
-        return f"{row['value']:.1f} ({row['naive']:.1f})"
+    def _cells(self) -> Table:
+        rows = []
+        for words, (base, tuned, change) in CELLS.items():
+            sides = [self.dimension(name) for name in (base, tuned)]
+            cells = [f"{interval(row)}, naive {NUMBER(row['naive'])}" for row in sides]
+            end = interval(self.dimension(change), DIMENSIONS) if change else ""
+            rows.append([words, *cells, end])
+        n, texts = self.dimension("change")["n"], self.meta["corpus"]["n_sequences"]
+        caption = (
+            f"participation ratio of the last block's output over {count(n, 'token')} of "
+            f"{count(texts, 'text')}; naive: from the sample covariance"
+        )
+        return Table(["dimension [95%]", "base stream", "tuned stream", "change"], rows, caption)
 
-    def plot(self) -> matplotlib.figure.Figure:  # type: ignore[override]
-        """The steps, the 2 x 2, and the decisions."""
-        return draw(self)
+    def _steps(self) -> Table:
+        names = STEPS | EFFECTS
+        rows = [
+            [words, interval(self.dimension(name), DIMENSIONS)] for name, words in names.items()
+        ]
+        return Table(["tuned - base, dimensions [95%]", self.tuned_name], rows, joins=True)
 
+    def _cells_chart(self) -> Chart:
+        names = {
+            "raw, no norm": ("raw_base", "raw_tuned"),
+            "base's norm": ("base_stream_base_norm", "tuned_stream_base_norm"),
+            "tuned model's norm": ("base_stream_tuned_norm", "tuned_stream_tuned_norm"),
+        }
+        rows = [
+            {"series": series, "stream": stream, **_ends(self.dimension(name))}
+            for series, pair in names.items()
+            for stream, name in zip(("base stream", "tuned stream"), pair, strict=True)
+        ]
+        x = Axis("value", "dimension (participation ratio)", "zero")
+        y = Axis("stream", "", is_category=True)
+        title = "Effective dimension of either stream through either norm"
+        roles: dict[str, Role] = dict.fromkeys(names, "other")
+        roles["raw, no norm"] = "base"
+        return Chart("dots", title, title, rows, x, y, roles)
 
-def signed(row: Mapping[str, Any]) -> str:
-    """A change in dimensions, with its interval."""
-    if not math.isfinite(row["low"]):
-        return f"{row['value']:+.1f}"
-    return f"{row['value']:+.1f} [{row['low']:+.1f}, {row['high']:+.1f}]"
+    def _swaps_chart(self) -> Chart:
+        rows = [
+            {"series": "swap", "swap": words, **_ends(self.decided(name, metric))}
+            for name, (metric, words) in SWAPPED.items()
+        ]
+        x = Axis("value", "share that become the other model's", "share")
+        y = Axis("swap", "", is_category=True)
+        title = "Changed decisions that a swap moves, 95% intervals over texts"
+        return Chart("dots", title, title, rows, x, y, {"swap": "other"})
 
-
-def _wrapped(text: str) -> list[str]:
-    return textwrap.wrap(text, WIDTH)
-
-
-# The figure
-
-
-COLOURS = dict(zip(STEPS, (BLUE, ORANGE, GREEN, VERMILION, GREY), strict=True))
-
-
-def draw(result: Any) -> matplotlib.figure.Figure:
-    """How the change comes about step by step, the 2 x 2, and what swaps change."""
-    figure = NotebookFigure(figsize=(14, 4.2), layout="constrained")
-    figure.suptitle(
-        f"{result.meta['base']['name']} → {result.meta['tuned']['name']}",
-        fontsize=12,
-        fontweight="bold",
-        parse_math=False,
-    )
-    steps, cells, swaps = figure.subplots(1, 3, width_ratios=(1.3, 1, 1.1))
-    _draw_steps(steps, result)
-    _draw_cells(cells, result)
-    _draw_swaps(swaps, result)
-    return figure
-
-
-def _draw_steps(axes: Axes, result: Any) -> None:
-    axes.set_title("A  From raw to after the norm", loc="left", fontsize=10)
-    at = 0.0
-    for place, (name, words) in enumerate(STEPS.items()):
-        row = result.dimension(name)
-        start = 0.0 if name == "change" else at
-        axes.barh(place, row["value"], left=start, color=COLOURS[name], height=0.6, label=words)
-        ends = [[abs(row["value"] - row["low"])], [abs(row["high"] - row["value"])]]
-        if row["low"] == row["low"]:
-            axes.errorbar(start + row["value"], place, xerr=ends, color="black", capsize=2, lw=1)
-        at = start + row["value"]
-    axes.set_yticks(range(len(STEPS)), list(STEPS.values()), fontsize=8)
-    axes.invert_yaxis()
-    axes.axvline(0, color=GREY, lw=0.8)
-    axes.set_xlabel("change of dimension, tuned − base (segments: 95%)")
-    axes.spines[["top", "right"]].set_visible(False)
+    def _decisions(self) -> Details:
+        rows = [
+            [
+                words,
+                *(interval(self.decided(name, m), PERCENT) for m in ("to_tuned", "to_base")),
+            ]
+            for name, (_, words) in SWAPPED.items()
+        ]
+        head = ["changed decisions that are", "the tuned model's", "the base's"]
+        return Details("decisions under every swap", [Table(head, rows)])
 
 
-def _draw_cells(axes: Axes, result: Any) -> None:
-    axes.set_title("B  Either stream through either norm", loc="left", fontsize=10)
-    for norm, colour, mark in (("base", BLUE, "o"), ("tuned", VERMILION, "s")):
-        rows = [result.dimension(f"{stream}_stream_{norm}_norm") for stream in ("base", "tuned")]
-        _segments(axes, [0, 1], rows, colour, mark, f"the {norm} model's norm")
-    raw = [result.dimension(f"raw_{stream}") for stream in ("base", "tuned")]
-    _segments(axes, [0, 1], raw, GREY, "^", "raw, no norm")
-    axes.set_xticks([0, 1], ["base stream", "tuned stream"])
-    axes.set_xlim(-0.25, 1.25)
-    axes.set_ylabel("dimension (participation ratio)")
-    axes.legend(frameon=False, fontsize=8)
-    plain_frame(axes)
-
-
-def _draw_swaps(axes: Axes, result: Any) -> None:
-    axes.set_title("C  Changed decisions that a swap moves", loc="left", fontsize=10)
-    for place, (name, (metric, _)) in enumerate(SWAPPED.items()):
-        row = result.decided(name, metric)
-        colour = VERMILION if name.startswith("norm") else BLUE
-        axes.barh(place, row["value"], color=colour, height=0.6)
-        if row["low"] == row["low"]:
-            axes.plot([row["low"], row["high"]], [place, place], color="black", lw=1.2)
-    labels = [words.replace(" with ", "\nwith ") for _, words in SWAPPED.values()]
-    axes.set_yticks(range(len(SWAPPED)), labels, fontsize=8)
-    axes.invert_yaxis()
-    axes.set_xlim(0, 1.02)
-    axes.set_xlabel("share that become the other model's choice")
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def _segments(
-    axes: Axes, x: list[int], rows: list[Mapping[str, Any]], colour: str, mark: str, label: str
-) -> None:
-    values = [row["value"] for row in rows]
-    axes.plot(x, values, color=colour, marker=mark, lw=1.4, label=label)
-    for place, row in zip(x, rows, strict=True):
-        if row["low"] == row["low"]:
-            axes.plot([place, place], [row["low"], row["high"]], color=colour, lw=1.2)
+def _ends(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: row[key] for key in ("value", "low", "high")}

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -19,17 +19,14 @@ from ..checks import check_counts
 from ..models.tokenizers import token_names
 from ..pair import open_inputs
 from ..passes.failures import explaining_out_of_memory
-from ..render.plots import NotebookFigure
+from ..render.blocks import Axis, Block, Chart, Details, Grid, Table, Text, Verdict
+from ..render.format import PERCENT, SIGNED, count, interval, one_line
 from ..results.result import Result
+from ..results.rows import chosen_layers
 from ..statistics.ratios import holm_p_values, ratio
 from ..statistics.significance import Estimate, wilson
 from .outcomes import BROUGHT, DIRECTIONS, INTO_BASE, SOURCE, TOWARDS
 from .position_map import EVERY, DrawnDecisions, MapCells, draw_changed, map_positions
-from .wording import share_of, shown
-
-if TYPE_CHECKING:
-    import matplotlib.figure
-    from matplotlib.axes import Axes
 
 # Tokens of the example that are shown before those that were patched.
 CONTEXT_TOKENS = 30
@@ -223,7 +220,7 @@ class PositionsResult(Result):
                    key=lambda row: abs(row["value"]), default=None)  # fmt: skip
 
     def arrival(self, direction: str) -> int | None:
-        """The first layer from which on the last token alone surely carries over half."""
+        """The first layer from which on the last token alone carries over half (lower bounds)."""
         found = None
         for row in reversed(self.column(direction, 0, "recovered")):
             if not row["low"] > 0.5:
@@ -231,144 +228,147 @@ class PositionsResult(Result):
             found = row["layer"]
         return found
 
-    def conclusions(self) -> list[str]:
-        """What the intervals allow to say."""
-        sentences = []
-        for direction in TOWARDS:
-            source = SOURCE[direction]
-            layer = self.arrival(direction)
-            if layer is None:
-                sentences.append(
-                    f"{direction.capitalize()}: at no layer up to the last does the last token "
-                    f"alone surely decide more than half of the time as in the {source} model."
-                )
-            else:
-                all_of_it = self.cell(direction, layer, EVERY, "recovered")
-                sentences.append(
-                    f"{direction.capitalize()}: from layer {layer} on, what stands at the last "
-                    f"token alone surely makes more than half of the decisions the {source} "
-                    f"model's ({share_of(self.cell(direction, layer, 0, 'recovered'))} at layer "
-                    f"{layer}, where all positions together make {share_of(all_of_it)})."
-                )
-            sure = [
-                row
-                for row in self.rows(direction=direction, metric="moved")
-                if row["offset"] > 0 and row["p"] < 0.05
-            ]
-            if sure:
-                best = max(sure, key=lambda row: abs(row["value"]))
-                sentences.append(
-                    f"Of single earlier tokens, {len(sure)} cells surely move the decision "
-                    f"(corrected p < 0.05); most, the token {best['offset']} before the last at "
-                    f"layer {best['layer']}: {moved(best)} of the way."
-                )
-            else:
-                sentences.append("No single earlier token surely moves the decision (corrected p).")
-        return sentences
-
-    def summary(self) -> str:
-        """Both directions along the layers, and what they allow to say."""
-        n, looked = self.extras["decisions"], self.extras["looked_at"]
-        lines = [
-            f"layers x positions  {self.meta['base']['name']} → {self.meta['tuned']['name']}",
-            f"{n} decisions that tuning changed, one per text ({looked} texts looked at), the last "
-            f"{self.meta['options']['offsets']} positions",
-            "",
+    def verdicts(self) -> list[Verdict]:
+        """From which layer on the last token carries the decision, and what earlier tokens do."""
+        return [
+            Verdict("where", answer(direction))
+            for direction in TOWARDS
+            for answer in (self._of_the_last_token, self._of_earlier_tokens)
         ]
-        for direction in TOWARDS:
-            lines += [*self._lines(direction), ""]
-        return "\n".join(
-            [*lines, *self.conclusions(), *(f"note: {note}" for note in self.meta["notes"])]
+
+    def _of_the_last_token(self, direction: str) -> str:
+        layer, source = self.arrival(direction), SOURCE[direction]
+        if layer is None:
+            return (
+                f"{direction.capitalize()}: at no layer does the last token alone make more than "
+                f"half of the decisions the {source} model's with a lower bound above 50%."
+            )
+        last, every = (
+            interval(self.cell(direction, layer, offset, "recovered"), PERCENT)
+            for offset in (0, EVERY)
+        )
+        return (
+            f"{direction.capitalize()}: from layer {layer} on, the residual at the last token "
+            f"alone makes more than half of the decisions the {source} model's ({last} at layer "
+            f"{layer}; all positions together make {every})."
         )
 
-    def _lines(self, direction: str) -> list[str]:
-        lines = [
-            f"{direction}: {BROUGHT[direction]}, and how far the logits move",
-            f"{'layer':>5}  {'last token alone':<25}{'moved':<22}"
-            f"{'an earlier one, at most':<30}{'all positions':<22}",
-        ]
-        for layer in shown(list(range(self.n_layers + 1))):
-            earlier = self.strongest_earlier(direction, layer)
-            furthest = "none"
-            if earlier and abs(earlier["value"]) >= SMALLEST_SHOWN:
-                furthest = f"{moved(earlier)} ({earlier['offset']} back)"
-            line = (
-                f"{layer:>5}  {share_of(self.cell(direction, layer, 0, 'recovered')):<25}"
-                f"{moved(self.cell(direction, layer, 0, 'moved')):<22}{furthest:<30}"
-                f"{share_of(self.cell(direction, layer, EVERY, 'recovered')):<22}"
+    def _of_earlier_tokens(self, direction: str) -> str:
+        cells = [r for r in self.rows(direction=direction, metric="moved") if r["offset"] > 0]
+        below = [row for row in cells if row["p"] < 0.05]
+        if not below:
+            return (
+                f"{direction.capitalize()}: no fixed offset before the last token moves the "
+                "decision at a corrected p below 0.05. Effects are means over texts by offset: a "
+                "token that matters in one text stands elsewhere in another."
             )
-            lines.append(line.rstrip())
-        return lines
+        best = max(below, key=lambda row: abs(row["value"]))
+        return (
+            f"{direction.capitalize()}: of the offsets before the last token, "
+            f"{count(len(below), 'cell')} of {len(cells)} move the decision at a corrected p below "
+            f"0.05; the furthest is {best['offset']} before the last at layer {best['layer']}, "
+            f"{interval(best, SIGNED)} of the way."
+        )
 
-    def plot(self) -> matplotlib.figure.Figure:  # type: ignore[override]
-        """Both maps, and those of the example."""
-        return draw(self)
+    def evidence(self) -> list[Block]:
+        """Maps of both directions, the layers as tables, and one text."""
+        n, looked = self.extras["decisions"], self.extras["looked_at"]
+        blocks: list[Block] = [
+            Text(
+                f"At {count(n, 'decision')} that tuning changed, one per text "
+                f"({count(looked, 'text')} looked at), the residual of one model at one token and "
+                "layer is put into the other. Moved: how far the logit difference (tuned model's "
+                "top-1 token less the base's) goes from the target's (0) to the source's (1). "
+                "“all” patches every position up to the decision."
+            ),
+            Grid([self._map(direction) for direction in TOWARDS]),
+            *(self._table(direction) for direction in TOWARDS),
+        ]
+        return [*blocks, self._example()]
+
+    def _map(self, direction: str) -> Chart:
+        recovered = {
+            (row["layer"], row["offset"]): row["value"]
+            for row in self.rows(direction=direction, metric="recovered")
+        }
+        moved = {
+            (r["layer"], r["offset"]): r for r in self.rows(direction=direction, metric="moved")
+        }
+        rows = [
+            {
+                "layer": layer,
+                "position": "all" if offset == EVERY else str(offset),
+                **{key: moved[layer, offset][key] for key in ("value", "low", "high")},
+                "text": f"{PERCENT(recovered[layer, offset])} become the source's",
+            }
+            for layer in reversed(range(self.n_layers + 1))
+            for offset in (*self.offsets, EVERY)
+        ]
+        title = f"{direction_name(direction)}: how far the logits move"
+        return _heatmap(
+            title, f"{title}. {self._of_the_last_token(direction)}", rows, "tokens before the last"
+        )
+
+    def _table(self, direction: str) -> Table:
+        rows = [
+            [
+                str(layer),
+                interval(self.cell(direction, layer, 0, "recovered"), PERCENT),
+                interval(self.cell(direction, layer, 0, "moved"), SIGNED),
+                self._furthest(direction, layer),
+                interval(self.cell(direction, layer, EVERY, "recovered"), PERCENT),
+            ]
+            for layer in chosen_layers(range(self.n_layers + 1), MAX_ROWS)
+        ]
+        head = ["layer", "last token alone", "moved", "an earlier one, at most", "all positions"]
+        caption = f"{direction}: {BROUGHT[direction]}, 95% over texts"
+        return Table(head, rows, caption)
+
+    def _furthest(self, direction: str, layer: int) -> str:
+        earlier = self.strongest_earlier(direction, layer)
+        if earlier is None or abs(earlier["value"]) < SMALLEST_SHOWN:
+            return "none"
+        return f"{SIGNED(earlier['value'])} ({earlier['offset']} back)"
+
+    def _example(self) -> Details:
+        example = self.extras["example"]
+        text = one_line(f"{example['before']}{''.join(example['tokens'])}")
+        base, tuned = (one_line(example[side]) for side in ("base_top_1", "tuned_top_1"))
+        about = Text(f"“{text}” goes on with “{base}” (base) or “{tuned}” (tuned).")
+        maps = Grid([self._example_map(direction) for direction in TOWARDS])
+        return Details("one of the texts", [about, maps])
+
+    def _example_map(self, direction: str) -> Chart:
+        example = self.extras["example"]
+        tokens = dict(zip(self.offsets, example["tokens"], strict=True))
+        cells = {
+            (cell["layer"], cell["offset"]): cell
+            for cell in example["cells"]
+            if cell["direction"] == direction
+        }
+        rows = [
+            {
+                "layer": layer,
+                # A token may come twice: its place keeps the columns apart.
+                "position": f"{one_line(token)} ({-offset})",
+                "value": cells[layer, offset]["moved"],
+                "text": one_line(cells[layer, offset]["top_1"]),
+            }
+            for layer in reversed(range(self.n_layers + 1))
+            for offset, token in tokens.items()
+        ]
+        title = f"that text, {direction}: how far the logits move"
+        return _heatmap(title, title, rows, "token")
 
 
-def moved(row: Mapping[str, Any]) -> str:
-    """How far of the way, with its interval."""
-    if not math.isfinite(row["value"]):
-        return "n/a"
-    if not math.isfinite(row["low"]):
-        return f"{row['value']:.2f}"
-    return f"{row['value']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
+# Rows of a table in the summary; the last layers are always among them.
+MAX_ROWS = 14
+
+
+def _heatmap(title: str, alt: str, rows: list[dict[str, Any]], x: str) -> Chart:
+    return Chart("heatmap", title, alt, rows, Axis("position", x), Axis("layer", "layer"))
 
 
 def direction_name(direction: str) -> str:
     """As patching papers call it, too."""
     return f"{direction} ({'denoising' if direction == INTO_BASE else 'noising'})"
-
-
-# The figure
-
-
-def draw(result: Any) -> matplotlib.figure.Figure:
-    """Above, means over texts with a column of all positions; below, one text with its tokens."""
-    figure = NotebookFigure(figsize=(13, 8.6), layout="constrained")
-    axes = figure.subplots(2, 2)
-    offsets = result.offsets
-    example = result.extras["example"]
-    one = {(c["direction"], c["layer"], c["offset"]): c["moved"] for c in example["cells"]}
-    layers = range(result.n_layers + 1)
-    for (above, below), direction in zip(axes.T, TOWARDS, strict=True):
-        values = [
-            [
-                result.cell(direction, layer, offset, "moved")["value"]
-                for offset in (*offsets, EVERY)
-            ]
-            for layer in layers
-        ]
-        image = _heat(above, values)
-        above.set_title(direction_name(direction), loc="left", fontsize=10)
-        above.axvline(len(offsets) - 0.5, color="black", lw=1)
-        above.set_xlabel("tokens before the last one")
-        _labels(above, [*map(str, offsets), "all"])
-        _heat(below, [[one[direction, layer, offset] for offset in offsets] for layer in layers])
-        top_1 = [_drawable(repr(example[side])) for side in ("base_top_1", "tuned_top_1")]
-        title = f"one text, which goes on with {top_1[0]} (base) or {top_1[1]} (tuned)"
-        below.set_title(title, loc="left", fontsize=10, parse_math=False)
-        _labels(below, [_drawable(token) for token in example["tokens"]])
-    for ax in axes[:, 0]:
-        ax.set_ylabel("layer (0 = embedding, l = output of block l-1)")
-    label = "how far the logits move: 0 the target's, 1 the source's"
-    figure.colorbar(image, ax=axes, label=label, shrink=0.6, extend="both")
-    return figure
-
-
-def _heat(ax: Axes, values: Sequence[Sequence[float]]) -> Any:
-    image = ax.imshow(values, cmap=COLOURS, vmin=-1, vmax=1, origin="lower", aspect="auto")
-    ax.set_yticks(range(0, len(values), 1 + len(values) // 13))
-    return image
-
-
-def _labels(ax: Axes, labels: Sequence[str]) -> None:
-    size = 9 if len(labels) <= 16 else 6
-    ax.set_xticks(range(len(labels)), labels, rotation=60, ha="right", fontsize=size)
-    for text in ax.get_xticklabels():
-        text.set_parse_math(False)
-
-
-def _drawable(text: str) -> str:
-    """Only what the default font has: a token may be anything."""
-    latin = text.replace("\n", "¶").encode("latin-1", "replace").decode("latin-1")
-    return "".join(c if c.isprintable() else "?" for c in latin)

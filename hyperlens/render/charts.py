@@ -63,10 +63,16 @@ def figure(blocks: Sequence[Block], title: str = "") -> altair.TopLevelMixin | N
         if isinstance(block, Chart):
             rows.append(draw(block, chosen, titled=True))
         elif isinstance(block, Grid):
-            rows.append(alt.hconcat(*(draw(one, chosen, titled=True) for one in block.charts)))
+            beside: Any = alt.hconcat(*(draw(one, chosen, titled=True) for one in block.charts))
+            # One legend for the row, unless its charts show different series: their colours would
+            # be mixed up in a shared scale.
+            same = len({tuple(one.series) for one in block.charts}) == 1
+            rows.append(beside if same else beside.resolve_scale(color="independent"))
     if not rows:
         return None
-    whole: Any = rows[0] if len(rows) == 1 else alt.vconcat(*rows)
+    whole: Any = rows[0]
+    if len(rows) > 1:
+        whole = alt.vconcat(*rows).resolve_scale(color="independent")
     return whole.properties(title=title) if title else whole  # type: ignore[no-any-return]
 
 
@@ -183,7 +189,10 @@ def _tooltip(block: Chart) -> list[Any]:
         kind = "N" if axis.is_category else "Q"
         form = {} if axis.is_category else {"format": ",.4~g"}
         shown.append(alt.Tooltip(f"{axis.key}:{kind}", title=axis.title or axis.key, **form))
-    if _has_intervals(block):
+    # The band of a control is the range of its values, no interval.
+    if any(
+        "low" in row and block.roles.get(row.get("series", "")) != "control" for row in block.rows
+    ):
         shown.append(alt.Tooltip("low:Q", title="95% from", format=",.4~g"))
         shown.append(alt.Tooltip("high:Q", title="to", format=",.4~g"))
     return shown
@@ -194,7 +203,7 @@ def _has_intervals(block: Chart) -> bool:
 
 
 def _lines(block: Chart, chosen: Colours) -> Any:
-    """A line for each series with its band; controls are a band alone."""
+    """A line for each series with its band; controls are a band with a thin line."""
     alt = _altair()
     controls = [name for name in block.series if block.roles.get(name) == "control"]
     whole_numbers = all(float(row[block.x.key]).is_integer() for row in block.rows)
@@ -212,6 +221,9 @@ def _lines(block: Chart, chosen: Colours) -> Any:
         # The band of a control is what the others are compared with: stronger than an interval.
         opacity = alt.condition(is_control, alt.value(0.45), alt.value(0.2))
         layers.append(base.mark_area().encode(y=_y(block.y, "low"), y2="high:Q", opacity=opacity))
+    if controls:  # a thin line as well: a narrow band would hardly be seen
+        middle = base.transform_filter(is_control).mark_line(strokeWidth=1)
+        layers.append(middle.encode(y=_y(block.y)))
     drawn = base.transform_filter(~is_control) if controls else base
     dashes = alt.StrokeDash("series:N", sort=block.series, legend=None)
     layers.append(drawn.mark_line(strokeWidth=1.8).encode(y=_y(block.y), strokeDash=dashes))

@@ -73,10 +73,10 @@ def percent(x: float, scale: float = 0.0) -> str:
 def points(x: float, scale: float = 0.0) -> str:
     """A difference of two shares in percentage points, with a sign.
 
-    >>> points(0.123)
-    '+12.3 points'
+    >>> points(0.123), POINTS(0.123)
+    ('+12.3', '+12.3 points')
     """
-    return f"{100 * x:+.1f} points" if math.isfinite(x) else MISSING
+    return f"{100 * x:+.1f}" if math.isfinite(x) else MISSING
 
 
 def decimal(x: float, scale: float = 0.0) -> str:
@@ -116,7 +116,7 @@ FRACTION = Form(fraction, 0.0, 1.0)
 COSINE = Form(fraction, -1.0, 1.0)
 SIGNED_FRACTION = Form(signed_fraction, -1.0, 1.0)
 PERCENT = Form(percent, 0.0, 1.0)
-POINTS = Form(points, -1.0, 1.0)
+POINTS = Form(points, -1.0, 1.0, unit="points")
 DISTANCE = Form(number, lowest=0.0)
 
 

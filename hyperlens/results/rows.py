@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -37,3 +37,16 @@ class ProbeResult:
 
     rows: tuple[Row, ...]
     extras: Mapping[str, Any] = field(default_factory=dict)
+
+
+def chosen_layers(layers: Sequence[int], most: int) -> list[int]:
+    """The first, some in between, and the last two of the layers, at most so many.
+
+    >>> chosen_layers(range(5), 4), chosen_layers(range(3), 4)
+    ([0, 2, 3, 4], [0, 1, 2])
+    """
+    if len(layers) <= most:
+        return list(layers)
+    *inner, last = layers
+    spread = (round(i * (len(inner) - 1) / (most - 2)) for i in range(most - 1))
+    return [*(inner[i] for i in spread), last]

@@ -1,9 +1,10 @@
 """The temperature at which a row of logits has a given entropy (arXiv 2605.22579, section 3.2).
 
 The entropy of softmax(z / T) grows with T: from log(tied maxima) as T goes to 0 to log(unmasked
-tokens) as T goes to infinity. Its slope over log T is the variance of z / T, so that Newton's
-method knows its step; a bracket keeps it safe where the curve is flat. All is in float64 and over
-log T, because T itself may leave the range of floats while its logarithm does not.
+tokens) as T goes to infinity. Its slope over log T is the variance of z / T, which gives Newton's
+method its step; a bracket around the solution takes over where the curve is flat. Everything is
+computed in float64 and over log T, because T itself may leave the range of floats while its
+logarithm does not.
 """
 
 from __future__ import annotations
@@ -32,13 +33,13 @@ Chunks = Callable[[], Iterable[tuple[Tensor, Tensor]]]
 
 
 class Match(NamedTuple):
-    """Temperatures, and what they achieve; entropies in nats.
+    """Temperatures, and the entropies that they give, in nats.
 
     Attributes:
         log_temperature: natural logarithm of T*; the nearest end where the target is out of reach.
         entropy: at T*.
-        lowest, highest: what temperature can reach: log of the number of tied maxima, and log of
-            the number of unmasked tokens.
+        lowest, highest: the entropies between which temperature can choose: log of the number of
+            tied maxima, and log of the number of unmasked tokens.
         reached: whether the entropy is within 1e-4 nats of the target.
     """
 
@@ -74,6 +75,11 @@ def match_entropy(logits: Float[Tensor, "n d_vocab"], target: Float[Tensor, " n"
 
     Raises:
         ProbeError: if a logit is NaN or +inf, or a row has no unmasked token.
+
+    >>> logits = torch.tensor([[4.0, 2.0, 1.0, 0.0], [3.0, 3.0, 0.0, 0.0]])
+    >>> match = match_entropy(logits, torch.tensor([0.5, 0.5]))
+    >>> [round(t, 3) for t in match.temperature.tolist()], match.reached.tolist()
+    ([0.899, 0.124], [True, False])
     """
     gaps = _gaps(logits)
     wanted = target.to(gaps.gap)
@@ -90,11 +96,11 @@ def match_entropy(logits: Float[Tensor, "n d_vocab"], target: Float[Tensor, " n"
 
 
 def match_mean_entropy(chunks: Chunks, target: float) -> Match:
-    """The one temperature at which the weighted mean entropy of many rows is the target.
+    """The single temperature at which the weighted mean entropy of many rows is the target.
 
     Args:
-        chunks: called once per step of the search (about ten), gives all rows in pieces: logits
-            [n, d_vocab] and weights [n], which sum to 1 over all pieces.
+        chunks: yields all rows in pieces, logits [n, d_vocab] and weights [n], which sum to 1 over
+            all pieces; called anew at every step of the search (about ten).
         target: mean entropy in nats.
 
     Returns:
@@ -140,21 +146,29 @@ def scaled(
 def entropy_at(
     logits: Float[Tensor, "n d_vocab"], log_temperature: Float[Tensor, " n"]
 ) -> Float[Tensor, " n"]:
-    """Entropy of softmax(z / T) of each row, in nats."""
+    """Entropy of softmax(z / T) of each row, in nats.
+
+    >>> entropy_at(torch.zeros(1, 4), torch.zeros(1)).exp().round(decimals=6).tolist()
+    [4.0]
+    """
     gaps = _gaps(logits)
     return _entropy(gaps.gap, log_temperature.to(gaps.gap) - gaps.shift)[0]
 
 
 def tied_maxima(logits: Float[Tensor, "n d_vocab"]) -> Int[Tensor, " n"]:
-    """How many tokens share the largest logit of each row."""
+    """How many tokens share the largest logit of each row.
+
+    >>> tied_maxima(torch.tensor([[2.0, 2.0, 1.0], [0.0, 1.0, 2.0]])).tolist()
+    [2, 1]
+    """
     return (logits == logits.amax(-1, keepdim=True)).sum(-1)
 
 
 class EntropyMatched(LogitsProcessor):
-    """Generates at the temperature that gives every single context the same target entropy.
+    """Generate at the temperature that gives every single context the same target entropy.
 
-    It works in plain transformers (`model.generate(..., logits_processor=[...])`) and has no
-    state. Where the target is out of reach, the nearest temperature is taken.
+    Works in plain transformers (`model.generate(..., logits_processor=[EntropyMatched(3.0)])`) and
+    keeps no state. Where the target is out of reach, the closest temperature is taken.
 
     Args:
         target: entropy in nats; the paper takes the tuned model's mean.
@@ -176,14 +190,14 @@ def _gaps(logits: Float[Tensor, "n d_vocab"]) -> _Gaps:
     # Apple's accelerator has no float64.
     z = (logits.cpu() if logits.device.type == "mps" else logits).to(torch.float64)
     top = z.amax(-1, keepdim=True)
-    # The maximum of a row is NaN if anything in it is, and infinite at +inf or nothing but -inf.
+    # The maximum of a row is NaN if any entry is, and infinite for +inf or where all are -inf.
     if not bool(torch.isfinite(top).all()):
         raise ProbeError(
             "cannot match entropies: expected finite logits, or -inf for a masked token, with one "
             "unmasked token in every row; got NaN, +inf or a row of -inf"
         )
     gap = top - z
-    # Of logits that lie further apart than the largest float64, work with halves.
+    # Logits further apart than the largest float64 are halved; `shift` remembers it.
     halved = (torch.isinf(gap) & torch.isfinite(z)).any(-1)
     if bool(halved.any()):
         gap = torch.where(halved[:, None], top / 2 - z / 2, gap)
@@ -203,7 +217,7 @@ def _gaps(logits: Float[Tensor, "n d_vocab"]) -> _Gaps:
 def _over(
     gap: Float[Tensor, "n d_vocab"], log_temperature: Float[Tensor, "#n"]
 ) -> Float[Tensor, "n d_vocab"]:
-    """gap / T, by the square root twice: T may be too small or too large for a float."""
+    """gap / T as two divisions by the square root of T, which may itself be no float."""
     root = (-log_temperature / 2).exp()[:, None]
     return (gap * root).mul_(root)
 
@@ -227,25 +241,23 @@ def _solve(
     high: Float[Tensor, " n"],
     start: Float[Tensor, " n"],
 ) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
-    """Where an increasing curve meets the goal, and its height there; rows leave when done."""
-    found, height = start.clone(), torch.full_like(goal, torch.nan)
+    """Where an increasing curve meets the goal, and its height there; solved rows drop out."""
+    solution, height = start.clone(), torch.full_like(goal, torch.nan)
     rows = torch.arange(len(goal), device=goal.device)
     u, before = start, torch.full_like(goal, torch.inf)
     for _ in range(MAX_STEPS):
         value, slope = curve(u, rows)
-        found[rows], height[rows] = u, value
+        solution[rows], height[rows] = u, value
         error = value - goal
-        going = (error.abs() > TOLERANCE) & (high > low)
-        if not bool(going.any()):
+        unsolved = (error.abs() > TOLERANCE) & (high > low)
+        if not bool(unsolved.any()):
             break
         low = torch.where(error < 0, u, low)
         high = torch.where(error > 0, u, high)
         newton = u - error / slope
-        # A comparison with NaN is false, and bisects.
+        # Comparisons with NaN are false, so that a step from a flat curve becomes a bisection.
         trusted = (newton > low) & (newton < high) & (error.abs() <= before / 2)
         u = torch.where(trusted, newton, (low + high) / 2)
         before = error.abs()
-        rows, u, before, goal, low, high = (
-            kept[going] for kept in (rows, u, before, goal, low, high)
-        )
-    return found, height
+        rows, u, before, goal, low, high = (x[unsolved] for x in (rows, u, before, goal, low, high))
+    return solution, height

@@ -9,24 +9,16 @@ from typing import Any
 
 from ..errors import JudgeError
 from ..files import check_new_folder
-from ..options import (
-    STYLE,
-    add_counts,
-    add_out,
-    add_reading,
-    add_running,
-    folder,
-    read,
-    shows_progress,
-)
+from ..options import STYLE, add_out, add_reading, add_running, folder, read, shows_progress
+from .signatures import add_options, read_signature
 
 DESCRIPTION = """\
 Let a judge compare two models' continuations of the same prompts: which is more coherent, which
-more diverse, which better (Table 5 of arXiv 2605.22579). Each pair is asked in both orders.
+more diverse, which better (Table 5 of arXiv 2605.22579). Each pair is asked about in both orders.
 
 The judge is a model behind any OpenAI-compatible endpoint (--judge-url, --judge-model), a local
 chat model (--judge-folder), or, to try things out, a rule (--judge-rule). A key comes from the
-environment and is written nowhere. Interrupted, the same command goes on."""
+environment and is never written anywhere. After an interruption the same command resumes."""
 
 EXAMPLES = """\
 Examples:
@@ -35,22 +27,13 @@ Examples:
   hyperlens judge --pairs written.jsonl --judge-url https://host/v1 --judge-model m --key-env KEY
   hyperlens judge ./a ./b --texts t.txt --judge-rule"""
 
-# The defaults of `judge_models`.
-WRITTEN = (
-    ("--n-prompts", 100, "texts that are continued"),
-    ("--prompt-tokens", 17, "their first tokens that are the prompt, BOS included"),
-    ("--max-new-tokens", 96, "tokens added to each at most"),
-    ("--batch-size", 16, "prompts per forward pass"),
-    ("--seed", 0, "of the choice of prompts"),
-)
-ASKED = (
-    ("--tries", 3, "times to ask until an answer can be read"),
-    ("--n-examples", 4, "pairs kept as text"),
-)
+# Options of `judge_models` that --pairs has no use for.
+GENERATION = ("n_prompts", "prompt_tokens", "max_new_tokens", "batch_size", "seed")
+ASKING = ("tries", "n_examples")
 
 
 def add(commands: Any) -> None:
-    """The parser."""
+    """Add the parser of `hyperlens judge`."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "judge",
         help="let a judge compare what two models write",
@@ -64,34 +47,45 @@ def add(commands: Any) -> None:
             name.lower(),
             nargs="?",
             metavar=name,
-            help="a model: a folder, hub id, or adapter folder (on the base that it names)",
+            help="a model: a folder, a hub id, or an adapter folder (put on the base that it "
+            "names)",
         )
     texts = add_reading(parser, unless="with two models")
     texts.add_argument(
         "--pairs",
         metavar="FILE",
-        help="in place of models and texts: JSONL with context, a and b, already written "
-        "(default: none)",
+        help="instead of models and texts: continuations that are already written, as JSONL with "
+        "context, a and b (default: none)",
     )
     add_out(parser, "the results (default: print only)")
     _add_judge(parser)
-    add_counts(parser.add_argument_group("what two models write"), WRITTEN, asked=True)
-    add_counts(parser.add_argument_group("what is asked"), ASKED)
+    options = {
+        one.name: one for one in read_signature("hyperlens.judging.judge", "judge_models").options
+    }
+    generation = parser.add_argument_group("what the two models write (not with --pairs)")
+    add_options(generation, (options[name] for name in GENERATION), only_given=True)
+    asking = parser.add_argument_group("asking")
+    add_options(asking, (options[name] for name in ASKING))
     add_running(parser, "the checkpoint's own")
 
 
 def _add_judge(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("judge")
-    who = group.add_mutually_exclusive_group(required=True)
-    for option, metavar, text in (
-        ("--judge-url", "URL", "base URL of an endpoint, as in http://localhost:8000/v1"),
-        ("--judge-folder", "MODEL", "a local chat model: a folder or hub id"),
-    ):
-        who.add_argument(option, metavar=metavar, help=f"{text} (one of three; no default)")
-    who.add_argument(
+    group = parser.add_argument_group("judge (one of --judge-url, --judge-folder, --judge-rule)")
+    one_of = group.add_mutually_exclusive_group(required=True)
+    one_of.add_argument(
+        "--judge-url",
+        metavar="URL",
+        help="the base URL of an endpoint, such as http://localhost:8000/v1 (no default)",
+    )
+    one_of.add_argument(
+        "--judge-folder",
+        metavar="MODEL",
+        help="a local chat model: a folder or hub id (no default)",
+    )
+    one_of.add_argument(
         "--judge-rule",
         action="store_true",
-        help="no model: fewer repeated bigrams win (one of three; no default)",
+        help="no model: the text with fewer repeated bigrams wins (no default)",
     )
     group.add_argument(
         "--judge-model", metavar="NAME", help="the model's name at the endpoint (default: none)"
@@ -106,13 +100,13 @@ def _add_judge(parser: argparse.ArgumentParser) -> None:
         "--judge-parameters",
         type=_json_object,
         metavar="JSON",
-        help='of the request (default: {"temperature": 0, "max_tokens": 800})',
+        help='parameters of each request (default: {"temperature": 0, "max_tokens": 800})',
     )
     for option, kind, default, text in (
-        ("--judge-tokens", int, 800, "tokens of a local judge's answer at most"),
+        ("--judge-tokens", int, 800, "longest answer of a local judge, in tokens"),
         ("--workers", int, 4, "requests at a time"),
         ("--timeout", float, 60.0, "seconds to wait for one answer"),
-        ("--retries", int, 5, "attempts after a failure that may pass"),
+        ("--retries", int, 5, "further attempts after a failure that may pass"),
     ):
         group.add_argument(
             option, type=kind, default=default, metavar="N", help=f"{text} (default: {default:g})"
@@ -131,33 +125,25 @@ def run(args: argparse.Namespace) -> str:
         check_new_folder(args.out)
     _check_sources(args)
     texts = read(args, args.texts, args.split) if args.pairs is None else None
-    from .judge import judge_continuations, judge_models
+    from ..judging.judge import judge_continuations, judge_models
 
     shared: dict[str, Any] = {
         "judge": _judge(args),
-        "tries": args.tries,
+        **{name: getattr(args, name) for name in ASKING},
         "cache": _cache(args),
-        "n_examples": args.n_examples,
         "device": args.device,
         "progress": shows_progress(args),
     }
     if texts is None:
-        finding = judge_continuations(args.pairs, **shared)
+        result = judge_continuations(args.pairs, **shared)
     else:
-        finding = judge_models(
-            args.a,
-            args.b,
-            texts,
-            **_of_writing(args),
-            dtype=args.dtype,
-            **shared,
+        result = judge_models(
+            args.a, args.b, texts, dtype=args.dtype, **_generation_options(args), **shared
         )
     if args.out is None:
-        return finding.summary()
-    return (
-        f"{finding.summary()}\n\nsaved in {finding.save(args.out)}; answers are kept in "
-        f"{_cache(args)}"
-    )
+        return result.summary()
+    saved = result.save(args.out)
+    return f"{result.summary()}\n\nsaved in {saved}; answers are kept in {_cache(args)}"
 
 
 def interrupted(args: argparse.Namespace) -> str:
@@ -166,43 +152,44 @@ def interrupted(args: argparse.Namespace) -> str:
     kept = 0 if cache is None or not cache.is_dir() else len(list(cache.glob("*.json")))
     if not kept:
         return "interrupted"
-    return f"interrupted: {kept} answers are kept in {cache}, from which the same command goes on"
+    return f"interrupted: {kept} answers are kept in {cache}; the same command resumes from there"
 
 
 def _check_sources(args: argparse.Namespace) -> None:
-    given = [source is not None for source in (args.a, args.b, args.texts)]
-    if not (all(given) if args.pairs is None else not any(given)):
+    is_given = [source is not None for source in (args.a, args.b, args.texts)]
+    if not (all(is_given) if args.pairs is None else not any(is_given)):
         raise JudgeError("expected two models and --texts, or --pairs alone: give one or the other")
     if args.pairs is None:
         return
-    reading = {name: getattr(args, name) for name in ("text_column", "limit", "dtype")}
-    useless = [*_of_writing(args), *(name for name, value in reading.items() if value is not None)]
-    if args.split != "train":
-        useless.append("split")
+    others = {name: getattr(args, name) for name in ("text_column", "limit", "dtype")}
+    useless = [
+        *_generation_options(args),
+        *(name for name, value in others.items() if value is not None),
+        *(["split"] if args.split != "train" else []),
+    ]
     if useless:
         option = useless[0].replace("_", "-")
         raise JudgeError(
-            f"--{option} is for models that write, and every pair of --pairs is judged as it "
-            "stands: leave it out"
+            f"--{option} is for two models and --texts; with --pairs every pair of the file is "
+            "judged: leave it out"
         )
 
 
-def _of_writing(args: argparse.Namespace) -> dict[str, Any]:
-    """The options of `WRITTEN` that were asked for, as arguments."""
-    names = [option.removeprefix("--").replace("-", "_") for option, *_ in WRITTEN]
-    return {name: getattr(args, name) for name in names if name in args}
+def _generation_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of GENERATION that are on the command line."""
+    return {name: getattr(args, name) for name in GENERATION if name in args}
 
 
 def _judge(args: argparse.Namespace) -> Any:
     if args.judge_rule:
-        from .rule import FewerRepeatedBigrams
+        from ..judging.judges import FewerRepeatedBigrams
 
         return FewerRepeatedBigrams()
     if args.judge_folder is not None:
-        from .local import LocalJudge
+        from ..judging.judges import LocalJudge
 
         return LocalJudge(args.judge_folder, max_new_tokens=args.judge_tokens, device=args.device)
-    from .endpoint import Endpoint
+    from ..judging.endpoint import Endpoint
 
     if args.judge_model is None:
         raise JudgeError("--judge-url needs --judge-model, the model's name there: add it")
@@ -230,5 +217,5 @@ def _json_object(text: str) -> dict[str, Any]:
     except ValueError:
         value = None
     if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError('expected a JSON object, as in {"temperature": 0}')
+        raise argparse.ArgumentTypeError('expected a JSON object such as {"temperature": 0}')
     return value

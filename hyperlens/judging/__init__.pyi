@@ -1,0 +1,13 @@
+from .endpoint import Endpoint as Endpoint
+from .judge import JudgeResult as JudgeResult
+from .judge import judge_continuations as judge_continuations
+from .judge import judge_models as judge_models
+from .judges import FewerRepeatedBigrams as FewerRepeatedBigrams
+from .judges import FunctionJudge as FunctionJudge
+from .judges import Judge as Judge
+from .judges import LocalJudge as LocalJudge
+from .prompt import SCHEMA as SCHEMA
+from .prompt import Judgement as Judgement
+from .prompt import read_judgement as read_judgement
+from .prompt import read_prompt as read_prompt
+from .prompt import write_prompt as write_prompt
