@@ -142,4 +142,5 @@ def test_a_sweep_finds_the_structure_of_each_model_once(traced):
         base, tuned, token_texts(4, shortest=6, longest=9),
         n_prompts=2, prompt_tokens=5, max_new_tokens=2, progress=False,
     )  # fmt: skip
-    assert traced == [base, tuned]
+    # Weight-sharing copies of the two.
+    assert len(traced) == len(set(traced)) == 2

@@ -133,16 +133,16 @@ def brute_force(base, tuned, site, texts):
     """Shares by whole forward passes, one text at a time, hooks on the stock model."""
     from hyperlens.patching import patch_hooks, record
 
-    host, donor = ResidualModel(base), ResidualModel(tuned)
+    target, source = ResidualModel(base), ResidualModel(tuned)
     hits = changed = 0
     for ids in texts:
         tokens = torch.tensor([ids])
         mask = torch.ones_like(tokens)
         with torch.no_grad():
-            first = run_logits(host, tokens, mask)[0, 1:].argmax(-1)  # BOS decides nothing
-            second = run_logits(donor, tokens, mask)[0, 1:].argmax(-1)
-            hooks = patch_hooks(host, record(donor, tokens, mask, [site]))
-            third = run_logits(host, tokens, mask, hooks)[0, 1:].argmax(-1)
+            first = run_logits(target, tokens, mask)[0, 1:].argmax(-1)  # BOS decides nothing
+            second = run_logits(source, tokens, mask)[0, 1:].argmax(-1)
+            hooks = patch_hooks(target, record(source, tokens, mask, [site]))
+            third = run_logits(target, tokens, mask, hooks)[0, 1:].argmax(-1)
         changed += int((first != second).sum())
         hits += int(((first != second) & (third == second)).sum())
     return hits / changed
@@ -194,7 +194,7 @@ def test_a_patch_at_some_positions_does_not_reach_back():
         run_sweep(pair, corpus, Sweep(site, [40], False, 0), 4, False)
 
 
-def test_what_is_written_is_the_donors_where_all_of_it_is_donated():
+def test_generated_text_is_the_sources_where_all_of_it_is_patched():
     base = make_tiny("llama")
     tuned = blocks_perturbed(base, [0, 2], scale=0.4)
     found = patch_blocks(base, tuned, TEXTS, **SHORT)
@@ -203,19 +203,19 @@ def test_what_is_written_is_the_donors_where_all_of_it_is_donated():
         assert along(found, INTO_TUNED, metric)[3] == found.unpatched("base", metric)["value"]
         assert along(found, INTO_BASE, metric)[0] == found.unpatched("base", metric)["value"]
     against = {c["activation"] for c in found.contrasts(INTO_BASE, "ttr")}
-    assert against == {"unpatched", "rotation"}
+    assert against == {"unpatched", "rotated"}
 
 
-def test_placebos_do_not_pass_for_the_donor():
+def test_controls_do_not_pass_for_the_source():
     base = make_tiny("llama")
     tuned = blocks_perturbed(base, [1], scale=0.3)
     found = patch_blocks(base, tuned, token_texts(40, shortest=8, longest=20), **QUICK)
     for layer in (2, 3):
-        assert found.beats_placebos(INTO_BASE, layer) is True
+        assert found.beats_controls(INTO_BASE, layer) is True
     for layer in (0, 1):
-        # Nothing to donate: the placebos of size zero are the host itself.
-        assert found.beats_placebos(INTO_BASE, layer) is False
-    for name in ("noise", "rotation"):
+        # Nothing to put in: controls of size zero are the target itself.
+        assert found.beats_controls(INTO_BASE, layer) is False
+    for name in ("random_direction", "rotated"):
         assert max(along(found, INTO_BASE, "to_tuned", name)) < 0.7
         assert along(found, INTO_BASE, "to_tuned", name)[:2] == [0, 0]
 

@@ -41,28 +41,28 @@ def site_of(layer):
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_cell_equals_a_whole_forward_pass_with_a_hook(name):
     base = make_tiny(name)
-    host, donor = ResidualModel(base), ResidualModel(perturbed(base, 0.1))
+    target, source = ResidualModel(base), ResidualModel(perturbed(base, 0.1))
     texts = [torch.tensor(ids) for ids in (*TEXTS[1:3], TEXTS[0][:5])]
     width = max(map(len, texts))
     tokens = torch.stack([torch.nn.functional.pad(t, (width - len(t), 0)) for t in texts])
     mask = torch.stack([torch.arange(width) >= width - len(t) for t in texts]).long()
-    host, donor = (read_endings("", model, tokens, mask, 5) for model in (host, donor))
-    check_continues(host)
+    target, source = (read_endings("", model, tokens, mask, 5) for model in (target, source))
+    check_continues(target)
     with torch.no_grad():
         for layer in range(4):
-            donated = donor.stream[layer]
-            made = patched_singly(host, donated, layer, 4)
-            every = patched_everywhere(host, donated, layer)
+            donated = source.stream[layer]
+            made = patched_singly(target, donated, layer, 4)
+            every = patched_everywhere(target, donated, layer)
             for row, ids in enumerate(texts):
                 n = len(ids)
                 for offset, normed in ((0, made[row, 0]), (4, made[row, 4]), (None, every[row])):
                     hooks = patch_hooks(
-                        host.model,
+                        target.model,
                         {site_of(layer): donated[row : row + 1, width - n :]},
                         positions=None if offset is None else [n - 1 - offset],
                     )
-                    whole = run_logits(host.model, ids[None], torch.ones(1, n).long(), hooks)
-                    got = unembed(host.model, normed[None])[0]
+                    whole = run_logits(target.model, ids[None], torch.ones(1, n).long(), hooks)
+                    got = unembed(target.model, normed[None])[0]
                     torch.testing.assert_close(got, whole[0, -1], atol=1e-4, rtol=1e-4)
 
 
@@ -126,8 +126,8 @@ def test_one_text_is_shown_with_its_tokens_cell_by_cell():
     windows = [[str(i) for i in ids[j : j + 3]] for ids in TEXTS for j in range(len(ids))]
     assert example["tokens"] in windows
     assert example["base_top_1"] != example["tuned_top_1"]
-    assert by_place[INTO_BASE, 3, 1]["choice"] == example["base_top_1"]
-    assert by_place[INTO_TUNED, 3, 2]["choice"] == example["tuned_top_1"]
+    assert by_place[INTO_BASE, 3, 1]["top_1"] == example["base_top_1"]
+    assert by_place[INTO_TUNED, 3, 2]["top_1"] == example["tuned_top_1"]
     assert 0 < abs(last["moved"]) < 5
 
 
@@ -185,12 +185,12 @@ def test_a_model_that_needs_more_than_keys_and_values_is_found_out():
 
 @pytest.mark.parametrize("name", STATE_SPACE)
 def test_states_that_are_no_keys_and_values_are_refused(name):
-    host = ResidualModel(state_space(name))
+    target = ResidualModel(state_space(name))
     tokens = torch.arange(3, 13)[None]
     with pytest.raises(PatchError, match="something other than keys and values"):
-        read_endings("base", host, tokens, torch.ones_like(tokens), 4)
+        read_endings("base", target, tokens, torch.ones_like(tokens), 4)
     # Nothing is kept where every token is patched.
-    check_continues(read_endings("base", host, tokens, torch.ones_like(tokens), 10))
+    check_continues(read_endings("base", target, tokens, torch.ones_like(tokens), 10))
 
 
 def test_a_state_that_overflows_in_the_other_model_is_refused():

@@ -128,7 +128,7 @@ def test_shuffled_gains_are_the_same_gains_with_the_same_variance(d, seed):
 
 
 @given(sizes, seeds, st.floats(1.05, 12.0))
-def test_matched_doses_are_those_of_a_search(d, seed, wanted):
+def test_matched_sizes_are_those_of_a_search(d, seed, wanted):
     c, basis = covariance(d, seed), spectrum.random_basis(d, 5)
     seen = spectrum.in_basis(c, basis)
     kept = [m for m in range(1, d + 1) if ratio(after(c, basis, spectrum.keeping(m, d))) <= wanted]
@@ -186,7 +186,7 @@ def test_every_way_of_a_plan_does_what_it_says(d, seed):
     assert torch.equal(planned.changes[everything].gain, torch.ones(d).double())
 
 
-def test_a_plan_has_its_matched_doses_and_writes_under_few():
+def test_a_plan_has_its_matched_sizes_and_generates_under_few():
     wide, narrow = torch.linspace(1, 2, 16).double(), torch.linspace(1, 2, 16).double() ** 8
     basis = spectrum.random_basis(16, 0)
     clouds = [Cloud(99, torch.zeros(16).double(), (basis * v) @ basis.mT) for v in (narrow, wide)]
