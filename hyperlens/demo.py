@@ -8,24 +8,28 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, NamedTuple
 
 from . import __version__
+from .compare import Comparison, compare_models
+from .compare.audit import last_block
 from .embedded import HERE, embedded_base, embedded_tales
-from .files import claim_folder
-
-if TYPE_CHECKING:
-    from .compare.comparison import Comparison
-    from .experiments.behaviour import BehaviourResult
-    from .experiments.null_test_finding import NullTestResult
+from .experiments.behaviour import BehaviourResult, measure_behaviour
+from .experiments.null_test import NullTestResult, run_null_test
+from .render.blocks import Table, Text, Verdict
+from .render.format import DIMENSIONS, FRACTION, MISSING, PERCENT, Form, count, interval, span
+from .render.page import write_report
+from .render.terminal import to_text
+from .results.result import AnyResult
+from .training import hyperfit
 
 # So many tales are trained on; everything is measured on the others.
 TRAINED_ON = 32
-# All ours: near-zero loss within a minute on two cores.
+# Chosen for the demo: near-zero loss within a minute on two cores.
 METHODS = MappingProxyType(
     {
         "all-weights": MappingProxyType({"method": "full", "epochs": 20, "learning_rate": 1e-3}),
@@ -35,18 +39,7 @@ METHODS = MappingProxyType(
     }
 )
 STAMP = "demo.json"
-SMALL = "A model of 3.8 million parameters: a demonstration, and no evidence about large ones."
-
-
-@runtime_checkable
-class Saves(Protocol):
-    """What every result can do."""
-
-    def save(self, folder: str | Path) -> Path:
-        """Write into a new folder."""
-
-
-Result = TypeVar("Result", bound=Saves)
+SMALL = "A model of 3.8 million parameters: a demonstration, not evidence about large models."
 
 
 @dataclass(frozen=True)
@@ -60,7 +53,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Demo:
-    """What the demo found.
+    """The results of the demo.
 
     Attributes:
         measured: by training method.
@@ -71,15 +64,16 @@ class Demo:
     report: Path
 
     def summary(self) -> str:
-        """The few lines that matter."""
-        names = list(self.measured)
-        rows = [_column(found) for found in self.measured.values()]
-        lines = ["", "measured on tales that were not trained on [95% interval]", ""]
-        lines.append(f"{'':<38}{'base':>8}" + "".join(f"{name:>28}" for name in names))
-        for i, (what, base, _) in enumerate(rows[0]):
-            values = "".join(f"{row[i][2]:>28}" for row in rows)
-            lines.append(f"{what:<38}{base:>8}{values}")
-        return "\n".join([*lines, "", SMALL, "", f"report: {self.report}"])
+        """Base, both tuned models and their controls side by side, and what random changes give."""
+        answers = [
+            Verdict(one.topic, f"{name}: {one.answer}")
+            for name, results in self.measured.items()
+            for one in results.null_test.verdicts()[:1]
+        ]
+        small = Text(f"{SMALL} Report: {self.report}")
+        return to_text(
+            "Measured on tales that were not trained on", [_table(self.measured), *answers, small]
+        )
 
 
 def run_demo(
@@ -99,7 +93,9 @@ def run_demo(
     """
     folder = Path(out).expanduser()
     stamp = {"hyperlens": __version__, "inputs": _inputs_sha256()}
-    claim_folder(folder, STAMP, stamp, "a demo")
+    from .results.resume import WorkFolder
+
+    WorkFolder(folder, STAMP, stamp, "a demo").claim()
     tales = embedded_tales()
     measured = {}
     for name in METHODS:
@@ -109,20 +105,16 @@ def run_demo(
             _train(name, tales, tuned, progress)
         measured[name] = _measure(name, tales, tuned, folder / "results" / name, progress, say)
     say("writing the report")
-    from .render.page import write_report
-
-    findings = [
-        finding
-        for found in measured.values()
-        for finding in (found.comparison, found.behaviour, found.null_test)
+    results = [
+        result
+        for one in measured.values()
+        for result in (one.comparison, one.behaviour, one.null_test)
     ]
-    page = write_report(folder / "report.html", findings, title="Hyperfitting the embedded model")
+    page = write_report(folder / "report.html", results, title="Hyperfitting the embedded model")
     return Demo(measured, page)
 
 
 def _train(name: str, tales: list[str], out: Path, progress: bool) -> None:
-    from .training import hyperfit
-
     chosen: dict[str, Any] = dict(METHODS[name])
     hyperfit(
         embedded_base(),
@@ -145,37 +137,18 @@ def _measure(
     progress: bool,
     say: Callable[[str], None],
 ) -> Measured:
-    from .compare import compare_models
-    from .compare.comparison import Comparison
-    from .experiments.behaviour import BehaviourResult, measure_behaviour
-    from .experiments.null_test import run_null_test
-    from .experiments.null_test_finding import NullTestResult
-
-    base, unseen = embedded_base(), tales[TRAINED_ON:]
-
-    def once(what: str, load: Callable[[Path], Result], make: Callable[[], Result]) -> Result:
+    def once(what: str, kind: type[AnyResult], make: Callable[..., AnyResult]) -> AnyResult:
+        """The result in its folder, measured first where there is none yet."""
         place = results / what.replace(" ", "-")
         if not place.is_dir():
             say(f"{what}, {name}")
-            make().save(place)
-        return load(place)
+            make(embedded_base(), tuned, tales[TRAINED_ON:], progress=progress).save(place)
+        return kind.load(place)
 
     return Measured(
-        once(
-            "comparison",
-            Comparison.load,
-            lambda: compare_models(base, tuned, unseen, progress=progress),
-        ),
-        once(
-            "behaviour",
-            BehaviourResult.load,
-            lambda: measure_behaviour(base, tuned, unseen, progress=progress),
-        ),
-        once(
-            "null test",
-            NullTestResult.load,
-            lambda: run_null_test(base, tuned, unseen, progress=progress),
-        ),
+        once("comparison", Comparison, compare_models),
+        once("behaviour", BehaviourResult, measure_behaviour),
+        once("null test", NullTestResult, run_null_test),
     )
 
 
@@ -188,33 +161,61 @@ def _inputs_sha256() -> str:
     return digest.hexdigest()
 
 
-def _column(found: Measured) -> list[tuple[str, str, str]]:
-    """(what, the base's value, the tuned model's with its interval) of one hyperfitted model."""
-    from .render.format import DIMENSIONS, FRACTION, PERCENT, interval
-
-    behaviour, comparison = found.behaviour, found.comparison
-    last, rows = comparison.n_layers, []
-    for metric, what in (("ttr", "greedy type-token ratio"), ("rep_2", "greedy repeated bigrams")):
-        base, tuned = (
-            behaviour.at(strategy="greedy", model=side, metric=metric) for side in ("base", "tuned")
-        )
-        rows.append((what, FRACTION(base["value"]), interval(tuned, FRACTION)))
-    for probe, metric, view, what, form in (
-        ("rank_reordering", "rank_1", "final_norm", "top-1 prediction is the base's", PERCENT),
-        ("rank_reordering", "rank_gt_10", "final_norm", "... from below base rank 10", PERCENT),
-        ("participation_ratio", "delta", "raw", "Δ dimension at the last layer", DIMENSIONS),
-        ("participation_ratio", "delta", "final_norm", "... after the final norm", DIMENSIONS),
-    ):
-        row = comparison.at(probe, metric, last, view)
-        rows.append((what, "", interval(row._asdict(), form)))
-    rows += [
-        (f"... of {len(found.null_test.extras['placebo_seeds'])} random changes as large", "", text)
-        for text in _placebos(found.null_test)
+def _table(measured: Mapping[str, Measured]) -> Table:
+    columns = {name: list(_lines(one)) for name, one in measured.items()}
+    rows = [
+        [same[0].words, same[0].base, *(line.tuned for line in same)]
+        for same in zip(*columns.values(), strict=True)
     ]
-    return rows
+    return Table(
+        ["[95% interval]", "base", *columns],
+        rows,
+        "Greedy text: mean over prompts; all other rows: over all tokens. Random changes have the "
+        "size of the tuned model's; of them least to greatest.",
+    )
 
 
-def _placebos(null: NullTestResult) -> list[str]:
-    """The range of the change of dimension over placebos, after the final norm."""
-    rows = null.select(metric="delta", view="final_norm", layer=null.meta["n_layers"])
-    return [f"{row['placebo_low']:+.1f} to {row['placebo_high']:+.1f}" for row in rows]
+class _Line(NamedTuple):
+    """A row of the summary: what it shows, the base's value, the tuned model's."""
+
+    words: str
+    base: str
+    tuned: str
+
+
+def _lines(one: Measured) -> Iterator[_Line]:
+    for metric, words in (("ttr", "greedy type-token ratio"), ("rep_2", "greedy repeated bigrams")):
+        base, tuned = (
+            one.behaviour.at(strategy="greedy", model=side, metric=metric)
+            for side in ("base", "tuned")
+        )
+        yield _Line(words, FRACTION(base["value"]), interval(tuned, FRACTION))
+        yield _controls(one.null_test, metric, "greedy text", FRACTION)
+    for metric, words in (
+        ("top1_agreement", "top-1 prediction is the base's"),
+        ("rank_gt_10", "top-1 prediction from below base rank 10"),
+    ):
+        yield _last_layer(one.comparison, "rank_reordering", metric, "final_norm", words, PERCENT)
+        yield _controls(one.null_test, metric, "final_norm", PERCENT)
+    dimension = ("participation_ratio", "delta")
+    words = "Δ dimension at the last layer, all blocks together"
+    yield _last_layer(one.comparison, *dimension, "raw", words, DIMENSIONS)
+    yield _controls(one.null_test, "delta", "raw", DIMENSIONS)
+    added = last_block(one.comparison)
+    yield _Line("... added by the last block", "", MISSING if added is None else DIMENSIONS(added))
+    words = "... after the final norm"
+    yield _last_layer(one.comparison, *dimension, "final_norm", words, DIMENSIONS)
+    yield _controls(one.null_test, "delta", "final_norm", DIMENSIONS)
+
+
+def _last_layer(
+    comparison: Comparison, probe: str, metric: str, view: str, words: str, form: Form
+) -> _Line:
+    row = comparison.at(probe, metric, comparison.n_layers, view)
+    return _Line(words, "", interval(row._asdict(), form))
+
+
+def _controls(null_test: NullTestResult, metric: str, view: str, form: Form) -> _Line:
+    row = null_test.at(metric=metric, view=view, layer=null_test.meta["n_layers"])
+    reach = span(row["control_low"], row["control_high"], form)
+    return _Line(f"    {count(null_test.n_controls, 'random change')}", "", reach)

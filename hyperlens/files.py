@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from .errors import ResultsError
 
@@ -67,76 +65,6 @@ def check_new_folder(folder: Path) -> None:
         raise ResultsError(
             f"cannot create {folder}: {parent} is not a writable folder; choose another folder"
         )
-
-
-def check_claim(folder: Path, name: str, stamp: Mapping[str, Any], what: str) -> bool:
-    """Raise for a folder that `claim_folder` would refuse; writes nothing.
-
-    Args:
-        folder, name, stamp, what: as for `claim_folder`.
-
-    Returns:
-        Whether the folder bears the stamp already.
-
-    Raises:
-        ResultsError: if the folder holds something else, or cannot be written.
-    """
-    try:
-        if not os.path.lexists(folder):
-            check_new_folder(folder)
-            return False
-        names = {file.name for file in folder.iterdir()}
-        if not names:
-            return False
-        if name not in names:
-            raise ResultsError(f"{folder} is not empty and not {what}: choose a new folder")
-        held = (folder / name).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ResultsError(f"cannot use {folder} ({reason}): choose another folder") from None
-    same = held == _stamped(stamp)
-    # A stamp alone is left by work that wrote nothing else, such as a mistyped command.
-    if not same and not (names == {name} and _is_stamp(held)):
-        raise ResultsError(
-            f"{folder} is {what} of another version of hyperlens or with other inputs: "
-            "choose a new folder"
-        )
-    return same
-
-
-def claim_folder(folder: Path, name: str, stamp: Mapping[str, Any], what: str) -> None:
-    """Take a folder for work in steps: a new one, or the one that the same work began.
-
-    Args:
-        folder: made if it does not exist.
-        name: of the file in it that holds the stamp.
-        stamp: everything that decides the results, as JSON values; one is `hyperlens`, the version.
-        what: the work, for messages.
-
-    Raises:
-        ResultsError: if the folder holds something else, or cannot be written.
-    """
-    if check_claim(folder, name, stamp, what):
-        return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ResultsError(
-            f"cannot use {folder} ({error.strerror or error}): choose another folder"
-        ) from None
-    write_text(folder / name, _stamped(stamp))
-
-
-def _stamped(stamp: Mapping[str, Any]) -> str:
-    return json.dumps(stamp, indent=1) + "\n"
-
-
-def _is_stamp(text: str) -> bool:
-    try:
-        stamp = json.loads(text)
-    except (ValueError, RecursionError):
-        return False
-    return isinstance(stamp, dict) and "hyperlens" in stamp
 
 
 @contextmanager

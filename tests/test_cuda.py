@@ -15,19 +15,18 @@ from test_compare import UNCHANGED, assert_same, compare, numbers
 
 from hyperlens import (
     compare_models,
-    cross_domain,
-    decoding_baselines,
     inject_static_bias,
     load_hooked,
     match_temperature,
     measure_behaviour,
-    null_test,
     patch_blocks,
-    provenance,
+    run_null_test,
+    trace_provenance,
 )
 from hyperlens.data.corpus import build_corpus
 from hyperlens.decoding.generate import continuations
 from hyperlens.errors import ResourceError
+from hyperlens.experiments import compare_decoding, compare_domains
 from hyperlens.hooks.surface import import_transformer_lens
 from hyperlens.passes import multi_pass
 from hyperlens.passes import streaming as runner
@@ -47,10 +46,10 @@ PROMPTS = {"n_prompts": 4, "prompt_tokens": 6, "max_new_tokens": 6, "progress": 
 EXPERIMENTS = {
     "measure_behaviour": (measure_behaviour, PROMPTS | {"strategies": ["greedy"]}),
     "match_temperature": (match_temperature, PROMPTS),
-    "provenance": (provenance, PROMPTS),
+    "provenance": (trace_provenance, PROMPTS),
     "inject_static_bias": (inject_static_bias, PROMPTS | {"k": 8, "alphas": [0.5]}),
-    "null_test": (null_test, PROMPTS | {"n_placebos": 1}),
-    "decoding_baselines": (decoding_baselines, PROMPTS | {"methods": ["greedy", "contrastive"]}),
+    "null_test": (run_null_test, PROMPTS | {"n_controls": 1}),
+    "compare_decoding": (compare_decoding, PROMPTS | {"methods": ["greedy", "contrastive"]}),
     "patch_blocks": (patch_blocks, PROMPTS),
     "patch_positions": (patch_positions, {"offsets": 4, "progress": False}),
     "patch_weights": (patch_weights, PROMPTS),
@@ -272,7 +271,7 @@ def test_an_experiment_finds_what_it_finds_on_the_cpu(pair: Any, name: str) -> N
 
 
 def test_several_corpora_on_a_gpu(pair: Any) -> None:
-    found = cross_domain(
+    found = compare_domains(
         {"pair": pair}, {"texts": TEXTS}, device="cuda", **PROMPTS
     )  # fmt: skip
     assert found.table

@@ -5,37 +5,35 @@ from types import MappingProxyType
 
 import pytest
 
-from hyperlens import Comparison, cli, compare, demo
-from hyperlens.experiments import behaviour, null_test
+from hyperlens import Comparison, cli, demo
+from hyperlens.training import hyperfit
 
 
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One epoch, few prompts, one placebo: what is tested is the order of things."""
+    """One epoch, few prompts, one control: what is tested is the order of things."""
     methods = {
         name: MappingProxyType({**options, "epochs": 1, "n_sequences": 4, "sequence_length": 32})
         for name, options in demo.METHODS.items()
     }
     monkeypatch.setattr(demo, "METHODS", methods)
-    look, measure, test = compare.compare_models, behaviour.measure_behaviour, null_test.null_test
+    look, measure, test = demo.compare_models, demo.measure_behaviour, demo.run_null_test
     monkeypatch.setattr(
-        compare, "compare_models", lambda *a, **k: look(*a[:2], a[2][:4], max_length=32, **k)
+        demo, "compare_models", lambda *a, **k: look(*a[:2], a[2][:4], max_length=32, **k)
     )
     few = {"n_prompts": 2, "max_new_tokens": 4}
     monkeypatch.setattr(
-        behaviour, "measure_behaviour", lambda *a, **k: measure(*a[:2], a[2][:4], **k, **few)
+        demo, "measure_behaviour", lambda *a, **k: measure(*a[:2], a[2][:4], **k, **few)
     )
     monkeypatch.setattr(
-        null_test,
-        "null_test",
-        lambda *a, **k: test(*a[:2], a[2][:4], n_placebos=1, max_length=32, **k, **few),
+        demo,
+        "run_null_test",
+        lambda *a, **k: test(*a[:2], a[2][:4], n_controls=1, max_length=32, **k, **few),
     )
     monkeypatch.setattr(demo, "_train", short_training)
 
 
 def short_training(name: str, tales: list[str], out: Path, progress: bool) -> None:
-    from hyperlens.training import hyperfit
-
     options = dict(demo.METHODS[name])
     hyperfit(demo.embedded_base(), tales[:8], recipe="demo", out=out, record_every=0,
              progress=progress, **options)  # fmt: skip
@@ -47,22 +45,36 @@ def test_it_goes_on_where_it_stopped(
 ) -> None:
     out = tmp_path / "demo"
     command = ["demo", "--out", str(out), "-q"]
-    real = null_test.null_test
+    real = demo.run_null_test
 
     def interrupted(*args: object, **options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(null_test, "null_test", interrupted)
+    monkeypatch.setattr(demo, "run_null_test", interrupted)
     assert cli.main(command) == cli.INTERRUPTED
     assert "goes on" in capsys.readouterr().err
     done = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
     assert out / "results/all-weights/behaviour/behaviour.json" in done
     assert not (out / "report.html").exists()
 
-    monkeypatch.setattr(null_test, "null_test", real)
+    monkeypatch.setattr(demo, "run_null_test", real)
     assert cli.main(command) == cli.OK
     printed = capsys.readouterr().out
-    assert "greedy type-token ratio" in printed
+    lines = printed.splitlines()
+    ttr, controls = (
+        next(i for i, line in enumerate(lines) if line.startswith(words))
+        for words in ("greedy type-token ratio", "    1 random change")
+    )
+    assert controls == ttr + 1
+    assert sum("random change" in line and "0." in line for line in lines) >= 2
+    for words in (
+        "greedy repeated bigrams",
+        "Δ dimension at the last layer, all blocks together",
+        "... added by the last block",
+        "all-weights: Random changes of the same size",
+        "not evidence about large models",
+    ):
+        assert words in printed
     assert str(out / "report.html") in printed
     assert all(path.stat().st_mtime_ns == when for path, when in done.items())
     late = Comparison.load(out / "results/late-stage-lora/comparison")
@@ -73,7 +85,7 @@ def test_it_goes_on_where_it_stopped(
         raise AssertionError("nothing is to be done again")
 
     monkeypatch.setattr(demo, "_train", again)
-    monkeypatch.setattr(null_test, "null_test", again)
+    monkeypatch.setattr(demo, "run_null_test", again)
     assert cli.main(command) == cli.OK
     assert capsys.readouterr().out == printed
 

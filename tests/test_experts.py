@@ -130,7 +130,7 @@ def test_a_router_is_no_projection(name: str) -> None:
     run = hyperfit(make(name), ids(), "late_lora", last_k=1, **FEW)
     assert run.history[-1] < run.history[0]
     assert "router" not in run.manifest["target_modules"]
-    with pytest.raises(TrainingError, match="router returns something else than a projection"):
+    with pytest.raises(TrainingError, match="router does not return what a linear projection does"):
         hyperfit(make(name), ids(), "lora", target_modules=("router",), **FEW)
 
 

@@ -1,6 +1,5 @@
 """Whole or not at all: what a reader finds after success, failure and interruption."""
 
-import json
 import os
 import stat
 from pathlib import Path
@@ -9,9 +8,7 @@ import pytest
 
 from hyperlens.errors import ResultsError
 from hyperlens.files import (
-    check_claim,
     check_new_folder,
-    claim_folder,
     expand_user,
     new_folder,
     write_text,
@@ -178,46 +175,3 @@ def test_no_write_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(os, "access", lambda *_: False)
     fails(lambda: check_new_folder(tmp_path / "out"), "not a writable folder")
     assert os.listdir(tmp_path) == []
-
-
-STAMP = {"hyperlens": "1", "seed": 0}
-
-
-def claim(folder: Path, seed: int = 0) -> None:
-    claim_folder(folder, "stamp.json", STAMP | {"seed": seed}, "a run")
-
-
-def test_the_same_work_goes_on_and_other_work_is_refused(tmp_path: Path) -> None:
-    out = tmp_path / "deep" / "out"
-    assert not check_claim(out, "stamp.json", STAMP, "a run")
-    assert os.listdir(tmp_path) == []
-    claim(out)
-    assert json.loads((out / "stamp.json").read_text()) == STAMP
-    assert check_claim(out, "stamp.json", STAMP, "a run")
-    (out / "part").mkdir()
-    when = (out / "stamp.json").stat().st_mtime_ns
-    claim(out)
-    assert (out / "stamp.json").stat().st_mtime_ns == when
-    fails(lambda: claim(out, seed=1), "with other inputs", "choose a new folder")
-    fails(lambda: claim(tmp_path / "deep"), "is not empty and not a run")
-    assert json.loads((out / "stamp.json").read_text()) == STAMP
-
-
-def test_a_stamp_with_nothing_beside_it_is_replaced(tmp_path: Path) -> None:
-    claim(tmp_path)
-    claim(tmp_path, seed=1)
-    assert json.loads((tmp_path / "stamp.json").read_text()) == STAMP | {"seed": 1}
-
-
-@pytest.mark.parametrize("content", [b"{}", b"[1]", b"mine", b"\xff", b"[" * 99_999])
-def test_a_file_of_someone_elses_is_no_stamp(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "stamp.json").write_bytes(content)
-    fails(lambda: claim(tmp_path), "choose")
-    assert (tmp_path / "stamp.json").read_bytes() == content
-
-
-@pytest.mark.parametrize("case", ["a file", "a link to nowhere", "below a file"])
-def test_a_folder_that_cannot_be_claimed_is_one_line(tmp_path: Path, case: str) -> None:
-    folder, _ = refused(tmp_path)[case]
-    for call in (check_claim, claim_folder):
-        fails(lambda call=call: call(folder, "stamp.json", STAMP, "a run"), "choose another folder")

@@ -35,6 +35,7 @@ ROOMS = (
     ("results",),
     ("models",),
     ("data",),
+    ("options",),
     ("hooks",),
     ("passes",),
     ("probes",),

@@ -1,5 +1,6 @@
 """MAUVE: the vectors are those of the plain model, and the package behind it is optional."""
 
+import html
 import importlib.util
 import sys
 from pathlib import Path
@@ -10,12 +11,15 @@ import pytest
 import torch
 from conftest import ARCHITECTURES, lora, make_tiny
 
-from hyperlens import MauveResult, cli, mauve_score
+from hyperlens import cli
 from hyperlens.embedded import embedded_base, embedded_tales
 from hyperlens.errors import CorpusError, LoadingError, ProbeError
-from hyperlens.experiments.mauve_scores import few_texts, mauve_scores
-from hyperlens.experiments.text_features import open_featurizer
+from hyperlens.experiments import MauveResult, measure_mauve
+from hyperlens.experiments.mauve.features import open_featurizer
+from hyperlens.experiments.mauve.scores import few_texts_notes, mauve_scores
 from hyperlens.hooks.loading import load_hooked
+from hyperlens.render.blocks import Chart, flat
+from hyperlens.render.page import write_report
 
 real = pytest.mark.skipif(
     importlib.util.find_spec("mauve") is None,
@@ -104,49 +108,70 @@ def stub(monkeypatch) -> Stub:
 def test_the_package_gets_our_vectors_and_every_seed(stub: Stub) -> None:
     model = make_tiny("llama")
     reader = (model, Letters())
-    finding = mauve_score(WORDS, WORDS[:5], reader, seeds=(3, 1), progress=False)
+    result = measure_mauve(WORDS, WORDS[:5], reader, seeds=(3, 1), progress=False)
     assert [given["seed"] for given in stub.given] == [3, 1]
     for given in stub.given:
         assert set(given) == {"p_features", "q_features", "seed"}
         expected = np.stack([by_hand(model, text).numpy() for text in WORDS if text])
         np.testing.assert_allclose(given["p_features"], expected, atol=1e-5)
         np.testing.assert_allclose(given["q_features"], expected[:4], atol=1e-5)
-    assert [row["value"] for row in finding.table] == pytest.approx([0.8, 0.6])
-    assert finding.value == pytest.approx(0.7)
-    assert finding.spread == pytest.approx((0.6, 0.8))
-    assert finding.meta["options"]["seeds"] == [3, 1]
-    assert finding.meta["p"]["n"] == 8
-    assert finding.meta["p"]["n_empty"] == 1
-    assert finding.meta["p"]["texts_sha256"] != finding.meta["q"]["texts_sha256"]
-    assert "1 of 9 texts have no token" in finding.summary()
+    assert [row["value"] for row in result.table] == pytest.approx([0.8, 0.6])
+    assert result.mean == pytest.approx(0.7)
+    assert result.spread == pytest.approx((0.6, 0.8))
+    assert result.meta["options"]["seeds"] == [3, 1]
+    assert result.meta["p"]["n"] == 8
+    assert result.meta["p"]["n_empty"] == 1
+    assert result.meta["p"]["texts_sha256"] != result.meta["q"]["texts_sha256"]
+    assert "1 of 9 texts without a token" in result.summary()
 
 
 def test_few_texts_are_said_and_enough_are_not(stub: Stub) -> None:
     reader = (make_tiny("llama"), Letters())
     many = [f"{'abcdefghij'[i % 10]}{'klm' * (i % 3)}" for i in range(1000)]
-    enough = mauve_score(many, many, reader, seeds=[0], progress=False)
+    enough = measure_mauve(many, many, reader, seeds=[0], progress=False)
     assert enough.meta["notes"] == []
-    few = mauve_score(many, many[1:], reader, seeds=[0], progress=False)
-    assert "below 1,000 it reads too high" in few.meta["notes"][0]
+    few = measure_mauve(many, many[1:], reader, seeds=[0], progress=False)
+    assert "below 1,000 it is too high" in few.meta["notes"][0]
     assert "note: MAUVE over 999 to 1,000 texts" in few.summary()
-    assert few_texts(1000, 1000) == ()
+    assert few_texts_notes(1000, 1000) == []
 
 
 def test_it_is_saved_shown_and_read_back(stub: Stub, tmp_path: Path) -> None:
-    finding = mauve_score(WORDS, WORDS[::-1], (make_tiny("gpt2"), Letters()), progress=False)
-    folder = finding.save(tmp_path / "out")
-    assert MauveResult.load(folder) == finding
+    result = measure_mauve(WORDS, WORDS[::-1], (make_tiny("gpt2"), Letters()), progress=False)
+    folder = result.save(tmp_path / "out")
+    assert MauveResult.load(folder) == result
     page = (folder / "report.html").read_text(encoding="utf-8")
-    assert "How near are the texts to others?" in page
-    assert "below 1,000 it reads" in page
-    assert max(map(len, finding.summary().splitlines())) <= 100
+    assert "How close are two sets of texts?" in page
+    assert "below 1,000 it is too high" in page
+    summary, notebook = result.summary(), html.unescape(result._repr_html_())
+    assert max(map(len, summary.splitlines())) <= 100
+    for words in ("0.700", "0.500 to 0.900", "5 clusterings"):
+        assert words in summary
+        assert words in page
+        assert words in notebook
+
+
+def test_the_curves_are_those_of_the_package(stub: Stub, tmp_path: Path) -> None:
+    reader = (make_tiny("gpt2"), Letters())
+    results = [
+        measure_mauve(WORDS, WORDS[:n], reader, seeds=(0, 2), progress=False) for n in (9, 5)
+    ]
+    (chart,) = (block for block in flat(results[0].blocks()) if isinstance(block, Chart))
+    assert (chart.x.scale, chart.y.scale) == ("share", "share")
+    points = [(row["q_in_p"], row["p_in_q"]) for row in chart.rows]
+    assert points == [(0.0, 1.0), (0.9, 0.9), (1.0, 0.0)] * 2
+    assert chart.series == ["seed 0", "seed 2"]
+    assert results[0].plot().to_dict()
+    # Several results on one page keep their curves apart.
+    page = write_report(tmp_path / "page.html", results).read_text(encoding="utf-8")
+    assert "P and Q (2)" in page
 
 
 @pytest.mark.parametrize("module", [None, ModuleType("mauve")])
 def test_without_the_package_one_line_says_what_to_install(module, monkeypatch, capsys) -> None:
     monkeypatch.setitem(sys.modules, "mauve", module)
     with pytest.raises(ProbeError, match=r"pip install 'hyperlens\[mauve\]'") as caught:
-        mauve_score(WORDS, WORDS, (make_tiny("llama"), Letters()), progress=False)
+        measure_mauve(WORDS, WORDS, (make_tiny("llama"), Letters()), progress=False)
     assert "\n" not in str(caught.value)
     # Before texts and model are even looked for.
     assert cli.main(["mauve", "no.txt", "nor-this.txt", "--features", "none"]) == cli.FAILED
@@ -160,7 +185,7 @@ def test_without_the_package_one_line_says_what_to_install(module, monkeypatch, 
     [
         ([], {}, CorpusError, "no texts"),
         (["", ""], {}, CorpusError, "none of the 2 texts has a token"),
-        (["a"], {}, CorpusError, "two texts a side"),
+        (["a"], {}, CorpusError, "two texts in each set"),
         (["dog", "dog"], {}, CorpusError, "all 4 texts have the same features"),
         (WORDS, {"seeds": ()}, ProbeError, "seeds"),
         (WORDS, {"seeds": (1, 1)}, ProbeError, "seeds"),
@@ -173,7 +198,7 @@ def test_refusals_say_what_to_do(stub: Stub, p, options, kind, says: str) -> Non
     reader = (make_tiny("llama"), Letters())
     q = ["dog", "dog"] if p == ["dog", "dog"] else WORDS
     with pytest.raises(kind, match=says) as caught:
-        mauve_score(p, q, reader, progress=False, **options)
+        measure_mauve(p, q, reader, progress=False, **options)
     assert "\n" not in str(caught.value)
 
 
@@ -181,12 +206,12 @@ def test_a_model_without_a_tokenizer_or_a_head_is_refused(stub: Stub, tmp_path: 
     from transformers import BertConfig, BertModel
 
     with pytest.raises(CorpusError, match="no tokenizer"):
-        mauve_score(WORDS, WORDS, make_tiny("llama"), progress=False)
+        measure_mauve(WORDS, WORDS, make_tiny("llama"), progress=False)
     encoder = BertModel(BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1))
     with pytest.raises(LoadingError, match="no causal language model"):
-        mauve_score(WORDS, WORDS, (encoder, Letters()), progress=False)
+        measure_mauve(WORDS, WORDS, (encoder, Letters()), progress=False)
     with pytest.raises(LoadingError, match="does not exist"):
-        mauve_score(WORDS, WORDS, tmp_path / "none", progress=False)
+        measure_mauve(WORDS, WORDS, tmp_path / "none", progress=False)
 
 
 def test_the_command(stub: Stub, tmp_path: Path, capsys) -> None:
@@ -199,9 +224,9 @@ def test_the_command(stub: Stub, tmp_path: Path, capsys) -> None:
     found = MauveResult.load(tmp_path / "out")
     assert printed.startswith(found.summary())
     assert "human.txt and written.txt" in printed
-    assert found.value == pytest.approx(0.6)
+    assert found.mean == pytest.approx(0.6)
     assert cli.main([*command, "--seeds", "many"]) == cli.USAGE
-    assert "whole numbers with commas" in capsys.readouterr().err
+    assert "numbers with commas" in capsys.readouterr().err
 
 
 # --- with the package itself
@@ -210,13 +235,13 @@ def test_the_command(stub: Stub, tmp_path: Path, capsys) -> None:
 @real
 def test_equal_sets_read_one_and_disjoint_ones_next_to_nothing(capfd) -> None:
     tales = embedded_tales()
-    same = mauve_score(tales, tales[::-1], embedded_base(), progress=False)
+    same = measure_mauve(tales, tales[::-1], embedded_base(), progress=False)
     assert [row["value"] for row in same.table] == pytest.approx([1.0] * 5)
     code = [f"def f{i}(x): return x[{i}] + {i * i}" for i in range(66)]
-    other = mauve_score(tales, code, embedded_base(), progress=False)
-    assert other.value < 0.05
-    halves = mauve_score(tales[::2], tales[1::2], embedded_base(), progress=False)
-    assert other.value < 0.5 < halves.value
+    other = measure_mauve(tales, code, embedded_base(), progress=False)
+    assert other.mean < 0.05
+    halves = measure_mauve(tales[::2], tales[1::2], embedded_base(), progress=False)
+    assert other.mean < 0.5 < halves.mean
     # The package's own remarks on few texts are not passed on; ours is in the notes.
     assert "WARNING" not in "".join(capfd.readouterr())
     assert "below 1,000" in same.summary()
@@ -226,7 +251,7 @@ def test_equal_sets_read_one_and_disjoint_ones_next_to_nothing(capfd) -> None:
 def test_the_batch_size_does_not_show() -> None:
     tales = embedded_tales()
     values = [
-        mauve_score(tales[:30], tales[30:], embedded_base(), batch_size=size, progress=False).value
+        measure_mauve(tales[:30], tales[30:], embedded_base(), batch_size=size, progress=False).mean
         for size in (1, 7, 64)
     ]
     assert values == pytest.approx([values[0]] * 3, abs=1e-6)

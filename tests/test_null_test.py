@@ -1,29 +1,38 @@
-"""Placebos change as much as tuning did and nothing else; the tuned model stands beside them."""
+"""Controls change as much as tuning did and nothing else; the tuned model stands beside them."""
 
 import copy
+import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import ARCHITECTURES, lora, make_tiny, perturbed, token_texts
+from hypothesis import given
+from hypothesis import strategies as st
 
-from hyperlens import NullTestResult, compare_models, null_test
+from hyperlens import compare_models, open_pair, run_null_test, write_report
 from hyperlens.errors import HyperlensError, PairError
-from hyperlens.experiments.null_test_finding import verdict
-from hyperlens.experiments.placebo import changed_tensors, placebo
+from hyperlens.experiments import NullTestResult
+from hyperlens.experiments.null_test import (
+    changed_tensors,
+    randomly_changed,
+    share_of_change,
+)
+from hyperlens.render.blocks import Chart, Table, flat
 
 TEXTS = token_texts(10, shortest=8, longest=20)
 SHORT = {"prompt_tokens": 6, "max_new_tokens": 6, "n_prompts": 4, "progress": False}
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_a_placebo_keeps_the_norm_and_the_values_of_every_change(name: str) -> None:
+def test_a_control_keeps_the_norm_and_the_values_of_every_change(name: str) -> None:
     base = make_tiny(name)
     tuned = perturbed(base, 0.1)
     before = copy.deepcopy(base.state_dict())
     changes = changed_tensors(base, tuned)
     assert changes.keys() == dict(base.named_parameters()).keys()
-    made = placebo(base, changes, seed=3)
+    made = randomly_changed(base, changes, seed=3)
     for key, old in before.items():
         assert torch.equal(base.state_dict()[key], old), key
     for key, parameter in made.named_parameters():
@@ -31,7 +40,7 @@ def test_a_placebo_keeps_the_norm_and_the_values_of_every_change(name: str) -> N
         assert torch.allclose(change.sort().values, changes[key].flatten().sort().values, atol=1e-6)
         if change.numel() > 8:
             assert not torch.allclose(change, changes[key].flatten())
-    again, other = placebo(base, changes, seed=3), placebo(base, changes, seed=4)
+    again, other = randomly_changed(base, changes, seed=3), randomly_changed(base, changes, seed=4)
     for a, b, c in zip(made.parameters(), again.parameters(), other.parameters(), strict=True):
         assert torch.equal(a, b)
         assert a.numel() < 8 or not torch.equal(a, c)
@@ -42,7 +51,7 @@ def test_what_did_not_change_is_shared_with_the_base() -> None:
     tuned = copy.deepcopy(base)
     with torch.no_grad():
         tuned.model.layers[1].mlp.down_proj.weight += 0.1
-    made = placebo(base, changed_tensors(base, tuned), seed=0)
+    made = randomly_changed(base, changed_tensors(base, tuned), seed=0)
     shared = {
         name
         for (name, a), b in zip(made.named_parameters(), base.parameters(), strict=True)
@@ -54,7 +63,7 @@ def test_what_did_not_change_is_shared_with_the_base() -> None:
 
 def test_tied_weights_stay_tied() -> None:
     base = make_tiny("qwen2")
-    made = placebo(base, changed_tensors(base, perturbed(base)), seed=0)
+    made = randomly_changed(base, changed_tensors(base, perturbed(base)), seed=0)
     assert made.lm_head.weight is made.model.embed_tokens.weight
 
 
@@ -62,7 +71,7 @@ def test_tied_weights_stay_tied() -> None:
 def test_the_tuned_column_is_what_compare_models_says() -> None:
     base = make_tiny("llama")
     tuned = perturbed(base, 0.2)
-    found = null_test(base, tuned, TEXTS, n_placebos=2, **SHORT)
+    found = run_null_test(base, tuned, TEXTS, n_controls=2, **SHORT)
     comparison = compare_models(base, tuned, TEXTS, progress=False)
     for metric, probe in (
         ("relative_l2", "drift"),
@@ -73,19 +82,19 @@ def test_the_tuned_column_is_what_compare_models_says() -> None:
         for row in found.select(metric=metric):
             same = comparison.value(probe, metric, row["layer"], row["view"])
             assert row["tuned"] == pytest.approx(same, rel=1e-9, abs=1e-12), row
-            assert row["placebo_low"] <= row["placebo_mean"] <= row["placebo_high"]
+            assert row["control_low"] <= row["control_mean"] <= row["control_high"]
 
 
 def test_a_random_change_is_not_beyond_other_random_changes() -> None:
-    """The tuned model is itself a random change: it must look like a placebo on the whole."""
+    """The tuned model is itself a random change: it must look like a control on the whole."""
     base = make_tiny("llama")
     few = SHORT | {"n_prompts": 1, "max_new_tokens": 1}
     inside = 0
     for seed in range(4):
         tuned = perturbed(base, 0.1, seed=10 + seed)
-        found = null_test(base, tuned, TEXTS[:6], n_placebos=7, seed=100 * seed, **few)
+        found = run_null_test(base, tuned, TEXTS[:6], n_controls=7, seed=100 * seed, **few)
         (row,) = found.select(metric="relative_l2", view="raw", layer=3)
-        inside += verdict(row) == "within their range"
+        inside += row["control_low"] <= row["tuned"] <= row["control_high"]
     # Of 8 exchangeable numbers one is the greatest or least with probability 1/4.
     assert inside >= 1
 
@@ -96,18 +105,19 @@ def test_a_change_with_structure_is_beyond_them() -> None:
     with torch.no_grad():
         # Every vector of the last block moves the same way: far more than noise of that norm.
         tuned.model.layers[2].mlp.down_proj.weight += 0.5 * torch.ones(32, 1)
-    found = null_test(base, tuned, TEXTS, n_placebos=3, **SHORT)
-    assert "every placebo" in found.summary()
+    found = run_null_test(base, tuned, TEXTS, n_controls=3, **SHORT)
+    least, greatest = found.share_of_change("relative_l2", "raw")
+    assert 0 < least <= greatest < 1
     rows = found.select(metric="relative_l2", view="raw")
     assert [row["tuned"] for row in rows if row["layer"] < 3] == [0, 0, 0]
-    assert [row["placebo_high"] for row in rows if row["layer"] < 3] == [0, 0, 0]
+    assert [row["control_high"] for row in rows if row["layer"] < 3] == [0, 0, 0]
 
 
 def test_an_adapter_is_merged_and_left_alone() -> None:
     base = make_tiny("gpt2")
     adapter = lora(copy.deepcopy(base), "gpt2")
     before = copy.deepcopy(adapter.state_dict())
-    found = null_test(base, adapter, TEXTS, n_placebos=1, **SHORT)
+    found = run_null_test(base, adapter, TEXTS, n_controls=1, **SHORT)
     assert found.extras["changed_tensors"] == 3 * 4
     assert all(torch.equal(adapter.state_dict()[key], old) for key, old in before.items())
 
@@ -115,17 +125,137 @@ def test_an_adapter_is_merged_and_left_alone() -> None:
 def test_refusals_say_what_to_do() -> None:
     base = make_tiny("llama")
     with pytest.raises(PairError, match="no change to test"):
-        null_test(base, base, TEXTS, **SHORT)
-    with pytest.raises(HyperlensError, match="n_placebos"):
-        null_test(base, perturbed(base), TEXTS, n_placebos=0, **SHORT)
+        run_null_test(base, base, TEXTS, **SHORT)
+    with pytest.raises(HyperlensError, match="n_controls"):
+        run_null_test(base, perturbed(base), TEXTS, n_controls=0, **SHORT)
+
+
+def test_an_open_pair_gives_the_same() -> None:
+    base = make_tiny("llama")
+    tuned = perturbed(base)
+    found = run_null_test(open_pair(base, tuned), TEXTS, n_controls=1, **SHORT)
+    assert found.table == run_null_test(base, tuned, TEXTS, n_controls=1, **SHORT).table
 
 
 def test_the_same_seed_gives_the_same_and_it_comes_back(tmp_path: Path) -> None:
     base = make_tiny("mistral")
     tuned = perturbed(base)
-    first, again = (null_test(base, tuned, TEXTS, n_placebos=2, **SHORT) for _ in range(2))
+    first, again = (run_null_test(base, tuned, TEXTS, n_controls=2, **SHORT) for _ in range(2))
     assert first == again
-    assert len(first.plot().axes) == 3
     folder = first.save(tmp_path / "out")
     assert NullTestResult.load(folder) == first
-    assert "every placebo" in (folder / "report.html").read_text() or "range" in first.summary()
+
+
+def made(ttr: float, low: float, high: float, dimension: float = 5.0) -> NullTestResult:
+    """A result whose base has the TTR 0.4 and repeats 0.3 of its bigrams."""
+    ranges = {
+        ("ttr", "greedy text"): (ttr, low, high),
+        ("rep_2", "greedy text"): (0.1, 0.2, 0.25),
+        ("top1_agreement", "final_norm"): (0.2, 0.5, 0.6),
+        ("delta", "raw"): (dimension, 6.0, 8.0),
+    }
+    table = tuple(
+        {
+            "metric": metric, "layer": 3, "view": view, "tuned": tuned, "control_mean": least,
+            "control_low": least, "control_high": greatest, "n_controls": 3,
+        }
+        for (metric, view), (tuned, least, greatest) in ranges.items()
+    )  # fmt: skip
+    extras = {"base": {"ttr": 0.4, "rep_2": 0.3}, "changed_tensors": 9, "control_seeds": [0, 1, 2]}
+    sides = {side: {"name": side} for side in ("base", "tuned")}
+    return NullTestResult(table, extras, {"n_layers": 3, **sides})
+
+
+@pytest.mark.parametrize(
+    ("ttr", "low", "high", "said"),
+    [
+        (0.8, 0.5, 0.6, "give 25.0% to 50.0% of the gain in greedy TTR: they reach 0.500 to 0.600, "
+         "the tuned model 0.800, the base 0.400."),
+        (0.8, 0.3, 0.6, "give at most 50.0% of the gain in greedy TTR"),
+        (0.8, 0.3, 0.4, "give none of the gain in greedy TTR"),
+        (0.8, 0.7, 0.9, "give as much of the gain in greedy TTR as tuning (75.0% to 125.0% of it)"),
+        (0.6, 0.7, 0.8, "give more than the whole gain in greedy TTR (150.0% to 200.0% of it)"),
+        (0.2, 0.3, 0.35, "give 25.0% to 50.0% of the drop in greedy TTR"),
+        (0.8, 0.6, 0.6, "give 50.0% of the gain in greedy TTR: they reach 0.600, the tuned"),
+        (0.4, 0.5, 0.6, "Tuning does not change greedy TTR (0.400); random changes of the same "
+         "size reach 0.500 to 0.600."),
+        (math.nan, 0.5, 0.6, "cannot be told"),
+    ],
+)  # fmt: skip
+def test_the_first_verdict_says_where_the_tuned_text_lies(
+    ttr: float, low: float, high: float, said: str
+) -> None:
+    result = made(ttr, low, high)
+    first, second, *_ = result.verdicts()
+    assert said in first.answer
+    assert "50.0% of the drop in greedy repeated bigrams" in second.answer
+    assert "the base 0.300" in second.answer
+
+
+def test_random_changes_that_do_more_are_said_to() -> None:
+    (dimension,) = (v for v in made(0.8, 0.5, 0.6).verdicts() if v.topic == "dimension")
+    assert "more than the whole gain" in dimension.answer
+    assert "all blocks together" in dimension.answer
+    assert "+6.0 to +8.0, the tuned model +5.0" in dimension.answer
+    assert all(len(line) <= 100 for line in made(0.8, 0.5, 0.6).summary().splitlines())
+
+
+@given(*[st.floats(-100, 100, width=16)] * 4)
+def test_shares_of_a_change_are_linear(base: float, tuned: float, a: float, b: float) -> None:
+    least, greatest = share_of_change(base, tuned, min(a, b), max(a, b))
+    if tuned == base:
+        assert math.isnan(least)
+        assert math.isnan(greatest)
+        return
+    assert least <= greatest
+    reached = sorted(base + share * (tuned - base) for share in (least, greatest))
+    assert reached == pytest.approx(sorted((a, b)), rel=1e-6, abs=1e-6)
+
+
+def test_page_terminal_and_notebook_show_the_same_with_the_base_first(tmp_path: Path) -> None:
+    base = make_tiny("llama")
+    found = run_null_test(base, perturbed(base, 0.3), TEXTS, n_controls=2, **SHORT)
+    (table,) = (block for block in found.evidence() if isinstance(block, Table))
+    assert list(table.head[1:4]) == [found.base_name, found.tuned_name, "its 2 controls"]
+    (ttr,) = (row for row in table.rows if "TTR" in row[0])
+    assert ttr is table.rows[0]
+    assert ttr[1] == f"{found.extras['base']['ttr']:.3f}"
+    page = write_report(tmp_path / "page.html", found).read_text()
+    shown = (found.summary(), page, found._repr_html_())
+    for cell in (cell for row in table.rows for cell in row[1:] if cell[:1] not in "<>"):
+        assert all(cell in text for text in shown), cell
+    assert found.plot().to_dict()
+
+
+def test_charts_hold_the_table_in_the_possible_range() -> None:
+    base = make_tiny("llama")
+    found = run_null_test(base, perturbed(base, 0.3), TEXTS, n_controls=2, **SHORT)
+    text, *layers = (block for block in flat(found.evidence()) if isinstance(block, Chart))
+    assert list(text.roles.values()) == ["base", "control", "tuned"]
+    assert text.x.scale == "share"
+    assert all(0 <= row["value"] <= 1 for row in text.rows)
+    assert len(text.rows) == 3 * 3
+    assert len(layers) == 3
+    for chart, (metric, view) in zip(
+        layers, (("relative_l2", "raw"), ("delta", "raw"), ("delta", "final_norm")), strict=True
+    ):
+        control, tuned = chart.series
+        assert (chart.roles[control], chart.roles[tuned]) == ("control", "tuned")
+        for row in chart.rows:
+            known = found.at(metric=metric, view=view, layer=row["layer"])
+            if row["series"] == tuned:
+                assert row["value"] == known["tuned"]
+            else:
+                assert (row["low"], row["high"]) == (known["control_low"], known["control_high"])
+
+
+def test_folders_of_version_0_1_are_read(tmp_path: Path) -> None:
+    old = made(0.8, 0.5, 0.6).to_dict() | {"format": 1}
+    names = {new: old for old, new in NullTestResult.renamed.items()}
+    old["table"] = [
+        {names.get(key, key): value for key, value in row.items()} for row in old["table"]
+    ]
+    old["extras"] = {names.get(key, key): value for key, value in old["extras"].items()}
+    assert "placebo_low" in old["table"][0]
+    (tmp_path / "null_test.json").write_text(json.dumps(old))
+    assert NullTestResult.load(tmp_path) == made(0.8, 0.5, 0.6)

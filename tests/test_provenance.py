@@ -13,14 +13,15 @@ from hypothesis import strategies as st
 from test_prompts import one_token_per_byte
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hyperlens import ProvenanceResult, cli, compare_models, provenance
+from hyperlens import cli, compare_models, open_pair, trace_provenance, write_report
 from hyperlens.embedded import embedded_base, embedded_tales
 from hyperlens.errors import CorpusError
-from hyperlens.experiments.decisions import neighbours
-from hyperlens.experiments.token_kinds import FUNCTION_WORDS, kind_of, repeats
+from hyperlens.experiments import ProvenanceResult
+from hyperlens.experiments.provenance import FUNCTION_WORDS, KINDS, kind_of, neighbours, repeats
 from hyperlens.models.tokenizers import token_names
 from hyperlens.models.tokenizers import token_texts as token_texts_of
 from hyperlens.probes.rank_reordering import rank_bins
+from hyperlens.render.blocks import Chart, Table, flat
 
 TEXTS = token_texts(10, shortest=8, longest=20)
 SHORT = {"prompt_tokens": 6, "max_new_tokens": 8, "n_prompts": 6, "progress": False}
@@ -42,11 +43,11 @@ def by_hand(base, tuned, text: list[int]) -> list[int]:
 def test_shares_are_means_over_texts_of_the_plain_loop(name: str) -> None:
     base = make_tiny(name)
     tuned = perturbed(base, 0.3)
-    found = provenance(base, tuned, TEXTS, **SHORT)
+    found = trace_provenance(base, tuned, TEXTS, **SHORT)
     ranks = [by_hand(base, tuned, text) for text in TEXTS]
     for bucket, (low, high) in BUCKETS.items():
         shares = [sum(low <= r <= high for r in text) / len(text) for text in ranks]
-        row = found.value("teacher-forced", bucket, "share")
+        row = found.at(mode="teacher-forced", bucket=bucket, metric="share")
         assert row["value"] == pytest.approx(sum(shares) / len(shares))
         assert row["n"] == len(TEXTS)
 
@@ -66,7 +67,7 @@ def test_both_modes_equal_the_plain_loop_ties_included(seed: int, ties: bool) ->
     if ties:
         base = tied(base)
     texts = token_texts(4, seed=seed, shortest=7, longest=12)
-    found = provenance(base, tuned, texts, **SHORT)
+    found = trace_provenance(base, tuned, texts, **SHORT)
     written = []
     for text in texts:
         ids = torch.tensor([text[:6]])
@@ -80,7 +81,7 @@ def test_both_modes_equal_the_plain_loop_ties_included(seed: int, ties: bool) ->
     ):
         for bucket, (low, high) in BUCKETS.items():
             shares = [sum(low <= r <= high for r in ranks) / len(ranks) for ranks in of_texts]
-            row = found.value(mode, bucket, "share")
+            row = found.at(mode=mode, bucket=bucket, metric="share")
             assert row["value"] == pytest.approx(sum(shares) / len(shares)), (mode, bucket)
 
 
@@ -91,7 +92,7 @@ def test_what_changed_picks_are_equals_a_loop_over_them(seed: int) -> None:
     tuned = perturbed(base, 0.3, seed=seed + 1)
     generator = torch.Generator().manual_seed(seed)
     texts = [[1, *torch.randint(3, 6, (20,), generator=generator).tolist()] for _ in range(4)]
-    found = provenance(base, tuned, texts, **SHORT)
+    found = trace_provenance(base, tuned, texts, **SHORT)
     rows = base.lm_head.weight - base.lm_head.weight.mean(0)
     expected: dict[str, list[float]] = {"near_synonym": [], "avoids": [], "falls_into": []}
     for text in texts:
@@ -112,17 +113,17 @@ def test_what_changed_picks_are_equals_a_loop_over_them(seed: int) -> None:
             for name, flags in seen.items():
                 expected[name].append(sum(flags) / len(flags))
     for name, shares in expected.items():
-        row = found.value("teacher-forced", "changed", name)
+        row = found.at(mode="teacher-forced", bucket="changed", metric=name)
         assert row["value"] == pytest.approx(sum(shares) / len(shares)), name
         assert row["n"] == len(shares)
 
 
-def test_examples_and_figure() -> None:
+def test_examples_and_charts() -> None:
     base, texts = embedded_base(), embedded_tales()[:4]
     model = AutoModelForCausalLM.from_pretrained(base)
     tuned = (perturbed(model, 0.05), AutoTokenizer.from_pretrained(base))
     short = SHORT | {"prompt_tokens": 8, "n_examples": 3}
-    found = provenance(base, tuned, texts, **short)
+    found = trace_provenance(base, tuned, texts, **short)
     every = "\n".join(texts)
     examples = found.extras["examples"]
     assert {e["bucket"] for e in examples} <= {"2-10", ">10"}
@@ -130,19 +131,24 @@ def test_examples_and_figure() -> None:
     for example in examples:
         low, high = BUCKETS[example["bucket"]]
         assert low <= example["rank"] <= high
-        assert example["picked"] != example["base_first"]
+        assert example["picked"] != example["base_top1"]
         if example["mode"] == "teacher-forced":
             assert example["context"].removeprefix(" <s>").strip() in every
-    ranks, buckets, kinds = found.plot().axes
-    assert [tick.get_text() for tick in buckets.get_xticklabels()] == [f"rank {b}" for b in BUCKETS]
-    assert len(kinds.containers) == 6
-    assert [len(bars) for bars in ranks.containers] == [len(rank_bins(4096))] * 2
+    charts = [block for block in flat(found.evidence()) if isinstance(block, Chart)]
+    ranks, kinds = charts[:2], charts[2:]
+    assert [len(chart.rows) for chart in ranks] == [len(rank_bins(4096))] * 2
+    assert all(sum(row["value"] for row in chart.rows) == pytest.approx(100) for chart in ranks)
+    for chart, mode in zip(kinds, ("teacher-forced", "free-running"), strict=True):
+        assert chart.x.scale == "share"
+        for row, kind in zip(chart.rows, KINDS, strict=True):
+            assert row["value"] == found.value(mode=mode, bucket="changed", metric=kind)
+    assert found.plot().to_dict()
 
 
 def test_the_histogram_counts_every_decision_in_its_bin() -> None:
     base = make_tiny("llama")
     tuned = perturbed(base, 0.3)
-    found = provenance(base, tuned, TEXTS, **SHORT).extras["rank_histogram"]
+    found = trace_provenance(base, tuned, TEXTS, **SHORT).extras["rank_histogram"]
     ranks = [rank for text in TEXTS for rank in by_hand(base, tuned, text)]
     bins = found["teacher-forced"]
     assert [one["count"] for one in bins] == [
@@ -155,10 +161,10 @@ def test_the_histogram_counts_every_decision_in_its_bin() -> None:
 
 def test_a_model_against_itself_picks_what_it_picks() -> None:
     base = make_tiny("gemma2")
-    found = provenance(base, base, TEXTS, **SHORT)
+    found = trace_provenance(base, base, TEXTS, **SHORT)
     for mode in ("teacher-forced", "free-running"):
-        assert found.value(mode, "1", "share")["value"] == 1.0
-        assert found.value(mode, ">10", "share")["value"] == 0.0
+        assert found.value(mode=mode, bucket="1", metric="share") == 1.0
+        assert found.value(mode=mode, bucket=">10", metric="share") == 0.0
     assert found.extras["examples"] == []
     assert "no pick is changed" in found.summary()
 
@@ -168,8 +174,8 @@ def test_temperature_keeps_every_pick_at_rank_one() -> None:
     tuned = copy.deepcopy(base)
     with torch.no_grad():
         tuned.lm_head.weight *= 2.0
-    found = provenance(base, tuned, TEXTS, **SHORT)
-    assert found.value("teacher-forced", "1", "share")["value"] == 1.0
+    found = trace_provenance(base, tuned, TEXTS, **SHORT)
+    assert found.value(mode="teacher-forced", bucket="1", metric="share") == 1.0
 
 
 def test_a_permuted_vocabulary_is_caught() -> None:
@@ -178,21 +184,23 @@ def test_a_permuted_vocabulary_is_caught() -> None:
     order = torch.randperm(900, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         tuned.lm_head.weight.copy_(base.lm_head.weight[order])
-    found = provenance(base, tuned, TEXTS, **SHORT)
-    assert found.value("teacher-forced", "all", "rank_ge_200")["value"] > 0.5
+    found = trace_provenance(base, tuned, TEXTS, **SHORT)
+    assert found.value(mode="teacher-forced", bucket="all", metric="rank_ge_200") > 0.5
     assert "same vocabulary" in " ".join(found.summary().split())
-    assert "same vocabulary" not in provenance(base, perturbed(base), TEXTS, **SHORT).summary()
+    assert "vocabulary" not in trace_provenance(base, perturbed(base), TEXTS, **SHORT).summary()
 
 
 def test_it_agrees_with_compare_models_on_texts_of_one_length() -> None:
     base = make_tiny("qwen2")
     tuned = perturbed(base, 0.3)
     texts = token_texts(8, shortest=12, longest=12)
-    found = provenance(base, tuned, texts, **SHORT)
+    found = trace_provenance(base, tuned, texts, **SHORT)
     comparison = compare_models(base, tuned, texts, progress=False)
     for bucket, metric in (("1", "rank_1"), ("2-10", "rank_2_10"), (">10", "rank_gt_10")):
         same = comparison.value("rank_reordering", metric, 3, "final_norm")
-        assert found.value("teacher-forced", bucket, "share")["value"] == pytest.approx(same)
+        assert found.value(mode="teacher-forced", bucket=bucket, metric="share") == pytest.approx(
+            same
+        )
 
 
 CONTEXTS = st.lists(st.integers(0, 3), max_size=12)
@@ -250,14 +258,14 @@ def test_a_piece_of_a_character_is_no_word() -> None:
 def test_nor_is_it_one_in_the_table() -> None:
     reads, model = one_token_per_byte(), make_tiny("llama", vocab_size=256)
     texts = ["The old king said nothing.", "A fox came out of the wood.", "They went home."]
-    found = provenance((model, reads), (model, reads), texts, **SHORT)
+    found = trace_provenance((model, reads), (model, reads), texts, **SHORT)
     pieces = []
     for text in texts:
         with torch.no_grad():
             picks = model(torch.tensor([reads(text)["input_ids"]])).logits[0].argmax(-1).tolist()
         pieces.append(sum("\ufffd" in reads.decode([pick]) for pick in picks) / len(picks))
     assert sum(pieces) > 0
-    other = found.value("teacher-forced", "all", "other")["value"]
+    other = found.value(mode="teacher-forced", bucket="all", metric="other")
     assert other >= sum(pieces) / len(pieces) - 1e-9
 
 
@@ -283,16 +291,17 @@ def test_what_is_said_of_repetition_is_what_the_interval_tells(
     low: float, high: float, n: int, said: str
 ) -> None:
     base = make_tiny("llama")
-    found = provenance(base, perturbed(base, 0.3), TEXTS, **SHORT)
-    gap = found.value("free-running", "changed", "avoids_minus_falls_into")
+    found = trace_provenance(base, perturbed(base, 0.3), TEXTS, **SHORT)
+    gap = found.at(mode="free-running", bucket="changed", metric="avoids_minus_falls_into")
     changed = gap | {"low": low, "high": high, "n": n}
     table = tuple(changed if row is gap else row for row in found.table)
-    assert said in replace(found, table=table).conclusions()[0]
+    verdicts = {one.topic: one.answer for one in replace(found, table=table).verdicts()}
+    assert said in verdicts["repetition"]
 
 
 def test_ids_in_a_context_stand_apart() -> None:
     base = make_tiny("llama")
-    found = provenance(base, perturbed(base, 0.3), TEXTS, **SHORT)
+    found = trace_provenance(base, perturbed(base, 0.3), TEXTS, **SHORT)
     starts = [" ".join(map(str, text)) for text in TEXTS]
     shown = [e["context"] for e in found.extras["examples"] if e["mode"] == "teacher-forced"]
     assert shown
@@ -302,30 +311,63 @@ def test_ids_in_a_context_stand_apart() -> None:
 def test_kinds_of_a_bucket_add_up() -> None:
     base, text = embedded_base(), "The king went into the old house and sat down there."
     short = {"prompt_tokens": 6, "max_new_tokens": 12, "progress": False}
-    found = provenance(base, base, [text] * 3, **short)
+    found = trace_provenance(base, base, [text] * 3, **short)
     kinds = ("function word", "content word", "subword", "number", "punctuation", "other")
-    total = sum(found.value("free-running", "1", kind)["value"] for kind in kinds)
+    total = sum(found.value(mode="free-running", bucket="1", metric=kind) for kind in kinds)
     assert total == pytest.approx(1)
-    assert found.value("free-running", "1", "content word")["value"] > 0
+    assert found.value(mode="free-running", bucket="1", metric="content word") > 0
 
 
 def test_same_seed_same_result_and_it_comes_back(tmp_path: Path) -> None:
     base = make_tiny("mistral")
     tuned = perturbed(base, 0.3)
-    first, again = (provenance(base, tuned, TEXTS, **SHORT) for _ in range(2))
+    first, again = (trace_provenance(base, tuned, TEXTS, **SHORT) for _ in range(2))
     # Compared as written: NaN, where a bucket is empty, is not equal to itself.
     assert first.write(tmp_path).read_text() == again.write(tmp_path).read_text()
     loaded = ProvenanceResult.load(tmp_path)
     assert loaded.summary() == first.summary()
     assert max(e["rank"] for e in loaded.extras["examples"]) <= D_VOCAB
     page = first.save(tmp_path / "out") / "report.html"
-    assert "Where do the winners come from?" in page.read_text()
+    assert "Where did the base model rank the tuned model&#39;s picks?" in page.read_text()
+
+
+def test_page_terminal_and_notebook_show_the_same(tmp_path: Path) -> None:
+    base = make_tiny("llama")
+    found = trace_provenance(base, perturbed(base, 0.3), TEXTS, **SHORT)
+    table, *_ = (block for block in found.evidence() if isinstance(block, Table))
+    assert {f"base rank {bucket}" for bucket in BUCKETS} <= {row[0] for row in table.rows}
+    page = write_report(tmp_path / "page.html", found).read_text()
+    shown = (found.summary(), page, found._repr_html_())
+    for cell in (cell for row in table.rows for cell in row[1:] if cell[:1] not in "<>"):
+        assert all(cell in text for text in shown), cell
+
+
+def test_an_open_pair_gives_the_same() -> None:
+    base = make_tiny("llama")
+    tuned = perturbed(base, 0.3)
+    pair, plain = (
+        trace_provenance(*models, TEXTS, **SHORT)
+        for models in ((open_pair(base, tuned),), (base, tuned))
+    )
+    assert str(pair.table) == str(plain.table)
+
+
+def test_folders_of_version_0_1_are_read(tmp_path: Path) -> None:
+    base = make_tiny("llama")
+    found = trace_provenance(base, perturbed(base, 0.3), TEXTS, **SHORT)
+    path = found.write(tmp_path)
+    assert "base_top1" in path.read_text()
+    old = path.read_text().replace('"base_top1"', '"base_first"')
+    path.write_text(old.replace('"format": 2', '"format": 1').replace('"corpus"', '"data"'))
+    loaded = ProvenanceResult.load(tmp_path)
+    assert (loaded.extras, loaded.meta) == (found.extras, found.meta)
+    assert str(loaded.table) == str(found.table)
 
 
 def test_refusals_and_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = make_tiny("llama")
     with pytest.raises(CorpusError, match="context"):
-        provenance(base, base, TEXTS, prompt_tokens=6, max_new_tokens=90, progress=False)
+        trace_provenance(base, base, TEXTS, prompt_tokens=6, max_new_tokens=90, progress=False)
     file, folder = tmp_path / "texts.txt", str(embedded_base())
     file.write_text("The king went into the wood.\n\nThe fox came out of the wood.")
     short = ["--prompt-tokens", "5", "--max-new-tokens", "4", "-q"]

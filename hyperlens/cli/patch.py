@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from .. import __version__, patching
-from ..files import check_claim, claim_folder
 from ..options import STYLE, add_counts, add_pair, add_running, given, read
+
+if TYPE_CHECKING:
+    from ..results.resume import WorkFolder
 
 DESCRIPTION = """\
 Does what changed inside cause the behaviour? Put activations or weights of one model into the
@@ -125,9 +125,9 @@ def run(args: argparse.Namespace) -> str:
     texts = read(args, args.texts, args.split)
     if args.out is None:
         return "\n\n".join(_result(name, args, texts).summary() for name in args.what)
-    stamp = _stamp(args, texts)
-    check_claim(args.out, STAMP, stamp, WORK)
-    summaries = [_kept(name, args, texts, stamp).summary() for name in args.what]
+    work = _work_folder(args, texts)
+    work.check()
+    summaries = [_kept(name, args, texts, work).summary() for name in args.what]
     from ..questions import read_results
     from ..render.page import write_report
 
@@ -136,18 +136,10 @@ def run(args: argparse.Namespace) -> str:
     return "\n\n".join([*summaries, f"saved in {args.out}; report: {page}"])
 
 
-def _kept(
-    name: str, args: argparse.Namespace, texts: Sequence[str], stamp: Mapping[str, Any]
-) -> Any:
+def _kept(name: str, args: argparse.Namespace, texts: Sequence[str], work: WorkFolder) -> Any:
     """The result of one part, from the folder if it is there already, else saved there."""
-    place = args.out / name
-    if place.is_dir():
-        return getattr(patching, PARTS[name][1]).load(place)
-    result = _result(name, args, texts)
-    # Only now, so that a command that fails leaves the folder to the corrected one.
-    claim_folder(args.out, STAMP, stamp, WORK)
-    result.save(place)
-    return result
+    load = getattr(patching, PARTS[name][1]).load
+    return work.part(name, load, lambda: _result(name, args, texts))
 
 
 def _result(name: str, args: argparse.Namespace, texts: Sequence[str]) -> Any:
@@ -160,18 +152,20 @@ def _result(name: str, args: argparse.Namespace, texts: Sequence[str]) -> Any:
     return run_it(args.base, args.tuned, texts, **chosen)
 
 
-def _stamp(args: argparse.Namespace, texts: Sequence[str]) -> dict[str, Any]:
-    """Everything that decides the results; which parts are run does not."""
-    from ..experiments.kept_rows import model_identity
+def _work_folder(args: argparse.Namespace, texts: Sequence[str]) -> WorkFolder:
+    """Stamped with everything that decides the results; which parts are run does not."""
+    from ..results.fingerprint import texts_sha256
+    from ..results.resume import WorkFolder, source_identity
 
     names = sorted({option for _, _, options in PARTS.values() for option in options})
-    return {
+    stamp = {
         "hyperlens": __version__,
-        "base": model_identity(args.base),
-        "tuned": model_identity(args.tuned),
-        "texts": hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest(),
+        "base": source_identity(args.base),
+        "tuned": source_identity(args.tuned),
+        "texts": texts_sha256(texts),
         "options": {name: str(getattr(args, name)) for name in (*names, "seed", "dtype")},
     }
+    return WorkFolder(args.out, STAMP, stamp, WORK)
 
 
 def _parts(text: str) -> list[str]:

@@ -11,12 +11,12 @@ import ast
 import re
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..options import list_of, names
+from ..options import STYLE, list_of, names
 
+PACKAGE = Path(__file__).resolve().parents[1]
 # Given by every command in the same way, or not from the command line at all.
 SHARED = {"base", "tuned", "texts", "device", "dtype", "progress"}
 
@@ -50,7 +50,7 @@ def read_signature(module: str, function: str) -> Signature:
     """Read a function's signature from the source of its module.
 
     Args:
-        module: its full name.
+        module: its full name, beginning with "hyperlens.".
         function: a function at its top level.
     """
     tree = ast.parse(_source(module))
@@ -71,10 +71,11 @@ def read_signature(module: str, function: str) -> Signature:
 
 
 def _source(module: str) -> str:
-    spec = find_spec(module)
-    if spec is None or spec.origin is None:
-        raise ModuleNotFoundError(module)
-    return Path(spec.origin).read_text(encoding="utf-8")
+    # Not by `find_spec`, which imports the packages that the module is in.
+    _, *parts = module.split(".")
+    path = PACKAGE.joinpath(*parts)
+    file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    return file.read_text(encoding="utf-8")
 
 
 def _constants(module: str, tree: ast.Module) -> dict[str, Any]:
@@ -125,6 +126,29 @@ def _parameter_texts(doc: str) -> dict[str, str]:
         for name in parameters.split(","):
             found[name.strip()] = " ".join(text.split())
     return found
+
+
+def add_command(commands: Any, name: str, found: Signature) -> argparse.ArgumentParser:
+    """Add a command with the help of its function; options are for the caller to add."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=_lower(found.summary),
+        description=f"{found.summary}\n\n{found.description}".strip(),
+        epilog="\n  ".join(["Examples:", *found.examples]) if found.examples else None,
+        **STYLE,
+    )
+    return parser
+
+
+def _lower(summary: str) -> str:
+    """The first line of a docstring as argparse lists it."""
+    text = summary.rstrip(".").replace("%", "%%")
+    return text[0].lower() + text[1:]
+
+
+def option_names(options: list[Option]) -> list[str]:
+    """The options that `add_options` adds, as they are called in Python."""
+    return [one.name for one in options if one.name not in SHARED]
 
 
 def add_options(group: Any, options: Iterable[Option], *, only_given: bool = False) -> None:

@@ -23,6 +23,7 @@ from ..errors import CorpusError
 from ..hooks.loading import LoadedModel
 from ..models.tokenizers import token_names
 from ..pair import Pair, open_inputs
+from ..passes.contexts import ranks_in
 from ..render.blocks import (
     Axis,
     Block,
@@ -39,7 +40,6 @@ from ..render.blocks import (
 from ..render.format import FRACTION, SIGNED_FRACTION, count, interval, p_value
 from ..results.result import Result
 from ..statistics import significance
-from .decisions import in_the_base
 
 EXAMPLES = (
     "hyperlens behaviour ./base ./tuned --texts held_out.txt --out behaviour",
@@ -219,7 +219,7 @@ def _example(
             "base_top1": token_names(tokenizer, top1),
         }
         for (side, tokens), text in zip(written.items(), texts, strict=True)
-        for ranks, top1 in [in_the_base(pair, prompt, tokens)]
+        for ranks, top1 in [ranks_in(pair.base.hooked, prompt, tokens)]
     }
     return {"strategy": strategy, "prompt": opening, **sides}
 

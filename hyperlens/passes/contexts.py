@@ -7,7 +7,7 @@ time, as often as an experiment needs them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -23,7 +23,9 @@ from ..hooks.surface import (
     evaluating,
     residual_logits,
     run_last_residual,
+    run_logits,
 )
+from ..statistics import distances
 from .streams import logits_in_pieces, slices
 
 # Logits of so many bytes exist at a time, per model: less than in a pass over residual streams,
@@ -127,3 +129,18 @@ def _last_residual(role: str, model: HookedModel, tokens: Tensor, real: Tensor) 
             "dtype='float32'"
         )
     return last
+
+
+def ranks_in(
+    model: HookedModel, prompt: Sequence[int], tokens: Sequence[int]
+) -> tuple[list[int], list[int]]:
+    """A model's rank of every token after a prompt, and its own top-1 token in each place.
+
+    Tied logits share the best rank.
+    """
+    ids = torch.tensor([[*prompt, *tokens]], device=model.cfg.device)
+    with evaluating(model):
+        logits = run_logits(model, ids, torch.ones_like(ids))[0, len(prompt) - 1 : -1].float()
+    ranks: list[int] = distances.rank_of(logits, ids[0, len(prompt) :]).tolist()
+    top1: list[int] = distances.winner(logits).tolist()
+    return ranks, top1

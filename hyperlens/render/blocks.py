@@ -81,7 +81,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class Reference:
-    """A horizontal line to compare with, and its interval as a band."""
+    """A line to compare with, and its interval as a band; "dots" have it across their values."""
 
     name: str
     value: float

@@ -168,7 +168,8 @@ def _y(axis: Axis, key: str = "") -> Any:
 
 def _colour(block: Chart, chosen: Colours) -> Any:
     alt = _altair()
-    names = [*block.series, *(one.name for one in block.references)]
+    # A line to compare with may be that of a series.
+    names = list(dict.fromkeys([*block.series, *(one.name for one in block.references)]))
     legend: Any = None
     if len(names) > 1:
         legend = alt.Legend(
@@ -190,7 +191,10 @@ def _tooltip(block: Chart) -> list[Any]:
         kind = "N" if axis.is_category else "Q"
         form = {} if axis.is_category else {"format": ",.4~g"}
         shown.append(alt.Tooltip(f"{axis.key}:{kind}", title=axis.title or axis.key, **form))
-    if _has_intervals(block):
+    # The band of a control is the range of its values, no interval.
+    if any(
+        "low" in row and block.roles.get(row.get("series", "")) != "control" for row in block.rows
+    ):
         shown.append(alt.Tooltip("low:Q", title="95% from", format=",.4~g"))
         shown.append(alt.Tooltip("high:Q", title="to", format=",.4~g"))
     return shown
@@ -201,7 +205,7 @@ def _has_intervals(block: Chart) -> bool:
 
 
 def _lines(block: Chart, chosen: Colours) -> Any:
-    """A line for each series with its band; controls are a band alone."""
+    """A line for each series with its band; controls are a band with a thin line."""
     alt = _altair()
     controls = [name for name in block.series if block.roles.get(name) == "control"]
     whole_numbers = all(float(row[block.x.key]).is_integer() for row in block.rows)
@@ -219,6 +223,9 @@ def _lines(block: Chart, chosen: Colours) -> Any:
         # The band of a control is what the others are compared with: stronger than an interval.
         opacity = alt.condition(is_control, alt.value(0.45), alt.value(0.2))
         layers.append(base.mark_area().encode(y=_y(block.y, "low"), y2="high:Q", opacity=opacity))
+    if controls:  # a thin line as well: a narrow band would hardly be seen
+        middle = base.transform_filter(is_control).mark_line(strokeWidth=1)
+        layers.append(middle.encode(y=_y(block.y)))
     drawn = base.transform_filter(~is_control) if controls else base
     dashes = alt.StrokeDash("series:N", sort=block.series, legend=None)
     layers.append(drawn.mark_line(strokeWidth=1.8).encode(y=_y(block.y), strokeDash=dashes))
@@ -234,15 +241,21 @@ def _lines(block: Chart, chosen: Colours) -> Any:
 
 
 def _references(block: Chart, chosen: Colours) -> list[Any]:
+    """A line and a band across the chart: at a height, or in "dots", whose values lie across."""
     alt = _altair()
     rows = [
         {"series": one.name, "value": one.value, "low": one.low, "high": one.high}
         for one in block.references
     ]
     base = alt.Chart(_data(rows)).encode(color=_colour(block, chosen))
-    band = base.mark_rect(opacity=0.12).encode(y=alt.Y("low:Q", title=block.y.title), y2="high:Q")
-    rule = base.mark_rule(strokeWidth=1.6, strokeDash=[5, 3]).encode(y="value:Q")
-    return [band, rule]
+    band, rule = base.mark_rect(opacity=0.12), base.mark_rule(strokeWidth=1.6, strokeDash=[5, 3])
+    if block.kind == "dots":
+        low = alt.X("low:Q", title=block.x.title, scale=_scale(block.x))
+        return [band.encode(x=low, x2="high:Q"), rule.encode(x="value:Q")]
+    return [
+        band.encode(y=alt.Y("low:Q", title=block.y.title), y2="high:Q"),
+        rule.encode(y="value:Q"),
+    ]
 
 
 def _dots(block: Chart, chosen: Colours) -> Any:
@@ -252,7 +265,7 @@ def _dots(block: Chart, chosen: Colours) -> Any:
         y=_y(block.y), yOffset=alt.YOffset("series:N", sort=block.series),
         color=_colour(block, chosen),
     )  # fmt: skip
-    layers = []
+    layers = _references(block, chosen) if block.references else []
     if _has_intervals(block):
         axis = alt.X(
             "low:Q", title=block.x.title, scale=_scale(block.x), axis=alt.Axis(tickCount=5)

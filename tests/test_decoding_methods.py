@@ -1,9 +1,13 @@
-"""Ways of decoding side by side: every number is that of the continuations, one by one."""
+"""Methods of decoding side by side: every number is that of the continuations, one by one."""
 
+import html
 import itertools
+import json
 import math
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +16,7 @@ from conftest import D_VOCAB, lora, make_tiny, perturbed, token_texts
 from scipy import stats as scipy_stats
 from test_mauve import Stub
 
-from hyperlens import DecodingResult, cli, decoding_baselines, load_hooked
+from hyperlens import cli, load_hooked, open_pair
 from hyperlens.decoding.contrastive import adaptive_contrastive_search
 from hyperlens.decoding.diversity import MEASURES, distinct
 from hyperlens.decoding.generate import continuations
@@ -20,9 +24,20 @@ from hyperlens.decoding.guard import Guard
 from hyperlens.decoding.prompts import choose_examples
 from hyperlens.embedded import embedded_base, embedded_tales
 from hyperlens.errors import CorpusError, DecodingError, HyperlensError, LoadingError
-from hyperlens.experiments.decoding_finding import METHODS, REFERENCE, WORDS
-from hyperlens.experiments.decoding_methods import Writing, Written
-from hyperlens.experiments.mauve_scores import few_texts
+from hyperlens.experiments.decoding import (
+    DRAWN,
+    METHODS,
+    REFERENCE,
+    WORDS,
+    DecodingResult,
+    Generated,
+    MethodRunner,
+    compare_decoding,
+)
+from hyperlens.experiments.mauve.scores import few_texts_notes
+from hyperlens.render.blocks import Chart, Samples, flat
+from hyperlens.render.format import FRACTION, SIGNED_FRACTION, interval
+from hyperlens.render.page import write_report
 from hyperlens.statistics import significance
 
 TEXTS = token_texts(10, shortest=8, longest=20)
@@ -40,8 +55,8 @@ def models():
 
 
 @pytest.fixture(scope="module")
-def finding(models) -> DecodingResult:
-    return decoding_baselines(*models, TEXTS, n_examples=len(TEXTS), **SHORT)
+def result(models) -> DecodingResult:
+    return compare_decoding(*models, TEXTS, n_examples=len(TEXTS), **SHORT)
 
 
 def examples_of(found: DecodingResult) -> list[tuple[list[int], list[str]]]:
@@ -52,6 +67,10 @@ def examples_of(found: DecodingResult) -> list[tuple[list[int], list[str]]]:
     )
 
 
+def row_of(found: DecodingResult, model: str, method: str, metric: str) -> Mapping[str, Any]:
+    return found.at(model=model, method=method, metric=metric)
+
+
 def prompts_of(found: DecodingResult) -> list[list[int]]:
     return [prompt for prompt, _ in examples_of(found)]
 
@@ -59,7 +78,7 @@ def prompts_of(found: DecodingResult) -> list[list[int]]:
 def written(
     models, prompts: list[list[int]], model: str, method: str, seed: int = 0, **options: object
 ) -> list[list[int]]:
-    """What a way of decoding writes, asked for directly."""
+    """What a method of decoding generates, asked for directly."""
     options = {"max_new_tokens": 12, "stop_at_eos": False, "progress": False} | options
     which = models[model == "tuned"]
     if method == "contrastive":
@@ -75,25 +94,25 @@ def written(
     return continuations(which, None, prompts, **given, **options)
 
 
-def test_every_row_is_that_of_the_continuations(models, finding) -> None:
-    prompts = prompts_of(finding)
+def test_every_row_is_that_of_the_continuations(models, result) -> None:
+    prompts = prompts_of(result)
     assert sorted(prompts) == sorted(text[:6] for text in TEXTS)
-    drawn = [[int(i) for i in one["prompt"].split()] for one in finding.extras["examples"]]
+    drawn = [[int(i) for i in one["prompt"].split()] for one in result.extras["examples"]]
     assert drawn == [prompts[i] for i in choose_examples(10, 10, 0)] != prompts
     reference = written(models, prompts, *REFERENCE)
-    assert len(finding.table) == 7 * 7
-    assert finding.ways == [*(("base", name) for name in METHODS), REFERENCE]
+    assert len(result.table) == 7 * 7
+    assert result.conditions == [*(("base", name) for name in METHODS), REFERENCE]
     p_values = []
-    for way in finding.ways:
-        texts = written(models, prompts, *way)
-        shown = [of_all[finding.ways.index(way)] for _, of_all in examples_of(finding)]
+    for condition in result.conditions:
+        texts = written(models, prompts, *condition)
+        shown = [of_all[result.conditions.index(condition)] for _, of_all in examples_of(result)]
         assert shown == [" ".join(map(str, t)) for t in texts]
         for metric, measure in MEASURES.items():
-            row = finding.value(*way, metric)
+            row = row_of(result, *condition, metric)
             values, others = ([measure(t) for t in side] for side in (texts, reference))
             expected = significance.estimate(values)
             assert [row[key] for key in expected._fields] == pytest.approx(list(expected))
-            if way == REFERENCE:
+            if condition == REFERENCE:
                 assert math.isnan(row["p"])
                 assert math.isnan(row["difference"])
                 continue
@@ -104,46 +123,49 @@ def test_every_row_is_that_of_the_continuations(models, finding) -> None:
                 assert row["difference_high"] == pytest.approx(gaps.mean() + half)
                 if metric != "windowed_ttr":  # of texts this short the same test as TTR's
                     p_values.append((scipy_stats.ttest_rel(values, others).pvalue, row["p"]))
-        together = finding.value(*way, "distinct_2")
+        together = row_of(result, *condition, "distinct_2")
         assert together["value"] == pytest.approx(distinct(texts, 2))
-        if way != REFERENCE:
+        if condition != REFERENCE:
             gap = distinct(texts, 2) - distinct(reference, 2)
             assert together["difference"] == pytest.approx(gap)
         lengths = [row.index(2) if 2 in row else 12 for row in texts]
-        assert finding.value(*way, "length")["value"] == np.mean(lengths)
+        assert row_of(result, *condition, "length")["value"] == np.mean(lengths)
     assert all(min(raw, 1) - 1e-12 <= p <= min(1, 42 * raw) + 1e-12 for raw, p in p_values)
     assert any(p > raw + 1e-9 for raw, p in p_values)
 
 
-def test_what_is_called_deterministic_is(models, finding) -> None:
-    other = decoding_baselines(*models, TEXTS, seed=1, **SHORT)
-    for way in finding.ways:
-        for seed, found in ((0, finding), (1, other)):
-            row = found.value(*way, "ttr")
-            assert row["deterministic"] == METHODS[way[1]].deterministic, seed
-        same = [finding.value(*way, m)["value"] == other.value(*way, m)["value"] for m in MEASURES]
-        assert all(same) == METHODS[way[1]].deterministic, way
+def test_what_is_called_deterministic_is(models, result) -> None:
+    other = compare_decoding(*models, TEXTS, seed=1, **SHORT)
+    for condition in result.conditions:
+        for seed, found in ((0, result), (1, other)):
+            row = row_of(found, *condition, "ttr")
+            assert row["deterministic"] == METHODS[condition[1]].deterministic, seed
+        same = [
+            row_of(result, *condition, m)["value"] == row_of(other, *condition, m)["value"]
+            for m in MEASURES
+        ]
+        assert all(same) == METHODS[condition[1]].deterministic, condition
     assert [name for name, method in METHODS.items() if method.deterministic] == [
         *("greedy", "contrastive")
     ]
-    again = decoding_baselines(*models, TEXTS, n_examples=len(TEXTS), **SHORT)
-    assert again.table == finding.table
-    assert again.extras["examples"] == finding.extras["examples"]
+    again = compare_decoding(*models, TEXTS, n_examples=len(TEXTS), **SHORT)
+    assert again.table == result.table
+    assert again.extras["examples"] == result.extras["examples"]
 
 
 def test_samples_are_averaged_by_prompt(models) -> None:
-    found = decoding_baselines(*models, TEXTS, n_samples=3, seed=5, n_examples=len(TEXTS), **SHORT)
+    found = compare_decoding(*models, TEXTS, n_samples=3, seed=5, n_examples=len(TEXTS), **SHORT)
     assert found.about("base", "greedy")["n_samples"] == 1
     for method in STOCHASTIC:
         assert found.about("base", method)["n_samples"] == 3
         samples = [written(models, prompts_of(found), "base", method, seed) for seed in (5, 6, 7)]
         ratios = np.mean([[MEASURES["ttr"](t) for t in texts] for texts in samples], axis=0)
-        row = found.value("base", method, "ttr")
+        row = row_of(found, "base", method, "ttr")
         assert row["value"] == pytest.approx(ratios.mean())
         assert row["se"] == pytest.approx(scipy_stats.sem(ratios))
         assert row["n"] == len(TEXTS)
         together = np.mean([distinct(texts, 2) for texts in samples])
-        assert found.value("base", method, "distinct_2")["value"] == pytest.approx(together)
+        assert row_of(found, "base", method, "distinct_2")["value"] == pytest.approx(together)
 
 
 def test_texts_may_end_and_some_have_no_token(models) -> None:
@@ -157,8 +179,8 @@ def test_texts_may_end_and_some_have_no_token(models) -> None:
     base.config.eos_token_id, tuned.config.eos_token_id = first, second
     try:
         options = {"methods": ["greedy", "guard", "contrastive"], **SHORT}
-        found = decoding_baselines(base, tuned, TEXTS, stop_at_eos=True, **options)
-        whole = decoding_baselines(base, tuned, TEXTS, **options)
+        found = compare_decoding(base, tuned, TEXTS, stop_at_eos=True, **options)
+        whole = compare_decoding(base, tuned, TEXTS, **options)
     finally:
         base.config.eos_token_id = tuned.config.eos_token_id = before
     ended, others_ended = (
@@ -167,34 +189,34 @@ def test_texts_may_end_and_some_have_no_token(models) -> None:
     )
     assert [] in ended
     kept = [row for row in ended if row]
-    row = found.value("base", "greedy", "ttr")
+    row = row_of(found, "base", "greedy", "ttr")
     assert row["n"] == len(kept) < len(TEXTS)
     assert row["value"] == pytest.approx(np.mean([MEASURES["ttr"](t) for t in kept]))
     for method in ("greedy", "contrastive"):
         # Where text ends is the same whether what follows is written or not.
-        a, b = (f.value("base", method, "length")["value"] for f in (found, whole))
+        a, b = (row_of(f, "base", method, "length")["value"] for f in (found, whole))
         assert a == b
     for side, texts in (("base", ended), ("tuned", others_ended)):
-        length = found.value(side, "greedy", "length")["value"]
+        length = row_of(found, side, "greedy", "length")["value"]
         assert length == np.mean([len(t) for t in texts])
-        assert length == whole.value(side, "greedy", "length")["value"]
+        assert length == row_of(whole, side, "greedy", "length")["value"]
 
 
 def test_a_model_beside_itself_differs_in_nothing(models) -> None:
-    found = decoding_baselines(models[0], models[0], TEXTS, **SHORT)
+    found = compare_decoding(models[0], models[0], TEXTS, **SHORT)
     for metric in found.metrics:
-        row = found.value("base", "greedy", metric)
+        row = row_of(found, "base", "greedy", metric)
         assert (row["difference"], row["difference_low"]) == (0, 0)
         assert math.isnan(row["p"])
-    assert "not clearly different: greedy" in " ".join(found.summary().split())
+    assert "not clearly different with greedy" in " ".join(found.summary().split())
 
 
 def test_an_adapter_is_read_as_one() -> None:
     base = make_tiny("gpt2")
-    found = decoding_baselines(
+    found = compare_decoding(
         base, lora(make_tiny("gpt2"), "gpt2"), TEXTS, methods=["greedy", "contrastive"], **SHORT
     )
-    assert found.value("base", "contrastive", "ttr")["n"] == len(TEXTS)
+    assert row_of(found, "base", "contrastive", "ttr")["n"] == len(TEXTS)
 
 
 @pytest.mark.parametrize(
@@ -219,26 +241,83 @@ def test_an_adapter_is_read_as_one() -> None:
 )
 def test_bad_options_are_one_line(models, options: dict, kind: type, said: str) -> None:
     with pytest.raises(kind, match=said) as caught:
-        decoding_baselines(*models, TEXTS, **(SHORT | options))
+        compare_decoding(*models, TEXTS, **(SHORT | options))
     assert "\n" not in str(caught.value)
 
 
 def test_a_hooked_model_is_refused(models) -> None:
     with pytest.raises(LoadingError, match="hooked"):
-        decoding_baselines(load_hooked(models[0], backend="residual"), models[1], TEXTS, **SHORT)
+        compare_decoding(load_hooked(models[0], backend="residual"), models[1], TEXTS, **SHORT)
 
 
-def test_words_figure_and_what_is_written_returns(finding, tmp_path: Path) -> None:
-    summary = finding.summary()
-    assert max(map(len, summary.splitlines())) <= 100
-    for words in ("det.", "GUARD (w=7)", "min-p (p=0.1)", "Diversity is not quality"):
+def test_summary_page_notebook_and_figure_show_the_same_numbers(result, tmp_path: Path) -> None:
+    summary = result.summary()
+    lines = [line for line in summary.splitlines() if line.startswith(("GUARD", "min-p"))]
+    assert max(map(len, lines)) <= 100
+    page = write_report(tmp_path / "page.html", [result]).read_text(encoding="utf-8")
+    notebook = html.unescape(result._repr_html_())
+    for words in ("det.", "GUARD (w = 7)", "min-p (p = 0.1)", "Diversity is not quality"):
         assert words in summary
-    assert len(finding.plot().axes) == 3
-    assert all(one["seconds"] > 0 for one in finding.extras["methods"])
-    finding.write(tmp_path)
+        assert words in page
+        assert words in notebook
+    for condition in result.conditions:
+        value = interval(row_of(result, *condition, "rep_2"), FRACTION)
+        assert value in summary
+        assert value in page
+        assert value in notebook
+    gap = row_of(result, "base", "guard", "ttr")["difference"]
+    assert f"GUARD ({SIGNED_FRACTION(gap)})" in result.verdicts()[0].answer
+    assert all(one["seconds"] > 0 for one in result.extras["methods"])
+    result.write(tmp_path)
     again = DecodingResult.load(tmp_path)
     assert again.summary() == summary
-    assert finding.metrics == [metric for metric in WORDS if metric != "mauve"]
+    assert result.metrics == [metric for metric in WORDS if metric != "mauve"]
+
+
+def test_charts_and_examples_are_those_of_the_table(result) -> None:
+    blocks = flat(result.blocks())
+    charts = [block for block in blocks if isinstance(block, Chart)]
+    assert len(charts) == len(DRAWN)
+    for metric, chart in zip(DRAWN, charts, strict=True):
+        assert (chart.kind, chart.x.scale) == ("dots", "share")
+        expected = [row_of(result, *condition, metric) for condition in result.conditions]
+        assert [(row["value"], row["low"]) for row in chart.rows] == [
+            (row["value"], row["low"]) for row in expected
+        ]
+        assert [row["method"] for row in chart.rows][::6] == ["greedy", "greedy"]
+        assert chart.roles == {result.base_name: "base", result.tuned_name: "tuned"}
+        (line,) = chart.references
+        assert line.value == expected[-1]["value"]
+    assert result.plot().to_dict()["hconcat"]
+    examples = [block for block in blocks if isinstance(block, Samples)]
+    assert [block.prompt for block in examples] == [
+        one["prompt"] for one in result.extras["examples"]
+    ]
+    labels = [sample.label for sample in examples[0].texts]
+    assert labels[0] == f"{result.base_name}, greedy"
+    assert labels[-1] == f"{result.tuned_name}, greedy"
+
+
+def test_what_version_0_1_wrote_still_loads(result, tmp_path: Path) -> None:
+    result.write(tmp_path)
+    path = tmp_path / "decoding.json"
+    data = json.loads(path.read_text("utf-8"))
+    data["format"] = 1
+    data["meta"]["data"] = data["meta"].pop("corpus")
+    path.write_text(json.dumps(data), "utf-8")
+    assert DecodingResult.load(tmp_path).summary() == result.summary()
+
+
+def test_an_open_pair_gives_the_same_numbers(models, result) -> None:
+    options = SHORT | {"n_examples": len(TEXTS)}
+    assert compare_decoding(open_pair(*models), TEXTS, **options).table == result.table
+
+
+def test_one_prompt_has_no_interval(models) -> None:
+    found = compare_decoding(*models, TEXTS, n_prompts=1, **SHORT)
+    assert "nan" not in found.summary()
+    assert "1 prompt of 6 tokens" in " ".join(found.summary().split())
+    assert found.verdicts()[0].answer.startswith("Too few texts to tell")
 
 
 def test_nothing_written_is_not_called_no_difference(models) -> None:
@@ -247,26 +326,27 @@ def test_nothing_written_is_not_called_no_difference(models) -> None:
     before = base.generation_config.eos_token_id
     base.generation_config.eos_token_id = tuned.generation_config.eos_token_id = ends
     try:
-        found = decoding_baselines(
+        found = compare_decoding(
             base, tuned, TEXTS, methods=["greedy", "top_p"], stop_at_eos=True, **SHORT
         )
     finally:
         base.generation_config.eos_token_id = tuned.generation_config.eos_token_id = before
-    assert math.isnan(found.value("base", "greedy", "ttr")["value"])
+    assert math.isnan(row_of(found, "base", "greedy", "ttr")["value"])
     said = " ".join(found.conclusions())
-    assert said.count("cannot be told: greedy, top-p") == 2
+    assert said.count("unclear with greedy, top-p") == 2
+    assert found.verdicts()[0].answer.startswith("Too few texts to tell")
     assert "not clearly different" not in said
 
 
-def test_a_measure_under_two_names_is_one_test(finding, models) -> None:
+def test_a_measure_under_two_names_is_one_test(result, models) -> None:
     # No text is longer than a window.
-    for way in finding.ways[:-1]:
-        ttr, windowed = (finding.value(*way, metric) for metric in ("ttr", "windowed_ttr"))
+    for condition in result.conditions[:-1]:
+        ttr, windowed = (row_of(result, *condition, metric) for metric in ("ttr", "windowed_ttr"))
         assert windowed["difference"] == ttr["difference"]
         assert math.isnan(windowed["p"])
     long = SHORT | {"max_new_tokens": 51, "methods": ["top_p"]}
-    found = decoding_baselines(*models, TEXTS, **long)
-    assert not math.isnan(found.value("base", "top_p", "windowed_ttr")["p"])
+    found = compare_decoding(*models, TEXTS, **long)
+    assert not math.isnan(row_of(found, "base", "top_p", "windowed_ttr")["p"])
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -284,7 +364,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     prompts = {example["prompt"] for example in found.extras["examples"]}
     assert prompts == {f"The {who} went into" for who in ("king", "cat", "fox")}
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
-    for words in ("Would another way of decoding", "Det.", "base, GUARD (w=3)"):
+    for words in ("Would another way of decoding", "det.", "GUARD (w = 3)"):
         assert words in page
     assert cli.main([*command, "--top-p", "7"]) == cli.FAILED
     assert "top_p must be above 0 and at most 1" in capsys.readouterr().err
@@ -296,9 +376,9 @@ def test_mauve_says_what_it_could_not_read(
 ) -> None:
     stub, base = Stub(), str(embedded_base())
     monkeypatch.setitem(sys.modules, "mauve", stub)
-    real, calls = Writing.run, []
+    real, calls = MethodRunner.run, []
 
-    def run(self: Writing, loaded: object, method: str, seeds: object) -> Written:
+    def run(self: MethodRunner, loaded: object, method: str, seeds: object) -> Generated:
         """The tuned model writes nothing but special tokens after some prompts."""
         made = real(self, loaded, method, seeds)
         calls.append(method)
@@ -306,18 +386,18 @@ def test_mauve_says_what_it_could_not_read(
             made.samples[0][readable:] = [[0] * 12] * (5 - readable)
         return made
 
-    monkeypatch.setattr(Writing, "run", run)
+    monkeypatch.setattr(MethodRunner, "run", run)
     options = {"methods": ["greedy"], "mauve_features": base, **SHORT}
-    found = decoding_baselines(base, base, embedded_tales()[:5], **options)
-    assert found.value("base", "greedy", "mauve")["value"] == pytest.approx(0.7)
-    assert found.value("tuned", "greedy", "mauve")["value"] == pytest.approx(mauve, nan_ok=True)
+    found = compare_decoding(base, base, embedded_tales()[:5], **options)
+    assert row_of(found, "base", "greedy", "mauve")["value"] == pytest.approx(0.7)
+    assert row_of(found, "tuned", "greedy", "mauve")["value"] == pytest.approx(mauve, nan_ok=True)
     assert {len(one["q_features"]) for one in stub.given} == {5, readable} - {0, 1}
     notes = "; ".join(found.meta["notes"])
-    left_out = f"MAUVE of tuned, greedy: {5 - readable} of 5 texts have no token and are left out"
+    left_out = f"MAUVE of tuned, greedy: {5 - readable} of 5 texts without a token, left out"
     assert (left_out in notes) == (readable < 5)
     assert ("MAUVE of tuned, greedy is unknown" in notes) == (readable < 2)
-    found.summary()
-    found.plot()
+    assert "MAUVE" in found.summary()
+    found.plot().to_dict()
 
 
 def test_mauve_stands_beside_the_rest(models, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -325,19 +405,19 @@ def test_mauve_stands_beside_the_rest(models, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(sys.modules, "mauve", stub)
     tales = embedded_tales()[:5]
     options = {"methods": ["greedy", "top_p"], "n_samples": 2, "mauve_features": base, **SHORT}
-    found = decoding_baselines(base, base, tales, **options)
+    found = compare_decoding(base, base, tales, **options)
     assert len(stub.given) == (1 + 2 + 1) * 5
-    for way in found.ways:
-        row = found.value(*way, "mauve")
+    for condition in found.conditions:
+        row = row_of(found, *condition, "mauve")
         assert (row["value"], row["n"]) == (pytest.approx(0.7), 5)
         assert math.isnan(row["low"])
-    assert found.value("base", "top_p", "mauve")["difference"] == pytest.approx(0.0)
-    assert found.meta["notes"][-1] == few_texts(5)[0]
+    assert row_of(found, "base", "top_p", "mauve")["difference"] == pytest.approx(0.0)
+    assert found.meta["notes"][-1] == few_texts_notes(5)[0]
     assert max(map(len, found.summary().splitlines())) <= 100
     humans = stub.given[0]["p_features"]
     assert all(np.array_equal(one["p_features"], humans) for one in stub.given)
-    with pytest.raises(CorpusError, match="no tokenizer to write them with"):
-        decoding_baselines(*models, token_texts(4, shortest=18), **options)
+    with pytest.raises(CorpusError, match="no tokenizer to turn tokens into text"):
+        compare_decoding(*models, token_texts(4, shortest=18), **options)
     monkeypatch.setitem(sys.modules, "mauve", None)
     with pytest.raises(HyperlensError, match="pip install"):
-        decoding_baselines(*models, TEXTS, **options)
+        compare_decoding(*models, TEXTS, **options)

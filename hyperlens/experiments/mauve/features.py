@@ -12,12 +12,13 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..checks import check_counts
-from ..data.corpus import check_max_length, pad, tokenize
-from ..errors import ActivationError, CorpusError
-from ..hooks.loading import LoadedModel, hook, parse_device, parse_dtype
-from ..hooks.surface import evaluating, final_norm, input_device, run_last_residual
-from ..models.sources import open_source
+from ...checks import check_counts
+from ...data.corpus import check_max_length, pad, tokenize
+from ...errors import ActivationError, CorpusError
+from ...hooks.loading import LoadedModel, hook, parse_device, parse_dtype
+from ...hooks.surface import evaluating, final_norm, input_device, run_last_residual
+from ...models.sources import open_source
+from ...render.format import count
 
 
 class Features(NamedTuple):
@@ -68,15 +69,15 @@ class Featurizer:
             ActivationError: if the model overflows.
         """
         ids = tokenize(texts, self.loaded.tokenizer)
-        kept = [one[: self.max_length] for one in ids if len(one)]
-        vectors = torch.empty(len(kept), self.loaded.hooked.cfg.d_model)
-        order = sorted(range(len(kept)), key=lambda i: -len(kept[i]))
-        starts = range(0, len(order), self.batch_size)
+        sequences = [tokens[: self.max_length] for tokens in ids if len(tokens)]
+        vectors = torch.empty(len(sequences), self.loaded.hooked.cfg.d_model)
+        longest_first = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
+        starts = range(0, len(sequences), self.batch_size)
         for start in tqdm(starts, desc="reading texts", disable=not progress, leave=False):
-            rows = order[start : start + self.batch_size]
-            vectors[rows] = self._last([kept[i] for i in rows]).cpu()
-        n_cut = sum(len(one) > self.max_length for one in ids)
-        return Features(vectors, len(ids) - len(kept), n_cut)
+            rows = longest_first[start : start + self.batch_size]
+            vectors[rows] = self._last([sequences[i] for i in rows]).cpu()
+        n_cut = sum(len(tokens) > self.max_length for tokens in ids)
+        return Features(vectors, len(ids) - len(sequences), n_cut)
 
     def _last(self, batch: Sequence[np.ndarray]) -> Float[Tensor, "batch d_model"]:
         """Padded on the right: what comes after a text's last token cannot change it."""
@@ -96,15 +97,15 @@ class Featurizer:
         return vectors
 
 
-def reading_notes(name: str, *reads: Features) -> list[str]:
+def feature_notes(name: str, *sets: Features) -> list[str]:
     """What a reader of the result should know of texts that were left out or cut."""
-    n_empty, n_cut = sum(read.n_empty for read in reads), sum(read.n_cut for read in reads)
-    total = sum(len(read.vectors) for read in reads) + n_empty
+    n_empty, n_cut = sum(one.n_empty for one in sets), sum(one.n_cut for one in sets)
+    total = count(sum(len(one.vectors) for one in sets) + n_empty, "text")
     notes = []
     if n_empty:
-        notes.append(f"{name}: {n_empty:,} of {total:,} texts have no token and are left out")
+        notes.append(f"{name}: {n_empty:,} of {total} without a token, left out")
     if n_cut:
-        notes.append(f"{name}: {n_cut:,} of {total:,} texts are longer than what is read")
+        notes.append(f"{name}: {n_cut:,} of {total} longer than what is read, cut")
     return notes
 
 
@@ -128,6 +129,11 @@ def open_featurizer(
         LoadingError: if the source cannot be opened.
         ParityError: if it does not read as its plain model does.
         CorpusError: if it has no tokenizer, or an option makes no sense.
+
+    >>> from hyperlens.embedded import embedded_base
+    >>> reader = open_featurizer(embedded_base())
+    >>> reader.features(["The old mill.", ""]).vectors.shape
+    torch.Size([1, 192])
     """
     if isinstance(source, Featurizer):
         return source
