@@ -1,5 +1,6 @@
 """What both models write: means over prompts, paired tests, examples with ranks."""
 
+import html
 import json
 import math
 import re
@@ -13,13 +14,15 @@ from scipy import stats as scipy_stats
 from test_prompts import one_token_per_byte
 from transformers import AutoTokenizer
 
-from hyperlens import cli, load_hooked, measure_behaviour
+from hyperlens import cli, load_hooked, measure_behaviour, write_report
 from hyperlens.decoding.diversity import type_token_ratio
 from hyperlens.decoding.generate import GenerationRunner, Generations, continuations
 from hyperlens.decoding.prompts import choose_examples
 from hyperlens.embedded import embedded_base, embedded_tales
 from hyperlens.errors import CorpusError, LoadingError, ResultsError
-from hyperlens.experiments import BehaviourResult
+from hyperlens.experiments.behaviour import WORDS, BehaviourResult
+from hyperlens.render.blocks import Chart, Details, Table
+from hyperlens.render.format import FRACTION, interval
 
 TEXTS = token_texts(10, shortest=8, longest=20)
 SHORT = {"prompt_tokens": 6, "max_new_tokens": 12, "n_examples": 2, "progress": False}
@@ -50,13 +53,15 @@ def test_means_and_tests_are_those_of_the_continuations(name: str) -> None:
         for model in (base, tuned)
     ]
     for side, of_side in zip(("base", "tuned"), ratios, strict=True):
-        assert found.value("greedy", side, "ttr")["value"] == pytest.approx(np.mean(of_side))
-        assert found.value("greedy", side, "ttr")["se"] == pytest.approx(
+        assert found.at(strategy="greedy", model=side, metric="ttr")["value"] == pytest.approx(
+            np.mean(of_side)
+        )
+        assert found.at(strategy="greedy", model=side, metric="ttr")["se"] == pytest.approx(
             np.std(of_side, ddof=1) / math.sqrt(len(of_side))
         )
     tests = len(found.metrics)
     p = scipy_stats.ttest_rel(ratios[1], ratios[0]).pvalue
-    gap = found.value("greedy", "difference", "ttr")
+    gap = found.at(strategy="greedy", model="difference", metric="ttr")
     assert gap["value"] == pytest.approx(np.mean(ratios[1]) - np.mean(ratios[0]))
     assert min(p, 1) - 1e-12 <= gap["p"] <= min(1, tests * p) + 1e-12
 
@@ -118,11 +123,18 @@ def test_words_and_all_prompts_together_against_the_definitions(tmp_path: Path) 
         ("word_rep_2", 1 - np.mean(shares[2])),
         ("word_rep_3", 1 - np.mean(shares[3])),
     ):
-        assert found.value("greedy", "base", metric)["value"] == pytest.approx(expected)
+        assert found.at(strategy="greedy", model="base", metric=metric)["value"] == pytest.approx(
+            expected
+        )
     for n, value in found.distinct("greedy", "tuned").items():
         grams = [tuple(row[i : i + n]) for row in ids for i in range(len(row) - n + 1)]
         assert value == len(set(grams)) / len(grams)
-    assert "distinct 2-grams, all prompts" in found.summary()
+    (folded,) = (b for b in found.blocks() if isinstance(b, Details) and "distinct" in b.title)
+    (table,) = (block for block in folded.blocks if isinstance(block, Table))
+    assert [list(row) for row in table.rows] == [
+        [f"n = {n}", *(FRACTION(found.distinct("greedy", side)[n]) for side in ("base", "tuned"))]
+        for n in (1, 2, 3)
+    ]
     page = (found.save(tmp_path / "out") / "report.html").read_text(encoding="utf-8")
     assert "repeated bigrams of words" in page
     assert "over all continuations together" in page
@@ -170,8 +182,8 @@ def test_a_prompt_that_ends_inside_a_character_loses_nothing(
 
 def test_one_prompt_is_too_few_to_tell(tiny) -> None:
     found = measure_behaviour(tiny, perturbed(tiny, 0.5), TEXTS, n_prompts=1, **SHORT)
-    said = " ".join(found.conclusion())
-    assert "Greedy: whether diversity differs cannot be told from so few prompts." in said
+    said = " ".join(found.conclusions())
+    assert "Greedy decoding: so few prompts cannot tell whether diversity differs (TTR " in said
     assert "no clear difference" not in said
 
 
@@ -194,9 +206,39 @@ def test_refusals_say_what_to_do(tiny) -> None:
         measure_behaviour(load_hooked(tiny, backend="residual"), tiny, TEXTS, **SHORT)
 
 
-def test_the_figure_has_both_models_in_every_panel(tiny) -> None:
-    figure = measure_behaviour(tiny, perturbed(tiny), TEXTS, **SHORT).plot()
-    assert [len(axes.containers) for axes in figure.axes] == [2, 2]
+def test_the_charts_have_both_models_and_every_measure(tiny) -> None:
+    found = measure_behaviour(tiny, perturbed(tiny), TEXTS, **SHORT)
+    charts = [block for block in found.blocks() if isinstance(block, Chart)]
+    assert len(charts) == len(found.strategies) == 2
+    names = {"base": found.base_name, "tuned": found.tuned_name}
+    for chart, strategy in zip(charts, found.strategies, strict=True):
+        assert [
+            (r["series"], r["measure"], r["value"], r["low"], r["high"]) for r in chart.rows
+        ] == [
+            (names[row["model"]], WORDS[row["metric"]], row["value"], row["low"], row["high"])
+            for side in names
+            for row in found.select(strategy=strategy, model=side)
+        ]
+        assert all(0 <= row["value"] <= 1 for row in chart.rows)
+        assert chart.x.scale == "share"
+        assert chart.roles == {names["base"]: "base", names["tuned"]: "tuned"}
+    figure = found.plot()
+    assert figure is not None
+    assert figure.to_dict()
+
+
+def test_text_page_and_notebook_show_the_same_numbers(tiny, tmp_path: Path) -> None:
+    found = measure_behaviour(tiny, perturbed(tiny, 0.5), TEXTS, **SHORT)
+    page = write_report(tmp_path / "page.html", [found]).read_text(encoding="utf-8")
+    texts = (
+        " ".join(found.summary().split()),
+        html.unescape(page),
+        html.unescape(found._repr_html_()),
+    )
+    for strategy in found.strategies:
+        for side in ("base", "tuned"):
+            shown = interval(found.at(strategy=strategy, model=side, metric="ttr"), FRACTION)
+            assert all(shown in text for text in texts), shown
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -210,4 +252,6 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert printed.startswith(found.summary())
     prompts = {example["prompt"] for example in found.extras["examples"]}
     assert prompts == {f"The {who} went into" for who in ("king", "cat", "fox")}
-    assert {f.name for f in (tmp_path / "out").iterdir()} >= {"behaviour.csv", "behaviour.png"}
+    assert {f.name for f in (tmp_path / "out").iterdir()} == {
+        *("behaviour.json", "behaviour.csv", "summary.txt", "report.html"),
+    }

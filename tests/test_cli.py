@@ -1,5 +1,6 @@
 """The command line: exit codes, one-line errors, and nothing written on failure."""
 
+import argparse
 import inspect
 import io
 import json
@@ -12,7 +13,9 @@ import sys
 import time
 import warnings
 from dataclasses import fields
+from importlib import import_module
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -21,15 +24,18 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from hyperlens import Comparison, __version__, cli, compare, compare_models
-from hyperlens.commands import all_commands, build_parser
-from hyperlens.commands.compare import PROBES
+from hyperlens.cli import build_parser
+from hyperlens.cli.experiments import command_of
 from hyperlens.errors import LoadingError
+from hyperlens.models.kinds import Backend
+from hyperlens.options import BACKENDS
 from hyperlens.probes import default_probes
+from hyperlens.questions import QUESTIONS, Question
 from hyperlens.training import Recipe, hyperfit, preset
 from hyperlens.training.recipes import HELP, Method
 
 ROOT = Path(__file__).resolve().parent.parent
-SAVED = {"comparison.json", "layers.csv", "layers.png", "summary.txt"}
+SAVED = {"comparison.json", "layers.csv", "report.html", "summary.txt"}
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -94,7 +100,7 @@ def no_models(monkeypatch: pytest.MonkeyPatch) -> None:
     def opened(*_: object, **__: object) -> None:
         raise AssertionError("a model was opened")
 
-    monkeypatch.setattr(compare, "open_pair", opened)
+    monkeypatch.setattr("hyperlens.pair.open_pair", opened)
     monkeypatch.setattr("hyperlens.training.hyperfitting.open_source", opened)
 
 
@@ -111,7 +117,7 @@ def test_compare_prints_the_summary_and_saves(
     comparison = Comparison.load(out)
     assert printed.startswith(comparison.summary())
     assert f"saved in {out}: comparison.json, layers.csv" in printed
-    assert set(os.listdir(out)) >= SAVED
+    assert set(os.listdir(out)) == SAVED
     assert os.listdir(out.parent) == ["out"]
     texts = (Path("texts.txt")).read_text().strip().split("\n\n")
     same = compare_models("base", "tuned", texts, progress=False)
@@ -151,8 +157,8 @@ def test_every_option_of_compare_arrives(
     ((args, kwargs),) = calls
     assert args[:2] == ("base", "tuned")
     assert len(args[2]) == 4
-    assert [probe.name for probe in kwargs.pop("probes")] == ["logit_lens", "drift"]
     assert kwargs == {
+        "probes": ("logit_lens", "drift"),
         "max_length": 7,
         "batch_size": 3,
         "include_bos": True,
@@ -168,14 +174,38 @@ def test_every_option_of_compare_arrives(
     assert meta["options"]["include_bos"] is True
 
 
-def test_defaults_and_names_are_those_of_the_library() -> None:
-    args = vars(build_parser().parse_args(list(COMPARE)))
-    parameters = inspect.signature(compare_models).parameters
-    for name, parameter in parameters.items():
+def options_of(command: str) -> dict[str, argparse.Action]:
+    """The options of a command by their names in Python."""
+    return {action.dest: action for action in parsers()[command]._actions}
+
+
+def parsers() -> dict[str, argparse.ArgumentParser]:
+    """The parser of every command."""
+    (commands,) = (a.choices for a in build_parser()._actions if isinstance(a.choices, dict))
+    return commands
+
+
+@pytest.mark.parametrize(
+    "question", [one for one in QUESTIONS if not one.command], ids=lambda one: one.name
+)
+def test_defaults_and_names_are_those_of_the_library(question: Question) -> None:
+    function = getattr(import_module(f"hyperlens.{question.module}"), question.function)
+    args = vars(build_parser().parse_args([command_of(question), *COMPARE[1:]]))
+    for name, parameter in inspect.signature(function).parameters.items():
         assert name in args
-        if parameter.default is not inspect.Parameter.empty:
-            assert args[name] == parameter.default, name
-    assert tuple(probe.name for probe in default_probes()) == PROBES
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
+            assert plain(args[name]) == plain(parameter.default), name
+
+
+def plain(value: Any) -> Any:
+    """Lists and the keys of dictionaries are given as tuples on the command line."""
+    return tuple(value) if isinstance(value, list | dict) else value
+
+
+def test_probes_and_backends_are_named_in_full() -> None:
+    named = options_of("compare")["probes"].help or ""
+    assert all(probe.name in named for probe in default_probes())
+    assert get_args(Backend) == BACKENDS == options_of("compare")["backend"].choices
 
 
 def test_the_split_of_a_hub_dataset(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -429,6 +459,8 @@ def test_an_existing_folder_is_refused_before_any_work(
         ({"--seed": "-1"}, "seed must be a whole number and not negative, got -1"),
         ({"--device": "gpu"}, "device 'gpu' cannot be used here"),
         ({"--probes": "drift,drift"}, "two probes are named 'drift'"),
+        ({"--probes": "drift,ranks"}, "no probe 'ranks': expected one of drift, part"),
+        ({"--probes": ","}, "name at least one"),
     ],
     ids=str,
 )
@@ -475,7 +507,6 @@ def test_errors_of_hyperfit(
 @pytest.mark.parametrize(
     ("argv", "expected"),
     [
-        ((), "required: COMMAND"),
         (("cmp",), "invalid choice: 'cmp'"),
         (COMPARE[:3], "required: --texts"),
         (("compare", "base", "--texts", "texts.txt"), "required: TUNED"),
@@ -483,8 +514,6 @@ def test_errors_of_hyperfit(
         ((*COMPARE, "--batch-size", "two"), "invalid int value: 'two'"),
         ((*COMPARE, "--backend", "nnsight"), "choose from"),
         ((*COMPARE, "--dtype", "int8"), "choose from"),
-        ((*COMPARE, "--probes", "drift,ranks"), "no probe 'ranks': choose among drift, part"),
-        ((*COMPARE, "--probes", ","), "choose among drift"),
         (HYPERFIT, "required: --out"),
         ((*HYPERFIT, "--out", "out", "--recipe", "nature"), "choose from"),
         ((*HYPERFIT, "--out", "out", "--method", "half"), "choose from"),
@@ -498,6 +527,36 @@ def test_wrong_usage(
 ) -> None:
     line = failed(capsys, cli.USAGE, argv, expected)
     assert re.match(r"hyperlens( \w+)?: error: ", line)
+
+
+@pytest.mark.parametrize(
+    ("argv", "meant"),
+    [
+        ((*COMPARE, "--batch-siz", "3"), "--batch-size"),
+        ((*COMPARE, "--batch-siz=3"), "--batch-size"),
+        ((*COMPARE, "--no-progres"), "--no-progress"),
+        (("null-test", *COMPARE[1:], "--n-control", "3", "--seed", "1"), "--n-controls"),
+        ((*HYPERFIT, "--out", "out", "--epoch", "3"), "--epochs"),
+        (("merge", "adapter", "--out", "out", "--dtyp", "float32"), "--dtype"),
+        (("report", "comparison", "--out", "page.html", "--titel", "T"), "--title"),
+        (("--verison",), "--version"),
+    ],
+    ids=str,
+)
+def test_a_mistyped_option_is_told_which_was_meant(
+    no_models: None, argv: tuple, meant: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = failed(capsys, cli.USAGE, argv, "unrecognized arguments: ")
+    assert line.endswith(f"; did you mean {meant}?")
+
+
+def test_without_a_command_help_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == cli.OK
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert out == build_parser().format_help()
+    assert cli.main(["--help"]) == cli.OK
+    assert capsys.readouterr().out == out
 
 
 class Broken(Exception):
@@ -696,7 +755,17 @@ def test_a_bar_is_shown_on_a_terminal_only(
     capsys.readouterr()
 
 
-COMMANDS = [module.__name__.rsplit(".", 1)[-1].replace("_", "-") for module in all_commands()]
+COMMANDS = [*parsers()]
+
+
+def test_every_question_has_a_command() -> None:
+    own = {"cross-domain", "mauve", "judge", "patch"}
+    assert {question.command for question in QUESTIONS if question.command} == {
+        f"cli.{name.replace('-', '_')}" for name in own
+    }
+    made = {command_of(question) for question in QUESTIONS if not question.command}
+    assert made >= {"compare", "behaviour", "null-test", "temperature"}
+    assert set(COMMANDS) == made | own | {"demo", "hyperfit", "merge", "report"}
 
 
 @pytest.mark.parametrize("command", [(), *((name,) for name in COMMANDS)], ids=str)
@@ -721,11 +790,7 @@ def test_the_commands_of_the_readme_parse() -> None:
 
 
 def test_every_option_says_what_it_does_and_its_default() -> None:
-    (commands,) = (
-        action.choices for action in build_parser()._actions if isinstance(action.choices, dict)
-    )
-    assert set(commands) == set(COMMANDS) >= {"compare", "demo", "hyperfit", "merge", "report"}
-    for parser in commands.values():
+    for parser in parsers().values():
         for action in parser._actions:
             assert action.help, action
             optional = action.option_strings and not action.required
@@ -734,9 +799,7 @@ def test_every_option_says_what_it_does_and_its_default() -> None:
 
 
 def test_help_says_whose_choice_each_default_is() -> None:
-    text = build_parser()
-    (commands,) = (a.choices for a in text._actions if isinstance(a.choices, dict))
-    helps = {action.dest: action.help for action in commands["hyperfit"]._actions}
+    helps = {name: action.help for name, action in options_of("hyperfit").items()}
     theirs = {name for name in HELP if "the paper's" in (helps.get(name) or "")}
     assert theirs == {"method", "n_sequences", "epochs", "weight_decay", "last_k"}
     for name in HELP.keys() - theirs - {"preset"}:
@@ -780,9 +843,11 @@ def test_version_and_help_load_nothing_heavy() -> None:
     done = program("--version")
     assert (done.returncode, done.stdout) == (0, f"hyperlens {__version__}\n")
     code = (
-        "import sys; from hyperlens.cli import main; main(['hyperfit', '--help']); "
-        "main(['compare', 'a', 'b', '--texts', 'none.txt']); "
-        "print(*sys.modules, file=sys.stderr)"
+        "import sys; from hyperlens.cli import main\n"
+        f"codes = [main([*command, '--help']) for command in [[], *([c] for c in {COMMANDS})]]\n"
+        "codes += [main([]), main(['compare', 'a', 'b', '--texts', 'none.txt'])]\n"
+        "codes += [main(['compare', 'a', 'b', '--texts', 'none.txt', '--text', 'x'])]\n"
+        "print(*codes, *sys.modules, file=sys.stderr)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -791,9 +856,15 @@ def test_version_and_help_load_nothing_heavy() -> None:
         text=True,
         check=True,
     )
-    loaded = set(done.stderr.split())
+    *_, last = done.stderr.splitlines()
+    n_helps = len(COMMANDS) + 2
+    codes, loaded = last.split()[: n_helps + 2], set(last.split()[n_helps + 2 :])
+    assert [int(code) for code in codes] == [cli.OK] * n_helps + [cli.FAILED, cli.USAGE]
+    for command in COMMANDS:
+        assert f"usage: hyperlens {command} " in done.stdout
     assert "hyperlens.options" in loaded
-    assert not loaded & {"torch", "transformers", "numpy", "pandas", "datasets", "peft"}
+    heavy = {"torch", "transformers", "numpy", "pandas", "scipy", "altair", "datasets", "peft"}
+    assert not loaded & heavy
 
 
 def test_a_signal_interrupts_the_program(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What gets built, shipped and imported is the tree, under the right names, and nothing else."""
 
+import ast
 import json
 import os
 import shutil
@@ -86,13 +87,17 @@ def installed(built: Built, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def sources(tree: Path) -> dict[str, Path]:
     """Every source file, by its place in the tree; what the links show is not seen twice."""
-    links = [tree / "hyperlens" / name for name in ("probes", "training")]
     return {
         file.relative_to(tree).as_posix(): file
         for folder in HOMES
         for file in (tree / folder).rglob("*.py")
-        if not any(link in file.parents for link in links)
+        if not behind_a_link(tree, file)
     }
+
+
+def behind_a_link(tree: Path, file: Path) -> bool:
+    links = [tree / "hyperlens" / name for name in ("probes", "training")]
+    return any(link in file.parents for link in links)
 
 
 def shipped_by(tree: Path) -> dict[str, bytes]:
@@ -104,8 +109,11 @@ def shipped_by(tree: Path) -> dict[str, bytes]:
     embedded = tree / "hyperlens/embedded"
     data = [tree / "hyperlens/py.typed", *embedded.glob("*.jsonl"), *embedded.glob("*.md")]
     data += [file for file in (embedded / "base").iterdir() if file.is_file()]
-    data += [tree / "hyperlens/report" / name for name in ("page.css", "page.js")]
-    return files | {file.relative_to(tree).as_posix(): file.read_bytes() for file in data}
+    data += [tree / "hyperlens/render" / name for name in ("notebook.css", "page.css", "page.js")]
+    data += [file for file in (tree / "hyperlens").rglob("*.pyi") if not behind_a_link(tree, file)]
+    files |= {file.relative_to(tree).as_posix(): file.read_bytes() for file in data}
+    stubs = [file for name in ("probes", "training") for file in (tree / name).glob("*.pyi")]
+    return files | {f"hyperlens/{f.relative_to(tree).as_posix()}": f.read_bytes() for f in stubs}
 
 
 def contents(wheel: Path) -> dict[str, bytes]:
@@ -180,3 +188,39 @@ def test_shapes_are_checked_behind_the_links_too(name: str) -> None:
     spec = import_module(name).__spec__
     assert spec is not None
     assert type(spec.loader).__module__.startswith("jaxtyping")
+
+
+STUBS = sorted(
+    file
+    for folder in HOMES
+    for file in (ROOT / folder).rglob("__init__.pyi")
+    if not behind_a_link(ROOT, file)
+)
+
+
+@pytest.mark.parametrize("stub", STUBS, ids=lambda file: file.relative_to(ROOT).as_posix())
+def test_what_a_stub_names_can_be_imported(stub: Path) -> None:
+    folder, *below = stub.parent.relative_to(ROOT).parts
+    package = import_module(".".join([HOMES[folder].replace("/", "."), *below]))
+    tree = ast.parse(stub.read_text(encoding="utf-8"))
+    imported = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
+    names = [alias.asname or alias.name for node in imported for alias in node.names]
+    names += [node.target.id for node in tree.body if isinstance(node, ast.AnnAssign)]
+    assert names
+    assert set(package.__all__) == set(names)
+    assert set(names) <= set(dir(package))
+    for name in names:
+        assert getattr(package, name) is not None, name
+
+
+def test_names_of_the_last_version_say_what_they_are_called_now() -> None:
+    import hyperlens
+
+    for old, (module, now) in hyperlens._OLD_NAMES.items():
+        assert old not in hyperlens.__all__
+        with pytest.warns(DeprecationWarning, match=rf"hyperlens\.{module}\.{now} now") as warned:
+            found = getattr(hyperlens, old)
+        assert found is getattr(import_module(f"hyperlens.{module}"), now)
+        assert warned[0].filename == __file__
+    with pytest.raises(AttributeError, match="no_such_name"):
+        import_module("hyperlens").__getattr__("no_such_name")

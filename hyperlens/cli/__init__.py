@@ -43,8 +43,9 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print the usage and the message, and exit with 2."""
-        word = message.rpartition(" ")[2]
-        if message.startswith("unrecognized arguments") and word.startswith("--"):
+        if message.startswith("unrecognized arguments"):
+            # The first that looks like an option; what follows it may be its value.
+            word = next((part for part in message.split() if part.startswith("--")), "")
             known = [name for action in self._actions for name in action.option_strings]
             if near := difflib.get_close_matches(word.partition("=")[0], known, n=1):
                 message += f"; did you mean {near[0]}?"

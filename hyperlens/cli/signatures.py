@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..options import STYLE, list_of, names
+from ..options import BACKENDS, STYLE, list_of, names
 
 PACKAGE = Path(__file__).resolve().parents[1]
 # Given by every command in the same way, or not from the command line at all.
@@ -176,6 +176,7 @@ KINDS: dict[str, tuple[Callable[[str], Any], str]] = {
     "Sequence[float]": (list_of(float, "0.1,0.5,1"), "X[,X]"),
     "Backend": (str, "NAME"),
 }
+CHOICES = {"Backend": BACKENDS}
 
 
 def _add(group: Any, one: Option, default: Any) -> None:
@@ -185,8 +186,16 @@ def _add(group: Any, one: Option, default: Any) -> None:
         action = argparse.BooleanOptionalAction
         group.add_argument(option, action=action, default=default, help=text)
         return
-    kind, metavar = KINDS[one.annotation.removesuffix(" | None")]
-    group.add_argument(option, type=kind, default=default, metavar=metavar, help=text)
+    annotation = one.annotation.removesuffix(" | None")
+    kind, metavar = KINDS[annotation]
+    group.add_argument(
+        option,
+        type=kind,
+        choices=CHOICES.get(annotation),
+        default=default,
+        metavar=metavar,
+        help=text,
+    )
 
 
 def _shown(default: Any) -> str:

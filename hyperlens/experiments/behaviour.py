@@ -98,7 +98,7 @@ def measure_behaviour(
         tuned - base, paired by prompt, with p values of the paired t test, Holm-corrected.
 
     Raises:
-        HyperlensError: if a source cannot be inputs, the texts do not fit the models, or there
+        HyperlensError: if a source cannot be opened, the texts do not fit the models, or there
             is no room for the continuations.
     """
     _check_strategies(strategies)
