@@ -460,10 +460,14 @@ class WeightsResult(Result):
         tables = [self._suffixes(direction) for direction in TOWARDS]
         charts = [self._suffix_chart(direction) for direction in TOWARDS]
         generated = [self._text_chart(d) for d in TOWARDS if self.along(d, "suffix", "ttr")]
-        blocks = [*tables, self._parts(), Grid(charts), self._parts_chart()]
-        if generated:
-            blocks.append(Grid(generated))
-        return [Text(self._what_was_done()), *blocks]
+        return [
+            Text(self._what_was_done()),
+            *tables,
+            self._parts(),
+            Grid(charts),
+            self._parts_chart(),
+            *([Grid(generated)] if generated else []),
+        ]
 
     def _what_was_done(self) -> str:
         changed, decisions = self.extras["changed"], self.extras["decisions"]
@@ -535,7 +539,7 @@ class WeightsResult(Result):
     def _text_chart(self, direction: str) -> Chart:
         sides: dict[str, Role] = {self.base_name: "base", self.tuned_name: "tuned"}
         lines = [
-            Reference(name, *(own[key] for key in ("value", "low", "high")), role)
+            Reference(name, own["value"], own["low"], own["high"], role)
             for name, role in sides.items()
             for own in self.along("unpatched", role, "ttr")
         ]

@@ -455,8 +455,8 @@ class ExpansionResult(Result):
         ]
         head = ["change: effect", "moved", "with it", "control", "difference, points", "answer"]
         caption = (
-            f"is it {claim}? moved: share of the expansion (50% to count); with it, control: share of "
-            "changed decisions; differences are paired by text, 95% intervals hold together"
+            f"is it {claim}? moved: share of the expansion (50% to count); with it, control: share "
+            "of changed decisions; differences are paired by text, 95% intervals hold together"
         )
         return Table(head, rows, caption)
 
@@ -468,7 +468,7 @@ class ExpansionResult(Result):
                 yield method, size, f"{SHORT[method]}{directions}"
 
     def _chart(self, title: str, methods: Sequence[str]) -> Chart:
-        rows = []
+        rows: list[dict[str, Any]] = []
         for method, size, label in self._changes(methods):
             dimension = self.rows(
                 method=method, n_directions=size, condition="itself", metric="dimension"
