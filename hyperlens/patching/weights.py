@@ -460,10 +460,14 @@ class WeightsResult(Result):
         tables = [self._suffixes(direction) for direction in TOWARDS]
         charts = [self._suffix_chart(direction) for direction in TOWARDS]
         generated = [self._text_chart(d) for d in TOWARDS if self.along(d, "suffix", "ttr")]
-        blocks: list[Block] = [*tables, self._parts(), Grid(charts), self._parts_chart()]
-        if generated:
-            blocks.append(Grid(generated))
-        return [Text(self._what_was_done()), *blocks]
+        return [
+            Text(self._what_was_done()),
+            *tables,
+            self._parts(),
+            Grid(charts),
+            self._parts_chart(),
+            *([Grid(generated)] if generated else []),
+        ]
 
     def _what_was_done(self) -> str:
         changed, decisions = self.extras["changed"], self.extras["decisions"]
