@@ -433,7 +433,7 @@ def test_a_base_that_peft_has_put_layers_into() -> None:
         {k.replace("base_model.model.", ""): v for k, v in around.state_dict().items()}
     )
     fresh = make_tiny("llama")
-    found, expected = (comparing(fresh, other)().rows for other in (tuned, around))
+    found, expected = (comparing(fresh, other)().long for other in (tuned, around))
     assert [row.value for row in found] == [row.value for row in expected]
 
 
@@ -679,7 +679,10 @@ def test_a_probe_that_raises_is_named(base, tuned, step, error, expected) -> Non
 
 def test_bad_lists_of_probes(unchecked, base, tuned) -> None:
     refused(ProbeError, comparing(base, tuned, probes=[ResidualDrift]), "ResidualDrift() rather")
-    refused(ProbeError, comparing(base, tuned, probes=["drift"]), "expected instances of")
+    refused(ProbeError, comparing(base, tuned, probes=[3]), "expected instances of")
+    refused(
+        ProbeError, comparing(base, tuned, probes=["drfit"]), "no probe 'drfit'", "mean 'drift'?"
+    )
     refused(ProbeError, comparing(base, tuned, probes=[]), "name at least one, or pass None")
     twice = [ResidualDrift(), ResidualDrift()]
     refused(ProbeError, comparing(base, tuned, probes=twice), "two probes are named 'drift'")
@@ -719,10 +722,8 @@ def test_unwritable_output_folder(comparison: Comparison, tmp_path: Path) -> Non
 
 def test_folders_that_hold_no_comparison(saved: Path, tmp_path: Path) -> None:
     for place in (tmp_path / "none", saved):
-        refused(ResultsError, lambda place=place: Comparison.load(place), "as written by save()")
+        refused(ResultsError, lambda place=place: Comparison.load(place), "as save() wrote it")
     (tmp_path / "comparison.json").write_text('{"format": 1}')
-    refused(ResultsError, lambda: Comparison.load(tmp_path), "not a readable comparison")
+    refused(ResultsError, lambda: Comparison.load(tmp_path), "not readable as comparison")
     (tmp_path / "comparison.json").write_text('{"format": 99}')
-    refused(
-        ResultsError, lambda: Comparison.load(tmp_path), "format 99", "run the comparison again"
-    )
+    refused(ResultsError, lambda: Comparison.load(tmp_path), "format 99", "run it again")

@@ -13,12 +13,13 @@ from scipy import stats as scipy_stats
 from test_prompts import one_token_per_byte
 from transformers import AutoTokenizer
 
-from hyperlens import BehaviourResult, cli, load_hooked, measure_behaviour
+from hyperlens import cli, load_hooked, measure_behaviour
 from hyperlens.decoding.diversity import type_token_ratio
 from hyperlens.decoding.generate import GenerationRunner, Generations, continuations
 from hyperlens.decoding.prompts import choose_examples
 from hyperlens.embedded import embedded_base, embedded_tales
 from hyperlens.errors import CorpusError, LoadingError, ResultsError
+from hyperlens.experiments import BehaviourResult
 
 TEXTS = token_texts(10, shortest=8, longest=20)
 SHORT = {"prompt_tokens": 6, "max_new_tokens": 12, "n_examples": 2, "progress": False}

@@ -45,11 +45,11 @@ def compare(base, tuned, texts=TEXTS, **options):
 
 
 def numbers(comparison):
-    return np.array([row[4:] for row in comparison.rows], dtype=float)
+    return np.array([row[4:] for row in comparison.long], dtype=float)
 
 
 def assert_same(a, b, tolerance):
-    assert [r[:4] for r in a.rows] == [r[:4] for r in b.rows]
+    assert [r[:4] for r in a.long] == [r[:4] for r in b.long]
     np.testing.assert_allclose(
         numbers(a), numbers(b), rtol=tolerance, atol=tolerance, equal_nan=True
     )
@@ -89,7 +89,7 @@ def test_the_table_keeps_its_promise(compared):
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_model_against_itself_reads_exactly_no_change(name):
     model = make_tiny(name)
-    for row in compare(model, model).rows:
+    for row in compare(model, model).long:
         if row.metric in UNCHANGED:
             assert row.value == UNCHANGED[row.metric], row
             assert math.isnan(row.low) or row.low == row.high == row.value, row
@@ -207,15 +207,15 @@ def test_sinks_are_masked_by_norm_in_either_model():
     kept = compare(base, tuned, texts, sink_threshold=0.0)
     assert kept.meta["excluded"]["sinks_per_layer"] == [0, 0, 0, 0]
     assert kept.value("drift", "l2", 0, "raw") > 10
-    row = next(r for r in masked.rows if r.probe == "drift" and r.layer == 0)
+    row = next(r for r in masked.long if r.probe == "drift" and r.layer == 0)
     assert row.n == 30 - 3
-    decisions = next(r for r in masked.rows if r.probe == "rank_reordering")
+    decisions = next(r for r in masked.long if r.probe == "rank_reordering")
     assert decisions.n == 30
 
 
 def test_bos_is_left_out_by_id_unless_asked_for(pair):
     without, with_bos = compare(*pair), compare(*pair, include_bos=True)
-    n = [next(r.n for r in c.rows if r.probe == "drift") for c in (without, with_bos)]
+    n = [next(r.n for r in c.long if r.probe == "drift") for c in (without, with_bos)]
     assert n[1] - n[0] == len(TEXTS)
     assert without.meta["corpus"]["n_bos"] == len(TEXTS)
     assert with_bos.meta["corpus"]["n_bos"] == 0
@@ -225,7 +225,7 @@ def test_bos_is_left_out_by_id_unless_asked_for(pair):
 def test_half_precision_runs(pair):
     comparison = compare(*pair, dtype="bfloat16")
     assert comparison.meta["dtype"] == "bfloat16"
-    assert np.isfinite([r.value for r in comparison.rows]).all()
+    assert np.isfinite([r.value for r in comparison.long]).all()
 
 
 def test_models_of_two_dtypes_run_in_the_wider_one(pair):
@@ -278,7 +278,7 @@ def test_the_seed_moves_only_sampled_intervals():
     texts = token_texts(n=140)
     a, b = compare(base, tuned, texts), compare(base, tuned, texts, seed=1)
     np.testing.assert_array_equal(numbers(a)[:, 0], numbers(b)[:, 0])
-    ratio = [[r.low for r in c.rows if r.metric == "delta"] for c in (a, b)]
+    ratio = [[r.low for r in c.long if r.metric == "delta"] for c in (a, b)]
     assert ratio[0] != ratio[1]
 
 
@@ -315,7 +315,7 @@ from hyperlens import compare_models
 torch.set_num_threads(1)
 base = make_tiny("llama", hidden_size=128, intermediate_size=128, vocab_size=1000)
 tuned = perturbed(base)
-few, many = (token_texts(n=n, shortest=60, longest=60) for n in (60, 600))
+few, many = (token_texts(n=n, shortest=60, longest=60) for n in (100, 1000))
 held = forget_peak()
 compare_models(base, tuned, many, progress=False)  # loads and keeps what is kept for later
 peaks = [], []

@@ -84,7 +84,7 @@ def test_a_model_that_accelerate_dispatched_is_not_changed():
     assert "to" in vars(dispatched)  # and it moves and casts this very model
     state = copy.deepcopy(dispatched.state_dict())
     found = compare_models(dispatched, perturbed(base), TEXTS, dtype="float64", progress=False)
-    assert [row.value for row in found.rows] == [row.value for row in expected.rows]
+    assert [row.value for row in found.long] == [row.value for row in expected.long]
     for name, tensor in dispatched.state_dict().items():
         assert tensor.dtype == torch.float32
         assert torch.equal(tensor, state[name])

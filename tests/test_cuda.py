@@ -94,7 +94,7 @@ def test_a_comparison_reads_as_on_the_cpu(name: str) -> None:
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_model_against_itself_reads_exactly_no_change(name: str) -> None:
     base = make_tiny(name).to(CUDA)
-    for row in compare(base, copy.deepcopy(base)).rows:
+    for row in compare(base, copy.deepcopy(base)).long:
         if row.metric in UNCHANGED:
             assert row.value == UNCHANGED[row.metric], row
 
@@ -130,7 +130,7 @@ def test_half_precision_is_close_to_float32(pair: Any, dtype: str) -> None:
     exact = compare(*pair, device="cuda").value("drift", "cosine", 3, "raw")
     assert found.value("drift", "cosine", 3, "raw") == pytest.approx(exact, abs=0.01)
     self_compared = compare(pair[0], copy.deepcopy(pair[0]), device="cuda", dtype=dtype)
-    assert {r.value for r in self_compared.rows if r.metric == "l2"} == {0}
+    assert {r.value for r in self_compared.long if r.metric == "l2"} == {0}
 
 
 def test_an_unmerged_adapter_drifts_nowhere_before_its_first_block(pair: Any) -> None:

@@ -13,7 +13,8 @@ import scipy.stats
 import torch
 from dimensionality import participation_ratio
 
-from hyperlens import compare_models, read_texts
+from hyperlens import compare_models
+from hyperlens.data.texts import read_texts
 
 N_TEXTS = 24
 LENGTH = 48
@@ -151,7 +152,7 @@ def close(row, value, tolerance=1e-5, floor=0.0):
 
 def test_drift(real):
     comparison, oracle = real
-    rows = [r for r in comparison.rows if r.probe == "drift"]
+    rows = [r for r in comparison.long if r.probe == "drift"]
     assert len(rows) == 6 * 3 * 3
     drift = cache(oracle.drift)
     for row in rows:
@@ -164,7 +165,7 @@ def test_drift(real):
 
 def test_participation_ratio(real):
     comparison, oracle = real
-    rows = [r for r in comparison.rows if r.probe == "participation_ratio"]
+    rows = [r for r in comparison.long if r.probe == "participation_ratio"]
     assert len(rows) == 6 * 3 * 6
     ratios = cache(oracle.ratios)
     for row in rows:
@@ -206,7 +207,7 @@ def test_rank_reordering(real):
         "rank_gt_10": (ranks > 10).mean(),
         "rank_ge_200": (ranks >= 200).mean(),
     }
-    rows = [r for r in comparison.rows if r.probe == "rank_reordering"]
+    rows = [r for r in comparison.long if r.probe == "rank_reordering"]
     assert {r.metric for r in rows} == set(expected)
     for row in rows:
         close(row, expected[row.metric])

@@ -105,9 +105,9 @@ def test_the_summary_says_what_the_verdict_rests_on(found):
     text = " ".join(found.summary().split())
     change = found.extras["dimension"]["delta"]
     assert "Supported: that the expansion causes the reordering. There is an expansion" in text
-    assert f"{interval(change, DIMENSIONS)} more in the tuned one" in text
-    assert "that it is needed: supported and that it is enough: supported" in text
-    assert "supported, an effect's lower bound is above +10.0 points" in text
+    assert f"the tuned model's change is {interval(change, DIMENSIONS)}" in text
+    assert "needed: supported, enough: supported." in text
+    assert "supported, an effect's lower bound is above 10.0 points" in text
     assert "Directions fitted on 24 texts, decisions read on 24 others" in text
     assert "! Only affine changes of the last block's output about its mean were tried" in text
     assert all(len(line) <= 105 for line in found.summary().splitlines())
@@ -131,7 +131,7 @@ def test_every_change_stands_in_a_table_beside_its_controls(found):
         assert marked == ({f"{found.judged(method)}*"} if method in BY_DIRECTIONS else set())
     (rules,) = folded[-1].blocks
     assert "A claim is supported if one change supports it" in rules.text
-    assert "Smallest effect of interest: +10.0 points" in rules.text
+    assert "Smallest effect of interest: 10.0 points" in rules.text
 
 
 def test_effects_stand_in_tables_with_their_answers(found):

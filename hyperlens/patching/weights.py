@@ -448,8 +448,8 @@ class WeightsResult(Result):
         found = []
         for direction, metric in TOWARDS.items():
             name, row = max(self.alone(direction, metric), key=lambda pair: pair[1]["value"])
-            found.append(f"{name} {direction} does most ({interval(row, PERCENT)})")
-        return f"Of single parts, {' and '.join(found)}."
+            found.append(f"{direction}, {name} does most ({interval(row, PERCENT)})")
+        return f"Of parts that move alone: {'; '.join(found)}."
 
     @property
     def _enough(self) -> float:
@@ -460,7 +460,7 @@ class WeightsResult(Result):
         tables = [self._suffixes(direction) for direction in TOWARDS]
         charts = [self._suffix_chart(direction) for direction in TOWARDS]
         generated = [self._text_chart(d) for d in TOWARDS if self.along(d, "suffix", "ttr")]
-        blocks = [*tables, self._parts(), Grid(charts), self._parts_chart()]
+        blocks: list[Block] = [*tables, self._parts(), Grid(charts), self._parts_chart()]
         if generated:
             blocks.append(Grid(generated))
         return [Text(self._what_was_done()), *blocks]
@@ -535,7 +535,7 @@ class WeightsResult(Result):
     def _text_chart(self, direction: str) -> Chart:
         sides: dict[str, Role] = {self.base_name: "base", self.tuned_name: "tuned"}
         lines = [
-            Reference(name, *(own[key] for key in ("value", "low", "high")), role)
+            Reference(name, own["value"], own["low"], own["high"], role)
             for name, role in sides.items()
             for own in self.along("unpatched", role, "ttr")
         ]

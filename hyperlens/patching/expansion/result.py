@@ -39,7 +39,6 @@ from ...render.format import (
     POINTS,
     count,
     interval,
-    listed,
 )
 from ...results.result import Result
 from ...statistics.ratios import widened
@@ -295,8 +294,8 @@ class ExpansionResult(Result):
         base, change = (self.extras["dimension"][key] for key in ("base", "delta"))
         size = (
             f"after the last block the residual stream spreads over {NUMBER(base['value'])} "
-            f"dimensions in the base model, and over {interval(change, DIMENSIONS)} more in the "
-            "tuned one"
+            f"dimensions in the base model, and the tuned model's change is "
+            f"{interval(change, DIMENSIONS)}"
         )
         threshold = NUMBER(self._smallest * base["value"])
         reason = {
@@ -307,8 +306,8 @@ class ExpansionResult(Result):
         }[verdict["expansion"]]
         if not verdict["expansion"]:
             return f"{answer}{reason}."
-        claims = listed([f"that it is {claim}: {verdict[claim]}" for claim in CLAIMS])
-        return f"{answer}{reason}; {claims}."
+        claims = ", ".join(f"{claim}: {verdict[claim]}" for claim in CLAIMS)
+        return f"{answer}{reason}. Of the two claims about it, {claims}."
 
     def _of_claim(self, claim: str) -> str:
         """The answer to one claim, and the effect that decides it."""
@@ -316,23 +315,43 @@ class ExpansionResult(Result):
             "needed": "Needed? The tuned model without the expansion",
             "enough": "Enough? The base model with the expansion",
         }[claim]
-        answer, threshold = self.extras["verdict"][claim], POINTS(self._smallest)
-        counted = [row for row in self._effects(claim) if row["answer"] is not None]
+        answer = self.extras["verdict"][claim]
+        counted = [row for row in self._effects(claim) if row["answer"] == answer]
         if not counted:
             return f"{question}: {answer}, no change moved the dimension by half of the expansion."
-        decides = "low" if answer == "supported" else "high"
-        row = max(counted, key=lambda row: row[decides])
-        how = {
-            "supported": f"an effect's lower bound is above {threshold}",
-            "contradicted": f"every effect's upper bound is below {threshold}",
-            "cannot tell": f"the effects are neither clearly above nor below {threshold}",
-        }[answer]
+        row = max(counted, key=lambda row: _finite(row["low" if answer == "supported" else "high"]))
+        how = self._why(answer, row)
         return (
             f"{question}: {answer}, {how}. The largest, {NAMES[row['method']]}"
             f"{self._sized(row['method'])}: {PERCENT(row['share'])} of the changed decisions are "
             f"{EFFECTS[row['effect']][0]}, {PERCENT(row['control'])} with its random control "
             f"(difference {interval(row, POINTS)})."
         )
+
+    def _why(self, answer: str, largest: Row) -> str:
+        """Which rule the largest of the effects that decide has met."""
+        threshold = self._threshold
+        if answer == "contradicted":
+            return (
+                f"every effect's upper bound is below {threshold}, and the controls leave room "
+                "for more"
+            )
+        if answer == "supported":
+            return (
+                f"an effect's lower bound is above {threshold}, and it is larger than with every "
+                "random draw"
+            )
+        if not math.isfinite(largest["low"]):
+            return "too few texts for an interval"
+        if largest["low"] > self._smallest:
+            return f"an effect is above {threshold}, but a single random draw does as much"
+        if largest["high"] >= self._smallest:
+            return f"the interval of the largest effect contains {threshold}"
+        return f"the controls leave too little room for an effect of {threshold}"
+
+    @property
+    def _threshold(self) -> str:
+        return f"{NUMBER(100 * self._smallest)} points"
 
     def _sized(self, method: str) -> str:
         """The number of directions that is judged, where a method has one."""
@@ -419,7 +438,7 @@ class ExpansionResult(Result):
             for method in METHODS
             if self.sizes(method)
         ]
-        rules = f"{RULES} Smallest effect of interest: {POINTS(self._smallest)}."
+        rules = f"{RULES} Smallest effect of interest: {self._threshold}."
         return [done, *tables, Grid(charts), *sizes, Details("the rules", [Text(rules)])]
 
     def _claim_table(self, claim: str) -> Table:
@@ -436,8 +455,8 @@ class ExpansionResult(Result):
         ]
         head = ["change: effect", "moved", "with it", "control", "difference, points", "answer"]
         caption = (
-            f"{claim}?; moved: share of the expansion (50% to count); with it, control: share of "
-            "changed decisions; differences are paired by text, 95% intervals hold together"
+            f"is it {claim}? moved: share of the expansion (50% to count); with it, control: share "
+            "of changed decisions; differences are paired by text, 95% intervals hold together"
         )
         return Table(head, rows, caption)
 
@@ -449,7 +468,7 @@ class ExpansionResult(Result):
                 yield method, size, f"{SHORT[method]}{directions}"
 
     def _chart(self, title: str, methods: Sequence[str]) -> Chart:
-        rows = []
+        rows: list[dict[str, Any]] = []
         for method, size, label in self._changes(methods):
             dimension = self.rows(
                 method=method, n_directions=size, condition="itself", metric="dimension"
@@ -523,3 +542,8 @@ PLAIN_POINTS = replace(POINTS, unit="")
 
 def _ends(row: Row) -> dict[str, Any]:
     return {key: row[key] for key in ("value", "low", "high")}
+
+
+def _finite(x: float) -> float:
+    """NaN is smaller than every number."""
+    return x if math.isfinite(x) else -math.inf
