@@ -106,7 +106,7 @@ def add(commands: Any) -> None:
     add_counts(
         group,
         (
-            ("--n-prompts", 16, "texts, drawn at random, whose beginnings are continued greedily"),
+            ("--n-prompts", 32, "texts, drawn at random, whose beginnings are continued greedily"),
             ("--prompt-tokens", 17, "their first tokens that are the prompt, BOS included"),
             (
                 "--max-new-tokens",
