@@ -110,7 +110,7 @@ def add(commands: Any) -> None:
             ("--prompt-tokens", 17, "their first tokens that are the prompt, BOS included"),
             (
                 "--max-new-tokens",
-                48,
+                96,
                 "tokens added to each; 0 generates none, which saves much time",
             ),
             ("--batch-size", 8, "texts, or prompts, per forward pass"),
