@@ -101,9 +101,9 @@ def main():
             f"{kept[-1].ttr if kept else stopped.records[-1].ttr:.3f} | "
             f"{runs[method].records[-1].ttr:.3f} |"
         )
-    plot_history(runs["full"]).savefig(args.out / "figure-2.png", dpi=150)
-    plot_history({LABELS[m]: run for m, run in runs.items()}).savefig(
-        args.out / "figure-6.png", dpi=150
+    plot_history(runs["full"]).save(args.out / "figure-2.png", scale_factor=2)
+    plot_history({LABELS[method]: run for method, run in runs.items()}).save(
+        args.out / "figure-6.png", scale_factor=2
     )
 
 

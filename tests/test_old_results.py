@@ -80,8 +80,10 @@ def test_an_expansion(tmp_path: Path) -> None:
     meta = META | {"options": {"doses": [4]}}
     written(tmp_path / "old", "expansion", [row | ESTIMATE], extras=extras, meta=meta)
     found = ExpansionResult.load(tmp_path / "old")
-    assert found.value_of("base_spectrum", 4, "shuffled_gains", "logit_difference") == 0.25
-    assert found.contrast("base_spectrum", 4, "shuffled_gains", "ttr") is not None
+    place = {"method": "base_spectrum", "n_directions": 4}
+    assert found.value(**place, condition="shuffled_gains", metric="logit_difference") == 0.25
+    (contrast,) = found.extras["contrasts"]
+    assert contrast == place | {"against": "shuffled_gains", "metric": "ttr"} | contrast
     assert found.extras["verdict"] == {
         "overall": "supports",
         "methods": {"base_spectrum": "supported"},

@@ -7,15 +7,17 @@ import re
 import pytest
 import torch
 from conftest import lora, make_tiny, perturbed, token_texts
-from test_patch_expansion import TEXTS, rescaled
+from test_patch_expansion import TEXTS, rescaled, row_of, value_of
 
 from hyperlens.errors import ActivationError, CorpusError, PatchError
 from hyperlens.pair import open_inputs
 from hyperlens.patching.engine import draw_texts, second_half, subset
-from hyperlens.patching.expansion.changes import BY_DIRECTIONS, METHODS, VARIANCE_CONTROL
-from hyperlens.patching.expansion.experiment import patch_expansion
-from hyperlens.patching.expansion.result import COUNTED, NAMES, ExpansionResult
+from hyperlens.patching.expansion import ExpansionResult, patch_expansion
+from hyperlens.patching.expansion.changes import BY_DIRECTIONS, METHODS, VARIANCE_CONTROL, side_of
+from hyperlens.patching.expansion.result import CONDITIONS, NAMES, SHORT
 from hyperlens.questions import QUESTIONS, result_class
+from hyperlens.render.blocks import Chart, Details, Table, flat
+from hyperlens.render.format import DIMENSIONS, PERCENT, POINTS, interval
 from hyperlens.render.page import write_report
 from hyperlens.statistics.ratios import p_value
 from hyperlens.statistics.significance import Estimate, holm
@@ -35,13 +37,13 @@ def found():
 def test_what_is_written_follows_the_changes(found):
     """Planted: with the base's spectrum the tuned model writes as the base does, and back."""
     for metric in ("ttr", "rep_2", "rep_3"):
-        own = {side: found.row("none", 0, side, metric) for side in ("base", "tuned")}
+        own = {side: row_of(found, "none", 0, side, metric) for side in ("base", "tuned")}
         for method, side in (("base_spectrum", "base"), ("tuned_spectrum", "tuned")):
-            row = found.row(method, 0, "itself", metric)
+            row = row_of(found, method, 0, "itself", metric)
             assert [row[k] for k in ("value", "low", "high")] == [
                 own[side][k] for k in ("value", "low", "high")
             ]
-    assert found.value_of("none", 0, "base", "ttr") != found.value_of("none", 0, "tuned", "ttr")
+    assert value_of(found, "none", 0, "base", "ttr") != value_of(found, "none", 0, "tuned", "ttr")
     written = {(r["method"], r["condition"]) for r in found.table if r["metric"] == "ttr"}
     assert written == {("none", "base"), ("none", "tuned")} | {
         (method, condition)
@@ -64,7 +66,7 @@ def test_contrasts_are_paired_and_corrected(found):
             assert [row["n_directions"] for row in rows] == found.sizes(method)
             for row in rows:
                 values = [
-                    found.value_of(method, row["n_directions"], a, metric)
+                    value_of(found, method, row["n_directions"], a, metric)
                     for a in ("itself", control)
                 ]
                 assert row["value"] == pytest.approx(values[0] - values[1], abs=1e-12)
@@ -76,7 +78,7 @@ def test_controls_are_means_over_their_draws(found):
     draws = [d for d in found.extras["draws"] if d["method"] == "tuned_spectrum"]
     assert [d["draw"] for d in draws] == [0, 1]
     mean = sum(d["to_tuned"] for d in draws) / 2
-    assert found.value_of("tuned_spectrum", 0, "shuffled_gains", "to_tuned") == pytest.approx(mean)
+    assert value_of(found, "tuned_spectrum", 0, "shuffled_gains", "to_tuned") == pytest.approx(mean)
 
 
 def test_a_change_that_overflows_is_refused():
@@ -94,20 +96,52 @@ def test_a_change_that_overflows_is_refused():
 
 
 def test_the_names_are_those_of_the_experiment():
-    assert tuple(NAMES) == METHODS
-    assert tuple(COUNTED) == BY_DIRECTIONS
+    assert tuple(NAMES) == tuple(SHORT) == METHODS
+    assert {"itself", *VARIANCE_CONTROL.values()} < set(CONDITIONS)
     assert ExpansionResult in map(result_class, QUESTIONS)
 
 
 def test_the_summary_says_what_the_verdict_rests_on(found):
     text = " ".join(found.summary().split())
-    assert "SUPPORTS that the expansion causes the reordering" in text
-    assert "That it is needed: supported" in text
-    assert "directions fitted on 24 texts, decisions read on 24 others" in text
-    assert "A claim is supported if one method supports it" in text
-    assert "smallest effect 0.1" in text
+    change = found.extras["dimension"]["delta"]
+    assert "Supported: that the expansion causes the reordering. There is an expansion" in text
+    assert f"the tuned model's change is {interval(change, DIMENSIONS)}" in text
+    assert "needed: supported, enough: supported." in text
+    assert "supported, an effect's lower bound is above 10.0 points" in text
+    assert "Directions fitted on 24 texts, decisions read on 24 others" in text
+    assert "! Only affine changes of the last block's output about its mean were tried" in text
     assert all(len(line) <= 105 for line in found.summary().splitlines())
-    assert f"{found.judged('base_directions')}*" in found.summary()
+    # What decides each claim, with its interval.
+    for claim, metric in (("Needed?", "to_base"), ("Enough?", "to_tuned")):
+        (verdict,) = (v for v in found.verdicts() if v.answer.startswith(claim))
+        method = next(method for method in NAMES if NAMES[method] in verdict.answer)
+        effects = found.extras["evidence"][method]["effects"]
+        assert any(interval(effect, POINTS) in verdict.answer for effect in effects.values())
+        judged = found.judged(method), VARIANCE_CONTROL[method], metric
+        assert PERCENT(value_of(found, method, *judged)) in verdict.answer
+
+
+def test_every_change_stands_in_a_table_beside_its_controls(found):
+    folded = [block for block in found.evidence() if isinstance(block, Details)]
+    for method, details in zip(METHODS, folded[:-1], strict=True):
+        (table,) = details.blocks
+        conditions = {r["condition"] for r in found.rows(method=method, metric="to_tuned")}
+        assert len(table.rows) == len(found.sizes(method)) * len(conditions)
+        marked = {row[0] for row in table.rows if row[0].endswith("*")}
+        assert marked == ({f"{found.judged(method)}*"} if method in BY_DIRECTIONS else set())
+    (rules,) = folded[-1].blocks
+    assert "A claim is supported if one change supports it" in rules.text
+    assert "Smallest effect of interest: 10.0 points" in rules.text
+
+
+def test_effects_stand_in_tables_with_their_answers(found):
+    needed, enough = (block for block in found.evidence() if isinstance(block, Table))
+    for table in (needed, enough):
+        assert all(len(row) == len(table.head) == 6 for row in table.rows)
+    cells = {row[0]: row for row in enough.rows}["tuned spectrum: brought"]
+    own = value_of(found, "tuned_spectrum", 0, "itself", "to_tuned")
+    assert cells[2] == PERCENT(own)
+    assert cells[-1] == found.extras["verdict"]["methods"]["tuned_spectrum"] == "supported"
 
 
 def test_a_result_returns_from_its_folder(found, tmp_path):
@@ -121,7 +155,12 @@ def test_a_result_returns_from_its_folder(found, tmp_path):
     )
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert "Is it the extra dimensions?" in page
-    assert "SUPPORTS" in page
+    assert "Supported: that the expansion causes the reordering" in page
+    change = found.extras["dimension"]["delta"]
+    shown = interval(change, DIMENSIONS)
+    assert shown in page
+    assert shown in found._repr_html_()
+    assert shown in found.summary().replace("\n  ", " ")
 
 
 def test_two_pairs_on_one_page(found, tmp_path):
@@ -132,10 +171,25 @@ def test_two_pairs_on_one_page(found, tmp_path):
     assert "<b>other" not in page
 
 
-def test_the_figure_has_a_panel_per_question(found):
-    figure = found.plot()
-    assert len(figure.axes) == 3
-    assert "dimension" in figure.axes[0].get_xlabel()
+def charts(found):
+    return [block for block in flat(found.evidence()) if isinstance(block, Chart)]
+
+
+def test_charts_have_every_change_and_its_control(found):
+    taken, given, text = charts(found)
+    assert found.plot().to_dict()
+    for chart, side in ((taken, "tuned"), (given, "base")):
+        methods = [method for method in METHODS if side_of(method) == side]
+        sizes = sum(len(found.sizes(method)) for method in methods)
+        assert len(chart.rows) == 2 * sizes
+        assert len({row["change"] for row in chart.rows}) == sizes
+    for chart in (taken, given, text):
+        assert chart.x.scale == "share"
+        assert all(0 <= row["value"] <= 1 for row in chart.rows)
+    own, control = given.rows[:2]
+    assert own["value"] == value_of(found, "tuned_spectrum", 0, "itself", "to_tuned")
+    assert control["value"] == value_of(found, "tuned_spectrum", 0, "shuffled_gains", "to_tuned")
+    assert given.roles[control["series"]] == "control"
 
 
 def test_an_adapter_without_text_written():
@@ -144,9 +198,10 @@ def test_an_adapter_without_text_written():
     found = patch_expansion(
         base, adapted, TEXTS, n_directions=[4], n_random=1, max_new_tokens=0, progress=False
     )
-    assert found.row("none", 0, "base", "ttr") is None
-    assert len(found.plot().axes) == 2
-    assert re.search("(CONTRADICTS|SUPPORTS|CANNOT TELL)", found.summary())
+    assert not found.rows(metric="ttr")
+    assert len(charts(found)) == 2
+    assert found.plot().to_dict()
+    assert re.match("(Contradicted|Supported|Cannot tell)", found.conclusions()[0])
 
 
 def test_seeds_choose_halves_and_draws():

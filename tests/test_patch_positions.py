@@ -126,8 +126,8 @@ def test_one_text_is_shown_with_its_tokens_cell_by_cell():
     windows = [[str(i) for i in ids[j : j + 3]] for ids in TEXTS for j in range(len(ids))]
     assert example["tokens"] in windows
     assert example["base_top_1"] != example["tuned_top_1"]
-    assert by_place[INTO_BASE, 3, 1]["choice"] == example["base_top_1"]
-    assert by_place[INTO_TUNED, 3, 2]["choice"] == example["tuned_top_1"]
+    assert by_place[INTO_BASE, 3, 1]["top_1"] == example["base_top_1"]
+    assert by_place[INTO_TUNED, 3, 2]["top_1"] == example["tuned_top_1"]
     assert 0 < abs(last["moved"]) < 5
 
 

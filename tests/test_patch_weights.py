@@ -17,9 +17,12 @@ from hyperlens.patching import Site
 from hyperlens.patching.outcomes import METRICS
 from hyperlens.patching.parts import HEAD, last_residual, logits_of, moved, targets
 from hyperlens.patching.weights import WeightsResult, close, patch_weights, smallest_suffixes
+from hyperlens.render.blocks import Chart, Table, flat
+from hyperlens.render.format import PERCENT, interval
 
 INTO_BASE, INTO_TUNED = "tuned into base", "base into tuned"
 TOWARDS = {INTO_BASE: "to_tuned", INTO_TUNED: "to_base"}
+MODELS = ("base", "tuned")
 TEXTS = token_texts(8, shortest=6, longest=16)
 SILENT = {"max_new_tokens": 0, "progress": False}
 SHORT = {"n_prompts": 4, "prompt_tokens": 5, "max_new_tokens": 8, "progress": False}
@@ -117,7 +120,9 @@ def test_a_change_in_one_block_is_found_there(name, block):
             assert share(found, direction, kind) == 0.0
         for kind in ("suffix", "suffix_and_head"):
             assert found.smallest(direction, kind)["number"] == 3 - block
-        assert f"alone: block {block} does most, 100.0%" in found.summary()
+    (alone,) = (v.answer for v in found.verdicts() if v.topic == "one part alone")
+    for direction in TOWARDS:
+        assert f"{direction}, block {block} does most (100.0%" in alone
 
 
 def tuned_in(base, part):
@@ -149,9 +154,13 @@ def test_a_change_of_norm_or_unembedding_is_found_there(name, part):
             assert share(found, direction, "suffix_and_head", k) == 1.0
         assert found.smallest(direction, "suffix")["number"] == -1
         assert found.smallest(direction, "suffix_and_head")["number"] == 0
-    assert f"{part.replace('_', ' ')} does most, 100.0%" in found.summary()
-    assert "no number of last blocks does" in found.summary()
-    assert "no block at all" in found.summary()
+    answers = [verdict.answer for verdict in found.verdicts()]
+    for answer, direction in zip(answers, TOWARDS, strict=False):
+        assert answer.startswith(direction.capitalize())
+        assert "without final norm and unembedding, no suffix of blocks suffices" in answer
+        assert "with final norm and unembedding, no block at all is needed (100.0%" in answer
+        assert "lower bound above 90.0% of the changed decisions" in answer
+        assert f"{direction}, {part.replace('_', ' ')} does most (100.0%" in answers[2]
 
 
 def test_a_tied_table_takes_both_of_its_ends():
@@ -186,7 +195,7 @@ def test_equal_models_show_no_effect_at_all(name):
     assert {row["p"] for row in found.extras["contrasts"]} == {1.0}
     assert {one["number"] for one in found.extras["smallest"]} == {-1}
     assert "changed no decision" in found.summary()
-    found.plot()
+    assert found.plot().to_dict()
 
 
 def test_batches_are_invisible_and_texts_are_the_callers():
@@ -213,8 +222,8 @@ def test_an_adapter_is_merged_and_its_frozen_blocks_stay_out_of_it():
     assert found.extras["changed_parts"] == ["1", "2"]
     assert found.smallest(INTO_BASE, "suffix")["number"] == 2
     assert found.smallest(INTO_BASE, "suffix")["by_text"] in (True, False)
-    assert "the adapter was merged" in found.summary()
-    assert "left these parts as they were: block 0, embedding" in found.summary()
+    assert "the adapter was merged" in " ".join(found.summary().split())
+    assert "left these parts as they were: block 0, embedding" in " ".join(found.summary().split())
     for key, value in adapter.state_dict().items():
         assert torch.equal(value, before[key])
 
@@ -285,7 +294,7 @@ def test_other_configurations_are_noticed():
     base, tuned = make_tiny("llama"), make_tiny("llama", rms_norm_eps=0.5)
     tuned.load_state_dict(perturbed(base, 0.05).state_dict())
     found = patch_weights(base, tuned, TEXTS, **SILENT)
-    assert "differ in more than their weights" in found.summary()
+    assert "differ in more than their weights" in " ".join(found.summary().split())
 
 
 def test_it_comes_back_from_its_folder_and_has_a_section(tmp_path):
@@ -296,6 +305,36 @@ def test_it_comes_back_from_its_folder_and_has_a_section(tmp_path):
     page = (folder / "report.html").read_text()
     assert 'data-section="patch_weights"' in page
     assert "Which weights are needed?" in page
+    # The same numbers everywhere.
+    every = found.at(direction=INTO_BASE, kind="suffix_and_head", number=3, metric="to_tuned")
+    for shown in (page, found.summary(), found._repr_html_()):
+        assert interval(every, PERCENT) in shown
+    assert all(len(line) <= 105 for line in found.summary().splitlines())
+    assert found.plot().to_dict()
+
+
+def test_tables_and_charts_have_every_suffix_and_part():
+    base = make_tiny("llama")
+    found = patch_weights(base, perturbed(base, 0.1), TEXTS, **SHORT)
+    into_base, into_tuned, parts = (b for b in found.evidence() if isinstance(b, Table))
+    for table, direction in ((into_base, INTO_BASE), (into_tuned, INTO_TUNED)):
+        assert table.caption.startswith(direction)
+        assert [row[0] for row in table.rows] == ["0", "1", "2", "3"]
+    assert [row[0] for row in parts.rows] == [
+        *("embedding", "final norm", "unembedding", "all weights")
+    ]
+    charts = [block for block in flat(found.evidence()) if isinstance(block, Chart)]
+    assert [chart.kind for chart in charts] == ["lines", "lines", "dots", "lines", "lines"]
+    for chart in charts:
+        assert "share" in (chart.x.scale, chart.y.scale)
+        assert all(0 <= row["value"] <= 1 for row in chart.rows)
+    decisions, _, alone, text, _ = charts
+    assert [row["number"] for row in decisions.rows] == [0, 1, 2, 3] * 2
+    (enough,) = decisions.references
+    assert enough.value == 0.9
+    assert len(alone.rows) == 2 * 6
+    own = [found.value(direction="unpatched", kind=side, metric="ttr") for side in MODELS]
+    assert [line.value for line in text.references] == own
 
 
 def test_a_mixed_model_that_overflows_is_refused():

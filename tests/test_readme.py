@@ -1,46 +1,74 @@
-"""The README's own probe is run as it stands there."""
+"""Every snippet of the README is run, in order, as it stands there."""
 
+import contextlib
 import re
+import shutil
 
-import pandas as pd
-from conftest import ROOT, make_tiny, perturbed, token_texts
+import pytest
+from conftest import ROOT, lora, perturbed
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hyperlens.embedded import embedded_base, embedded_tales
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
-def block(containing: str) -> str:
-    (found,) = [b for b in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if containing in b]
-    return found
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """The names that all snippets leave behind, run where the folders they name exist."""
+    folder = tmp_path_factory.mktemp("readme")
+    shutil.copytree(embedded_base(), folder / "base")
+    base = AutoModelForCausalLM.from_pretrained(folder / "base")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "base")
+    perturbed(base, 0.02).save_pretrained(folder / "tuned")
+    tokenizer.save_pretrained(folder / "tuned")
+    lora(base, "llama").save_pretrained(folder / "lora-adapter")
+    tales = "\n\n".join(" ".join(tale.split())[:400] for tale in embedded_tales()[:8])
+    for name in ("texts.txt", "stories.txt"):
+        (folder / name).write_text(tales, encoding="utf-8")
+    names: dict = {}
+    with contextlib.chdir(folder), contextlib.redirect_stdout(None):
+        for snippet in SNIPPETS:
+            exec(compile(snippet, "README.md", "exec"), names)
+    names["folder"] = folder
+    return names
 
 
-def test_the_probe_in_the_readme_works_and_takes_a_dozen_lines(capsys):
-    code = block("class NormGrowth")
-    body = code[code.index("class NormGrowth") : code.index("comparison =")]
-    assert len([line for line in body.splitlines() if line.strip()]) <= 12
-    base = make_tiny("llama")
-    names = {"base": base, "tuned": perturbed(base), "texts": token_texts()}
-    exec(compile(code, "README.md", "exec"), names)
-    frame: pd.DataFrame = names["comparison"].to_frame()
+@pytest.mark.slow
+def test_the_snippets_do_what_they_say(ran: dict) -> None:
+    frame = ran["comparison"].to_frame()
+    assert {"norm_growth", "margin", "drift"} == set(frame.probe)
     rows = frame[frame.probe == "norm_growth"]
-    assert list(rows.layer) == [0, 1, 2, 3]
-    assert (rows.low < rows.value).all()
-    assert (rows.value < rows.high).all()
-    assert "norm_growth" in capsys.readouterr().out
-
-
-def test_the_logit_probe_in_the_readme_works():
-    base = make_tiny("llama")
-    names = {"base": base, "tuned": perturbed(base), "texts": token_texts()}
-    exec("from hyperlens import compare_models", names)
-    exec(compile(block("class Margin"), "README.md", "exec"), names)
-    frame: pd.DataFrame = names["comparison"].to_frame()
-    assert set(frame.probe) == {"margin", "logit_lens"}
+    assert list(rows.layer) == list(range(11))
     assert (frame[frame.probe == "margin"].value > 0).all()
+    assert ran["logits"].shape[-1] == ran["pair"].base.hooked.cfg.d_vocab
+    assert ran["sweep"].extras["decisions"] > 0
+    assert ran["null"].meta["options"]["n_controls"] == 2
+    assert ran["model"].cfg.n_layers == 10
+    for name in ("layers.svg", "report.html", "adapter"):
+        assert (ran["folder"] / name).exists()
 
 
-def test_the_files_the_readme_names_exist():
-    tree = README[README.index("## What is where") : README.index("## Development")]
-    for name in set(re.findall(r"(\w+\.py)", tree)):
-        assert (ROOT / "hyperlens" / name).exists(), name
+def test_a_probe_takes_a_dozen_lines() -> None:
+    (snippet,) = (one for one in SNIPPETS if "class NormGrowth" in one)
+    for name in ("NormGrowth", "Margin"):
+        body = re.search(rf"class {name}.*?(?=\n\n\n)", snippet, re.DOTALL)
+        assert body is not None
+        assert len([line for line in body[0].splitlines() if line.strip()]) <= 12
+
+
+def test_the_readme_is_short_and_its_links_exist() -> None:
+    assert len(README.splitlines()) <= 200
     for link in re.findall(r"\]\(([^)#]+)\)", README):
         assert link.startswith("http") or (ROOT / link).exists(), link
+
+
+def test_the_folders_the_readme_names_exist() -> None:
+    tree = README[README.index("## Where things are") :]
+    tree = tree[tree.index("```") : tree.rindex("```")]
+    for name in set(re.findall(r"(\w+)/", tree)):
+        assert (ROOT / name).is_dir() or (ROOT / "hyperlens" / name).is_dir(), name
+    rooms = {path.name for path in (ROOT / "hyperlens").iterdir() if path.is_dir()}
+    listed = set(re.findall(r"(\w+)/", tree))
+    assert {name for name in rooms if not name.startswith("__")} <= listed

@@ -25,8 +25,8 @@ AT_MOST = {
 INSTEAD = {
     "tales[:32], tales[32:]": "tales[:8], tales[32:44]",
     'strategies=("greedy",)': 'strategies=("greedy",), max_new_tokens=12',
-    "held_out[:24], n_placebos=2": "held_out[:6], max_new_tokens=12, n_placebos=1",
-    "tuned, held_out, progress": "tuned, held_out, max_length=64, progress",
+    "held_out[:24], n_controls=2": "held_out[:6], n_controls=1",
+    "pair, held_out, progress": "pair, held_out, max_length=64, progress",
 }
 NUMBER = re.compile(rf"\b({'|'.join(AT_MOST)})=(\d+)")
 

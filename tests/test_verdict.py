@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from hyperlens.patching.expansion.verdict import (
+from hyperlens.patching.expansion.result import (
     Evidence,
     expanded,
     jointly,

@@ -1,20 +1,26 @@
-"""The records of a run: one row per measurement, written as a CSV that is always complete.
+"""The records of a run: one row per measurement, kept in a CSV that is always complete, and charts.
 
 Imports neither torch nor transformers, so that reading a history is quick.
 """
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import TrainingError
 from ..files import write_text
+from ..render import charts
+from ..render.blocks import Axis, Block, Chart, Grid, Role, Scale
+from ..statistics.rank_buckets import RANK_BUCKETS
 
 if TYPE_CHECKING:
+    import altair
     import pandas as pd
 
 # What `hyperfit` writes beside the weights: the records, and how the model was made.
@@ -152,3 +158,178 @@ def _to_json_value(value: Any) -> Any:
 
 def _from_json_value(value: Any) -> float:
     return math.nan if value is None else float(value)
+
+
+# What a run is called in a chart if nobody names it.
+METHOD_NAMES = {"full": "Full fine-tuning", "lora": "Full LoRA", "late_lora": "Late-Stage LoRA"}
+EPOCH = Axis("epoch", "epoch")
+
+# Values over epochs.
+Points = Sequence[tuple[int, float]]
+
+
+@dataclass(frozen=True)
+class Course:
+    """What is known of one run.
+
+    Attributes:
+        label: what it is called.
+        losses: mean training loss of each epoch, in nats per token.
+        records: one mapping per record, by the names of `COLUMNS`; empty if there are none.
+    """
+
+    label: str
+    losses: Points
+    records: Sequence[Mapping[str, Any]]
+
+    def over_epochs(self, column: str) -> Points:
+        """A column of the records."""
+        return [(int(record["epoch"]), float(record[column])) for record in self.records]
+
+
+def plot_history(runs: Any, labels: Sequence[str] | None = None) -> altair.TopLevelMixin:
+    """Loss, quality and ranks of one run (Figure 2 of arXiv 2605.22579), or the losses of several.
+
+    One run: training loss; validation perplexity; diversity and top-1 error; and where the base
+    ranked the model's top-1 predictions. Several: training loss over epochs on a log scale
+    (Figure 6).
+
+    Args:
+        runs: a `HyperfitRun`, a table of `read_history`, the folder of a run or its history.csv;
+            or a list of these, or a dict from label to one of these.
+        labels: names of the runs, in their order.
+
+    Returns:
+        An Altair chart, which shows itself in notebooks; `.save("figure.svg")` writes it.
+
+    Raises:
+        TrainingError: if a run has nothing to draw, or labels and runs do not match.
+    """
+    several = isinstance(runs, Mapping | list | tuple)
+    if isinstance(runs, Mapping):
+        sources, labels = list(runs.values()), list(runs) if labels is None else labels
+    else:
+        sources = list(runs) if several else [runs]
+    names = list(labels or ())
+    if not sources:
+        raise TrainingError("there is no run to draw: give at least one")
+    if names and len(names) != len(sources):
+        raise TrainingError(f"{len(names)} labels for {len(sources)} runs: give one for each")
+    courses = [
+        _course(run, str(names[i]) if names else "", f"run {i + 1}")
+        for i, run in enumerate(sources)
+    ]
+    title = courses[0].label if names and not several else ""
+    if not several and not courses[0].records:
+        title = f"{title}: no records were kept (record_every)".removeprefix(": ")
+    drawn = charts.figure(_losses_of(courses) if several else _history_of(courses[0]), title)
+    if drawn is None:
+        raise TrainingError("there is nothing to draw: no run has a loss above 0 or a record")
+    return drawn
+
+
+def _history_of(course: Course) -> list[Block]:
+    """The charts of one run, those that have no finite value left out."""
+    likelihood = [
+        _chart("Training loss", "nats per token", "zero", {"training loss": course.losses}),
+        _chart(
+            "Perplexity of held-out text",
+            "perplexity, log scale",
+            "log",
+            {"validation perplexity": course.over_epochs("perplexity")},
+        ),
+    ]
+    decisions = [
+        _chart(
+            "Diversity and error",
+            "share of tokens",
+            "share",
+            {
+                "TTR of greedy generations": course.over_epochs("ttr"),
+                "top-1 error, held-out text": course.over_epochs("top1_error"),
+            },
+        ),
+        _chart(
+            "Base rank of the model's top-1 predictions",
+            "share of next-token decisions",
+            "share",
+            {f"rank {one.label}": course.over_epochs(one.metric) for one in RANK_BUCKETS},
+        ),
+    ]
+    rows = ([chart for chart in row if chart.rows] for row in (likelihood, decisions))
+    return [Grid(row) for row in rows if row]
+
+
+def _losses_of(courses: Sequence[Course]) -> list[Block]:
+    """The training losses of several runs in one chart; runs of one name get a number."""
+    losses: dict[str, Points] = {}
+    for course in courses:
+        numbered = (f"{course.label} ({n})" for n in count(2))
+        label = next(name for name in chain([course.label], numbered) if name not in losses)
+        losses[label] = course.losses
+    chart = _chart("Training loss", "nats per token, log scale", "log", losses, role="tuned")
+    return [chart] if chart.rows else []
+
+
+def _chart(
+    title: str, unit: str, scale: Scale, series: Mapping[str, Points], role: Role = "other"
+) -> Chart:
+    """Series over epochs; values that the axis cannot show are left out."""
+    least = 0.0 if scale == "log" else -math.inf
+    rows = [
+        {"series": name, "epoch": epoch, "value": value}
+        for name, points in series.items()
+        for epoch, value in points
+        if math.isfinite(value) and value > least
+    ]
+    alt = f"{title} over the epochs of training: {', '.join(series)}"
+    return Chart(
+        "lines", title, alt, rows, EPOCH, Axis("value", unit, scale), dict.fromkeys(series, role)
+    )
+
+
+def _course(run: Any, label: str, otherwise: str) -> Course:
+    """A run from whatever it was given as.
+
+    Args:
+        run: see `plot_history`.
+        label: what to call it; if empty, the name of its folder or its method.
+        otherwise: what to call it if it has neither.
+    """
+    method, losses, name = None, None, ""
+    if isinstance(run, str | Path):
+        path = Path(run).expanduser()
+        name = path.name if path.name != FILE else path.absolute().parent.name
+        saved = _saved(path / RUN_FILE if path.is_dir() else path.with_name(RUN_FILE))
+        method, losses = saved.get("recipe", {}).get("method"), saved.get("history")
+        has_records = losses is None or (path / FILE if path.is_dir() else path).exists()
+        records = list(_records_of(read_history(path))) if has_records else []
+    elif hasattr(run, "columns"):
+        records = list(_records_of(run))
+    elif hasattr(run, "history") and hasattr(run, "records"):
+        method, losses = getattr(getattr(run, "recipe", None), "method", None), run.history
+        records = [asdict(record) for record in run.records]
+    else:
+        raise TrainingError(
+            f"cannot draw a {type(run).__name__}: expected a HyperfitRun, a table of read_history, "
+            "or the folder of a run"
+        )
+    course = Course(label or name or METHOD_NAMES.get(method or "", otherwise), (), records)
+    points = course.over_epochs("train_loss") if losses is None else list(enumerate(losses, 1))
+    return Course(course.label, points, records)
+
+
+def _records_of(table: pd.DataFrame) -> Iterator[dict[str, Any]]:
+    missing = [column for column in COLUMNS if column not in table]
+    if missing:
+        raise TrainingError(f"this table is no history of training: it has no {missing[0]}")
+    for values in zip(*(table[column].tolist() for column in COLUMNS), strict=True):
+        yield dict(zip(COLUMNS, values, strict=True))
+
+
+def _saved(file: Path) -> dict[str, Any]:
+    try:
+        saved = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # not every table lies beside a finished run
+        return {}
+    return saved if isinstance(saved, dict) else {}

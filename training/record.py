@@ -19,6 +19,7 @@ from ..hooks.surface import evaluating
 from ..models.kinds import plain_model
 from ..models.structure import find_structure
 from ..statistics.distances import rank_of, winner
+from ..statistics.rank_buckets import RANK_BUCKETS
 from .history import Record
 from .recipes import Recipe
 from .token_loss import last_position_only
@@ -88,12 +89,10 @@ class Recorder:
                 top1_error=means["error"],
                 ttr=_mean(ttr),
                 bigram_repetition=_mean([repetition(tokens, 2) for tokens in generations]),
-                rank_1=means["rank_1"],
-                rank_2_10=means["rank_2_10"],
-                rank_gt_10=means["rank_gt_10"],
                 entropy=means["entropy"],
                 seconds=seconds,
                 ttr_per_prompt=tuple(ttr),
+                **{bucket.metric: means[bucket.metric] for bucket in RANK_BUCKETS},
             )
 
     def _teacher_forced(self) -> dict[str, float]:
@@ -209,9 +208,7 @@ def decisions(
         "loss": z.log() - at_reference,
         "error": (top1 != reference).float(),
         "entropy": z.log() - weights.mul_(tuned).sum(-1) / z,
-        "rank_1": (rank == 1).float(),
-        "rank_2_10": ((rank >= 2) & (rank <= 10)).float(),
-        "rank_gt_10": (rank > 10).float(),
+        **{bucket.metric: bucket.holds(rank).float() for bucket in RANK_BUCKETS},
     }
 
 

@@ -109,7 +109,7 @@ class Comparison(Result):
     """What fine-tuning changed, block by block.
 
     Attributes:
-        table: one mapping per number; `to_frame()` gives it as pandas, `rows_of()` as `Row`s.
+        table: one mapping per number; `to_frame()` gives it as pandas, `long` as rows.
         extras: per probe, what does not fit a table (histograms), as JSON values.
         meta: everything needed to repeat the run: models and their hashes, options, versions,
             seed, corpus hash, counts of what was excluded, and `notes` for the reader.
@@ -128,7 +128,7 @@ class Comparison(Result):
 
     @cached_property
     def long(self) -> tuple[Row, ...]:
-        """The table as `Row`s."""
+        """The table as named tuples, one `Row` per number."""
         return tuple(Row(**row) for row in self.table)
 
     @property

@@ -10,11 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from dataclasses import replace
+from typing import Any, ClassVar, NamedTuple
 
 import torch
-from matplotlib.ticker import MaxNLocator
 
 from ..checks import check_counts
 from ..decoding.diversity import REPETITION_METRICS as REPETITION
@@ -25,12 +24,14 @@ from ..models.kinds import is_peft
 from ..models.weight_sharing import merged
 from ..pair import open_inputs
 from ..passes.failures import explaining_out_of_memory
-from ..render.plots import GREY, NotebookFigure, plain_frame
+from ..render.blocks import Axis, Block, Chart, Grid, Reference, Role, Table, Text, Verdict
+from ..render.format import FRACTION, PERCENT, count, interval
 from ..results.result import Result
+from ..results.rows import chosen_layers
 from ..statistics import significance
 from ..statistics.ratios import holm_p_values, p_value
 from ..statistics.significance import Estimate
-from .blocks import COLOURS, LABELS
+from .blocks import NOTHING_CHANGED
 from .engine import (
     Outcomes,
     Repetition,
@@ -61,11 +62,6 @@ from .parts import (
     read_mixed,
     targets,
 )
-from .wording import NOTHING_CHANGED, changed_share, share_of, shown
-
-if TYPE_CHECKING:
-    import matplotlib.figure
-    from matplotlib.axes import Axes
 
 SUFFIXES = ("suffix", "suffix_and_head")
 # Text must lie closer to the source's than this share of what tuning changed.
@@ -88,9 +84,9 @@ def patch_weights(
     enough: float = 0.9,
     n_texts: int = 64,
     max_length: int = 128,
-    n_prompts: int = 16,
+    n_prompts: int = 32,
     prompt_tokens: int = 17,
-    max_new_tokens: int = 48,
+    max_new_tokens: int = 96,
     batch_size: int = 8,
     seed: int = 0,
     device: str | torch.device | None = None,
@@ -358,7 +354,14 @@ def _ttr(contrasts: Sequence[Row], direction: str, kind: str, against: str) -> l
 # The result
 
 
-@dataclass(frozen=True)
+# Rows of a table over all suffixes; the last two suffixes are always among them.
+MAX_ROWS = 14
+MOVED = {
+    "suffix": "blocks alone",
+    "suffix_and_head": "with norm and unembedding",
+}
+
+
 class WeightsResult(Result):
     """What each mixed model decides and generates, next to both models.
 
@@ -381,21 +384,23 @@ class WeightsResult(Result):
     renamed: ClassVar[Mapping[str, str]] = {**RENAMED, "host": "target", "donor": "source"}
     columns = ("direction", "kind", "number", "metric", "value", "low", "high", "se", "n")
 
-    def along(self, direction: str, kind: str, metric: str) -> list[Mapping[str, Any]]:
+    def along(self, direction: str, kind: str, metric: str) -> list[Row]:
         """One metric of one kind, by number."""
         rows = self.rows(direction=direction, kind=kind, metric=metric)
         return sorted(rows, key=lambda row: row["number"])
 
-    def alone(self, direction: str, metric: str) -> list[tuple[str, Mapping[str, Any]]]:
+    def alone(self, direction: str, metric: str) -> list[tuple[str, Row]]:
         """(name, row) of every part that moves alone, in the order of the model."""
         blocks = [(f"block {row['number']}", row) for row in self.along(direction, "block", metric)]
-        one = {kind: self.along(direction, kind, metric) for kind in NAMED}
-        named = {kind: [(kind.replace("_", " "), row) for row in one[kind]] for kind in NAMED}
-        return [*named["embedding"], *blocks, *named["final_norm"], *named["unembedding"]]
+        others = {
+            kind: [(kind.replace("_", " "), row) for row in self.along(direction, kind, metric)]
+            for kind in NAMED
+        }
+        return [*others["embedding"], *blocks, *others["final_norm"], *others["unembedding"]]
 
-    def smallest(self, direction: str, kind: str) -> Mapping[str, Any]:
+    def smallest(self, direction: str, kind: str) -> Row:
         """The smallest suffix of a direction and kind."""
-        every: list[Mapping[str, Any]] = self.extras["smallest"]
+        every: list[Row] = self.extras["smallest"]
         return next(s for s in every if s["direction"] == direction and s["kind"] == kind)
 
     @property
@@ -403,170 +408,184 @@ class WeightsResult(Result):
         """How many blocks the models have."""
         return int(self.meta["n_layers"])
 
-    def conclusions(self) -> list[str]:
-        """What the intervals allow to say."""
+    def verdicts(self) -> list[Verdict]:
+        """The smallest suffix of both directions, and the part that does most alone."""
         if not self.extras["changed"]:
-            return [NOTHING_CHANGED]
-        sentences = [changed_share(self.extras)]
-        sentences += self._unchanged()
-        for direction in TOWARDS:
-            sentences += [self._smallest(direction), self._of_one_part(direction)]
-        return sentences
+            return [Verdict("weights", NOTHING_CHANGED)]
+        caution = (
+            "A suffix that suffices is not shown to be the only set of parts that does: only "
+            "suffixes and single parts were moved."
+        )
+        return [
+            *(Verdict("smallest suffix", self._suffices(direction)) for direction in TOWARDS),
+            Verdict("one part alone", self._most_alone()),
+            Verdict("other sets", caution, caution=True),
+        ]
+
+    def _suffices(self, direction: str) -> str:
+        found = "; ".join(self._smallest(direction, kind, words) for kind, words in WITH.items())
+        text = ", and similar TTR" if self.smallest(direction, "suffix")["by_text"] else ""
+        return (
+            f"{direction.capitalize()}, {found}. To suffice: lower bound above "
+            f"{PERCENT(self._enough)} of the changed decisions{text}."
+        )
+
+    def _smallest(self, direction: str, kind: str, words: str) -> str:
+        rows = self.along(direction, kind, TOWARDS[direction])
+        number = self.smallest(direction, kind)["number"]
+        if number >= 0:
+            (row,) = (row for row in rows if row["number"] == number)
+            verb = ("is needed", "suffices", "suffice")[min(number, 2)]
+            return f"{words}, {_last(number, self.depth)} {verb} ({interval(row, PERCENT)})"
+        most = max(reversed(rows), key=lambda row: row["value"])
+        other_text = any(row["low"] > self._enough for row in rows)
+        return (
+            f"{words}, no suffix of blocks suffices (the most: {_last(most['number'], self.depth)},"
+            f" {interval(most, PERCENT)}{', but TTR is not similar' * other_text})"
+        )
+
+    def _most_alone(self) -> str:
+        found = []
+        for direction, metric in TOWARDS.items():
+            name, row = max(self.alone(direction, metric), key=lambda pair: pair[1]["value"])
+            found.append(f"{direction}, {name} does most ({interval(row, PERCENT)})")
+        return f"Of parts that move alone: {'; '.join(found)}."
+
+    @property
+    def _enough(self) -> float:
+        return float(self.meta["options"]["enough"])
+
+    def evidence(self) -> list[Block]:
+        """Both directions by number of last blocks, single parts, and generated text."""
+        tables = [self._suffixes(direction) for direction in TOWARDS]
+        charts = [self._suffix_chart(direction) for direction in TOWARDS]
+        generated = [self._text_chart(d) for d in TOWARDS if self.along(d, "suffix", "ttr")]
+        return [
+            Text(self._what_was_done()),
+            *tables,
+            self._parts(),
+            Grid(charts),
+            self._parts_chart(),
+            *([Grid(generated)] if generated else []),
+        ]
+
+    def _what_was_done(self) -> str:
+        changed, decisions = self.extras["changed"], self.extras["decisions"]
+        share = f" ({PERCENT(changed / decisions)})" if decisions else ""
+        unchanged = self._unchanged()
+        return (
+            f"Weights of one model are put into the other: its last k of {self.depth} blocks, "
+            "with and without the final norm and the unembedding, and every part alone. Unlike an "
+            "activation, a block's weights carry nothing of what happened before it. On "
+            f"{count(self.meta['options']['n_texts'], 'text')}, tuning changed {changed:,} of "
+            f"{count(decisions, 'decision')}{share}; shares are of these."
+            + (f" Tuning left these parts as they were: {', '.join(unchanged)}." * bool(unchanged))
+        )
 
     def _unchanged(self) -> list[str]:
         every = [*map(str, range(self.depth)), *NAMED]
         same = [part for part in every if part not in self.extras["changed_parts"]]
-        if not same:
-            return []
-        named = [f"block {part}" if part.isdigit() else part.replace("_", " ") for part in same]
-        return [f"Tuning left these parts as they were: {', '.join(named)}."]
+        return [f"block {part}" if part.isdigit() else part.replace("_", " ") for part in same]
 
-    def _smallest(self, direction: str) -> str:
-        enough = self.meta["options"]["enough"]
-        source, target = SOURCE[direction], TARGET[direction]
-        found = []
-        for kind, words in WITH.items():
-            one = self.smallest(direction, kind)
-            if one["number"] < 0:
-                found.append(f"{words}, no number of last blocks does")
-            else:
-                found.append(f"{words}, {_last(one['number'], self.depth)}")
-        by_text = self.smallest(direction, "suffix")["by_text"]
-        what = "decides and writes" if by_text else "decides"
-        return (
-            f"{direction.capitalize()}, the smallest suffix with which the {target} model {what} "
-            f"as the {source} model does (surely more than {enough:.0%} of the changed decisions"
-            f"{', and a like TTR' if by_text else ''}): {'; '.join(found)}."
-        )
-
-    def _of_one_part(self, direction: str) -> str:
-        name, row = max(
-            self.alone(direction, TOWARDS[direction]), key=lambda pair: pair[1]["value"]
-        )
-        return f"{direction.capitalize()}, alone: {name} does most, {share_of(row)}."
-
-    def summary(self) -> str:
-        """Both directions by number of last blocks, the parts alone, and what may be sentences."""
-        lines = [
-            f"weight transplant  {self.meta['base']['name']} → {self.meta['tuned']['name']}",
-            f"the last k of {self.depth} blocks of one model in the other, "
-            f"{self.meta['options']['n_texts']} texts",
-            "",
-        ]
-        for direction in TOWARDS:
-            lines += [*self._lines(direction), ""]
-        lines += [*self.conclusions(), *(f"note: {note}" for note in self.meta["notes"])]
-        return "\n".join(lines)
-
-    def _lines(self, direction: str) -> list[str]:
+    def _suffixes(self, direction: str) -> Table:
         metric = TOWARDS[direction]
-        lines = [
-            f"{direction}: {BROUGHT[direction]}",
-            f"{'k':>3}  {'blocks alone':<25}{'with norm and unembed':<25}"
-            f"{'the first of them alone':<27}{'greedy TTR':<10}",
-        ]
         blocks = {row["number"]: row for row in self.along(direction, "block", metric)}
         ttr = {row["number"]: row for row in self.along(direction, "suffix_and_head", "ttr")}
-        heads = self.along(direction, "suffix_and_head", metric)
-        pairs = list(zip(self.along(direction, "suffix", metric), heads, strict=True))
-        for plain, with_head in shown(pairs):
+        pairs = list(zip(*(self.along(direction, kind, metric) for kind in SUFFIXES), strict=True))
+        chosen = [pairs[i] for i in chosen_layers(range(len(pairs)), MAX_ROWS)]
+        rows = []
+        for plain, with_head in chosen:
             k = plain["number"]
             first = blocks.get(self.depth - k)
-            single = f"{self.depth - k}: {share_of(first)}" if first else ""
-            text = f"{ttr[k]['value']:.3f}" if k in ttr else ""
-            line = f"{k:>3}  {share_of(plain):<25}{share_of(with_head):<25}{single:<27}{text:<10}"
-            lines.append(line.rstrip())
-        others = [
-            f"{kind.replace('_', ' ')} {share_of(row)}"
-            for kind in (*NAMED, "all")
+            rows.append(
+                [
+                    str(k),
+                    *(interval(row, PERCENT) for row in (plain, with_head)),
+                    f"{self.depth - k}: {interval(first, PERCENT)}" if first else "",
+                    FRACTION(ttr[k]["value"]) if k in ttr else "",
+                ]
+            )
+        caption = f"{direction}: {BROUGHT[direction]}, 95% over texts"
+        if ttr:
+            caption += "; greedy TTR: mean over prompts, with norm and unembedding"
+        if len(chosen) < len(pairs):
+            caption += f"; {len(pairs) - len(chosen)} of {len(pairs)} numbers of blocks left out"
+        head = ["last k", *MOVED.values(), "first of them alone", "greedy TTR"]
+        return Table(head, rows, caption)
+
+    def _parts(self) -> Table:
+        """Everything that is no block; blocks alone stand beside the suffixes."""
+        kinds = (*NAMED, "all")
+        rows = [
+            [
+                f"{kind.replace('_', ' ')}{' weights' * (kind == 'all')}",
+                *(
+                    interval(self.at(direction=d, kind=kind, metric=metric), PERCENT)
+                    for d, metric in TOWARDS.items()
+                ),
+            ]
+            for kind in kinds
+            if all(self.rows(direction=d, kind=kind, metric=m) for d, m in TOWARDS.items())
+        ]
+        caption = f"{'; '.join(f'{d}: {what}' for d, what in BROUGHT.items())}; 95% over texts"
+        return Table(["one part alone", *TOWARDS], rows, caption)
+
+    def _suffix_chart(self, direction: str) -> Chart:
+        enough = self._enough
+        line = Reference(f"enough: {PERCENT(enough)}", enough, enough, enough, "control")
+        title = f"{direction}: {BROUGHT[direction]}"
+        return self._by_number(direction, TOWARDS[direction], title, "share", [line])
+
+    def _text_chart(self, direction: str) -> Chart:
+        sides: dict[str, Role] = {self.base_name: "base", self.tuned_name: "tuned"}
+        lines = [
+            Reference(name, own["value"], own["low"], own["high"], role)
+            for name, role in sides.items()
+            for own in self.along("unpatched", role, "ttr")
+        ]
+        title = f"{direction}: TTR of greedy text, mean over prompts"
+        return self._by_number(direction, "ttr", title, "TTR", lines)
+
+    def _by_number(
+        self, direction: str, metric: str, title: str, y: str, references: Sequence[Reference]
+    ) -> Chart:
+        rows = [
+            _point(row, series) | {"number": row["number"]}
+            for kind, series in MOVED.items()
             for row in self.along(direction, kind, metric)
         ]
-        return [*lines, f"alone: {'; '.join(others[:-1])}.", f"all weights: {others[-1][4:]}."]
+        ends = {row["series"]: PERCENT(row["value"]) for row in rows}
+        alt = f"{title}, by number of last blocks; all blocks: " + ", ".join(
+            f"{series} {end}" for series, end in ends.items()
+        )
+        roles: dict[str, Role] = dict.fromkeys(MOVED.values(), "other")
+        axes = Axis("number", "last k blocks"), Axis("value", y, "share")
+        return Chart("lines", title, alt, rows, *axes, roles, references)
 
-    def plot(self) -> matplotlib.figure.Figure:  # type: ignore[override]
-        """Suffixes, single parts, and the diversity of generated text."""
-        return draw(self)
+    def _parts_chart(self) -> Chart:
+        rows = [
+            _point(row, direction) | {"part": name}
+            for direction, metric in TOWARDS.items()
+            for name, row in self.alone(direction, metric)
+        ]
+        title = "Changed decisions that one part alone brings about or undoes, 95% intervals"
+        roles: dict[str, Role] = dict.fromkeys(TOWARDS, "other")
+        axes = Axis("value", "share", "share"), Axis("part", "", is_category=True)
+        return Chart("dots", title, title, rows, *axes, roles)
+
+
+def _point(row: Row, series: str) -> dict[str, Any]:
+    return {"series": series, **{key: row[key] for key in ("value", "low", "high")}}
 
 
 def _last(k: int, depth: int) -> str:
+    """The last k blocks by name.
+
+    >>> _last(0, 5), _last(1, 5), _last(2, 5), _last(5, 5)
+    ('no block at all', 'the last block (4)', 'the last 2 blocks (3 to 4)', 'all 5 blocks')
+    """
     if k == 0:
         return "no block at all"
-    blocks = f"block {depth - 1}" if k == 1 else f"blocks {depth - k} to {depth - 1}"
-    return f"the last {k} ({blocks})" if k < depth else f"all {depth} blocks"
-
-
-# The figure
-
-
-STYLES = {"suffix_and_head": ("-", "o"), "suffix": (":", "s")}
-
-
-def draw(result: Any) -> matplotlib.figure.Figure:
-    """Decisions by number of last blocks, parts alone, and diversity of generated text."""
-    panels = [_suffixes, _alone]
-    panels += [_generated] if result.along(INTO_BASE, "suffix", "ttr") else []
-    figure = NotebookFigure(figsize=(4.7 * len(panels), 4.1), layout="constrained")
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for ax, panel in zip(axes, panels, strict=True):
-        panel(ax, result)
-        plain_frame(ax)
-        ax.legend(frameon=False, fontsize=8)
-    return figure
-
-
-def _suffixes(ax: Axes, result: Any) -> None:
-    ax.set_title("changed decisions that ...", loc="left", fontsize=10)
-    for direction, metric in TOWARDS.items():
-        for kind in STYLES:
-            label = LABELS[direction] if kind == "suffix_and_head" else None
-            _line(ax, result.along(direction, kind, metric), direction, kind, label)
-    enough = result.meta["options"]["enough"]
-    ax.axhline(enough, color=GREY, lw=0.8, ls="--", label=f"enough: {enough:.0%}")
-    ax.set_ylim(-0.03, 1.03)
-    ax.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}%")
-    _blocks_axis(ax)
-
-
-def _alone(ax: Axes, result: Any) -> None:
-    ax.set_title("... by one part alone", loc="left", fontsize=10)
-    names = [name for name, _ in result.alone(INTO_BASE, "to_tuned")]
-    for shift, (direction, metric) in zip((-0.2, 0.2), TOWARDS.items(), strict=True):
-        rows = [row for _, row in result.alone(direction, metric)]
-        places = [i + shift for i in range(len(rows))]
-        values = [0.0 if math.isnan(row["value"]) else row["value"] for row in rows]
-        ax.bar(places, values, width=0.38, color=COLOURS[direction], label=direction)
-        for place, row in zip(places, rows, strict=True):
-            if math.isfinite(row["low"]):
-                ax.vlines(place, row["low"], row["high"], "black", lw=1)
-    ax.set_xticks(range(len(names)), [name.removeprefix("block ") for name in names])
-    ax.tick_params(axis="x", rotation=90 if len(names) > 8 else 45, labelsize=8)
-    ax.set_xlabel("block (0-based), or other part")
-    ax.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}%")
-
-
-def _generated(ax: Axes, result: Any) -> None:
-    ax.set_title("type-token ratio of greedy text", loc="left", fontsize=10)
-    for direction in TOWARDS:
-        for kind in STYLES:
-            label = direction if kind == "suffix_and_head" else None
-            _line(ax, result.along(direction, kind, "ttr"), direction, kind, label)
-    for model, style in (("base", "--"), ("tuned", "-.")):
-        (own,) = result.along("unpatched", model, "ttr")
-        ax.axhline(own["value"], color=GREY, ls=style, lw=1, label=f"the {model} model")
-    _blocks_axis(ax)
-
-
-def _blocks_axis(ax: Axes) -> None:
-    ax.set_xlabel("last k blocks (dotted: without final norm and unembedding)")
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-
-
-def _line(
-    ax: Axes, rows: Sequence[Mapping[str, Any]], direction: str, kind: str, label: str | None
-) -> None:
-    style, marker = STYLES[kind]
-    numbers, values = [row["number"] for row in rows], [row["value"] for row in rows]
-    ax.plot(numbers, values, ls=style, marker=marker, ms=4, color=COLOURS[direction], label=label)
-    if kind == "suffix_and_head":
-        low, high = ([row[end] for row in rows] for end in ("low", "high"))
-        ax.fill_between(numbers, low, high, color=COLOURS[direction], alpha=0.2, lw=0)
+    if k == 1:
+        return f"the last block ({depth - 1})"
+    return f"the last {k} blocks ({depth - k} to {depth - 1})" if k < depth else f"all {k} blocks"

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 HEIGHT = 210
 WIDTH = 340
+# Of a line with more values than this only the line is drawn.
+MOST_MARKS = 60
 GREY, LIGHT_GREY = "#808890", "#a9b0b8"
 TUNED = ("#d55e00", "#0072b2", "#009e73", "#8a6d00", "#cc79a7")
 OTHER = ("#cc79a7", "#56b4e9", "#e69f00", "#5b8c00", "#7b61c4", "#b04a4a", "#00857c", "#999999")
@@ -228,8 +230,10 @@ def _lines(block: Chart, chosen: Colours) -> Any:
     dashes = alt.StrokeDash("series:N", sort=block.series, legend=None)
     layers.append(drawn.mark_line(strokeWidth=1.8).encode(y=_y(block.y), strokeDash=dashes))
     shapes = alt.Shape("series:N", sort=block.series, legend=None)
+    # Of hundreds of values the marks would hide the line: there they only answer the pointer.
+    shown = 1 if len({row[block.x.key] for row in block.rows}) <= MOST_MARKS else 0
     layers.append(
-        drawn.mark_point(filled=True, size=42, opacity=1).encode(
+        drawn.mark_point(filled=True, size=42, opacity=shown).encode(
             y=_y(block.y), shape=shapes, tooltip=_tooltip(block)
         )
     )

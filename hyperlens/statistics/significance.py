@@ -183,11 +183,10 @@ def trend(settings: Sequence[float], columns: Sequence[Sequence[float]]) -> dict
         columns: for each setting, one value per unit (prompt).
 
     Returns:
-        rho: of the means over units, as papers report it; NaN where they do not vary.
-        p: scipy's, from the t distribution, which is too small for few settings.
-        p_exact: the exact permutation p-value; NaN for more than 8 settings.
-        per_unit: mean over units of each unit's own ρ, with its 95% interval; units that do not
-            vary are left out.
+        `rho` of the means over units, as papers report it, NaN where they do not vary; `p`, which
+        is scipy's, from the t distribution, and too small for few settings; `p_exact`, the exact
+        permutation p-value, NaN for more than 8 settings; and `per_unit`, the mean over units of
+        each unit's own ρ, with its 95% interval, without units that do not vary.
     """
     means = [float(np.mean(column)) for column in columns]
     rho, p = rho_and_p(settings, means)

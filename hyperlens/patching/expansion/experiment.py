@@ -7,10 +7,12 @@ outputs of one model's last block about their mean, before its own final norm an
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from torch import Tensor
 
 from ...checks import check_counts
 from ...data.corpus import Corpus
+from ...decoding.diversity import REPETITION_METRICS as REPETITION
 from ...errors import CorpusError, PatchError
 from ...hooks.generation import changing
 from ...hooks.loading import LoadedModel
@@ -29,27 +32,46 @@ from ...passes.streaming import PassOptions, run_pass
 from ...passes.streams import StreamPair, StreamSpec
 from ...probes import ParticipationRatio
 from ...results.rows import ProbeResult
+from ...statistics import significance
 from ...statistics.moments import moments_of
+from ...statistics.ratios import NOTHING, holm_p_values
 from ...statistics.significance import Estimate
 from ...statistics.spectrum import Cloud, participation
 from ..engine import (
     ChangedOutput,
+    Outcomes,
     OutputReader,
+    Repetition,
     draw_texts,
     greedy_generation,
     patched_repetition,
     second_half,
     subset,
 )
-from ..outcomes import SIDES, Side
-from .changes import ADDING, REMOVING, Cell, Frame, Plan, change_of, generated_cells, plan
-from .result import ExpansionResult
-from .rows import Measured, contrasts, draws, evidence, rows
-from .verdict import Evidence, jointly, judge
+from ..outcomes import METRICS, SIDES, Outcome, Side
+from .changes import (
+    ADDING,
+    ITSELF,
+    METHODS,
+    REMOVING,
+    VARIANCE_CONTROL,
+    Cell,
+    Frame,
+    Plan,
+    change_of,
+    generated_cells,
+    plan,
+)
+from .result import Evidence, ExpansionResult, jointly, judge
+
+Row = dict[str, Any]
 
 SINK_THRESHOLD = 10.0
 # A covariance from fewer tokens than this many times the width says little of its small axes.
 FEWEST_TOKENS, FEW_TOKENS = 2, 10
+CONTRASTED = ("to_tuned", "to_base", "agreement_tuned", "agreement_base", "kl_tuned", "kl_base")
+# Dimensions and variance are of a covariance: they have no interval.
+SPREAD = ("dimension_fitted", "dimension", "variance")
 # The half of the texts that directions are fitted on, and the half that decisions are read on.
 FITTED, READ = 0, 1
 
@@ -64,9 +86,9 @@ def patch_expansion(
     smallest_effect: float = 0.1,
     n_texts: int = 128,
     max_length: int = 256,
-    n_prompts: int = 16,
+    n_prompts: int = 32,
     prompt_tokens: int = 17,
-    max_new_tokens: int = 48,
+    max_new_tokens: int = 96,
     batch_size: int = 8,
     seed: int = 0,
     device: str | torch.device | None = None,
@@ -79,7 +101,7 @@ def patch_expansion(
     and attention sinks); decisions, and the dimension that is left, are read on the other half,
     with the output of every token changed. Methods and controls are those of
     `hyperlens.patching.expansion.changes`, the rules of the verdict those of
-    `hyperlens.patching.expansion.verdict`.
+    `hyperlens.patching.expansion.result`.
 
     Args:
         base, tuned: what `compare_models` takes, but no hooked models; or an open `Pair`.
@@ -156,7 +178,7 @@ def patch_expansion(
         "texts": {"fitted": int((~is_read).sum()), "read": int(is_read.sum())},
         "tokens": {"fitted": fitted["base"].n, "read": clouds[READ]["base"].n},
     }
-    return ExpansionResult(tuple(rows(measured)), extras, meta)
+    return ExpansionResult(tuple(table_rows(measured)), extras, meta)
 
 
 def _spread(
@@ -171,7 +193,7 @@ def _spread(
     halves = TextHalves(is_read)
     result = run_pass(pair.base.hooked, pair.tuned.hooked, corpus, [probe, halves], options)
     dimension = {
-        row.metric: Estimate(row.value, row.low, row.high, float("nan"), row.n)
+        row.metric: Estimate(row.value, row.low, row.high, math.nan, row.n)
         for row in result.results[probe.name].rows
         if row.metric in ("base", "tuned", "delta")
     }
@@ -191,10 +213,10 @@ def _extras(
 ) -> dict[str, Any]:
     counts = measured.outcomes.models["base"].counts()
     needed, enough = (
-        jointly({method: evidence(measured, method) for method in methods})
+        jointly({method: evidence_of(measured, method) for method in methods})
         for methods in (REMOVING, ADDING)
     )
-    verdict = judge(
+    judgement = judge(
         dimension["delta"],
         dimension["base"].value,
         counts["changed"],
@@ -211,7 +233,7 @@ def _extras(
         },
         "matched": dict(measured.planned.matched),
         "evidence": {method: _as_row(one) for method, one in {**needed, **enough}.items()},
-        "verdict": asdict(verdict),
+        "verdict": asdict(judgement),
         "contrasts": list(contrasts(measured)),
         "draws": list(draws(measured)),
     }
@@ -379,3 +401,217 @@ class ExpansionReader(OutputReader[Cell]):
     def state_bytes(self, spec: StreamSpec) -> int:
         """Memory of the bases, and of comparing some rows of logits."""
         return 4 * len(self._plan.bases) * spec.d_model**2 + super().state_bytes(spec)
+
+
+# Rows of the result
+
+
+@dataclass(frozen=True)
+class Measured:
+    """All that was measured.
+
+    Attributes:
+        planned: the changes.
+        outcomes: of each cell, and of both models as they are.
+        fitted, read: both models' outputs on the half that directions are fitted on, and on the
+            half that decisions are read on.
+        repetition: of greedy text, per prompt, of some cells and of both models.
+    """
+
+    planned: Plan
+    outcomes: Outcomes[Cell]
+    fitted: Mapping[Side, Cloud]
+    read: Mapping[Side, Cloud]
+    repetition: Mapping[Cell | Side, Repetition]
+
+    def conditions(self, method: str, size: int) -> list[str]:
+        """The method itself, then its controls."""
+        cells = self.planned.changes
+        return list(
+            dict.fromkeys(
+                c.condition for c in cells if (c.method, c.n_directions) == (method, size)
+            )
+        )
+
+    def draws(self, method: str, size: int, condition: str) -> list[Cell]:
+        """All random draws of a condition; one cell for the method itself."""
+        wanted = (method, size, condition)
+        return [cell for cell in self.planned.changes if cell[:3] == wanted]
+
+    def outcome(self, method: str, size: int, condition: str) -> Outcome:
+        """The mean over the draws of a condition."""
+        each = [self.outcomes.patched[cell] for cell in self.draws(method, size, condition)]
+        sums = {
+            metric: torch.stack([one.sums[metric] for one in each]).mean(0)
+            for metric in each[0].sums
+        }
+        return Outcome(sums, each[0].decisions, each[0].changed)
+
+    @cached_property
+    def spread(self) -> dict[Cell, dict[str, float]]:
+        """What each change leaves, on both halves; the variance is that of the first."""
+        fitted, read = self.planned.spread(self.fitted), self.planned.spread(self.read)
+        return {
+            cell: dict(
+                zip(SPREAD, (fitted[cell].dimension, read[cell].dimension, fitted[cell].variance),
+                    strict=True)
+            )
+            for cell in self.planned.changes
+        }  # fmt: skip
+
+    def dimension(self, cell: Cell) -> float:
+        """The participation ratio that a change leaves on the half that decisions are read on."""
+        return self.spread[cell]["dimension"]
+
+
+def table_rows(measured: Measured) -> Iterator[Row]:
+    """The table: both models as they are, then every method, number of directions and condition."""
+    for side in SIDES:
+        outcome = measured.outcomes.models[side]
+        yield from (_row("none", 0, side, m, outcome.estimate(m)) for m in METRICS)
+        yield from _spread_rows("none", 0, side, _spread_of(measured, side))
+        yield from _repetition_rows("none", 0, side, measured.repetition.get(side))
+    for method in METHODS:
+        for size in measured.planned.sizes(method):
+            for condition in measured.conditions(method, size):
+                outcome = measured.outcome(method, size, condition)
+                yield from (_row(method, size, condition, m, outcome.estimate(m)) for m in METRICS)
+                cells = measured.draws(method, size, condition)
+                each = [measured.spread[cell] for cell in cells]
+                yield from _spread_rows(method, size, condition, _mean(each))
+                yield from _repetition_rows(
+                    method, size, condition, measured.repetition.get(cells[0])
+                )
+
+
+def contrasts(measured: Measured) -> Iterator[Row]:
+    """Every method less its controls, paired by text; p corrected over the sizes (Holm).
+
+    Generated text: less the control, and less the model as it is, paired by prompt.
+    """
+    for method in METHODS:
+        sizes = measured.planned.sizes(method)
+        for against in measured.conditions(method, sizes[0])[1:] if sizes else ():
+            for metric in CONTRASTED:
+                each = [
+                    measured.outcome(method, size, ITSELF).difference(
+                        measured.outcome(method, size, against), metric
+                    )
+                    for size in sizes
+                ]
+                yield from _corrected(method, sizes, against, metric, each)
+        yield from _repetition_contrasts(measured, method)
+
+
+def draws(measured: Measured) -> Iterator[Row]:
+    """Every random draw of every control, without intervals."""
+    for cell in measured.planned.changes:
+        if cell.condition != ITSELF:
+            outcome = measured.outcomes.patched[cell]
+            yield cell._asdict() | {
+                "to_tuned": outcome.estimate("to_tuned").value,
+                "to_base": outcome.estimate("to_base").value,
+                "dimension": measured.dimension(cell),
+            }
+
+
+def evidence_of(measured: Measured, method: str) -> Evidence:
+    """What a method did beyond its control, at the size that is judged."""
+    size = measured.planned.judged(method)
+    if size is None:
+        return Evidence(math.nan, {}, {}, NOTHING)
+    control = VARIANCE_CONTROL[method]
+    itself = measured.outcome(method, size, ITSELF)
+    mean = measured.outcome(method, size, control)
+    each = [measured.outcomes.patched[cell] for cell in measured.draws(method, size, control)]
+    signs = {"brought": ("to_tuned", 1.0)} if method in ADDING else {
+        "lost": ("to_tuned", -1.0),
+        "returned": ("to_base", 1.0),
+    }  # fmt: skip
+    effects = {
+        name: _times(sign, itself.difference(mean, metric))
+        for name, (metric, sign) in signs.items()
+    }
+    least = {
+        name: min(sign * itself.difference(one, metric).value for one in each)
+        for name, (metric, sign) in signs.items()
+    }
+    left = mean.estimate("to_tuned")
+    room = left if method not in ADDING else _one_minus(left)
+    return Evidence(_moved(measured, method, size), effects, least, room)
+
+
+def _moved(measured: Measured, method: str, size: int) -> float:
+    """By how much of the expansion the dimension moved, where decisions are read."""
+    own, other = (participation(measured.read[side].covariance) for side in SIDES)
+    if method not in ADDING:
+        own, other = other, own
+    (cell,) = measured.draws(method, size, ITSELF)
+    return (measured.dimension(cell) - own) / (other - own) if other != own else math.nan
+
+
+def _times(sign: float, x: Estimate) -> Estimate:
+    return x if sign > 0 else x._replace(value=-x.value, low=-x.high, high=-x.low)
+
+
+def _one_minus(x: Estimate) -> Estimate:
+    return x._replace(value=1 - x.value, low=1 - x.high, high=1 - x.low)
+
+
+def _row(method: str, size: int, condition: str, metric: str, estimate: Estimate) -> Row:
+    return {
+        "method": method,
+        "n_directions": size,
+        "condition": condition,
+        "metric": metric,
+    } | estimate._asdict()
+
+
+def _spread_rows(
+    method: str, size: int, condition: str, values: Mapping[str, float]
+) -> Iterator[Row]:
+    for metric, value in values.items():
+        none = math.nan
+        yield _row(method, size, condition, metric, Estimate(value, none, none, none, 0))
+
+
+def _spread_of(measured: Measured, side: Side) -> dict[str, float]:
+    fitted, read = measured.fitted[side].covariance, measured.read[side].covariance
+    return dict(zip(SPREAD, (participation(fitted), participation(read), 1.0), strict=True))
+
+
+def _mean(each: list[dict[str, float]]) -> dict[str, float]:
+    return {name: sum(one[name] for one in each) / len(each) for name in each[0]}
+
+
+def _repetition_rows(
+    method: str, size: int, condition: str, metrics: Repetition | None
+) -> Iterator[Row]:
+    for metric, values in (metrics or {}).items():
+        yield _row(method, size, condition, metric, significance.estimate(values))
+
+
+def _repetition_contrasts(measured: Measured, method: str) -> Iterator[Row]:
+    control = VARIANCE_CONTROL[method]
+    those = [
+        cell for cell in measured.repetition if isinstance(cell, Cell) and cell.method == method
+    ]
+    sizes = sorted({cell.n_directions for cell in those})
+    for against in (control, "unchanged") if sizes else ():
+        for metric in REPETITION:
+            each = []
+            for size in sizes:
+                other: Cell | Side = Cell(method, size, control, 0)
+                if against == "unchanged":
+                    other = Cell(method, size, control, 0).side
+                own = measured.repetition[Cell(method, size, ITSELF, -1)][metric]
+                each.append(significance.difference(own, measured.repetition[other][metric]))
+            yield from _corrected(method, sizes, against, metric, each)
+
+
+def _corrected(
+    method: str, sizes: list[int], against: str, metric: str, each: list[Estimate]
+) -> Iterator[Row]:
+    for size, one, p in zip(sizes, each, holm_p_values(each), strict=True):
+        row = {"method": method, "n_directions": size, "against": against, "metric": metric}
+        yield row | one._asdict() | {"p": p}

@@ -1,7 +1,7 @@
-"""Trains the embedded base model: `python -m hyperlens.embedded.train_base TEXTS OUT`.
+"""Train the base model that ships with hyperlens: `python scripts/train_base.py TEXTS OUT`.
 
-TEXTS is a folder of plain text books. The last twentieth of every book is held out. Nothing else
-in hyperlens needs this file; it is here so that the model that ships can be made again.
+TEXTS is a folder of plain text books. The last twentieth of every book is held out. Nothing in
+hyperlens needs this script; it is kept so that the embedded model can be made again.
 """
 
 from __future__ import annotations

@@ -1,0 +1,17 @@
+from .blocks import BlocksResult as BlocksResult
+from .blocks import patch_blocks as patch_blocks
+from .expansion import ExpansionResult as ExpansionResult
+from .expansion import patch_expansion as patch_expansion
+from .hooks import Site as Site
+from .hooks import changing as changing
+from .hooks import donating as donating
+from .hooks import in_blocks as in_blocks
+from .hooks import patch_hooks as patch_hooks
+from .hooks import record as record
+from .norm import NormResult as NormResult
+from .norm import patch_norm as patch_norm
+from .parts import transplanted as transplanted
+from .positions import PositionsResult as PositionsResult
+from .positions import patch_positions as patch_positions
+from .weights import WeightsResult as WeightsResult
+from .weights import patch_weights as patch_weights
