@@ -129,7 +129,7 @@ def test_words_and_all_prompts_together_against_the_definitions(tmp_path: Path) 
     for n, value in found.distinct("greedy", "tuned").items():
         grams = [tuple(row[i : i + n]) for row in ids for i in range(len(row) - n + 1)]
         assert value == len(set(grams)) / len(grams)
-    (folded,) = (b for b in found.blocks() if isinstance(b, Details) and "distinct" in b.title)
+    (folded,) = (b for b in found.blocks() if isinstance(b, Details) and "distinct" in b.summary)
     (table,) = (block for block in folded.blocks if isinstance(block, Table))
     assert [list(row) for row in table.rows] == [
         [f"n = {n}", *(FRACTION(found.distinct("greedy", side)[n]) for side in ("base", "tuned"))]
