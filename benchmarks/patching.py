@@ -20,10 +20,10 @@ import torch
 from compare_speed import models, processor
 
 from hyperlens import load_hooked
-from hyperlens.hooks.resuming import read, run_patched
+from hyperlens.hooks.partial_forward import read, run_patched
 from hyperlens.hooks.surface import evaluating, layer_hook, unembed
 from hyperlens.patching import Site
-from hyperlens.patching.position_map import patched_singly, read_endings
+from hyperlens.patching.position_cells import patched_singly, read_endings
 
 
 def whole_passes(models, tokens, offsets):

@@ -26,9 +26,9 @@ from transformers import PreTrainedTokenizerFast
 from hyperlens import Comparison, __version__, cli, compare, compare_models
 from hyperlens.cli import build_parser
 from hyperlens.cli.experiments import command_of
+from hyperlens.cli.options import BACKENDS
 from hyperlens.errors import LoadingError
 from hyperlens.models.kinds import Backend
-from hyperlens.options import BACKENDS
 from hyperlens.probes import default_probes
 from hyperlens.questions import QUESTIONS, Question
 from hyperlens.training import Recipe, hyperfit, preset
@@ -862,7 +862,7 @@ def test_version_and_help_load_nothing_heavy() -> None:
     assert [int(code) for code in codes] == [cli.OK] * n_helps + [cli.FAILED, cli.USAGE]
     for command in COMMANDS:
         assert f"usage: hyperlens {command} " in done.stdout
-    assert "hyperlens.options" in loaded
+    assert "hyperlens.cli.options" in loaded
     heavy = {"torch", "transformers", "numpy", "pandas", "scipy", "altair", "datasets", "peft"}
     assert not loaded & heavy
 

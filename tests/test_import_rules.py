@@ -35,7 +35,6 @@ ROOMS = (
     ("results",),
     ("models",),
     ("data",),
-    ("options",),
     ("hooks",),
     ("passes",),
     ("probes",),

@@ -41,7 +41,7 @@ def test_while_writing(pair, monkeypatch):
     ("experiment", "step"),
     [
         (patch_blocks, "engine.measure"),
-        (patch_positions, "position_map.winner"),
+        (patch_positions, "position_cells.winner"),
         (patch_weights, "engine.measure"),
     ],
 )

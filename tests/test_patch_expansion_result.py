@@ -19,7 +19,7 @@ from hyperlens.questions import QUESTIONS, result_class
 from hyperlens.render.blocks import Chart, Details, Table, flat
 from hyperlens.render.format import DIMENSIONS, PERCENT, POINTS, interval
 from hyperlens.render.page import write_report
-from hyperlens.statistics.ratios import p_value
+from hyperlens.statistics.shares import p_value
 from hyperlens.statistics.significance import Estimate, holm
 
 WRITING = {"n_prompts": 5, "prompt_tokens": 6, "max_new_tokens": 8}

@@ -12,8 +12,8 @@ import hyperlens.patching
 from hyperlens import load_hooked
 from hyperlens.decoding.generate import continuations
 from hyperlens.errors import HyperlensError, PatchError
+from hyperlens.hooks.partial_forward import check_resumes, read, resume, run_patched
 from hyperlens.hooks.residual import ResidualModel
-from hyperlens.hooks.resuming import check_resumes, read, resume, run_patched
 from hyperlens.hooks.sites import positions_mask
 from hyperlens.hooks.surface import resid_post, resid_pre, site_hook
 from hyperlens.patching import Site, changing, donating, in_blocks, patch_hooks, record

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hyperlens.patching.outcomes import Outcome, combination
-from hyperlens.statistics.ratios import p_value, ratio, widened
+from hyperlens.statistics.shares import p_value, ratio, widened
 
 TRIALS = 2000
 # Two standard errors of a share of TRIALS trials: what luck alone may add to 93 to 97%.

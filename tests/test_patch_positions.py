@@ -13,7 +13,7 @@ from hyperlens.errors import ActivationError, HyperlensError, PatchError
 from hyperlens.hooks.residual import ResidualModel
 from hyperlens.hooks.surface import run_logits, unembed
 from hyperlens.patching import Site, patch_hooks
-from hyperlens.patching.position_map import (
+from hyperlens.patching.position_cells import (
     EVERY,
     check_continues,
     patched_everywhere,

@@ -10,7 +10,7 @@ from test_hooked_models import padded
 from test_patch_hooks import blocks_perturbed, overflowing_together
 
 from hyperlens.errors import ActivationError, HyperlensError, PatchError
-from hyperlens.hooks.resuming import read, run_patched
+from hyperlens.hooks.partial_forward import read, run_patched
 from hyperlens.hooks.surface import evaluating, run_logits
 from hyperlens.pair import open_pair
 from hyperlens.patching import Site

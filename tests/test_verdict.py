@@ -12,7 +12,7 @@ from hyperlens.patching.expansion.result import (
     of_claim,
     of_method,
 )
-from hyperlens.statistics.ratios import NOTHING
+from hyperlens.statistics.shares import NOTHING
 from hyperlens.statistics.significance import Estimate
 
 GROWN, SHRUNK = Estimate(30, 25, 35, math.nan, 9), Estimate(-3, -5, -1, math.nan, 9)

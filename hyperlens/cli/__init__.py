@@ -20,9 +20,9 @@ from typing import Any, NoReturn
 
 from .. import __version__
 from ..errors import HyperlensError
-from ..options import DEBUG, STYLE
 from ..questions import QUESTIONS
 from . import demo, experiments, hyperfit, merge, report
+from .options import DEBUG, STYLE
 
 DESCRIPTION = """\
 What did fine-tuning change inside a language model, in which block, and is it real?

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import CorpusError, HyperlensError, PairError
 from ..files import check_new_folder
-from ..options import add_how_to_read, add_out, add_running, given, read
+from .options import add_how_to_read, add_out, add_running, given, read
 from .signatures import add_command, add_options, option_names, read_signature
 
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..options import STYLE, add_debug
+from .options import STYLE, add_debug
 
 DESCRIPTION = """\
 Hyperfit the embedded base model in two ways, compare, measure behaviour, and write the report.

@@ -6,8 +6,8 @@ import argparse
 from importlib import import_module
 from typing import Any
 
-from ..options import add_pair, add_running, given, saved, texts_for
 from ..questions import Question
+from .options import add_pair, add_running, given, saved, texts_for
 from .signatures import add_command, add_options, option_names, read_signature
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import check_new_folder
-from ..options import STYLE, add_out, add_reading, add_running, names, read
+from .options import STYLE, add_out, add_reading, add_running, names, read
 from .recipe import add_recipe, chosen
 
 HYPERFIT = """\

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import JudgeError
 from ..files import check_new_folder
-from ..options import STYLE, add_out, add_reading, add_running, folder, read, shows_progress
+from .options import STYLE, add_out, add_reading, add_running, folder, read, shows_progress
 from .signatures import add_options, read_signature
 
 DESCRIPTION = """\

@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from ..files import check_new_folder
-from ..options import add_how_to_read, add_out, add_running, given, read, saved
+from .options import add_how_to_read, add_out, add_running, given, read, saved
 from .signatures import add_command, add_options, option_names, read_signature
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from ..options import STYLE, add_debug, add_dtype, add_out
+from .options import STYLE, add_debug, add_dtype, add_out
 
 MERGE = """\
 Merge a LoRA adapter into its base model and write a standard model folder, with the tokenizer.

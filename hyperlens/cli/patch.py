@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__, patching
-from ..options import STYLE, add_counts, add_pair, add_running, given, read
+from .options import STYLE, add_counts, add_pair, add_running, given, read
 
 if TYPE_CHECKING:
     from ..results.resume import WorkFolder

@@ -7,8 +7,8 @@ import types
 from dataclasses import fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from ..options import names
 from ..training.recipes import HELP, PRESETS, Method, Recipe, preset, relevant_fields
+from .options import names
 
 METHODS: tuple[Method, ...] = get_args(Method)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from ..options import STYLE, add_debug, folder
+from .options import STYLE, add_debug, folder
 
 DESCRIPTION = """\
 Put saved results into one self-contained HTML page.

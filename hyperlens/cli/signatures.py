@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..options import BACKENDS, STYLE, list_of, names
+from .options import BACKENDS, STYLE, list_of, names
 
 PACKAGE = Path(__file__).resolve().parents[1]
 # Given by every command in the same way, or not from the command line at all.

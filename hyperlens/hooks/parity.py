@@ -12,8 +12,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..errors import LoadingError, ParityError
-from ..hooks import surface
 from ..models.kinds import backend_of
+from . import surface
 from .surface import HookedModel
 
 # Largest allowed difference of logits, relative to the largest logit. Half precision differs

@@ -21,9 +21,9 @@ from ..checks import check_counts
 from ..data.corpus import Corpus, pad
 from ..decoding.diversity import REPETITION_METRICS as REPETITION
 from ..errors import PatchError
-from ..hooks.generation import check_takes_past, donating
 from ..hooks.loading import LoadedModel
-from ..hooks.resuming import Activations, check_resumes, read, run_patched
+from ..hooks.partial_forward import Activations, check_resumes, read, run_patched
+from ..hooks.patched_generation import check_takes_past, donating
 from ..hooks.sites import (
     Positions,
     Site,
@@ -53,7 +53,7 @@ from ..render.format import FRACTION, PERCENT, POINTS, count, interval, p_value
 from ..results.result import Result
 from ..results.rows import chosen_layers
 from ..statistics import significance
-from ..statistics.ratios import holm_p_values
+from ..statistics.shares import holm_p_values
 from ..statistics.significance import Estimate
 from .controls import (
     CONTROLS,

@@ -3,8 +3,8 @@
 They are made in `hyperlens.hooks`, where experiments find them, too.
 """
 
-from ..hooks.generation import changing as changing
-from ..hooks.generation import donating as donating
+from ..hooks.patched_generation import changing as changing
+from ..hooks.patched_generation import donating as donating
 from ..hooks.patching import patch_hooks as patch_hooks
 from ..hooks.patching import record as record
 from ..hooks.sites import Site as Site

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..statistics import distances
 from ..statistics.rank_buckets import DEEP_TAIL, RANK_BUCKETS
-from ..statistics.ratios import ratio
+from ..statistics.shares import ratio
 from ..statistics.significance import Estimate
 
 Side = Literal["base", "tuned"]

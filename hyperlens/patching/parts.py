@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ..data.corpus import Corpus
 from ..errors import PatchError
 from ..hooks.loading import LoadedModel
-from ..hooks.resuming import check_resumes, resume
+from ..hooks.partial_forward import check_resumes, resume
 from ..hooks.surface import (
     HookedModel,
     check_finite,

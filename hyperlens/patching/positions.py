@@ -23,10 +23,10 @@ from ..render.blocks import Axis, Block, Chart, Details, Grid, Table, Text, Verd
 from ..render.format import PERCENT, SIGNED, count, interval, one_line
 from ..results.result import Result
 from ..results.rows import chosen_layers
-from ..statistics.ratios import holm_p_values, ratio
+from ..statistics.shares import holm_p_values, ratio
 from ..statistics.significance import Estimate, wilson
 from .outcomes import BROUGHT, DIRECTIONS, INTO_BASE, SOURCE, TOWARDS
-from .position_map import EVERY, DrawnDecisions, MapCells, draw_changed, map_positions
+from .position_cells import EVERY, DrawnDecisions, MapCells, draw_changed, map_positions
 
 # Tokens of the example that are shown before those that were patched.
 CONTEXT_TOKENS = 30

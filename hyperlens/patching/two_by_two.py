@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from ..statistics.ratios import holm_p_values
+from ..statistics.shares import holm_p_values
 from ..statistics.significance import Estimate
 from .outcomes import Outcome, combination
 

@@ -29,7 +29,7 @@ from ..render.format import FRACTION, PERCENT, count, interval
 from ..results.result import Result
 from ..results.rows import chosen_layers
 from ..statistics import significance
-from ..statistics.ratios import holm_p_values, p_value
+from ..statistics.shares import holm_p_values, p_value
 from ..statistics.significance import Estimate
 from .blocks import NOTHING_CHANGED
 from .engine import (

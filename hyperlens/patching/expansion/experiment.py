@@ -23,8 +23,8 @@ from ...checks import check_counts
 from ...data.corpus import Corpus
 from ...decoding.diversity import REPETITION_METRICS as REPETITION
 from ...errors import CorpusError, PatchError
-from ...hooks.generation import changing
 from ...hooks.loading import LoadedModel
+from ...hooks.patched_generation import changing
 from ...hooks.sites import Site
 from ...hooks.surface import check_finite
 from ...pair import Pair, open_inputs
@@ -34,7 +34,7 @@ from ...probes import ParticipationRatio
 from ...results.rows import ProbeResult
 from ...statistics import significance
 from ...statistics.moments import moments_of
-from ...statistics.ratios import NOTHING, holm_p_values
+from ...statistics.shares import NOTHING, holm_p_values
 from ...statistics.significance import Estimate
 from ...statistics.spectrum import Cloud, participation
 from ..engine import (

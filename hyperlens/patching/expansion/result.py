@@ -41,7 +41,7 @@ from ...render.format import (
     interval,
 )
 from ...results.result import Result
-from ...statistics.ratios import widened
+from ...statistics.shares import widened
 from ...statistics.significance import Estimate
 from ..outcomes import RENAMED
 from .changes import ADDING, BY_DIRECTIONS, METHODS, REMOVING, VARIANCE_CONTROL, side_of

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from .files import check_new_folder, expand_user
+from ..files import check_new_folder, expand_user
 
 DEBUG = "HYPERLENS_DEBUG"
 
@@ -146,7 +146,7 @@ def texts_for(args: argparse.Namespace) -> list[str]:
 
 def read(args: argparse.Namespace, source: str, split: str) -> list[str]:
     """The texts that the options of `add_reading` name."""
-    from .data.texts import read_texts
+    from ..data.texts import read_texts
 
     return read_texts(source, column=args.text_column, split=split, limit=args.limit)
 

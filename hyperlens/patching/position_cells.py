@@ -20,8 +20,8 @@ from tqdm.auto import tqdm
 
 from ..data.corpus import Corpus, pad
 from ..errors import PatchError
-from ..hooks.generation import takes_past
-from ..hooks.resuming import beyond_rounding, check_resumes, resume
+from ..hooks.partial_forward import beyond_rounding, check_resumes, resume
+from ..hooks.patched_generation import takes_past
 from ..hooks.surface import (
     HookedModel,
     check_finite,
