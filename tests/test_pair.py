@@ -28,7 +28,7 @@ def behaviour(*models_and_texts: Any) -> Any:
 
 
 def null(*models_and_texts: Any) -> Any:
-    return run_null_test(*models_and_texts, n_placebos=2, **SHORT)
+    return run_null_test(*models_and_texts, n_controls=2, **SHORT)
 
 
 def traced(*models_and_texts: Any) -> Any:
