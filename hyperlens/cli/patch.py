@@ -106,11 +106,11 @@ def add(commands: Any) -> None:
     add_counts(
         group,
         (
-            ("--n-prompts", 16, "texts, drawn at random, whose beginnings are continued greedily"),
+            ("--n-prompts", 32, "texts, drawn at random, whose beginnings are continued greedily"),
             ("--prompt-tokens", 17, "their first tokens that are the prompt, BOS included"),
             (
                 "--max-new-tokens",
-                48,
+                96,
                 "tokens added to each; 0 generates none, which saves much time",
             ),
             ("--batch-size", 8, "texts, or prompts, per forward pass"),
