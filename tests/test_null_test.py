@@ -124,7 +124,7 @@ def test_an_adapter_is_merged_and_left_alone() -> None:
 
 def test_refusals_say_what_to_do() -> None:
     base = make_tiny("llama")
-    with pytest.raises(PairError, match="no change to test"):
+    with pytest.raises(PairError, match="no change to compare"):
         run_null_test(base, base, TEXTS, **SHORT)
     with pytest.raises(HyperlensError, match="n_controls"):
         run_null_test(base, perturbed(base), TEXTS, n_controls=0, **SHORT)

@@ -135,8 +135,10 @@ def hyperfit(
         ResourceError: if the prefix cache fits neither in memory nor on the disk.
         ResultsError: if `out` is not a new folder, or cannot be written.
 
-    >>> run = hyperfit("base", "tales.txt", "late_lora", last_k=5)  # doctest: +SKIP
-    >>> print(run.summary())  # doctest: +SKIP
+    Example::
+
+        run = hyperfit("base", "tales.txt", "late_lora", last_k=5)
+        print(run.summary())
     """
     final_recipe = _recipe(recipe, method, overrides)
     folder = None if out is None else Path(out).expanduser()

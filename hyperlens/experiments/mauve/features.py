@@ -132,8 +132,8 @@ def open_featurizer(
 
     >>> from hyperlens.embedded import embedded_base
     >>> reader = open_featurizer(embedded_base())
-    >>> reader.features(["The old mill.", ""]).vectors.shape
-    torch.Size([1, 192])
+    >>> len(reader.features(["The old mill.", ""]).vectors)
+    1
     """
     if isinstance(source, Featurizer):
         return source
