@@ -52,11 +52,11 @@ class Presented(Protocol):
         """Verdicts first, then what they rest on."""
 
 
-def write_report(path: str | Path, results: Any, title: str | None = None) -> Path:
+def write_report(path: Any, results: Any, title: str | None = None) -> Path:
     """Write one self-contained page about any number of results; atomic.
 
     Args:
-        path: of the HTML file, which is replaced if it exists.
+        path: of the HTML file (str or Path), which is replaced if it exists.
         results: a result or a list of results, of one pair of models or of several. Sections are
             in their order; results of one kind share a section.
         title: of the page; None names the models.
