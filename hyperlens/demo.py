@@ -24,7 +24,7 @@ from .render.blocks import Table, Text, Verdict
 from .render.format import DIMENSIONS, FRACTION, MISSING, PERCENT, Form, count, interval, span
 from .render.page import write_report
 from .render.terminal import to_text
-from .results.result import AnyResult
+from .results.resume import WorkFolder
 from .training import hyperfit
 
 # So many tales are trained on; everything is measured on the others.
@@ -93,8 +93,6 @@ def run_demo(
     """
     folder = Path(out).expanduser()
     stamp = {"hyperlens": __version__, "inputs": _inputs_sha256()}
-    from .results.resume import WorkFolder
-
     WorkFolder(folder, STAMP, stamp, "a demo").claim()
     tales = embedded_tales()
     measured = {}
@@ -137,7 +135,7 @@ def _measure(
     progress: bool,
     say: Callable[[str], None],
 ) -> Measured:
-    def once(what: str, kind: type[AnyResult], make: Callable[..., AnyResult]) -> AnyResult:
+    def once(what: str, kind: Any, make: Callable[..., Any]) -> Any:
         """The result in its folder, measured first where there is none yet."""
         place = results / what.replace(" ", "-")
         if not place.is_dir():
