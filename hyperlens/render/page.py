@@ -109,9 +109,9 @@ def write_report(path: Any, results: Any, title: str | None = None) -> Path:
         body=body,
         scripts=_scripts(body),
     )
-    path = expand_user(path)
-    write_text(path, str(page))
-    return path
+    file = expand_user(path)
+    write_text(file, str(page))
+    return file
 
 
 def notebook_html(result: Presented) -> str:
