@@ -38,24 +38,23 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> dict:
 @pytest.mark.slow
 def test_the_snippets_do_what_they_say(ran: dict) -> None:
     frame = ran["comparison"].to_frame()
-    assert {"norm_growth", "margin", "drift"} == set(frame.probe)
+    assert {"norm_growth", "drift"} == set(frame.probe)
     rows = frame[frame.probe == "norm_growth"]
     assert list(rows.layer) == list(range(11))
-    assert (frame[frame.probe == "margin"].value > 0).all()
     assert ran["logits"].shape[-1] == ran["pair"].base.hooked.cfg.d_vocab
     assert ran["sweep"].extras["decisions"] > 0
     assert ran["null"].meta["options"]["n_controls"] == 2
     assert ran["model"].cfg.n_layers == 10
+    assert ran["lora"].n_layers == 10
     for name in ("layers.svg", "report.html", "adapter"):
         assert (ran["folder"] / name).exists()
 
 
 def test_a_probe_takes_a_dozen_lines() -> None:
     (snippet,) = (one for one in SNIPPETS if "class NormGrowth" in one)
-    for name in ("NormGrowth", "Margin"):
-        body = re.search(rf"class {name}.*?(?=\n\n\n)", snippet, re.DOTALL)
-        assert body is not None
-        assert len([line for line in body[0].splitlines() if line.strip()]) <= 12
+    body = re.search(r"class NormGrowth.*?(?=\n\n\n)", snippet, re.DOTALL)
+    assert body is not None
+    assert len([line for line in body[0].splitlines() if line.strip()]) <= 12
 
 
 def test_the_readme_is_short_and_its_links_exist() -> None:
