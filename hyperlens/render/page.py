@@ -148,7 +148,14 @@ def _blocks(results: Sequence[Any]) -> list[Block]:
     """The blocks of all results of one kind; what a result lacks is one error."""
     try:
         return joined([(label_of(result), result.blocks()) for result in results])
-    except (LookupError, TypeError, ValueError, AttributeError, ResultsError) as error:
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        ResultsError,
+        TypeError,
+        ValueError,
+    ) as error:
         raise ResultsError(
             f"a result of {results[0].name} cannot be shown, it lacks something or has it in "
             f"another form ({type(error).__name__}: {error}): expected it as save() wrote it"
