@@ -12,7 +12,7 @@ from .options import STYLE, add_debug
 DESCRIPTION = """\
 Hyperfit the embedded base model in two ways, compare, measure behaviour, and write the report.
 
-Needs no network. Takes two to three minutes on two cores; a second run with the same folder reuses
+Needs no network. Takes a few minutes on two cores; a second run with the same folder reuses
 what is done, and after Ctrl-C the same command goes on."""
 
 EXAMPLES = """\
