@@ -208,7 +208,7 @@ def test_a_large_report_is_small_and_opens_at_once(chromium: Any, tmp_path: Path
     Opened(chromium, file).page.close()  # the browser itself is warm
     # The least of three: other tests run on the same two cores, and are not what is measured.
     drawn = min(_milliseconds_to_charts(chromium, file) for _ in range(3))
-    assert drawn < 2000 * float(os.environ.get("HYPERLENS_SLOWER", "1")), f"{drawn:.0f} ms"
+    assert drawn < 4000 * float(os.environ.get("HYPERLENS_SLOWER", "1")), f"{drawn:.0f} ms"
 
 
 def _milliseconds_to_charts(chromium: Any, file: Path) -> float:
