@@ -224,7 +224,7 @@ def test_a_missing_or_wrong_base_is_refused(home: Path, tmp_path: Path) -> None:
     assert "pass base=" in line
     assert "does not fit" in refusal(tmp_path / "nameless", out, base=make_tiny("gpt2"))
     adapted = lora(make_tiny("llama"), "llama")
-    assert "on its base already" in refusal(adapted, out, base=home / "base")
+    assert "already on its base" in refusal(adapted, out, base=home / "base")
     assert not out.exists()
 
 
