@@ -93,7 +93,8 @@ def run_demo(
     """
     folder = Path(out).expanduser()
     stamp = {"hyperlens": __version__, "inputs": _inputs_sha256()}
-    WorkFolder(folder, STAMP, stamp, "a demo").claim()
+    work = WorkFolder(folder, STAMP, stamp, "a demo")
+    work.claim()
     tales = embedded_tales()
     measured = {}
     for name in METHODS:
@@ -101,7 +102,7 @@ def run_demo(
         if not tuned.is_dir():
             say(f"hyperfitting, {name}")
             _train(name, tales, tuned, progress)
-        measured[name] = _measure(name, tales, tuned, folder / "results" / name, progress, say)
+        measured[name] = _measure(name, tales, tuned, work, progress, say)
     say("writing the report")
     results = [
         result
@@ -131,17 +132,18 @@ def _measure(
     name: str,
     tales: list[str],
     tuned: Path,
-    results: Path,
+    work: WorkFolder,
     progress: bool,
     say: Callable[[str], None],
 ) -> Measured:
     def once(what: str, kind: Any, make: Callable[..., Any]) -> Any:
         """The result in its folder, measured first where there is none yet."""
-        place = results / what.replace(" ", "-")
-        if not place.is_dir():
+
+        def measure() -> Any:
             say(f"{what}, {name}")
-            make(embedded_base(), tuned, tales[TRAINED_ON:], progress=progress).save(place)
-        return kind.load(place)
+            return make(embedded_base(), tuned, tales[TRAINED_ON:], progress=progress)
+
+        return work.part(f"results/{name}/{what.replace(' ', '-')}", kind.load, measure)
 
     return Measured(
         once("comparison", Comparison, compare_models),
