@@ -1,55 +1,85 @@
-"""The type checker of the tests: beartype, which remembers what it has made.
+"""Which functions the tests check, and how: shapes by jaxtyping, all other types by beartype.
 
-jaxtyping asks for a check of every function when it is defined, and of an inner one each time that
-the outer one is called. Made anew each time, these checks take longer than what they check.
+jaxtyping's import hook checks shapes of every function, inner ones anew each time that the outer
+one is called, which took two fifths of the tests' time. Here an inner function is left to the
+checks of the one around it, and one that names no shape needs beartype alone.
 """
 
+import ast
+import functools
 from types import FunctionType
 from typing import Any
 
-import beartype
+from beartype import beartype
+from jaxtyping import _import_hook
 
-PLAIN = (type(None), bool, int, float, str)
-_made: dict[Any, Any] = {}
+SHAPES = {"Bool", "Float", "Float32", "Float64", "Int", "Int64", "Shaped"}
+PLAIN = ast.parse("__import__('checking_for_tests').types_only", mode="eval").body
 
 
-def checked(function: Any) -> Any:
-    """`beartype.beartype(function)`; the same result for what jaxtyping makes of one signature.
+class OuterFunctions(_import_hook.JaxtypingTransformer):
+    """Decorates modules on import; `_parents` are the definitions around a node."""
 
-    jaxtyping hands over functions that it has made of a signature alone, and that do nothing else.
-    So those that agree in names, annotations and defaults may stand for each other.
-    """
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> Any:
+        """jaxtyping's decorator, beartype's, or none."""
+        if any(isinstance(parent, ast.FunctionDef) for parent in self._parents):
+            self._parents.append(node)
+            self.generic_visit(node)
+            self._parents.pop()
+            return node
+        written = list(node.decorator_list)
+        node = super().visit_FunctionDef(node)
+        if node.decorator_list != written and not names_a_shape(node):
+            node.decorator_list[-1] = PLAIN
+        return node
+
+
+def names_a_shape(function: ast.FunctionDef) -> bool:
+    """Whether an annotation of it is one of jaxtyping's."""
+    args = function.args
+    annotated = [*args.posonlyargs, *args.args, *args.kwonlyargs, args.vararg, args.kwarg]
+    annotations = [function.returns, *(arg.annotation for arg in annotated if arg is not None)]
+    found = (ast.walk(annotation) for annotation in annotations if annotation is not None)
+    return any(isinstance(n, ast.Name) and n.id in SHAPES for nodes in found for n in nodes)
+
+
+def types_only(function: FunctionType) -> Any:
+    """`beartype(function)`, made at the first call, when all that annotations name is defined."""
+
+    @functools.cache
+    def checked() -> Any:
+        copy = FunctionType(
+            function.__code__,
+            function.__globals__,
+            function.__name__,
+            function.__defaults__,
+            function.__closure__,
+        )
+        functools.update_wrapper(copy, function)
+        del copy.__wrapped__
+        copy.__kwdefaults__ = function.__kwdefaults__
+        copy.__annotations__ = {
+            name: _looked_up(annotation, function)
+            for name, annotation in function.__annotations__.items()
+        }
+        return beartype(copy)
+
+    @functools.wraps(function)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        return checked()(*args, **kwargs)
+
+    return called
+
+
+def _looked_up(annotation: Any, function: FunctionType) -> Any:
+    """What a text names; anything where only type checkers import it, as jaxtyping does."""
+    if not isinstance(annotation, str):
+        return annotation
     try:
-        key = _signature(function)
-        if key not in _made:
-            _made[key] = beartype.beartype(function)
-        return _made[key]
-    except _Other:
-        return beartype.beartype(function)
+        return eval(annotation, function.__globals__)
+    except NameError:
+        return Any
 
 
-class _Other(Exception):
-    """A function that may have something of its own."""
-
-
-def _signature(function: Any) -> tuple[Any, ...]:
-    """Everything that decides what is checked."""
-    if not isinstance(function, FunctionType) or function.__code__.co_filename != "<string>":
-        raise _Other
-    code, defaults = function.__code__, function.__defaults__ or ()
-    by_name = tuple((function.__kwdefaults__ or {}).items())
-    values = (*defaults, *(value for _, value in by_name))
-    if function.__closure__ or not all(type(value) in PLAIN for value in values):
-        raise _Other
-    annotations = tuple(function.__annotations__.items())
-    try:
-        hash(annotations)
-    except TypeError:
-        raise _Other from None
-    return (
-        (function.__module__, function.__qualname__, code.co_code, code.co_varnames),
-        (code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount, code.co_flags),
-        annotations,
-        # As text, in which True is not 1.
-        (repr(defaults), repr(by_name)),
-    )
+# Read when a module is imported: this has to come before hyperlens.
+_import_hook.JaxtypingTransformer = OuterFunctions

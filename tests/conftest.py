@@ -10,6 +10,7 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import checking_for_tests  # noqa: F401  before hyperlens, whose imports it checks
 import hypothesis
 import pytest
 

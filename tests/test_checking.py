@@ -1,66 +1,67 @@
-"""What the tests check of shapes and types: inner functions too, each time they are defined."""
+"""What the tests check of shapes and types when they call hyperlens."""
 
-from typing import Any
+import importlib.util
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
-from checking_for_tests import checked
-from jaxtyping import Float, TypeCheckError, jaxtyped
+from beartype.roar import BeartypeCallHintViolation
+from jaxtyping import TypeCheckError
+from jaxtyping._import_hook import Typechecker, _JaxtypingLoader
+
+SOURCE = """
+from jaxtyping import Float
 from torch import Tensor
 
+def summed(x: Float[Tensor, "n m"]) -> Float[Tensor, " n"]:
+    return x.sum(0)
 
-def inner(kind: Any, default: Any, known: list[Any]) -> Any:
-    @jaxtyped(typechecker=checked)
-    def twice(x: kind, times: Any = default) -> Float[Tensor, " n"]:
-        known.append(times)
-        return 2 * x
+def named(x: int, *, y: str = "a") -> str:
+    return y if x else x
 
-    return twice
+def around() -> object:
+    def inner(x: int) -> int:
+        return x
+    return inner
 
-
-def test_every_definition_is_checked_and_keeps_what_it_closes_over() -> None:
-    for _ in range(3):
-        known: list[Any] = []
-        twice = inner(Float[Tensor, " n"], 1, known)
-        assert twice(torch.ones(2)).tolist() == [2, 2]
-        assert known == [1]
-        for wrong in (torch.ones(2, 2), torch.ones(2, dtype=torch.int64), [1.0]):
-            with pytest.raises(TypeCheckError, match="parameters"):
-                twice(wrong)
-        assert known == [1]
+class Holder:
+    def first(self, x: Float[Tensor, " n"], y: Float[Tensor, " n"]) -> Float[Tensor, ""]:
+        return x[0]
+"""
 
 
-def test_what_comes_back_is_checked() -> None:
-    for _ in range(2):
+@pytest.fixture
+def checked(tmp_path: Path) -> ModuleType:
+    """A module imported as the tests import hyperlens."""
+    (tmp_path / "checked.py").write_text(SOURCE)
+    typechecker = Typechecker("beartype.beartype")
+    loader = _JaxtypingLoader("checked", str(tmp_path / "checked.py"), typechecker=typechecker)
+    spec = importlib.util.spec_from_loader("checked", loader)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+    return module
 
-        @jaxtyped(typechecker=checked)
-        def summed(x: Float[Tensor, "n m"]) -> Float[Tensor, " n"]:
-            return x.sum(0)
 
-        assert summed(torch.ones(2, 2)).tolist() == [2, 2]
-        with pytest.raises(TypeCheckError, match="return value"):
-            summed(torch.ones(2, 3))
-
-
-def test_other_annotations_and_defaults_are_not_taken_for_the_same() -> None:
-    x, table = torch.ones(2), torch.ones(2, 2)
-    for default in (None, True, 1, 1.0, "one", [1]):
-        known: list[Any] = []
-        inner(Float[Tensor, " n"], default, known)(x)
-        assert known == [default]
-        assert type(known[0]) is type(default)
-    with pytest.raises(TypeCheckError, match="parameters"):
-        inner(Float[Tensor, "n m"], 1, [])(x)
+def test_shapes_are_checked_in_functions_and_methods(checked: ModuleType) -> None:
+    assert checked.summed(torch.ones(2, 2)).tolist() == [2, 2]
     with pytest.raises(TypeCheckError, match="return value"):
-        inner(Float[Tensor, "n m"], 1, [])(table)
+        checked.summed(torch.ones(2, 3))
+    for wrong in (torch.ones(2), torch.ones(2, 2, dtype=torch.int64), [[1.0]]):
+        with pytest.raises(TypeCheckError, match="parameters"):
+            checked.summed(wrong)
+    assert checked.Holder().first(torch.ones(2), torch.ones(2)) == 1
+    with pytest.raises(TypeCheckError, match="parameters"):
+        checked.Holder().first(torch.ones(2), torch.ones(3))
 
 
-def test_one_signature_is_made_once() -> None:
-    def made(text: str) -> Any:
-        scope: dict[str, Any] = {}
-        exec(f"def f({text}): pass", scope)
-        return checked(scope["f"])
+def test_other_types_are_checked_where_no_shape_is_named(checked: ModuleType) -> None:
+    assert checked.named(1, y="b") == "b"
+    for call in (lambda: checked.named("1"), lambda: checked.named(0)):
+        with pytest.raises(BeartypeCallHintViolation):
+            call()
 
-    assert made("x: int, *, y: str = 'a'") is made("x: int, *, y: str = 'a'")
-    different = ["x: int", "y: int", "x: str", "*x: int", "**x: int", "x: int = 1", "x: int = 2"]
-    assert len({id(made(text)) for text in different}) == len(different)
+
+def test_an_inner_function_is_left_to_the_one_around_it(checked: ModuleType) -> None:
+    assert checked.around()("no number") == "no number"
