@@ -98,6 +98,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker("transformer_lens")
 
 
+def short(all_cases, *kept):
+    """All cases for `parametrize`, of which only `kept` are run outside of `make test-long`."""
+    assert all(case in all_cases for case in kept)
+    marks = {True: (), False: pytest.mark.long}
+    return [
+        pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=marks[case in kept])
+        for case in all_cases
+    ]
+
+
 def make_tiny(name: str, seed: int = 0, **changes: object):
     """A random model whose norms, biases and embeddings are not at their tidy initial values."""
     import torch

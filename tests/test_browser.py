@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import short
 from test_results import make_comparison
 
 from hyperlens.experiments.behaviour import WORDS, BehaviourResult
@@ -104,8 +105,15 @@ class Opened:
         dialog.dismiss()
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", WIDTHS)
+# Each width and each scheme once; all four in the long form.
+@pytest.mark.parametrize(
+    ("width", "scheme"),
+    short(
+        [(width, scheme) for width in WIDTHS for scheme in ("light", "dark")],
+        (WIDTHS[0], "dark"),
+        (WIDTHS[1], "light"),
+    ),
+)
 def test_it_opens_draws_and_fetches_nothing(
     chromium: Any, page_file: Path, width: int, scheme: str
 ) -> None:

@@ -315,7 +315,7 @@ from hyperlens import compare_models
 torch.set_num_threads(1)
 base = make_tiny("llama", hidden_size=128, intermediate_size=128, vocab_size=1000)
 tuned = perturbed(base)
-few, many = (token_texts(n=n, shortest=60, longest=60) for n in (100, 1000))
+few, many = (token_texts(n=n, shortest=60, longest=60) for n in (50, 500))
 held = forget_peak()
 compare_models(base, tuned, many, progress=False)  # loads and keeps what is kept for later
 peaks = [], []

@@ -6,6 +6,7 @@ from html.parser import HTMLParser
 from typing import Any
 
 import pytest
+from conftest import short
 from hypothesis import given
 from hypothesis import strategies as st
 from test_audit import set_values
@@ -147,7 +148,23 @@ def test_a_stream_that_stands_still_is_not_no_change() -> None:
     assert any("changed by +0.0 [+0.0, +0.0]" in answer for answer in answers)
 
 
-@pytest.mark.parametrize("name", partial_comparisons())
+@pytest.mark.parametrize(
+    "name",
+    short(
+        partial_comparisons(),
+        "nothing",
+        "custom probe",
+        "without drift",
+        "without logit_lens",
+        "layers apart",
+        "without the last",
+        "all NaN",
+        "no intervals",
+        "bare meta",
+        "one block",
+        "identical",
+    ),
+)
 def test_partial_comparisons_are_told_too(name: str) -> None:
     comparison = partial_comparisons()[name]
     text = comparison.summary()

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ARCHITECTURES, make_tiny, perturbed, token_texts
+from conftest import ARCHITECTURES, make_tiny, perturbed, short, token_texts
 from test_mauve import Stub, real
 
 from hyperlens import cli, compare_models, measure_behaviour, open_pair
@@ -276,7 +276,7 @@ def test_mauve_gets_the_texts_own_continuations(monkeypatch) -> None:
     assert max(map(len, found.summary().splitlines())) <= 100
 
 
-@pytest.mark.parametrize("readable", [4, 1, 0])
+@pytest.mark.parametrize("readable", short([4, 1, 0], 1))
 def test_a_model_that_writes_nothing_to_read_has_no_mauve(readable: int, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "mauve", Stub())
     original, calls = GenerationRunner.run, []
@@ -405,7 +405,7 @@ def test_the_same_call_goes_on(tmp_path: Path, monkeypatch, result) -> None:
         compare_domains(pairs_of("llama"), CORPORA, out=out, **SMALL)
 
 
-@pytest.mark.parametrize("change", ["seed", "tuned", "texts"])
+@pytest.mark.parametrize("change", short(["seed", "tuned", "texts"], "tuned"))
 def test_another_call_takes_none_of_the_rows(tmp_path: Path, monkeypatch, change: str) -> None:
     out, pairs = tmp_path / "out", pairs_of("llama")
     with monkeypatch.context() as patch:

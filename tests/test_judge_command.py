@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import short
 from judge_for_tests import KEY, Act, after, fails, longer, says, serving, verdict
 
 from hyperlens import cli, write_report
@@ -146,7 +147,7 @@ def test_a_function_says_who_it_is_before_its_answers_are_kept(pairs: Path, tmp_
     assert len(list((tmp_path / "kept").iterdir())) == 2 * N
 
 
-@pytest.mark.parametrize("script", ["error", "signal"])
+@pytest.mark.parametrize("script", short(["error", "signal"], "signal"))
 def test_ctrl_c_and_the_same_command_go_on(pairs: Path, tmp_path: Path, script: str) -> None:
     enough = threading.Event()
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import make_tiny, perturbed, token_texts
+from conftest import make_tiny, perturbed, short, token_texts
 from planted_for_tests import last_outputs, mapped, spread
 
 from hyperlens.compare import compare_models
@@ -74,7 +74,7 @@ def test_a_planted_expansion_is_found_out(name):
 
 
 @pytest.mark.parametrize("how", ["anywhere", "within pairs of directions"])
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", short(ARCHITECTURES, "gpt2", "gemma2"))
 def test_a_planted_rotation_has_an_effect_without_expansion(name, how):
     base = make_tiny(name)
     found = patch_expansion(base, turned(base, how), TEXTS, **QUICK)
@@ -187,7 +187,7 @@ def choices(model, texts, change=None):
     return torch.cat(found)
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", short(ARCHITECTURES, "gpt2", "gemma2"))
 def test_decisions_are_those_of_a_model_changed_by_hand(name):
     base = make_tiny(name)
     tuned = perturbed(base, 0.1)
@@ -217,7 +217,7 @@ def test_decisions_are_those_of_a_model_changed_by_hand(name):
             )
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", short(["llama", "gpt2"], "gpt2"))
 def test_batch_sizes_are_invisible(name):
     base = make_tiny(name).double()
     tuned = perturbed(base, 0.1)

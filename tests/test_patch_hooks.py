@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import transformers
-from conftest import ARCHITECTURES, GPT_SIZES, SIZES, lora, make_tiny, perturbed
+from conftest import ARCHITECTURES, GPT_SIZES, SIZES, lora, make_tiny, perturbed, short
 from test_hooked_models import BACKENDS, padded, supported
 
 import hyperlens.patching
@@ -286,7 +286,7 @@ def slowly(target, source, site, prompt, steps, positions=None):
     return ids[len(prompt) :]
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "gpt_neox"])
+@pytest.mark.parametrize("name", short(["llama", "gpt2", "gemma2", "gpt_neox"], "gpt2", "gemma2"))
 @pytest.mark.parametrize("positions", [None, slice(5, None)])
 def test_free_running_equals_the_slow_way(name, positions):
     # Padded on the left in float64, transformers' own Gemma-2 gives NaN.

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, short
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 from transformers.integrations import integration_utils
@@ -87,7 +87,11 @@ def same(one: Path, other: Path) -> None:
     ("method", "options"),
     [
         ("late_lora", {"last_k": 1, "lora_dropout": 0.1, "gradient_accumulation": 2}),
-        ("full", {"stop_at_plateau": True, "near_zero_loss": 100.0, "patience": 2}),
+        pytest.param(
+            "full",
+            {"stop_at_plateau": True, "near_zero_loss": 100.0, "patience": 2},
+            marks=pytest.mark.long,
+        ),
     ],
     ids=["late_lora", "full"],
 )
@@ -206,7 +210,7 @@ def unbroken(llama_folder, ids_file, tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize("step", [1, 3, 4, 8, 17])
+@pytest.mark.parametrize("step", short([1, 3, 4, 8, 17], 3, 8))
 def test_from_every_kind_of_step(llama_folder, ids_file, tmp_path, monkeypatch, unbroken, step):
     """After the first, at an epoch's end, just after it, between records, before the last."""
     ids = json.loads(ids_file.read_text())

@@ -61,7 +61,11 @@ def record(out: Path) -> dict:
 @pytest.mark.parametrize(
     ("method", "options"),
     [
-        ("full", {"stop_at_plateau": True, "near_zero_loss": 100.0, "checkpoint_minutes": 0.0}),
+        pytest.param(
+            "full",
+            {"stop_at_plateau": True, "near_zero_loss": 100.0, "checkpoint_minutes": 0.0},
+            marks=pytest.mark.long,
+        ),
         ("late_lora", {"last_k": 1, "gradient_accumulation": 2}),
     ],
     ids=["full", "late_lora"],

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, lora, make_tiny, perturbed, token_texts
+from conftest import ARCHITECTURES, lora, make_tiny, perturbed, short, token_texts
 from scipy import stats as scipy_stats
 
 from hyperlens.cli import main
@@ -46,7 +46,9 @@ def result() -> TemperatureResult:
     return match_temperature(base, perturbed(base, 0.1), TEXTS, **SMALL)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt_neox", "mistral", "phi3", "qwen3"])
+@pytest.mark.parametrize(
+    "name", short(["llama", "gpt_neox", "mistral", "phi3", "qwen3"], "llama", "gpt_neox")
+)
 @pytest.mark.parametrize("t", [0.5, 1.7])
 def test_a_planted_temperature_is_found(name: str, t: float) -> None:
     base = make_tiny(name, tie_word_embeddings=False)
