@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from .errors import CorpusError, DecodingError, HyperlensError
@@ -35,6 +36,17 @@ def check_counts(least: int = 1, /, **counts: Any) -> None:
     """
     for name, value in counts.items():
         check_whole(name, value, least, CorpusError)
+
+
+def check_choice(choices: Sequence[str], /, **values: Any) -> None:
+    """Raise unless every value is one of `choices`.
+
+    Raises:
+        HyperlensError: with the option's name, its choices and the value.
+    """
+    for name, value in values.items():
+        if value not in choices:
+            raise HyperlensError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
 
 
 def check_positive(name: str, value: float) -> None:

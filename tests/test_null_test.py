@@ -15,6 +15,7 @@ from hyperlens import compare_models, open_pair, run_null_test, write_report
 from hyperlens.errors import HyperlensError, PairError
 from hyperlens.experiments import NullTestResult
 from hyperlens.experiments.null_test import (
+    SHUFFLES,
     changed_tensors,
     randomly_changed,
     share_of_change,
@@ -25,14 +26,15 @@ TEXTS = token_texts(10, shortest=8, longest=20)
 SHORT = {"prompt_tokens": 6, "max_new_tokens": 6, "n_prompts": 4, "progress": False}
 
 
+@pytest.mark.parametrize("shuffle", SHUFFLES)
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_a_control_keeps_the_norm_and_the_values_of_every_change(name: str) -> None:
+def test_a_control_keeps_the_norm_and_the_values_of_every_change(name: str, shuffle: str) -> None:
     base = make_tiny(name)
     tuned = perturbed(base, 0.1)
     before = copy.deepcopy(base.state_dict())
     changes = changed_tensors(base, tuned)
     assert changes.keys() == dict(base.named_parameters()).keys()
-    made = randomly_changed(base, changes, seed=3)
+    made = randomly_changed(base, changes, 3, shuffle)
     for key, old in before.items():
         assert torch.equal(base.state_dict()[key], old), key
     for key, parameter in made.named_parameters():
@@ -40,10 +42,35 @@ def test_a_control_keeps_the_norm_and_the_values_of_every_change(name: str) -> N
         assert torch.allclose(change.sort().values, changes[key].flatten().sort().values, atol=1e-6)
         if change.numel() > 8:
             assert not torch.allclose(change, changes[key].flatten())
-    again, other = randomly_changed(base, changes, seed=3), randomly_changed(base, changes, seed=4)
+    again, other = (
+        randomly_changed(base, changes, 3, shuffle),
+        randomly_changed(base, changes, 4, shuffle),
+    )
     for a, b, c in zip(made.parameters(), again.parameters(), other.parameters(), strict=True):
         assert torch.equal(a, b)
         assert a.numel() < 8 or not torch.equal(a, c)
+
+
+def test_rows_and_columns_keep_the_spectrum_and_entries_do_not() -> None:
+    base = make_tiny("qwen2")
+    tuned = copy.deepcopy(base)
+    block, table = tuned.model.layers[1], tuned.model.embed_tokens
+    with torch.no_grad():
+        block.mlp.up_proj.weight += torch.randn(48, 2) @ torch.randn(2, 32)
+        table.weight[5:9] += 1 + torch.rand(4, 32)
+    changes = changed_tensors(base, tuned)
+    made = {
+        shuffle: changed_tensors(base, randomly_changed(base, changes, 0, shuffle))
+        for shuffle in SHUFFLES
+    }
+    for name in changes:
+        spectrum = torch.linalg.svdvals(changes[name])
+        kept, lost = (torch.linalg.svdvals(made[shuffle][name]) for shuffle in SHUFFLES)
+        assert torch.allclose(kept, spectrum, atol=1e-4)
+        assert lost[4] > 0.1 > spectrum[4]
+    # The change of an embedding stays with its tokens.
+    (rows,) = made["rows_and_columns"]["model.embed_tokens.weight"].any(-1).nonzero(as_tuple=True)
+    assert rows.tolist() == [5, 6, 7, 8]
 
 
 def test_what_did_not_change_is_shared_with_the_base() -> None:
@@ -99,13 +126,21 @@ def test_a_random_change_is_not_beyond_other_random_changes() -> None:
     assert inside >= 1
 
 
-def test_a_change_with_structure_is_beyond_them() -> None:
+@pytest.mark.parametrize("shuffle", SHUFFLES)
+def test_a_change_with_structure_is_beyond_them(shuffle: str) -> None:
     base = make_tiny("llama")
     tuned = copy.deepcopy(base)
+    # What the last MLP reads most: a change that answers to it moves far more than one of that
+    # norm and rank that answers to anything else.
+    read: list[torch.Tensor] = []
+    down = base.model.layers[2].mlp.down_proj
+    hook = down.register_forward_pre_hook(lambda _, args: read.append(args[0].flatten(0, 1)))
     with torch.no_grad():
-        # Every vector of the last block moves the same way: far more than noise of that norm.
-        tuned.model.layers[2].mlp.down_proj.weight += 0.5 * torch.ones(32, 1)
-    found = run_null_test(base, tuned, TEXTS, n_controls=3, **SHORT)
+        base(torch.tensor([text for text in TEXTS if len(text) == len(TEXTS[0])]))
+        hook.remove()
+        along = torch.linalg.svd(read[0], full_matrices=False).Vh[0]
+        tuned.model.layers[2].mlp.down_proj.weight += 5 * torch.randn(32, 1) * along
+    found = run_null_test(base, tuned, TEXTS, n_controls=3, shuffle=shuffle, **SHORT)
     least, greatest = found.share_of_change("relative_l2", "raw")
     assert 0 < least <= greatest < 1
     rows = found.select(metric="relative_l2", view="raw")
@@ -128,6 +163,8 @@ def test_refusals_say_what_to_do() -> None:
         run_null_test(base, base, TEXTS, **SHORT)
     with pytest.raises(HyperlensError, match="n_controls"):
         run_null_test(base, perturbed(base), TEXTS, n_controls=0, **SHORT)
+    with pytest.raises(HyperlensError, match="shuffle must be one of rows_and_columns, entries"):
+        run_null_test(base, perturbed(base), TEXTS, shuffle="all", **SHORT)
 
 
 def test_an_open_pair_gives_the_same() -> None:

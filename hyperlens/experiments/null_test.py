@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..checks import check_counts, check_seed
+from ..checks import check_choice, check_counts, check_seed
 from ..decoding.diversity import REPETITION_METRICS
 from ..decoding.generate import GenerationRunner
 from ..decoding.prompts import check_room, choose_prompts
@@ -57,6 +57,7 @@ MEASURED = {
     "logit_lens": ("kl",),
 }
 SINK_THRESHOLD = 10.0
+SHUFFLES = ("rows_and_columns", "entries")
 
 
 def run_null_test(
@@ -65,6 +66,7 @@ def run_null_test(
     texts: Any = None,
     *,
     n_controls: int = 3,
+    shuffle: str = "rows_and_columns",
     max_length: int = 256,
     n_prompts: int = 32,
     prompt_tokens: int = 17,
@@ -77,8 +79,8 @@ def run_null_test(
 ) -> NullTestResult:
     """Does the tuned model do more than random changes of the same size?
 
-    A control is the base plus the tuned model's change with the entries of each tensor shuffled:
-    the same norm and the same values in every tensor, without anything that was learned. With k
+    A control is the base plus the tuned model's change, with rows and columns of each tensor's
+    change shuffled: norm, rank, singular values and entries stay, what was learned is lost. With k
     controls the smallest p value that a permutation test could give is 1 / (k + 1).
 
     Args:
@@ -86,6 +88,9 @@ def run_null_test(
             texts. Adapters are merged.
         texts: what `compare_models` takes; prompts are their first tokens.
         n_controls: how many random changes; one is held in memory at a time.
+        shuffle: "rows_and_columns" keeps the rank of each change, and which tokens it is about
+            (in embeddings and unembeddings only columns are shuffled); "entries" shuffles single
+            entries, which makes a change of low rank, as LoRA's, one of full rank.
         max_length: tokens per text, BOS included.
         n_prompts: how many texts, drawn at random, are continued greedily.
         prompt_tokens: how many of their first tokens are the prompt, BOS included.
@@ -104,6 +109,7 @@ def run_null_test(
         HyperlensError: if a source cannot be opened, or the texts do not fit the models.
     """
     check_counts(n_controls=n_controls, batch_size=batch_size)
+    check_choice(SHUFFLES, shuffle=shuffle)
     check_seed(seed)
     inputs = open_inputs(base, tuned, texts, max_length=max_length, device=device, dtype=dtype)
     check_room(inputs.pair, prompt_tokens, max_new_tokens)
@@ -119,7 +125,7 @@ def run_null_test(
     seeds = list(range(seed, seed + n_controls))
     measured = []
     with tqdm(total=n_controls + 1, desc="null test", unit="model", disable=not progress) as bar:
-        for model in _models(inputs.pair, plain_base, changes, seeds):
+        for model in _models(inputs.pair, plain_base, changes, seeds, shuffle):
             measured.append(_measure(inputs, model, options, generation))
             bar.update()
     base_text = generation.run(inputs.pair.base)
@@ -127,6 +133,7 @@ def run_null_test(
         seed=seed,
         options={
             "n_controls": n_controls,
+            "shuffle": shuffle,
             "max_length": max_length,
             "n_prompts": len(prompts),
             "prompt_tokens": prompt_tokens,
@@ -160,31 +167,61 @@ def changed_tensors(base: nn.Module, tuned: nn.Module) -> dict[str, Tensor]:
     return {name: change for name, change in changes.items() if bool(change.any())}
 
 
-def randomly_changed(base: nn.Module, changes: dict[str, Tensor], seed: int) -> Any:
-    """The base with the entries of every change shuffled inside their tensor.
+def randomly_changed(
+    base: nn.Module, changes: dict[str, Tensor], seed: int, shuffle: str = "rows_and_columns"
+) -> Any:
+    """The base with every change shuffled inside its tensor.
 
-    The norm of each tensor's change and the values in it stay; which weight gets which value, all
-    that training has decided, is lost. Unchanged tensors are shared with the base.
+    Its norm and the values in it stay, and by rows and columns its rank and singular values; which
+    unit gets which value, all that training has decided, is lost. Unchanged tensors are shared with
+    the base.
     """
     generator = torch.Generator().manual_seed(seed)
     model = weight_sharing_copy(base)
     parameters = dict(model.named_parameters())
+    by_token = _token_tables(base)
     with torch.no_grad():
         for name, change in changes.items():
-            order = torch.randperm(change.numel(), generator=generator).to(change.device)
-            shuffled = change.flatten()[order].view_as(change)
+            if shuffle == "entries":
+                shuffled = _permuted(change.flatten(), 0, generator).view_as(change)
+            else:
+                # The last two axes: a mixture of experts has one matrix per expert.
+                axes = range(max(-2, -change.ndim), 0)
+                shuffled = change
+                for axis in axes:
+                    if axis == -1 or name not in by_token:
+                        shuffled = _permuted(shuffled, axis, generator)
             old = parameters[name]
             old.data = (old.detach().float() + shuffled).to(old.dtype)  # new storage: base stays
     return model
 
 
+def _permuted(values: Tensor, axis: int, generator: torch.Generator) -> Tensor:
+    order = torch.randperm(values.shape[axis], generator=generator).to(values.device)
+    return values.index_select(axis % values.ndim, order)
+
+
+def _token_tables(model: Any) -> set[str]:
+    """Names of the embedding's and the unembedding's weights, [d_vocab, d_model].
+
+    Their rows stay in place: moved to tokens that no text has, a change would do nothing.
+    """
+    tables = (model.get_input_embeddings(), model.get_output_embeddings())
+    weights = {id(table.weight) for table in tables if table is not None}
+    return {name for name, weight in model.named_parameters() if id(weight) in weights}
+
+
 def _models(
-    pair: Pair, plain_base: Any, changes: dict[str, Tensor], seeds: Sequence[int]
+    pair: Pair,
+    plain_base: Any,
+    changes: dict[str, Tensor],
+    seeds: Sequence[int],
+    shuffle: str,
 ) -> Iterator[LoadedModel]:
     """The tuned model, then the controls, one at a time."""
     yield pair.tuned
     for number, seed in enumerate(seeds):
-        model = randomly_changed(plain_base, changes, seed)
+        model = randomly_changed(plain_base, changes, seed, shuffle)
         opened = OpenedModel(model, pair.base.tokenizer, f"control {number}", "object")
         yield hook(opened, "residual")
 
@@ -361,17 +398,31 @@ class NullTestResult(Result):
         n = self.n_controls
         return (
             f"{count(n, 'control')}: no permutation test could give a p value below "
-            f"{FRACTION(1 / (n + 1))}, so none is given. Shuffling spreads a change that is "
-            "concentrated in a few rows of a tensor over all of them."
+            f"{FRACTION(1 / (n + 1))}, so none is given.{self._what_is_lost()}"
+        )
+
+    @property
+    def _by_entries(self) -> bool:
+        """Results saved before there was a choice have their entries shuffled."""
+        options: Mapping[str, Any] = self.meta.get("options", {})
+        return options.get("shuffle", "entries") == "entries"
+
+    def _what_is_lost(self) -> str:
+        if not self._by_entries:
+            return ""
+        return (
+            " Shuffling entries gives a change of low rank, as LoRA's, full rank, and spreads one "
+            "that is concentrated in a few rows over all of them: no fair control for either."
         )
 
     def evidence(self) -> list[Block]:
         """Base, controls and tuned model at the last layer and the output; then the layers."""
         about = Text(
             "Any change of the weights moves the stream and reorders ranks. A control is the base "
-            "plus the tuned model's change with the entries of each of its "
-            f"{count(self.extras['changed_tensors'], 'tensor')} shuffled: the same size, nothing "
-            f"learned.{self._written()}"
+            f"plus the tuned model's change with the "
+            f"{'entries' if self._by_entries else 'rows and columns'} of each of its "
+            f"{count(self.extras['changed_tensors'], 'tensor')} shuffled: the same size"
+            f"{'' if self._by_entries else ' and rank'}, nothing learned.{self._written()}"
         )
         blocks: list[Block] = [about, self._last_layer()]
         if text := self._text_chart():
