@@ -405,7 +405,7 @@ class NullTestResult(Result):
     def _by_entries(self) -> bool:
         """Results saved before there was a choice have their entries shuffled."""
         options: Mapping[str, Any] = self.meta.get("options", {})
-        return options.get("shuffle", "entries") == "entries"
+        return bool(options.get("shuffle", "entries") == "entries")
 
     def _what_is_lost(self) -> str:
         if not self._by_entries:
