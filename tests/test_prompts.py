@@ -4,12 +4,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import lora, make_tiny
+from conftest import lora, make_tiny, token_texts
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from hyperlens.decoding.prompts import as_text, eos_ids, opening_and_texts
+from hyperlens.data.corpus import build_corpus
+from hyperlens.decoding.prompts import as_text, choose_prompts, eos_ids, opening_and_texts
 from hyperlens.embedded import embedded_base
 
 TEXTS = ["你好吗abc", "hi 😀 there", "“Yes” – it’s café", "plain words"]
@@ -80,3 +81,11 @@ def test_every_holder_of_an_end_is_asked() -> None:
     assert eos_ids(lora(model, "llama"), None) == [5, 7]
     model.config.eos_token_id = model.generation_config.eos_token_id = None
     assert eos_ids(model, None) == []
+
+
+def test_the_same_prompts_wherever_texts_are_cut() -> None:
+    texts = token_texts(12, shortest=8, longest=30)
+    short, whole = (build_corpus(texts, None, max_length=n) for n in (6, 30))
+    drawn = choose_prompts(short, 5, 6, seed=3)
+    assert choose_prompts(whole, 5, 6, seed=3) == drawn
+    assert choose_prompts(whole, 5, 6, seed=4) != drawn

@@ -58,8 +58,8 @@ def check_room(pair: Pair, length: int, max_new_tokens: int) -> None:
 def choose_prompts(corpus: Corpus, n: int, length: int, seed: int) -> list[list[int]]:
     """The first tokens of n texts drawn at random, or of all texts that are long enough.
 
-    They are in the order of the corpus, which is sorted: see `choose_examples` for a few of them
-    to look at.
+    They are sorted by their tokens (see `choose_examples` for a few of them to look at): the same
+    texts and seed give the same prompts wherever the texts were cut.
 
     Raises:
         CorpusError: if fewer than two texts have that many tokens, or a number is no count
@@ -67,14 +67,15 @@ def choose_prompts(corpus: Corpus, n: int, length: int, seed: int) -> list[list[
     """
     check_counts(n_prompts=n, prompt_tokens=length)
     check_seed(seed)
-    long = [sequence for sequence in corpus.sequences if len(sequence) >= length]
+    long = [sequence[:length] for sequence in corpus.sequences if len(sequence) >= length]
     if len(long) < 2:
         raise CorpusError(
             f"{len(long)} of {len(corpus.sequences)} texts have the {length} tokens of a prompt, "
             "and intervals need two: give longer texts, or lower prompt_tokens"
         )
-    drawn = np.random.default_rng(seed).permutation(len(long))[:n]
-    return [long[i][:length].tolist() for i in sorted(drawn)]
+    openings = sorted(long, key=lambda ids: ids.tobytes())
+    drawn = np.random.default_rng(seed).permutation(len(openings))[:n]
+    return [openings[i].tolist() for i in sorted(drawn)]
 
 
 def choose_examples(n_prompts: int, n_examples: int, seed: int) -> list[int]:
