@@ -34,7 +34,7 @@ def add(commands: Any) -> None:
         epilog=HYPERFIT_EXAMPLES,
         **STYLE,
     )
-    parser.set_defaults(command="hyperfit", run=run, interrupted=interrupted)
+    parser.set_defaults(run=run, interrupted=interrupted)
     parser.add_argument("model", metavar="BASE", help="the model to train: a folder or hub id")
     texts = add_reading(parser)
     texts.add_argument(

@@ -41,7 +41,7 @@ def add(commands: Any) -> None:
         epilog=EXAMPLES,
         **STYLE,
     )
-    parser.set_defaults(command="judge", run=run, interrupted=interrupted)
+    parser.set_defaults(run=run, interrupted=interrupted)
     for name in ("A", "B"):
         parser.add_argument(
             name.lower(),

@@ -61,7 +61,7 @@ def add(commands: Any) -> None:
         epilog=EXAMPLES,
         **STYLE,
     )
-    parser.set_defaults(command="patch", run=run)
+    parser.set_defaults(run=run)
     add_pair(parser)
     group = parser.add_argument_group("what is measured")
     group.add_argument(

@@ -27,7 +27,7 @@ def add(commands: Any) -> None:
         epilog=EXAMPLES,
         **STYLE,
     )
-    parser.set_defaults(command="report", run=run)
+    parser.set_defaults(run=run)
     parser.add_argument(
         "folders",
         nargs="+",

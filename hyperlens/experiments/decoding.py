@@ -54,13 +54,13 @@ from ..render.format import (
 )
 from ..results.result import Result
 from ..statistics import significance
-from .mauve.features import open_featurizer
-from .mauve.scores import (
+from .mauve import (
     SEEDS,
     ReferenceTexts,
     check_has_tokenizer,
     check_mauve,
     few_texts_notes,
+    open_featurizer,
 )
 
 EXAMPLES = (
