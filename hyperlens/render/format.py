@@ -137,6 +137,20 @@ def interval(row: Mapping[str, Any], form: Form = NUMBER) -> str:
     return f"{text} {form.unit}".strip()
 
 
+def ends(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row's value and interval alone."""
+    return {key: row[key] for key in ("value", "low", "high")}
+
+
+def complement(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The share of all others, with its interval, in the row of a share.
+
+    >>> complement({"value": 0.75, "low": 0.5, "high": 1.0})
+    {'value': 0.25, 'low': 0.0, 'high': 0.5}
+    """
+    return {**row, "value": 1 - row["value"], "low": 1 - row["high"], "high": 1 - row["low"]}
+
+
 def span(low: float, high: float, form: Form = NUMBER) -> str:
     """A range from its smallest to its largest value.
 
