@@ -172,13 +172,13 @@ def p_value(p: float) -> str:
     return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
 
 
-def count(n: int, one: str, several: str = "") -> str:
+def count(n: int, one: str) -> str:
     """A number of things.
 
-    >>> count(1, "prompt"), count(1200, "prompt"), count(2, "entry", "entries")
-    ('1 prompt', '1,200 prompts', '2 entries')
+    >>> count(1, "prompt"), count(1200, "prompt")
+    ('1 prompt', '1,200 prompts')
     """
-    return f"{n:,} {one if n == 1 else several or one + 's'}"
+    return f"{n:,} {one}{'s' * (n != 1)}"
 
 
 def listed(items: Sequence[str]) -> str:
