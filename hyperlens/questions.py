@@ -24,8 +24,8 @@ class Question(NamedTuple):
         function: answers it, from two models and texts.
         result: the class of the answer.
         old_names: what version 0.1 called its file.
-        command: the module of its command where the command line is not made from the function's
-            signature; one module may serve several questions.
+        command: the module of its command where that is not in `cli.experiments`; one module may
+            serve several questions.
     """
 
     name: str
@@ -49,20 +49,8 @@ QUESTIONS = (
     Question("temperature", "experiments.temperature", "match_temperature", "TemperatureResult"),
     Question("static_bias", "experiments.static_bias", "inject_static_bias", "StaticBiasResult"),
     Question("decoding", "experiments.decoding", "compare_decoding", "DecodingResult"),
-    Question(
-        "cross_domain",
-        "experiments.cross_domain",
-        "compare_domains",
-        "CrossDomainResult",
-        command="cli.cross_domain",
-    ),
-    Question(
-        "mauve",
-        "experiments.mauve",
-        "measure_mauve",
-        "MauveResult",
-        command="cli.mauve",
-    ),
+    Question("cross_domain", "experiments.cross_domain", "compare_domains", "CrossDomainResult"),
+    Question("mauve", "experiments.mauve", "measure_mauve", "MauveResult"),
     Question("judge", "judging.judge", "judge_models", "JudgeResult", command="cli.judge"),
     _patch("patch_blocks", "blocks", "BlocksResult", ("patching",)),
     _patch("patch_positions", "positions", "PositionsResult", ()),

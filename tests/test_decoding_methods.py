@@ -34,7 +34,7 @@ from hyperlens.experiments.decoding import (
     MethodRunner,
     compare_decoding,
 )
-from hyperlens.experiments.mauve.scores import few_texts_notes
+from hyperlens.experiments.mauve import few_texts_notes
 from hyperlens.render.blocks import Chart, Samples, flat
 from hyperlens.render.format import FRACTION, SIGNED_FRACTION, interval
 from hyperlens.render.page import write_report

@@ -15,8 +15,7 @@ from hyperlens import cli
 from hyperlens.embedded import embedded_base, embedded_tales
 from hyperlens.errors import CorpusError, LoadingError, ProbeError
 from hyperlens.experiments import MauveResult, measure_mauve
-from hyperlens.experiments.mauve.features import open_featurizer
-from hyperlens.experiments.mauve.scores import few_texts_notes, mauve_scores
+from hyperlens.experiments.mauve import few_texts_notes, mauve_scores, open_featurizer
 from hyperlens.hooks.loading import load_hooked
 from hyperlens.render.blocks import Chart, flat
 from hyperlens.render.page import write_report

@@ -107,11 +107,9 @@ class EpochLosses(TrainerCallback):
         self._progress = progress
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start the clock."""
         self._progress.start_clock()
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Close the epoch."""
         self._progress.close_epoch()
 
 
@@ -192,7 +190,6 @@ class Pruning(TrainerCallback):
         self._recording = recording
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Delete superseded weights, now that a checkpoint is in place."""
         self._recording.prune()
 
 
@@ -228,12 +225,10 @@ class Checkpoints(TrainerCallback):
         self._last = time.monotonic()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Ask for a checkpoint within an epoch."""
         if is_within_epoch(state):
             control.should_save = self._is_due()
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Ask for a checkpoint between epochs."""
         control.should_save = self._is_due() and not control.should_training_stop
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -325,7 +320,6 @@ class ProgressBar(TrainerCallback):
         )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Advance by an optimiser step."""
         text = f"epoch {_epoch(state)}/{state.num_train_epochs}, loss {self._progress.running:.4f}"
         self._bar.set_postfix_str(text, refresh=False)
         self._bar.update(state.global_step - self._bar.n)
@@ -371,7 +365,6 @@ class ProgressLines(TrainerCallback):
         )
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Show the epoch's record, if there is one."""
         self._show_records(state)
 
     def close(self) -> None:

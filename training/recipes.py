@@ -10,9 +10,9 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from types import MappingProxyType
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from ..errors import TrainingError
 
@@ -98,6 +98,19 @@ def reported(name: str, method: str) -> frozenset[str]:
     return frozenset(names)
 
 
+# ruff: noqa: RUF009 - what `_field` returns is made anew for each field and never changed
+def _field(default: Any, text: str, *, least: int = 1, positive: bool = False) -> Any:
+    """A field of `Recipe`.
+
+    Args:
+        default: its value in "li2026" with the method "full".
+        text: what it means, for `HELP`.
+        least: the smallest value of a whole number.
+        positive: whether a fraction must be above 0; others may be 0.
+    """
+    return field(default=default, metadata={"help": text, "least": least, "positive": positive})
+
+
 @dataclass(frozen=True)
 class Recipe:
     """Everything that decides what training does; `HELP` has a line on each field.
@@ -109,41 +122,75 @@ class Recipe:
         TrainingError: if a value is out of range.
     """
 
-    preset: str = "li2026"
-    method: Method = "full"
-    n_sequences: int = 2000
-    sequence_length: int = 256
-    packed: bool = False
-    selection: Selection = "first"
-    epochs: int = 260
-    batch_size: int = 8
-    drop_last: bool = False
-    gradient_accumulation: int = 1
-    learning_rate: float = 5e-6
-    schedule: Schedule = "constant"
-    warmup_steps: int = 0
-    weight_decay: float = 0.0
-    max_grad_norm: float = 0.0
-    last_k: int = 5
-    blocks: tuple[int, ...] | None = None
-    lora_r: int = 16
-    lora_alpha: float = 32.0
-    lora_dropout: float = 0.0
-    lora_init: LoraInit = "zero"
-    lora_dora: bool = False
-    lora_rslora: bool = False
-    target_modules: tuple[str, ...] | None = None
-    gradient_checkpointing: bool = False
-    bf16: bool = False
-    record_every: int = 10
-    n_validation: int = 128
-    n_prompts: int = 32
-    prompt_tokens: int = 32
-    new_tokens: int = 96
-    stop_at_plateau: bool = False
-    near_zero_loss: float = 0.05
-    patience: int = 3
-    seed: int = 0
+    preset: str = _field("li2026", "the preset that this recipe started from")
+    method: Method = _field(
+        "full", "full (the weights), lora (adapters on the blocks) or late_lora (on the last)"
+    )
+    n_sequences: int = _field(2000, "training sequences, all different")
+    sequence_length: int = _field(
+        256, "tokens per sequence, BOS included; shorter texts are left out", least=2
+    )
+    packed: bool = _field(False, "join consecutive texts until a sequence is full")
+    selection: Selection = _field(
+        "first", "which sequences: the first ones, or a random sample of them all"
+    )
+    epochs: int = _field(260, "passes over the sequences")
+    batch_size: int = _field(8, "sequences per forward pass")
+    drop_last: bool = _field(False, "leave out the last batch of an epoch if it is not full")
+    gradient_accumulation: int = _field(1, "forward passes per optimiser step")
+    learning_rate: float = _field(5e-6, "peak learning rate of AdamW", positive=True)
+    schedule: Schedule = _field(
+        "constant", "constant, linear or cosine decay to 0 after the warm-up"
+    )
+    warmup_steps: int = _field(0, "optimiser steps of linear warm-up", least=0)
+    weight_decay: float = _field(0.0, "AdamW's decoupled weight decay, on every trained weight")
+    max_grad_norm: float = _field(0.0, "clip gradients to this norm; 0 does not clip")
+    last_k: int = _field(5, "late_lora: how many of the last blocks to train")
+    blocks: tuple[int, ...] | None = _field(
+        None,
+        "full, lora: 0-based indices of the blocks to train, None for all; with "
+        "indices, embeddings, final norm and unembedding stay frozen",
+    )
+    lora_r: int = _field(16, "LoRA: rank of the update")
+    lora_alpha: float = _field(32.0, "LoRA: the update is scaled by alpha / r", positive=True)
+    lora_dropout: float = _field(
+        0.0, "LoRA: dropout inside the adapter; the model's own dropout is always off"
+    )
+    lora_init: LoraInit = _field(
+        "zero", "LoRA: zero (B = 0), gaussian, or pissa (the weights' principal directions)"
+    )
+    lora_dora: bool = _field(False, "LoRA: DoRA, which learns magnitude and direction separately")
+    lora_rslora: bool = _field(False, "LoRA: rsLoRA, which scales by alpha / sqrt(r)")
+    target_modules: tuple[str, ...] | None = _field(
+        None, "LoRA: names of the projections to adapt; None for all linear ones"
+    )
+    gradient_checkpointing: bool = _field(
+        False, "recompute activations in the backward pass to save memory"
+    )
+    bf16: bool = _field(False, "bfloat16 mixed precision over the weights' own dtype")
+    record_every: int = _field(
+        10, "epochs between two records of loss, ranks and quality; 0 for no records", least=0
+    )
+    n_validation: int = _field(
+        128,
+        "held-out sequences for the record: validation texts, or those that follow "
+        "the training sequences",
+    )
+    n_prompts: int = _field(32, "record: held-out prompts to generate from, greedily")
+    prompt_tokens: int = _field(32, "record: tokens of each prompt")
+    new_tokens: int = _field(96, "record: tokens to generate after each prompt", least=2)
+    stop_at_plateau: bool = _field(
+        False,
+        "stop when diversity at near-zero loss has stopped rising, and keep "
+        "the weights that had the highest",
+    )
+    near_zero_loss: float = _field(
+        0.05, "stop_at_plateau: training loss, nats, up to which a record counts", positive=True
+    )
+    patience: int = _field(3, "stop_at_plateau: over how many records in a row diversity must rise")
+    seed: int = _field(
+        0, "random seed: order of sequences, random selection, LoRA's initial values", least=0
+    )
 
     def __post_init__(self) -> None:
         check(vars(self))
@@ -172,48 +219,8 @@ class Recipe:
         return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
 
 
-HELP: Mapping[str, str] = MappingProxyType(
-    {
-        "preset": "the preset that this recipe started from",
-        "method": "full (the weights), lora (adapters on the blocks) or late_lora (on the last)",
-        "n_sequences": "training sequences, all different",
-        "sequence_length": "tokens per sequence, BOS included; shorter texts are left out",
-        "packed": "join consecutive texts until a sequence is full",
-        "selection": "which sequences: the first ones, or a random sample of them all",
-        "epochs": "passes over the sequences",
-        "batch_size": "sequences per forward pass",
-        "drop_last": "leave out the last batch of an epoch if it is not full",
-        "gradient_accumulation": "forward passes per optimiser step",
-        "learning_rate": "peak learning rate of AdamW",
-        "schedule": "constant, linear or cosine decay to 0 after the warm-up",
-        "warmup_steps": "optimiser steps of linear warm-up",
-        "weight_decay": "AdamW's decoupled weight decay, on every trained weight",
-        "max_grad_norm": "clip gradients to this norm; 0 does not clip",
-        "last_k": "late_lora: how many of the last blocks to train",
-        "blocks": "full, lora: 0-based indices of the blocks to train, None for all; with "
-        "indices, embeddings, final norm and unembedding stay frozen",
-        "lora_r": "LoRA: rank of the update",
-        "lora_alpha": "LoRA: the update is scaled by alpha / r",
-        "lora_dropout": "LoRA: dropout inside the adapter; the model's own dropout is always off",
-        "lora_init": "LoRA: zero (B = 0), gaussian, or pissa (the weights' principal directions)",
-        "lora_dora": "LoRA: DoRA, which learns magnitude and direction separately",
-        "lora_rslora": "LoRA: rsLoRA, which scales by alpha / sqrt(r)",
-        "target_modules": "LoRA: names of the projections to adapt; None for all linear ones",
-        "gradient_checkpointing": "recompute activations in the backward pass to save memory",
-        "bf16": "bfloat16 mixed precision over the weights' own dtype",
-        "record_every": "epochs between two records of loss, ranks and quality; 0 for no records",
-        "n_validation": "held-out sequences for the record: validation texts, or those that follow "
-        "the training sequences",
-        "n_prompts": "record: held-out prompts to generate from, greedily",
-        "prompt_tokens": "record: tokens of each prompt",
-        "new_tokens": "record: tokens to generate after each prompt",
-        "stop_at_plateau": "stop when diversity at near-zero loss has stopped rising, and keep "
-        "the weights that had the highest",
-        "near_zero_loss": "stop_at_plateau: training loss, nats, up to which a record counts",
-        "patience": "stop_at_plateau: over how many records in a row diversity must rise",
-        "seed": "random seed: order of sequences, random selection, LoRA's initial values",
-    }
-)
+HELP: Mapping[str, str] = MappingProxyType({f.name: f.metadata["help"] for f in fields(Recipe)})
+KINDS = MappingProxyType(get_type_hints(Recipe))
 
 LORA_FIELDS = (
     "lora_r",
@@ -227,13 +234,8 @@ LORA_FIELDS = (
 PLATEAU_FIELDS = ("near_zero_loss", "patience")
 
 CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {
-        "preset": tuple(PRESETS),
-        "method": get_args(Method),
-        "schedule": get_args(Schedule),
-        "selection": get_args(Selection),
-        "lora_init": get_args(LoraInit),
-    }
+    {"preset": tuple(PRESETS)}
+    | {name: get_args(kind) for name, kind in KINDS.items() if get_origin(kind) is Literal}
 )
 
 
@@ -309,35 +311,6 @@ def _check_have_effect(names: list[str], recipe: Recipe) -> None:
 # What values a recipe may have
 
 
-# The fields that are whole numbers, and the smallest value of each.
-LEAST_WHOLE = {
-    "n_sequences": 1,
-    "sequence_length": 2,
-    "epochs": 1,
-    "batch_size": 1,
-    "gradient_accumulation": 1,
-    "warmup_steps": 0,
-    "last_k": 1,
-    "lora_r": 1,
-    "record_every": 0,
-    "n_validation": 1,
-    "n_prompts": 1,
-    "prompt_tokens": 1,
-    "new_tokens": 2,
-    "patience": 1,
-    "seed": 0,
-}
-POSITIVE = ("learning_rate", "lora_alpha", "near_zero_loss")
-NOT_NEGATIVE = ("weight_decay", "max_grad_norm", "lora_dropout")
-FLAGS = (
-    "packed",
-    "drop_last",
-    "lora_dora",
-    "lora_rslora",
-    "gradient_checkpointing",
-    "bf16",
-    "stop_at_plateau",
-)
 # The largest seed that numpy's global generator, which transformers seeds too, accepts.
 LARGEST_SEED = 2**32 - 1
 
@@ -351,33 +324,31 @@ def check(values: Mapping[str, Any]) -> None:
     Raises:
         TrainingError: naming the field, what was expected and what came.
     """
-    for name, allowed in CHOICES.items():
-        if values[name] not in allowed:
-            raise TrainingError(f"{name} must be one of {', '.join(allowed)}; got {values[name]!r}")
-    for name in FLAGS:
-        if not isinstance(values[name], bool):
-            raise TrainingError(f"{name} must be True or False, got {values[name]!r}")
-    _check_numbers(values)
+    for one in fields(Recipe):
+        _check_value(one.name, values[one.name], KINDS[one.name], one.metadata)
+    if values["lora_dropout"] >= 1:
+        raise TrainingError(f"lora_dropout must be below 1, got {values['lora_dropout']}")
+    if values["seed"] > LARGEST_SEED:
+        raise TrainingError(f"seed must be at most {LARGEST_SEED}, got {values['seed']}")
     _check_names(values["target_modules"])
     _check_blocks(values["blocks"])
     _check_together(values)
 
 
-def _check_numbers(values: Mapping[str, Any]) -> None:
-    for name, least in LEAST_WHOLE.items():
-        value = values[name]
-        if not _is_int(value) or value < least:
-            raise TrainingError(f"{name} must be a whole number from {least} up, got {value!r}")
-    for name in (*POSITIVE, *NOT_NEGATIVE):
-        value = values[name]
+def _check_value(name: str, value: Any, kind: Any, about: Mapping[str, Any]) -> None:
+    if name in CHOICES and value not in CHOICES[name]:
+        allowed = ", ".join(CHOICES[name])
+        raise TrainingError(f"{name} must be one of {allowed}; got {value!r}")
+    if kind is bool and not isinstance(value, bool):
+        raise TrainingError(f"{name} must be True or False, got {value!r}")
+    least = about["least"]
+    if kind is int and (not _is_int(value) or value < least):
+        raise TrainingError(f"{name} must be a whole number from {least} up, got {value!r}")
+    if kind is float:
         is_real = isinstance(value, int | float) and math.isfinite(value)
-        if not is_real or value < 0 or (value == 0 and name in POSITIVE):
-            allowed = "above 0" if name in POSITIVE else "of at least 0"
+        if not is_real or value < 0 or (value == 0 and about["positive"]):
+            allowed = "above 0" if about["positive"] else "of at least 0"
             raise TrainingError(f"{name} must be a number {allowed}, got {value!r}")
-    if values["lora_dropout"] >= 1:
-        raise TrainingError(f"lora_dropout must be below 1, got {values['lora_dropout']}")
-    if values["seed"] > LARGEST_SEED:
-        raise TrainingError(f"seed must be at most {LARGEST_SEED}, got {values['seed']}")
 
 
 def _check_names(names: Any) -> None:

@@ -29,7 +29,7 @@ def add(commands: Any) -> None:
         epilog=EXAMPLES,
         **STYLE,
     )
-    parser.set_defaults(command="demo", run=run, interrupted=interrupted)
+    parser.set_defaults(run=run, interrupted=interrupted)
     parser.add_argument(
         "--out",
         type=Path,

@@ -1,13 +1,16 @@
-"""The commands of questions that take two models and texts, made from their functions."""
+"""The commands of questions, made from their functions: most take two models and texts."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
+from ..errors import CorpusError, HyperlensError, PairError
+from ..files import check_new_folder
 from ..questions import Question
-from .options import add_pair, add_running, given, saved, texts_for
+from .options import add_how_to_read, add_out, add_pair, add_running, given, read, saved, texts_for
 from .signatures import add_command, add_options, option_names, read_signature
 
 
@@ -22,17 +25,106 @@ def add(commands: Any, question: Question) -> None:
     if question.name == "comparison":
         module += ".run"
     found = read_signature(module, question.function)
-    name = command_of(question)
-    parser = add_command(commands, name, found)
-    own = option_names(found.options)
-    parser.set_defaults(command=name, run=lambda args: _run(question, own, args))
-    add_pair(parser)
-    add_options(parser.add_argument_group("what is measured"), found.options)
+    parser = add_command(commands, command_of(question), found)
+    add_sources, run = SPECIAL.get(question.name, (add_pair, _compare))
+    # Every command has --out; a function that saves its result itself has the parameter, too.
+    own = [one for one in found.options if one.name != "out"]
+    parser.set_defaults(run=lambda args: run(question, option_names(own), args))
+    add_sources(parser)
+    add_options(parser.add_argument_group("what is measured"), own)
     add_running(parser, "the checkpoint's own")
 
 
-def _run(question: Question, own: list[str], args: argparse.Namespace) -> str:
+def _function(question: Question) -> Any:
+    return getattr(import_module(f"hyperlens.{question.module}"), question.function)
+
+
+def _compare(question: Question, own: list[str], args: argparse.Namespace) -> str:
     texts = texts_for(args)
-    function = getattr(import_module(f"hyperlens.{question.module}"), question.function)
-    result: Any = function(args.base, args.tuned, texts, **given(args, *own))
-    return saved(result, args)
+    return saved(_function(question)(args.base, args.tuned, texts, **given(args, *own)), args)
+
+
+def _add_mauve_texts(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "p", metavar="TEXTS", help="a .txt, .jsonl, .csv or .parquet file, or a hub dataset"
+    )
+    parser.add_argument("q", metavar="OTHER", help="the other texts")
+    parser.add_argument(
+        "--features",
+        required=True,
+        metavar="MODEL",
+        help="the model that reads the texts: a folder or hub id",
+    )
+    add_how_to_read(parser)
+    add_out(parser, "the results (default: print only)")
+
+
+def _compare_texts(question: Question, own: list[str], args: argparse.Namespace) -> str:
+    if args.out is not None:
+        check_new_folder(args.out)
+    from ..experiments.mauve import compute_mauve
+
+    compute_mauve()  # whoever lacks it should not wait for anything
+    p, q = (read(args, source, args.split) for source in (args.p, args.q))
+    return saved(_function(question)(p, q, args.features, **given(args, *own)), args)
+
+
+def _add_pairs_and_corpora(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(interrupted=_interrupted)
+    parser.add_argument(
+        "--pair",
+        dest="pairs",
+        nargs=3,
+        action="append",
+        required=True,
+        metavar=("NAME", "BASE", "TUNED"),
+        help="what to call a pair, the model before and the model after; once for each pair",
+    )
+    parser.add_argument(
+        "--texts",
+        nargs=2,
+        action="append",
+        required=True,
+        metavar=("NAME", "SOURCE"),
+        help="what to call a corpus, and a .txt, .jsonl, .csv or .parquet file or a hub dataset; "
+        "once for each corpus",
+    )
+    add_how_to_read(parser)
+    add_out(parser, "the results (default: print only, keep nothing)")
+
+
+def _compare_domains(question: Question, own: list[str], args: argparse.Namespace) -> str:
+    for named, error in ((args.pairs, PairError), (args.texts, CorpusError)):
+        _check_names([name for name, *_ in named], error)
+    pairs = {name: (base, tuned) for name, base, tuned in args.pairs}
+    if args.out is not None:
+        check_new_folder(args.out)
+    corpora = {}
+    for name, source in args.texts:
+        try:
+            corpora[name] = read(args, source, args.split)
+        except HyperlensError as error:
+            raise type(error)(f"corpus {name!r}: {error}") from error
+    result = _function(question)(pairs, corpora, **given(args, *own, "out"))
+    if args.out is None:
+        return str(result)
+    return f"{result}\n\nsaved in {args.out}"
+
+
+def _check_names(names: Sequence[str], error: type[HyperlensError]) -> None:
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise error(f"{twice[0]!r} is given twice: each pair and each corpus needs its own name")
+
+
+def _interrupted(args: argparse.Namespace) -> str:
+    if args.out is None:
+        return "interrupted"
+    return "interrupted: the same command goes on after the last row that was done"
+
+
+# What a question takes instead of two models and texts, and what runs it.
+SPECIAL = {
+    "cross_domain": (_add_pairs_and_corpora, _compare_domains),
+    "mauve": (_add_mauve_texts, _compare_texts),
+}

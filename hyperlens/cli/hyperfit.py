@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import types
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 from ..files import check_new_folder
+from ..training.recipes import HELP, KINDS, PRESETS, Method, Recipe, preset, relevant_fields
 from .options import STYLE, add_out, add_reading, add_running, names, read
-from .recipe import add_recipe, chosen
 
 HYPERFIT = """\
 Fine-tune a model until it has memorised a small set of texts ("hyperfitting").
@@ -24,6 +26,8 @@ Examples:
   hyperlens hyperfit ./base --texts stories.txt --method late_lora --last-k 5 --out adapter
   hyperlens hyperfit ./base --texts fancyzhx/ag_news --packed --out hyperfitted"""
 
+METHODS: tuple[Method, ...] = get_args(Method)
+
 
 def add(commands: Any) -> None:
     """Add the parser of `hyperlens hyperfit`."""
@@ -34,7 +38,7 @@ def add(commands: Any) -> None:
         epilog=HYPERFIT_EXAMPLES,
         **STYLE,
     )
-    parser.set_defaults(command="hyperfit", run=run, interrupted=interrupted)
+    parser.set_defaults(run=run, interrupted=interrupted)
     parser.add_argument("model", metavar="BASE", help="the model to train: a folder or hub id")
     texts = add_reading(parser)
     texts.add_argument(
@@ -49,7 +53,7 @@ def add(commands: Any) -> None:
         help="split of a hub dataset given as --validation (default: the one given as --split)",
     )
     add_out(parser, "the trained weights or adapter", required=True)
-    add_recipe(parser)
+    _add_recipe(parser)
     running = add_running(parser, "float32; for LoRA the checkpoint's own")
     running.add_argument(
         "--no-prefix-cache",
@@ -76,7 +80,7 @@ def add(commands: Any) -> None:
 def run(args: argparse.Namespace) -> str:
     """Train, save and return what to print."""
     check_new_folder(args.out)
-    recipe = chosen(args)
+    recipe = _chosen(args)
     texts = read(args, args.texts, args.split)
     validation = None
     if args.validation is not None:
@@ -123,3 +127,91 @@ def interrupted(args: argparse.Namespace) -> str:
     if Path(f"{args.out}.partial").is_dir():
         return "interrupted: the same command continues from the last checkpoint"
     return "interrupted"
+
+
+# The recipe: an option for every field, with its default's origin
+
+
+def _add_recipe(parser: argparse.ArgumentParser) -> None:
+    """Add --recipe, and an option for every field of the recipe.
+
+    An option that is left out is None and leaves the recipe's own value.
+    """
+    group = parser.add_argument_group(
+        "recipe",
+        'Defaults are "the paper\'s" where arXiv 2605.22579 reports the value, else "ours".',
+    )
+    default = next(iter(PRESETS))
+    group.add_argument(
+        "--recipe",
+        choices=tuple(PRESETS),
+        default=default,
+        metavar="NAME",
+        help=f"where to start from: %(choices)s (default: {default})",
+    )
+    for field in fields(Recipe):
+        if field.name != "preset":  # --recipe chooses it
+            _add_field(group, field.name, KINDS[field.name])
+
+
+def _chosen(args: argparse.Namespace) -> Recipe:
+    """The recipe that the options ask for.
+
+    Raises:
+        TrainingError: if a value is out of range, or an option has no effect with the method.
+    """
+    options = {f.name: getattr(args, f.name, None) for f in fields(Recipe) if f.name != "preset"}
+    changes = {name: value for name, value in options.items() if value is not None}
+    return preset(args.recipe, changes.pop("method", "full"), **changes)
+
+
+def _add_field(group: Any, name: str, kind: Any) -> None:
+    options: dict[str, Any] = {
+        "default": None,
+        "help": f"{HELP[name]} (default: {_defaults(name)})".replace("%", "%%"),
+    }
+    if kind is bool:
+        options["action"] = argparse.BooleanOptionalAction
+    elif get_origin(kind) is Literal:
+        options |= {"choices": get_args(kind), "metavar": "NAME"}
+    elif isinstance(kind, types.UnionType):
+        lists = {tuple[str, ...] | None: (names, "NAME"), tuple[int, ...] | None: (_indices, "N")}
+        convert, metavar = lists[kind]
+        options |= {"type": convert, "metavar": f"{metavar}[,{metavar}]"}
+    else:
+        options |= {"type": kind, "metavar": "N"}
+    group.add_argument(f"--{name.replace('_', '-')}", **options)
+
+
+def _indices(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in names(text))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected indices such as 0,5; got {text!r}") from None
+
+
+def _defaults(name: str) -> str:
+    """A field's value in the default recipe, whose choice that is, and other recipes' values."""
+    values = {recipe: _value(recipe, name) for recipe in PRESETS}
+    first, *others = values
+    text = f"{values[first]}, {_whose(first, name)}"
+    return text + "".join(
+        f"; {recipe}: {values[recipe]}" for recipe in others if values[recipe] != values[first]
+    )
+
+
+def _value(recipe: str, name: str) -> str:
+    full, lora = (_shown(getattr(preset(recipe, method), name)) for method in ("full", "lora"))
+    return full if name == "method" or full == lora else f"{full}, with LoRA {lora}"
+
+
+def _whose(recipe: str, name: str) -> str:
+    """Whose choice a field's value is, in the first method that uses the field."""
+    method = next(m for m in METHODS if name in relevant_fields(m))
+    return {"paper": "the paper's", "ours": "ours"}[preset(recipe, method).origins()[name]]
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "all" if value is None else f"{value:g}" if isinstance(value, float) else str(value)

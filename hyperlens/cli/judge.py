@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import JudgeError
-from ..files import check_new_folder
-from .options import STYLE, add_out, add_reading, add_running, folder, read, shows_progress
+from ..files import check_new_folder, expand_user
+from .options import STYLE, add_out, add_reading, add_running, read, shows_progress
 from .signatures import add_options, read_signature
 
 DESCRIPTION = """\
@@ -41,7 +41,7 @@ def add(commands: Any) -> None:
         epilog=EXAMPLES,
         **STYLE,
     )
-    parser.set_defaults(command="judge", run=run, interrupted=interrupted)
+    parser.set_defaults(run=run, interrupted=interrupted)
     for name in ("A", "B"):
         parser.add_argument(
             name.lower(),
@@ -113,7 +113,7 @@ def _add_judge(parser: argparse.ArgumentParser) -> None:
         )
     group.add_argument(
         "--cache",
-        type=folder,
+        type=expand_user,
         metavar="FOLDER",
         help="where answers are kept (default: the folder of --out with .answers added)",
     )

@@ -27,7 +27,7 @@ def add(commands: Any) -> None:
         epilog=MERGE_EXAMPLES,
         **STYLE,
     )
-    parser.set_defaults(command="merge", run=run)
+    parser.set_defaults(run=run)
     parser.add_argument("adapter", metavar="ADAPTER", help="an adapter folder")
     add_out(parser, "the merged model", required=True)
     parser.add_argument(

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 from ..files import check_new_folder, expand_user
@@ -29,7 +28,7 @@ def add_out(parser: argparse.ArgumentParser, what: str, required: bool = False) 
     """--out: a new folder."""
     parser.add_argument(
         "--out",
-        type=folder,
+        type=expand_user,
         required=required,
         metavar="FOLDER",
         help=f"a new folder for {what}",
@@ -81,21 +80,6 @@ def add_how_to_read(group: Any) -> None:
     )
 
 
-def add_counts(group: Any, counts: Iterable[tuple[str, int, str]], asked: bool = False) -> None:
-    """Options that are whole numbers: (option, default, what it is).
-
-    With `asked`, those that nobody asked for are not in the parsed arguments at all.
-    """
-    for option, default, text in counts:
-        group.add_argument(
-            option,
-            type=int,
-            default=argparse.SUPPRESS if asked else default,
-            metavar="N",
-            help=f"{text} (default: {default})",
-        )
-
-
 def add_running(parser: argparse.ArgumentParser, dtype: str) -> Any:
     """Device, dtype, progress and --debug; returns the group, for more options."""
     group = parser.add_argument_group("running")
@@ -132,11 +116,6 @@ def add_debug(group: Any) -> None:
     )
 
 
-def folder(text: str) -> Path:
-    """A folder as people type it."""
-    return expand_user(text)
-
-
 def texts_for(args: argparse.Namespace) -> list[str]:
     """The texts of a command with `add_pair`, once it is clear that --out can be written."""
     if args.out is not None:
@@ -156,12 +135,9 @@ def shows_progress(args: argparse.Namespace) -> bool:
     return args.progress and sys.stderr.isatty()
 
 
-def given(
-    args: argparse.Namespace, *names: str, counts: Iterable[tuple[Any, ...]] = ()
-) -> dict[str, Any]:
-    """These options, those of `counts` and of `add_running`, as arguments of an experiment."""
-    counted = (option.removeprefix("--").replace("-", "_") for option, *_ in counts)
-    chosen = {name: getattr(args, name) for name in (*names, *counted, "device", "dtype")}
+def given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """These options and those of `add_running`, as arguments of an experiment."""
+    chosen = {name: getattr(args, name) for name in (*names, "device", "dtype")}
     return chosen | {"progress": shows_progress(args)}
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__, patching
-from .options import STYLE, add_counts, add_pair, add_running, given, read
+from .options import STYLE, add_pair, add_running, given, read
 
 if TYPE_CHECKING:
     from ..results.resume import WorkFolder
@@ -61,7 +61,7 @@ def add(commands: Any) -> None:
         epilog=EXAMPLES,
         **STYLE,
     )
-    parser.set_defaults(command="patch", run=run)
+    parser.set_defaults(run=run)
     add_pair(parser)
     group = parser.add_argument_group("what is measured")
     group.add_argument(
@@ -103,20 +103,16 @@ def add(commands: Any) -> None:
         help="tokens per text, BOS included; longer texts are cut (default: each part's own, "
         "128 or 256)",
     )
-    add_counts(
-        group,
-        (
-            ("--n-prompts", 32, "texts, drawn at random, whose beginnings are continued greedily"),
-            ("--prompt-tokens", 17, "their first tokens that are the prompt, BOS included"),
-            (
-                "--max-new-tokens",
-                96,
-                "tokens added to each; 0 generates none, which saves much time",
-            ),
-            ("--batch-size", 8, "texts, or prompts, per forward pass"),
-            ("--seed", 0, "of everything drawn at random"),
-        ),
-    )
+    for option, default, text in (
+        ("--n-prompts", 32, "texts, drawn at random, whose beginnings are continued greedily"),
+        ("--prompt-tokens", 17, "their first tokens that are the prompt, BOS included"),
+        ("--max-new-tokens", 96, "tokens added to each; 0 generates none, which saves much time"),
+        ("--batch-size", 8, "texts, or prompts, per forward pass"),
+        ("--seed", 0, "of everything drawn at random"),
+    ):
+        group.add_argument(
+            option, type=int, default=default, metavar="N", help=f"{text} (default: {default})"
+        )
     add_running(parser, "the checkpoint's own")
 
 

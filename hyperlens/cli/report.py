@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from .options import STYLE, add_debug, folder
+from ..files import expand_user
+from .options import STYLE, add_debug
 
 DESCRIPTION = """\
 Put saved results into one self-contained HTML page.
@@ -27,17 +28,17 @@ def add(commands: Any) -> None:
         epilog=EXAMPLES,
         **STYLE,
     )
-    parser.set_defaults(command="report", run=run)
+    parser.set_defaults(run=run)
     parser.add_argument(
         "folders",
         nargs="+",
-        type=folder,
+        type=expand_user,
         metavar="FOLDER",
         help="a saved result, or a folder that contains some",
     )
     parser.add_argument(
         "--out",
-        type=folder,
+        type=expand_user,
         required=True,
         metavar="FILE",
         help="the HTML file to write; an existing one is replaced",

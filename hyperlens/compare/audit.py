@@ -136,21 +136,13 @@ def _token_set(comparison: Measured, probe: str) -> str:
     return str(options.get("token_set", "geometry"))
 
 
-def largest_change(
-    comparison: Measured, probe: str = "participation_ratio", metric: str = "delta"
-) -> Row | None:
-    """The raw row farthest from zero; the earliest layer of several, None if there is none."""
-    return max(_finite_raw(comparison, probe, metric), key=lambda r: abs(r.value), default=None)
-
-
-def largest_step(
-    comparison: Measured, probe: str = "participation_ratio", metric: str = "delta"
-) -> Step | None:
+def largest_step(comparison: Measured, probe: str, metric: str) -> Step | None:
     """The block over which the raw metric moves most, up or down.
 
     Only layers measured side by side count: a step across a gap is not one block's.
     """
-    at = {row.layer: row.value for row in _finite_raw(comparison, probe, metric)}
+    rows = comparison.measured(probe, metric, "raw")
+    at = {row.layer: row.value for row in rows if math.isfinite(row.value)}
     steps = (Step(layer, at[layer - 1], at[layer]) for layer in sorted(at) if layer - 1 in at)
     return max(steps, key=lambda step: abs(step.change), default=None)
 
@@ -165,20 +157,14 @@ def unchanged(comparison: Measured) -> bool:
     return bool(seen) and all(seen)
 
 
-def _finite_raw(comparison: Measured, probe: str, metric: str) -> list[Row]:
-    rows = comparison.measured(probe, metric, "raw")
-    return [row for row in rows if math.isfinite(row.value)]
-
-
-def last_block(
-    comparison: Measured, probe: str = "participation_ratio", metric: str = "delta"
-) -> float | None:
-    """What the last block alone adds to the raw metric: its value at L less that at L - 1."""
+def last_block(comparison: Measured) -> float | None:
+    """How many raw dimensions the last block alone adds: the change at L less that at L - 1."""
     last = comparison.n_layers
-    added = _value(comparison, probe, metric, last, "raw") - _value(
-        comparison, probe, metric, last - 1, "raw"
+    at, before = (
+        _value(comparison, "participation_ratio", "delta", layer, "raw")
+        for layer in (last, last - 1)
     )
-    return added if math.isfinite(added) else None
+    return at - before if math.isfinite(at - before) else None
 
 
 def _value(comparison: Measured, probe: str, metric: str, layer: int, view: str) -> float:

@@ -37,7 +37,7 @@ from ..render.blocks import (
     Text,
     Verdict,
 )
-from ..render.format import FRACTION, SIGNED_FRACTION, count, interval, p_value
+from ..render.format import FRACTION, SIGNED_FRACTION, count, ends, interval, p_value
 from ..results.result import Result
 from ..statistics import significance
 
@@ -347,7 +347,7 @@ class BehaviourResult(Result):
             {
                 "series": name,
                 "measure": WORDS[metric],
-                **{key: row[key] for key in ("value", "low", "high")},
+                **ends(row),
                 "prompts": row["n"],
             }
             for model, name in (("base", self.base_name), ("tuned", self.tuned_name))

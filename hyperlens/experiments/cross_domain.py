@@ -42,13 +42,14 @@ from ..results.fingerprint import texts_sha256, versions
 from ..results.result import Result
 from ..results.resume import KeptRecords, source_identity
 from ..statistics import significance
-from .mauve.features import Featurizer, open_featurizer
-from .mauve.scores import (
+from .mauve import (
     SEEDS,
+    Featurizer,
     ReferenceTexts,
     check_has_tokenizer,
     check_mauve,
     few_texts_notes,
+    open_featurizer,
 )
 
 EXAMPLES = (

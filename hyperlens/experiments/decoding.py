@@ -49,18 +49,19 @@ from ..render.format import (
     SIGNED_FRACTION,
     Form,
     count,
+    ends,
     interval,
     p_value,
 )
 from ..results.result import Result
 from ..statistics import significance
-from .mauve.features import open_featurizer
-from .mauve.scores import (
+from .mauve import (
     SEEDS,
     ReferenceTexts,
     check_has_tokenizer,
     check_mauve,
     few_texts_notes,
+    open_featurizer,
 )
 
 EXAMPLES = (
@@ -509,10 +510,7 @@ class DecodingResult(Result):
 
     def _sides(self, metric: str) -> dict[str, list[str]]:
         """Which methods of the base are more or less diverse, with the difference."""
-        sides: dict[str, list[str]] = {
-            side: []
-            for side in ("more diverse", "less diverse", "not clearly different", "unclear")
-        }
+        sides: dict[str, list[str]] = {side: [] for side in SIDES}
         for condition in self.conditions[:-1]:
             row = self._row(condition, metric)
             words, difference = METHODS[condition[1]].words, row["difference"]
@@ -553,13 +551,13 @@ class DecodingResult(Result):
 
     def _about(self) -> Text:
         options = self.meta["options"]
-        ends = "ends at" if options["stop_at_eos"] else "goes on through"
+        at_eos = "ends at" if options["stop_at_eos"] else "goes on through"
         samples = count(options["n_samples"], "sample")
         return Text(
             f"{self.base_name} decoded by several methods, {self.tuned_name} greedily: "
             f"{count(options['n_prompts'], 'prompt')} of "
             f"{count(options['prompt_tokens'], 'token')}, {options['max_new_tokens']} tokens "
-            f"added; text {ends} an end-of-text token; {samples} of methods that sample. TTR: "
+            f"added; text {at_eos} an end-of-text token; {samples} of methods that sample. TTR: "
             "distinct tokens / tokens, 1 repeats nothing. Repeated bigrams: the share that "
             "occurred before. Longest loop: the share of a text that only repeats itself."
         )
@@ -613,7 +611,7 @@ class DecodingResult(Result):
                 "series": names[row["model"]],
                 # Both models' greedy texts stand in one line.
                 "method": METHODS["greedy"].words if c == REFERENCE else self._label(c),
-                **{key: row[key] for key in ("value", "low", "high")},
+                **ends(row),
             }
             for c in self.conditions
             for row in [self._row(c, metric)]

@@ -27,7 +27,7 @@ from ..pair import Pair, open_inputs
 from ..passes.contexts import Contexts, ranks_in, read_contexts
 from ..probes.rank_reordering import rank_bins
 from ..render.blocks import Axis, Block, Chart, Details, Grid, Heading, Table, Text, Verdict
-from ..render.format import PERCENT, POINTS, count, interval, one_line
+from ..render.format import PERCENT, POINTS, count, ends, interval, one_line
 from ..results.result import Result
 from ..statistics import distances, significance
 from ..statistics.moments import in_full_float32
@@ -536,7 +536,7 @@ class ProvenanceResult(Result):
             {
                 "series": self.tuned_name,
                 "kind": IN_WORDS[kind],
-                **{key: row[key] for key in ("value", "low", "high")},
+                **ends(row),
                 "texts": row["n"],
             }
             for kind in KINDS

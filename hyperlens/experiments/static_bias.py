@@ -49,15 +49,15 @@ from ..render.format import (
     SIGNED,
     SIGNED_FRACTION,
     count,
+    ends,
     interval,
     p_value,
     span,
 )
-from ..results.result import Result
-from ..statistics import significance
+from ..results.result import Result, matching
 from ..statistics.distances import winner
 from ..statistics.rank_correlation import average_ranks
-from ..statistics.significance import trend
+from ..statistics.significance import difference, estimate, trend
 
 EXAMPLES = (
     "hyperlens static-bias ./base ./tuned --texts held_out.txt --out static-bias",
@@ -158,7 +158,10 @@ def inject_static_bias(
     meta = inputs.metadata(seed=seed, options=options, notes=notes)
     meta["corpus"]["n_contexts"] = len(contexts)
     return StaticBiasResult(
-        table=tuple(_row(*key, values) for key, values in units.items()),
+        table=tuple(
+            {"bias": bias, "alpha": alpha, "metric": metric} | estimate(values)._asdict()
+            for (bias, alpha, metric), values in units.items()
+        ),
         extras={
             "static_share": shift.static_share,
             "gains": _gains(units, conditions),
@@ -353,17 +356,12 @@ def _repetitions(
             yield (*condition, metric), generations.metrics[metric]
 
 
-def _row(bias: str, alpha: float, metric: str, values: list[float]) -> dict[str, Any]:
-    estimate = significance.estimate(values)
-    return {"bias": bias, "alpha": alpha, "metric": metric} | estimate._asdict()
-
-
 def _gains(units: Units, conditions: Mapping[Condition, Any]) -> list[dict[str, Any]]:
     """What each bias adds to the base's agreement with the tuned model, paired by text."""
     without = units["none", 0.0, "agreement_tuned"]
     return [
         {"bias": bias, "alpha": alpha}
-        | significance.difference(units[bias, alpha, "agreement_tuned"], without)._asdict()
+        | difference(units[bias, alpha, "agreement_tuned"], without)._asdict()
         for bias, alpha in conditions
     ]
 
@@ -471,9 +469,8 @@ class StaticBiasResult(Result):
         return self._extra("gains", bias=bias, alpha=alpha)
 
     def _extra(self, key: str, **wanted: Any) -> Mapping[str, Any]:
-        for row in self.extras[key]:
-            if all(row[column] == value for column, value in wanted.items()):
-                return dict(row)
+        for row in matching(self.extras[key], wanted):
+            return dict(row)
         raise ResultsError(
             f"no {key} of {wanted}: biases are {', '.join(BIASES)}, alphas "
             f"{', '.join(map(str, self.alphas))} and metrics {', '.join(REPETITION_METRICS)}"
@@ -612,7 +609,7 @@ class StaticBiasResult(Result):
     def _chart(self, metric: str) -> Chart:
         """A metric over α: both biases, the range of the controls, base and tuned model."""
         rows = [
-            {"series": WORDS[bias], "alpha": alpha, **_ends(row), "n": row["n"]}
+            {"series": WORDS[bias], "alpha": alpha, **ends(row), "n": row["n"]}
             for bias in TESTED
             for alpha in self.alphas
             for row in [self.at(bias=bias, alpha=alpha, metric=metric)]
@@ -620,8 +617,8 @@ class StaticBiasResult(Result):
         for alpha in self.alphas:
             low, high = self._control_range(alpha, metric)
             middle = sorted(self.value(bias=b, alpha=alpha, metric=metric) for b in CONTROLS)[1]
-            ends = {"value": middle, "low": low, "high": high}
-            rows.append({"series": CONTROL_BAND, "alpha": alpha, **ends, "n": len(CONTROLS)})
+            band = {"value": middle, "low": low, "high": high}
+            rows.append({"series": CONTROL_BAND, "alpha": alpha, **band, "n": len(CONTROLS)})
         roles: dict[str, Role] = {CONTROL_BAND: "control"}
         roles |= {WORDS[bias]: "other" for bias in TESTED}
         scale: Scale = "log" if min(self.alphas) > 0 else "data"
@@ -637,7 +634,7 @@ class StaticBiasResult(Result):
             ("tuned", self.tuned_name, "tuned"),
         )
         return [
-            Reference(name, **_ends(self._reference(side, metric)), role=role)
+            Reference(name, **ends(self._reference(side, metric)), role=role)
             for side, name, role in sides
         ]
 
@@ -682,10 +679,6 @@ def _condition(row: Mapping[str, Any]) -> str:
 
 def _alpha(alpha: float) -> str:
     return f"α = {alpha:g}"
-
-
-def _ends(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: row[key] for key in ("value", "low", "high")}
 
 
 def _trend(trend: Mapping[str, Any]) -> str:

@@ -42,13 +42,15 @@ from ..render.format import (
     SIGNED,
     SIGNED_FRACTION,
     Form,
+    complement,
     count,
+    ends,
     interval,
     number,
     p_value,
     span,
 )
-from ..results.result import Result
+from ..results.result import Result, matching
 from ..statistics import significance
 from ..statistics.distances import winner
 from ..statistics.rank_correlation import spearman
@@ -149,7 +151,11 @@ def match_temperature(
     meta["corpus"]["n_contexts"] = len(contexts)
     greedy = {variant: generations[variant, "greedy"].tokens for variant in VARIANTS}
     return TemperatureResult(
-        table=tuple(_row(*key, values) for key, values in units.items()),
+        table=tuple(
+            {"variant": variant, "decoding": decoding, "metric": metric}
+            | significance.estimate(values)._asdict()
+            for (variant, decoding, metric), values in units.items()
+        ),
         extras={
             "temperature": _describe(scaling, predictions),
             "tied_contexts": predictions.tied,
@@ -302,11 +308,6 @@ def _quantiles(log_temperature: Float[Tensor, " n"]) -> dict[str, float]:
     return {f"{q:g}": float(value.exp()) for q, value in at.items()}
 
 
-def _row(variant: str, decoding: str, metric: str, values: list[float]) -> dict[str, Any]:
-    estimate = significance.estimate(values)
-    return {"variant": variant, "decoding": decoding, "metric": metric} | estimate._asdict()
-
-
 def _tests(units: Units) -> list[dict[str, Any]]:
     """Paired and Welch tests of every comparison, each kind corrected over all of them (Holm).
 
@@ -392,9 +393,8 @@ class TemperatureResult(Result):
             ResultsError: if there is no such test.
         """
         wanted = {"decoding": decoding, "metric": metric, "first": first, "second": second}
-        for test in self.extras["tests"]:
-            if all(test[key] == value for key, value in wanted.items()):
-                return dict(test)
+        for test in matching(self.extras["tests"], wanted):
+            return dict(test)
         raise ResultsError(
             f"no test of {metric!r}, {decoding!r}, {first!r} against {second!r}: the pairs tested "
             f"are {', '.join(' and '.join(pair) for pair in COMPARED)}"
@@ -432,15 +432,10 @@ class TemperatureResult(Result):
                 f"{interval(agreement, PERCENT)} of contexts, but the ranks below them changed "
                 f"({with_rho}), which no temperature does: tuning did more than sharpen."
             )
-        changed = {
-            "value": 1 - agreement["value"],
-            "low": 1 - agreement["high"],
-            "high": 1 - agreement["low"],
-        }
         return (
             f"The tuned model's top-1 prediction differs from the base's in "
-            f"{interval(changed, PERCENT)} of contexts (mean over texts). Temperature never "
-            "changes which token is top-1: tuning did more than sharpen."
+            f"{interval(complement(agreement), PERCENT)} of contexts (mean over texts). "
+            "Temperature never changes which token is top-1: tuning did more than sharpen."
         )
 
     def _sampled_text(self) -> str:
@@ -547,7 +542,7 @@ class TemperatureResult(Result):
             {
                 "series": series,
                 "measure": WORDS[metric],
-                **{key: row[key] for key in ("value", "low", "high")},
+                **ends(row),
                 "prompts": row["n"],
             }
             for variant, series in self._names.items()

@@ -31,7 +31,18 @@ from ..render.blocks import (
     Text,
     Verdict,
 )
-from ..render.format import PERCENT, Form, count, interval, number, one_line, p_value, signed
+from ..render.format import (
+    PERCENT,
+    Form,
+    complement,
+    count,
+    ends,
+    interval,
+    number,
+    one_line,
+    p_value,
+    signed,
+)
 from ..results.fingerprint import versions
 from ..results.result import Result
 from .answers import AnswerCache, ask
@@ -382,7 +393,7 @@ class JudgeResult(Result):
             return Verdict(criterion, f"{label}: no pair was decided, so there is no preference.")
         is_a = row["value"] >= 0.5
         side = _named("A", self.base_name) if is_a else _named("B", self.tuned_name)
-        share = interval(row if is_a else _complement(row), PERCENT)
+        share = interval(row if is_a else complement(row), PERCENT)
         wins = f"{side} wins {share} of {count(row['n'], 'decided pair')}, {p_value(row['p'])}"
         answer = wins if row["p"] < 0.05 else f"no clear preference ({wins})"
         return Verdict(criterion, f"{label}: {answer}.")
@@ -556,22 +567,16 @@ class JudgeResult(Result):
     def _numbers(self, criterion: str, metric: str) -> dict[str, Any]:
         """What a chart shows of a row."""
         row = self._row(criterion, metric)
-        return {**{key: row[key] for key in ("value", "low", "high")}, "pairs": row["n"]}
+        return {**ends(row), "pairs": row["n"]}
 
     def _agreement(self, criterion: str) -> Mapping[str, Any]:
         """The share of pairs judged alike in both orders."""
-        return _complement(self._row(criterion, "orders_disagree"))
+        return complement(self._row(criterion, "orders_disagree"))
 
 
 def _named(side: str, name: str) -> str:
     """A side with its name, unless that says the same."""
     return side if name.upper() == side else f"{side} ({name})"
-
-
-def _complement(row: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A share of all others, with its interval."""
-    numbers = {"value": 1 - row["value"], "low": 1 - row["high"], "high": 1 - row["low"]}
-    return {**row, **numbers}
 
 
 def _example_row(judgement: Mapping[str, Any]) -> list[str]:

@@ -32,8 +32,6 @@ from .position_cells import EVERY, DrawnDecisions, MapCells, draw_changed, map_p
 CONTEXT_TOKENS = 30
 # Less than this of the way is shown as nothing.
 SMALLEST_SHOWN = 0.005
-# From all the way back to all the way to the source; red and blue, told apart by colour-blind eyes.
-COLOURS = "RdBu_r"
 
 
 def patch_positions(

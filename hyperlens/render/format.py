@@ -137,6 +137,20 @@ def interval(row: Mapping[str, Any], form: Form = NUMBER) -> str:
     return f"{text} {form.unit}".strip()
 
 
+def ends(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row's value and interval alone."""
+    return {key: row[key] for key in ("value", "low", "high")}
+
+
+def complement(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The share of all others, with its interval, in the row of a share.
+
+    >>> complement({"value": 0.75, "low": 0.5, "high": 1.0})
+    {'value': 0.25, 'low': 0.0, 'high': 0.5}
+    """
+    return {**row, "value": 1 - row["value"], "low": 1 - row["high"], "high": 1 - row["low"]}
+
+
 def span(low: float, high: float, form: Form = NUMBER) -> str:
     """A range from its smallest to its largest value.
 
@@ -158,13 +172,13 @@ def p_value(p: float) -> str:
     return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
 
 
-def count(n: int, one: str, several: str = "") -> str:
+def count(n: int, one: str) -> str:
     """A number of things.
 
-    >>> count(1, "prompt"), count(1200, "prompt"), count(2, "entry", "entries")
-    ('1 prompt', '1,200 prompts', '2 entries')
+    >>> count(1, "prompt"), count(1200, "prompt")
+    ('1 prompt', '1,200 prompts')
     """
-    return f"{n:,} {one if n == 1 else several or one + 's'}"
+    return f"{n:,} {one}{'s' * (n != 1)}"
 
 
 def listed(items: Sequence[str]) -> str:

@@ -138,7 +138,7 @@ class Result(ABC):
 
     def rows(self, **wanted: Any) -> list[Mapping[str, Any]]:
         """Rows whose columns have these values, in order; none where nothing was measured."""
-        return [row for row in self.table if all(row[k] == v for k, v in wanted.items())]
+        return matching(self.table, wanted)
 
     def select(self, **wanted: Any) -> list[Mapping[str, Any]]:
         """Rows whose columns have these values, in order.
@@ -274,6 +274,13 @@ class Result(ABC):
             "table": _rename(data["table"], cls.renamed, labels),
             "extras": _rename(data["extras"], cls.renamed, labels),
         }
+
+
+def matching(
+    rows: Sequence[Mapping[str, Any]], wanted: Mapping[str, Any]
+) -> list[Mapping[str, Any]]:
+    """The rows that have these values, in order."""
+    return [row for row in rows if all(row[key] == value for key, value in wanted.items())]
 
 
 def unknown(what: str, given: Any, known: Sequence[Any]) -> str:
