@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from ..hooks.loading import parse_dtype
 from ..models.adapters import ADAPTER_CONFIG
 from ..models.kinds import is_peft
 from ..models.sources import OpenedModel, open_source
-from ..models.weight_sharing import converted, merged
+from ..models.weight_sharing import converted, merged, weight_sharing_copy
 from ..results.fingerprint import versions
 from .folders import save
 from .history import RUN_FILE
@@ -66,7 +67,37 @@ def merge(
     record = _record(source) | {"merged": origin, "versions": versions()}
     model = converted(merged(opened.model), None, merged_dtype)
     save(folder, model, opened.tokenizer, record)
+    try:
+        _check_same(opened.model, folder)
+    except LoadingError:
+        shutil.rmtree(folder)
+        raise
     return folder
+
+
+def _check_same(adapted: Any, folder: Path) -> None:
+    """Open the merged folder anew and hold its logits against the adapter's.
+
+    Raises:
+        LoadingError: if they are another model's.
+    """
+    plain = open_source(folder, device=torch.device("cpu")).model
+    d_vocab = plain.get_input_embeddings().weight.shape[0]
+    tokens = torch.randint(d_vocab, (2, 16), generator=torch.Generator().manual_seed(0))
+    shell = weight_sharing_copy(adapted)
+    device = next(shell.parameters()).device
+    with torch.no_grad():
+        wanted = shell(input_ids=tokens.to(device), use_cache=False).logits.float().cpu()
+        got = plain(input_ids=tokens, use_cache=False).logits.float()
+    dtypes = {weight.dtype for model in (shell, plain) for weight in model.parameters()}
+    # Merged weights are rounded once more: to 8 bits in bfloat16.
+    tolerance = 1e-3 if dtypes <= {torch.float32, torch.float64} else 0.1
+    error = float((got - wanted).abs().max() / wanted.abs().max().clamp_min(1e-9))
+    if not error <= tolerance:
+        raise LoadingError(
+            f"merged and saved, this adapter is another model (logits differ by {error:.2g} of the "
+            "largest): use the adapter on its base instead"
+        )
 
 
 def _open(source: Any, base: Any, dtype: torch.dtype | None) -> OpenedModel:

@@ -21,7 +21,7 @@ from ..decoding.prompts import check_room, choose_prompts
 from ..errors import PairError
 from ..hooks.loading import LoadedModel, hook
 from ..models.sources import OpenedModel
-from ..models.weight_sharing import merged, weight_sharing_copy
+from ..models.weight_sharing import merged, untied, weight_sharing_copy
 from ..pair import Inputs, Pair, open_inputs
 from ..passes.multi_pass import run_passes
 from ..passes.streaming import PassOptions
@@ -115,8 +115,10 @@ def run_null_test(
     check_room(inputs.pair, prompt_tokens, max_new_tokens)
     prompts = choose_prompts(inputs.corpus, n_prompts, prompt_tokens, seed)
     generation = GenerationRunner(prompts, max_new_tokens, batch_size, seed, progress=False)
-    plain_base = merged(inputs.pair.base.model)
-    changes = changed_tensors(plain_base, merged(inputs.pair.tuned.model))
+    plain_base, plain_tuned = merged(inputs.pair.base.model), merged(inputs.pair.tuned.model)
+    if len(list(plain_tuned.parameters())) > len(list(plain_base.parameters())):
+        plain_base = untied(plain_base)  # as an adapter of one of two tied weights unties them
+    changes = changed_tensors(plain_base, plain_tuned)
     if not changes:
         raise PairError(
             "the two models have the same weights: there is no change to compare random changes to"

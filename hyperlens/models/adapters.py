@@ -128,12 +128,17 @@ def put_on(base: Any, base_name: str, folder: Path, named: str | None) -> Any:
         f"{named or 'another base'}; give that base"
     )
     try:
+        shell = weight_sharing_copy(base)
         with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
-            stored = set(file.keys())
+            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+        stored = set(shapes)
+        _check_vocabulary(shell, shapes, folder, base_name)
+        _unshare_written(shell, stored)
+        _unshare_initialised(shell, folder)
         with warnings.catch_warnings():
             # Keys that do not match are an error here, not a warning.
             warnings.simplefilter("ignore")
-            model = PeftModel.from_pretrained(weight_sharing_copy(base), str(folder)).eval()
+            model = PeftModel.from_pretrained(shell, str(folder)).eval()
             check_adapter_kind(model)
             # Told not to look for resized embeddings, peft does not ask the hub about the base.
             expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
@@ -156,6 +161,74 @@ def put_on(base: Any, base_name: str, folder: Path, named: str | None) -> Any:
     if expected - stored or stored - expected - set(model.state_dict()):
         raise misfit
     return model
+
+
+def _unshare_written(shell: Any, stored: set[str]) -> None:
+    """Give every weight of the base that an adapter file replaces storage of its own.
+
+    Biases (`bias="all"`) and whole embeddings (`save_embedding_layers`) stand in the file beside
+    the adapter's own weights, and peft copies them into the model that it is given.
+    """
+    replaced = {_in_base(key) for key in stored}
+    for name, parameter in shell.named_parameters(remove_duplicate=False):
+        if name in replaced:
+            parameter.data = parameter.data.clone()
+    for module_name, module in shell.named_modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and f"{module_name}.{name}".lstrip(".") in replaced:
+                module._buffers[name] = buffer.clone()
+
+
+def _unshare_initialised(shell: Any, folder: Path) -> None:
+    """The same for weights that an adapter's initialisation changes, as OLoRA's does in place."""
+    from peft import PeftConfig
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    config = PeftConfig.from_pretrained(str(folder))
+    by = getattr(config, "init_lora_weights", None)
+    if not isinstance(by, str) or by == "gaussian":
+        return
+    for name, module in shell.named_modules():
+        if module._parameters and check_target_module_exists(config, name):
+            for parameter in module.parameters(recurse=False):
+                parameter.data = parameter.data.clone()
+
+
+def _in_base(key: str) -> str:
+    """What a key of an adapter file is called in the base, if it is one of the base's weights."""
+    return key.removeprefix("base_model.model.").replace(".base_layer.", ".")
+
+
+def _check_vocabulary(shell: Any, shapes: dict[str, Any], folder: Path, base_name: str) -> None:
+    """Raise where the adapter was trained with another number of tokens.
+
+    Raises:
+        PairError: with both numbers.
+    """
+    tables = (shell.get_input_embeddings(), shell.get_output_embeddings())
+    names = {
+        name: module.weight.shape[0]
+        for name, module in shell.named_modules()
+        if any(module is table for table in tables)
+    }
+    for key, shape in shapes.items():
+        module, _, weight = _in_base(key).rpartition(".")
+        module, weight = (module, weight) if module in names else _of_adapter(module, weight)
+        axis = {"weight": 0, "lora_B": 0, "lora_embedding_A": 1}.get(weight)
+        if module in names and axis is not None and shape[axis] != names[module]:
+            raise PairError(
+                f"adapter {folder} was trained with {shape[axis]} tokens, and {base_name} has "
+                f"{names[module]}: resize the base as for training "
+                f"(model.resize_token_embeddings({shape[axis]})), and pass that model as the base"
+            )
+
+
+def _of_adapter(module: str, weight: str) -> tuple[str, str]:
+    """Module and kind of weight of lm_head.lora_B.weight or embed_tokens.lora_embedding_A."""
+    if weight != "weight":
+        return module, weight
+    module, _, kind = module.rpartition(".")
+    return module, kind
 
 
 def check_adapter_kind(model: Any) -> None:

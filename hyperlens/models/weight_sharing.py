@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections import Counter
 from typing import Any
 
 import torch
@@ -108,6 +109,9 @@ def _cast(model: Any, dtype: torch.dtype) -> None:
 def merged(model: Any) -> Any:
     """The plain model with any unmerged adapter folded into (copied) weights.
 
+    Where an adapter changes one of two tied weights, as LoRA on the unembedding alone does, the
+    tie goes, and the configuration says so.
+
     Raises:
         LoadingError: if this kind of adapter cannot be merged.
     """
@@ -117,9 +121,50 @@ def merged(model: Any) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "All adapters are already merged")
-            return model.merge_and_unload(safe_merge=True).eval()
+            _untie_adapted(model)
+            plain = model.merge_and_unload(safe_merge=True).eval()
     except Exception as error:
         raise LoadingError(
             f"this adapter cannot be merged into its base ({error}); use backend='residual', "
             "which runs it unmerged"
         ) from error
+    if not _is_tied(plain) and getattr(plain.config, "tie_word_embeddings", False):
+        plain.config.tie_word_embeddings = False
+    return plain
+
+
+def _untie_adapted(model: Any) -> None:
+    """Give the weight under each adapter a parameter of its own, where another module has it too.
+
+    Merging writes it, and would write the other module's as well. The values stay shared: merging
+    puts a new tensor in their place.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    counted = Counter(
+        id(weight) for module in model.modules() for weight in module._parameters.values()
+    )
+    for layer in model.modules():
+        if isinstance(layer, BaseTunerLayer):
+            base_layer = layer.get_base_layer()
+            weight = base_layer._parameters.get("weight")
+            if weight is not None and counted[id(weight)] > 1:
+                base_layer.weight = nn.Parameter(weight.detach(), requires_grad=False)
+
+
+def _is_tied(model: Any) -> bool:
+    """Whether embedding and unembedding are one tensor; True where there are not both."""
+    tables = (model.get_input_embeddings(), model.get_output_embeddings())
+    if None in tables:
+        return True
+    first, second = (table.weight for table in tables)
+    return first is second or first.data_ptr() == second.data_ptr()
+
+
+def untied(model: Any) -> Any:
+    """A weight-sharing copy whose unembedding is a parameter of its own, with the same values."""
+    model = weight_sharing_copy(model)
+    head = model.get_output_embeddings()
+    head.weight = nn.Parameter(head.weight.detach(), requires_grad=False)
+    model.config.tie_word_embeddings = False
+    return model
