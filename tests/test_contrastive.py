@@ -100,6 +100,15 @@ def test_adaptive_search_is_its_definition(name: str) -> None:
     assert expected != continuations(model, None, PROMPTS, max_new_tokens=8, progress=False)
 
 
+def test_where_hidden_states_end_does_not_matter() -> None:
+    """With this flag transformers 5.23 gives `hidden_states[-1]` before the final norm."""
+    model = exact("llama")
+    options = {"q": 4.0, "max_new_tokens": 8, "progress": False}
+    expected = adaptive_contrastive_search(model, None, PROMPTS, **options)
+    model.config.tie_last_hidden_states = False
+    assert adaptive_contrastive_search(model, None, PROMPTS, **options) == expected
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2", "qwen2", "gemma2"])
 @pytest.mark.parametrize(("k", "alpha"), [(4, 0.6), (7, 0.95)])
 def test_fixed_search_is_its_definition(name: str, k: int, alpha: float) -> None:

@@ -23,6 +23,7 @@ from ..data.corpus import pad
 from ..errors import DecodingError
 from ..hooks.surface import evaluating
 from ..models.kinds import plain_model
+from ..models.structure import find_structure, first_tensor
 from .prompts import batches, check_prompts, eos_ids
 
 # Of adaptive contrastive search: k is 5 to 15.
@@ -239,18 +240,22 @@ def _forward(
         options["position_ids"] = positions[:, -tokens.shape[1] :]
     if "logits_to_keep" in accepted:
         options["logits_to_keep"] = 1
-    out = model(
-        input_ids=tokens,
-        attention_mask=mask,
-        past_key_values=cache,
-        use_cache=True,
-        output_hidden_states=True,
-        **options,
+    # By hook: whether `hidden_states[-1]` is before or after the norm is up to the configuration
+    # (tie_last_hidden_states, transformers 5.23).
+    normed: list[Any] = []
+    hook = find_structure(model).final_norm.register_forward_hook(
+        lambda norm, args, out: normed.append(first_tensor(out))
     )
+    try:
+        out = model(
+            input_ids=tokens, attention_mask=mask, past_key_values=cache, use_cache=True, **options
+        )
+    finally:
+        hook.remove()
     # A model on several devices has them elsewhere than its input.
     states, logits = (
         x.to(tokens.device, torch.promote_types(x.dtype, torch.float32))
-        for x in (out.hidden_states[-1], out.logits[:, -1])
+        for x in (normed[-1], out.logits[:, -1])
     )
     if bool(logits.isnan().any()):
         raise DecodingError("the model's logits are NaN: load it in another dtype, as in 'float32'")

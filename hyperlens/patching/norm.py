@@ -369,7 +369,7 @@ class NormResult(Result):
             Verdict(
                 "reading",
                 "Read after the final norm at the last layer and raw before it, as "
-                "hidden_states[-1] and [-2] are, the last block seems to add "
+                "hidden_states[-1] and [-2] are by default, the last block seems to add "
                 f"{interval(rows['jump_as_read'], DIMENSIONS)}; raw on both sides it adds "
                 f"{interval(rows['jump_raw'], DIMENSIONS)}.",
             ),
