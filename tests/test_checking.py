@@ -7,7 +7,7 @@ from types import ModuleType
 import pytest
 import torch
 from beartype.roar import BeartypeCallHintViolation
-from jaxtyping import TypeCheckError
+from jaxtyping import TypeCheckError, config
 from jaxtyping._import_hook import Typechecker, _JaxtypingLoader
 
 SOURCE = """
@@ -58,9 +58,15 @@ def test_shapes_are_checked_in_functions_and_methods(checked: ModuleType) -> Non
 
 def test_other_types_are_checked_where_no_shape_is_named(checked: ModuleType) -> None:
     assert checked.named(1, y="b") == "b"
-    for call in (lambda: checked.named("1"), lambda: checked.named(0)):
+    for call in (lambda: checked.named("1"), lambda: checked.named(1, y=2)):
         with pytest.raises(BeartypeCallHintViolation):
             call()
+
+
+def test_checks_can_be_turned_off(checked: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config, "jaxtyping_disable", True)
+    assert checked.named("", y=3) == ""
+    assert checked.summed(torch.ones(2, 3, 4)).shape == (3, 4)
 
 
 def test_an_inner_function_is_left_to_the_one_around_it(checked: ModuleType) -> None:

@@ -150,3 +150,18 @@ def test_a_compiled_model_is_the_model_inside():
 def test_dtypes_that_models_do_not_run_in(dtype):
     with pytest.raises(LoadingError, match="dtype must be float32, bfloat16, float16 or float64"):
         load_hooked(make_tiny("llama"), dtype=dtype)
+
+
+def test_what_accelerate_wraps_around_a_model_is_left_out() -> None:
+    """As a model is right after `Trainer(bf16=True).train()`."""
+    from accelerate import Accelerator
+
+    base = make_tiny("llama")
+    tuned = perturbed(base)
+    texts = token_texts(6)
+    wanted = compare_models(base, tuned, texts, progress=False)
+    Accelerator(mixed_precision="bf16", cpu=True).prepare_model(tuned)
+    forward = tuned.forward
+    found = compare_models(base, tuned, texts, progress=False)
+    assert str(found.long) == str(wanted.long)
+    assert tuned.forward == forward

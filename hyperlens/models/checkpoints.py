@@ -24,7 +24,7 @@ def read_checkpoint(name: str, kind: str, dtype: torch.dtype | None) -> tuple[An
     Raises:
         LoadingError: if it is missing, incomplete, corrupt or no causal language model.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     loaded: Any
     with _readable_errors(name, kind):
@@ -32,7 +32,7 @@ def read_checkpoint(name: str, kind: str, dtype: torch.dtype | None) -> tuple[An
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         check_causal(config, name, config.architectures or [])
         with _quiet_loading():
-            loaded = AutoModelForCausalLM.from_pretrained(
+            loaded = _auto_class(config).from_pretrained(
                 name,
                 config=config,
                 dtype="auto" if dtype is None else dtype,
@@ -49,6 +49,22 @@ def read_checkpoint(name: str, kind: str, dtype: torch.dtype | None) -> tuple[An
         keys = sorted(info["unexpected_keys"])
         notes = (f"{name}: {len(keys)} weights of the checkpoint are not used ({keys[0]}, …)",)
     return model.eval(), notes
+
+
+def _auto_class(config: Any) -> Any:
+    """AutoModelForCausalLM; for text and images, where that knows no model, the one that does."""
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+    )
+
+    kind = type(config)
+    with_images = kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    if with_images and kind not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
 
 
 def check_checkpoint_folder(folder: Path) -> None:
@@ -102,7 +118,11 @@ def check_causal(config: Any, name: str, declared: Sequence[str]) -> None:
         raise LoadingError(
             f"{name} is an encoder-decoder model ({config.model_type}): expected a …ForCausalLM"
         )
-    if declared and not any("LM" in a and "Masked" not in a for a in declared):
+    # A text tower in a model of text and images is opened by AutoModelForCausalLM, too.
+    if declared and not any(
+        ("LM" in a and "Masked" not in a) or a.endswith("ForConditionalGeneration")
+        for a in declared
+    ):
         shown = name if declared[0] == name else f"{name} ({declared[0]})"
         raise LoadingError(f"{shown} is no causal language model: expected a …ForCausalLM")
 

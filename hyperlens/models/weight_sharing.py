@@ -19,7 +19,8 @@ def weight_sharing_copy(model: nn.Module) -> Any:
 
     Parameters are new objects over the same storage, so that merging an adapter, casting, or
     moving the copy leaves the caller's weights, keys, training mode and configuration alone,
-    and ties between weights survive. Costs no memory for weights.
+    and ties between weights survive. Costs no memory for weights. The autocast that accelerate
+    wraps around `forward` while it trains in bfloat16 is left out.
     """
     memo: dict[int, Any] = {id(b): b for b in model.buffers()}
     for parameter in model.parameters():
@@ -31,12 +32,16 @@ def weight_sharing_copy(model: nn.Module) -> Any:
             else parameter
         )
     try:
-        return copy.deepcopy(model, memo).eval()
+        copied = copy.deepcopy(model, memo).eval()
     except Exception as error:
         raise LoadingError(
             f"cannot copy the modules of {type(model).__name__} ({error}): save it with "
             "save_pretrained and pass the folder"
         ) from error
+    for module in copied.modules():
+        if "_original_forward" in vars(module):
+            del module.forward, module._original_forward
+    return copied
 
 
 def check_has_values(model: nn.Module) -> None:
