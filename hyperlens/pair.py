@@ -94,7 +94,9 @@ class Pair:
             notes = _compared_tokenizers(self, texts[:COMPARED_TEXTS])
         cfg = self.base.hooked.cfg
         # BOS where there is no tokenizer to tell: what the model's own configuration says.
-        bos = getattr(getattr(plain_model(self.base.model), "config", None), "bos_token_id", None)
+        config: Any = getattr(plain_model(self.base.model), "config", None)
+        text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
+        bos = getattr(text_config, "bos_token_id", None)
         corpus = build_corpus(
             texts,
             self.tokenizer,

@@ -21,6 +21,7 @@ TEXT = {
     "num_key_value_heads": 2,
     "head_dim": 8,
     "vocab_size": 64,
+    "bos_token_id": 1,
 }
 IMAGE = {
     "hidden_size": 16,

@@ -93,7 +93,10 @@ def eos_ids(model: Any, tokenizer: Any) -> list[int]:
     """
     plain = plain_model(model)
     ids: list[Any] = []
-    for holder in (tokenizer, plain.config, getattr(plain, "generation_config", None)):
+    config = plain.config
+    if hasattr(config, "get_text_config"):  # of a model of text and images
+        config = config.get_text_config()
+    for holder in (tokenizer, config, getattr(plain, "generation_config", None)):
         value = getattr(holder, "eos_token_id", None)
         ids += value if isinstance(value, list | tuple) else [value]
     return [int(token) for token in dict.fromkeys(ids) if token is not None]
