@@ -155,12 +155,16 @@ def test_dtypes_that_models_do_not_run_in(dtype):
 def test_what_accelerate_wraps_around_a_model_is_left_out() -> None:
     """As a model is right after `Trainer(bf16=True).train()`."""
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
     base = make_tiny("llama")
     tuned = perturbed(base)
     texts = token_texts(6)
     wanted = compare_models(base, tuned, texts, progress=False)
+    # One for all of a process: another test's Trainer may have set it to float32.
+    AcceleratorState._reset_state(reset_partial_state=True)
     Accelerator(mixed_precision="bf16", cpu=True).prepare_model(tuned)
+    AcceleratorState._reset_state(reset_partial_state=True)
     forward = tuned.forward
     found = compare_models(base, tuned, texts, progress=False)
     assert str(found.long) == str(wanted.long)
