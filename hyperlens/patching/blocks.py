@@ -49,7 +49,7 @@ from ..render.blocks import (
     Text,
     Verdict,
 )
-from ..render.format import FRACTION, PERCENT, POINTS, count, interval, p_value
+from ..render.format import FRACTION, PERCENT, POINTS, count, ends, interval, p_value
 from ..results.result import Result
 from ..results.rows import chosen_layers
 from ..statistics import significance
@@ -684,7 +684,7 @@ class BlocksResult(Result):
         rows = [_point(row, d) for d in TOWARDS for row in self.along(d, "ttr")]
         sides: dict[str, Role] = {self.base_name: "base", self.tuned_name: "tuned"}
         references = [
-            Reference(name, *_ends(own), role)
+            Reference(name, **ends(own), role=role)
             for name, role in sides.items()
             if (own := self.unpatched(role, "ttr"))
         ]
@@ -765,12 +765,8 @@ def chosen_rows(rows: Sequence[Any]) -> list[Any]:
     return [rows[i] for i in chosen_layers(range(len(rows)), MAX_ROWS)]
 
 
-def _ends(row: Mapping[str, Any]) -> tuple[float, float, float]:
-    return row["value"], row["low"], row["high"]
-
-
 def _point(row: Mapping[str, Any], series: str) -> dict[str, Any]:
-    return {"series": series, **{key: row[key] for key in ("layer", "value", "low", "high")}}
+    return {"series": series, "layer": row["layer"], **ends(row)}
 
 
 def _range(controls: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -789,8 +785,8 @@ def _range(controls: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def _chart(
     title: str, rows: list[dict[str, Any]], y: str, scale: Scale, roles: dict[str, Role]
 ) -> Chart:
-    ends = {row["series"]: row["value"] for row in rows}
-    alt = f"{title}; at the last layer " + ", ".join(f"{k} {v:.3g}" for k, v in ends.items())
+    last = {row["series"]: row["value"] for row in rows}
+    alt = f"{title}; at the last layer " + ", ".join(f"{k} {v:.3g}" for k, v in last.items())
     return Chart(
         "lines", title, alt, rows, Axis("layer", "patched layer"), Axis("value", y, scale), roles
     )

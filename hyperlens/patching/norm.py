@@ -22,7 +22,7 @@ from ..passes.streaming import PassOptions, run_pass
 from ..passes.streams import VIEWS, StreamPair, View
 from ..probes import ParticipationRatio
 from ..render.blocks import Axis, Block, Chart, Details, Grid, Role, Table, Text, Verdict
-from ..render.format import DIMENSIONS, NUMBER, PERCENT, count, interval
+from ..render.format import DIMENSIONS, NUMBER, PERCENT, count, ends, interval
 from ..results.result import Result
 from ..statistics.intervals import RatioInfluence, SampledTokens, influence_half_width
 from .engine import ChangedOutput, OutputReader
@@ -432,7 +432,7 @@ class NormResult(Result):
             "tuned model's norm": ("base_stream_tuned_norm", "tuned_stream_tuned_norm"),
         }
         rows = [
-            {"series": series, "stream": stream, **_ends(self.dimension(name))}
+            {"series": series, "stream": stream, **ends(self.dimension(name))}
             for series, pair in names.items()
             for stream, name in zip(("base stream", "tuned stream"), pair, strict=True)
         ]
@@ -445,7 +445,7 @@ class NormResult(Result):
 
     def _swaps_chart(self) -> Chart:
         rows = [
-            {"series": "swap", "swap": words, **_ends(self.decided(name, metric))}
+            {"series": "swap", "swap": words, **ends(self.decided(name, metric))}
             for name, (metric, words) in SWAPPED.items()
         ]
         x = Axis("value", "share that become the other model's", "share")
@@ -463,7 +463,3 @@ class NormResult(Result):
         ]
         head = ["changed decisions that are", "the tuned model's", "the base's"]
         return Details("decisions under every swap", [Table(head, rows)])
-
-
-def _ends(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: row[key] for key in ("value", "low", "high")}

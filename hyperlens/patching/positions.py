@@ -20,7 +20,7 @@ from ..models.tokenizers import token_names
 from ..pair import open_inputs
 from ..passes.failures import explaining_out_of_memory
 from ..render.blocks import Axis, Block, Chart, Details, Grid, Table, Text, Verdict
-from ..render.format import PERCENT, SIGNED, count, interval, one_line
+from ..render.format import PERCENT, SIGNED, count, ends, interval, one_line
 from ..results.result import Result
 from ..results.rows import chosen_layers
 from ..statistics.shares import holm_p_values, ratio
@@ -296,7 +296,7 @@ class PositionsResult(Result):
             {
                 "layer": layer,
                 "position": "all" if offset == EVERY else str(offset),
-                **{key: moved[layer, offset][key] for key in ("value", "low", "high")},
+                **ends(moved[layer, offset]),
                 "text": f"{PERCENT(recovered[layer, offset])} become the source's",
             }
             for layer in reversed(range(self.n_layers + 1))

@@ -25,7 +25,7 @@ from ..models.weight_sharing import merged
 from ..pair import open_inputs
 from ..passes.failures import explaining_out_of_memory
 from ..render.blocks import Axis, Block, Chart, Grid, Reference, Role, Table, Text, Verdict
-from ..render.format import FRACTION, PERCENT, count, interval
+from ..render.format import FRACTION, PERCENT, count, ends, interval
 from ..results.result import Result
 from ..results.rows import chosen_layers
 from ..statistics import significance
@@ -554,9 +554,9 @@ class WeightsResult(Result):
             for kind, series in MOVED.items()
             for row in self.along(direction, kind, metric)
         ]
-        ends = {row["series"]: PERCENT(row["value"]) for row in rows}
+        last = {row["series"]: PERCENT(row["value"]) for row in rows}
         alt = f"{title}, by number of last blocks; all blocks: " + ", ".join(
-            f"{series} {end}" for series, end in ends.items()
+            f"{series} {end}" for series, end in last.items()
         )
         roles: dict[str, Role] = dict.fromkeys(MOVED.values(), "other")
         axes = Axis("number", "last k blocks"), Axis("value", y, "share")
@@ -575,7 +575,7 @@ class WeightsResult(Result):
 
 
 def _point(row: Row, series: str) -> dict[str, Any]:
-    return {"series": series, **{key: row[key] for key in ("value", "low", "high")}}
+    return {"series": series, **ends(row)}
 
 
 def _last(k: int, depth: int) -> str:

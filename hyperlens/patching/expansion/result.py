@@ -38,6 +38,7 @@ from ...render.format import (
     PERCENT,
     POINTS,
     count,
+    ends,
     interval,
 )
 from ...results.result import Result
@@ -374,7 +375,7 @@ class ExpansionResult(Result):
                     "share": 1 - share if is_left else share,
                     "control": 1 - control if is_left else control,
                     "answer": self.extras["verdict"]["methods"][method],
-                    **{key: estimate[key] for key in ("value", "low", "high")},
+                    **ends(estimate),
                 }
 
     def _of_generation(self) -> Iterator[Verdict]:
@@ -488,12 +489,12 @@ class ExpansionResult(Result):
             for row in self.rows(
                 method=method, n_directions=size, condition=condition, metric=metric
             ):
-                yield {"series": series, "change": label, **_ends(row)}
+                yield {"series": series, "change": label, **ends(row)}
 
     def _text_chart(self) -> Chart:
         sides: dict[str, Role] = {self.base_name: "base", self.tuned_name: "tuned"}
         rows = [
-            {"series": name, "change": "as it is", **_ends(row)}
+            {"series": name, "change": "as it is", **ends(row)}
             for name, side in sides.items()
             for row in self.rows(method="none", condition=side, metric="ttr")
         ]
@@ -538,10 +539,6 @@ class ExpansionResult(Result):
 
 # In a column whose head names the unit.
 PLAIN_POINTS = replace(POINTS, unit="")
-
-
-def _ends(row: Row) -> dict[str, Any]:
-    return {key: row[key] for key in ("value", "low", "high")}
 
 
 def _finite(x: float) -> float:
