@@ -21,9 +21,10 @@ from tqdm.auto import tqdm
 from ..checks import check_positive, check_whole
 from ..data.corpus import pad
 from ..errors import DecodingError
+from ..hooks.attach import attach
 from ..hooks.surface import evaluating
 from ..models.kinds import plain_model
-from ..models.structure import find_structure, first_tensor
+from ..models.structure import find_structure
 from .prompts import batches, check_prompts, eos_ids
 
 # Of adaptive contrastive search: k is 5 to 15.
@@ -134,12 +135,15 @@ def _search(
     generated: list[list[int]] = [[] for _ in prompts]
     device = next(model.parameters()).device
     bar = tqdm(total=len(prompts), desc="searching", unit="text", disable=not progress)
-    with bar, evaluating(model):
+    # By hook: whether `hidden_states[-1]` is before or after the norm is up to the configuration
+    # (tie_last_hidden_states, transformers 5.23).
+    normed: list[Tensor] = []
+    with bar, evaluating(model), attach(find_structure(model), "final_norm", 0, normed.append):
         for batch in batches(prompts, batch_size):
             # A new one for every batch: what it remembers belongs to these texts.
             rule, alive = strength(), list(batch)
             tokens, mask = pad([prompts[i] for i in batch], side="left")
-            texts = _Texts.begin(model, tokens.to(device), mask.to(device))
+            texts = _Texts.begin(model, normed, tokens.to(device), mask.to(device))
             for left in range(max_new_tokens, 0, -1):
                 chosen = texts.extend(rule)
                 going = [row for row, token in enumerate(chosen) if token not in eos]
@@ -161,12 +165,14 @@ class _Texts:
     """A batch of texts as the model holds them: its cache, and the states to compare with.
 
     Attributes:
+        normed: gets what the final norm returns in a forward pass.
         logits: of the next token.
         states: of every token, after the final norm, of length 1.
         mask: 0 at the pads, which stand on the left.
     """
 
     model: Any
+    normed: list[Tensor]
     cache: Any
     logits: Float[Tensor, "rows d_vocab"]
     states: Float[Tensor, "rows pos d_model"]
@@ -174,11 +180,15 @@ class _Texts:
 
     @classmethod
     def begin(
-        cls, model: Any, tokens: Int[Tensor, "rows pos"], mask: Int[Tensor, "rows pos"]
+        cls,
+        model: Any,
+        normed: list[Tensor],
+        tokens: Int[Tensor, "rows pos"],
+        mask: Int[Tensor, "rows pos"],
     ) -> _Texts:
         """Read the prompts."""
-        cache, logits, states = _forward(model, tokens, mask, None)
-        return cls(model, cache, logits, states, mask)
+        cache, logits, states = _forward(model, normed, tokens, mask, None)
+        return cls(model, normed, cache, logits, states, mask)
 
     def extend(self, strength: Strength) -> list[int]:
         """Add the best candidate to every text, and return it."""
@@ -191,7 +201,9 @@ class _Texts:
         row = tried.nonzero()[:, 0]
         self.cache.reorder_cache(row)
         mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], dim=-1)
-        cache, logits, states = _forward(self.model, order[tried][:, None], mask[row], self.cache)
+        cache, logits, states = _forward(
+            self.model, self.normed, order[tried][:, None], mask[row], self.cache
+        )
         best = _best(p.gather(-1, order), tried, states[:, 0], self.states, self.mask, alpha)
         at = (tried.flatten().cumsum(0) - 1).view_as(order)
         winner = at.gather(-1, best[:, None])[:, 0]
@@ -225,7 +237,11 @@ def _best(
 
 
 def _forward(
-    model: Any, tokens: Int[Tensor, "rows new"], mask: Int[Tensor, "rows pos"], cache: Any
+    model: Any,
+    normed: list[Tensor],
+    tokens: Int[Tensor, "rows new"],
+    mask: Int[Tensor, "rows pos"],
+    cache: Any,
 ) -> tuple[Any, Float[Tensor, "rows d_vocab"], Float[Tensor, "rows new d_model"]]:
     """The cache with the new tokens, the logits after them, and their states of length 1."""
     accepted = inspect.signature(plain_model(model).forward).parameters
@@ -240,22 +256,13 @@ def _forward(
         options["position_ids"] = positions[:, -tokens.shape[1] :]
     if "logits_to_keep" in accepted:
         options["logits_to_keep"] = 1
-    # By hook: whether `hidden_states[-1]` is before or after the norm is up to the configuration
-    # (tie_last_hidden_states, transformers 5.23).
-    normed: list[Any] = []
-    hook = find_structure(model).final_norm.register_forward_hook(
-        lambda norm, args, out: normed.append(first_tensor(out))
+    out = model(
+        input_ids=tokens, attention_mask=mask, past_key_values=cache, use_cache=True, **options
     )
-    try:
-        out = model(
-            input_ids=tokens, attention_mask=mask, past_key_values=cache, use_cache=True, **options
-        )
-    finally:
-        hook.remove()
     # A model on several devices has them elsewhere than its input.
     states, logits = (
         x.to(tokens.device, torch.promote_types(x.dtype, torch.float32))
-        for x in (normed[-1], out.logits[:, -1])
+        for x in (normed.pop(), out.logits[:, -1])
     )
     if bool(logits.isnan().any()):
         raise DecodingError("the model's logits are NaN: load it in another dtype, as in 'float32'")
