@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -196,6 +196,7 @@ def save(
     record: dict[str, Any],
     history: Path | None = None,
     logs: Path | None = None,
+    check: Callable[[Path], None] | None = None,
 ) -> None:
     """Write a Hugging Face folder, or a PEFT adapter folder, and its history; all or nothing.
 
@@ -207,6 +208,8 @@ def save(
         history: the table of records, copied as history.csv; None, or no file, if there is none.
         logs: a folder of loggers' files, copied under its own name; None, or no folder, if there
             is none.
+        check: called with what was written, before it is moved into place; what it raises leaves
+            no folder.
 
     Raises:
         ResultsError: if the folder exists and is not empty, or cannot be written.
@@ -230,6 +233,8 @@ def save(
         # safetensors writes files that only their owner may read.
         for weights in staging.glob("*.safetensors"):
             weights.chmod(record_file.stat().st_mode)
+        if check is not None:
+            check(staging)
 
 
 @contextmanager

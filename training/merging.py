@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from ..errors import LoadingError, TrainingError
 from ..files import check_new_folder
 from ..hooks.loading import parse_dtype
+from ..hooks.parity import gap_and_span
 from ..models.adapters import ADAPTER_CONFIG
 from ..models.kinds import is_peft
 from ..models.sources import OpenedModel, open_source
@@ -66,12 +67,7 @@ def merge(
     origin = {"adapter": _adapter_name(source, opened), "base": base_name}
     record = _record(source) | {"merged": origin, "versions": versions()}
     model = converted(merged(opened.model), None, merged_dtype)
-    save(folder, model, opened.tokenizer, record)
-    try:
-        _check_same(opened.model, folder)
-    except LoadingError:
-        shutil.rmtree(folder)
-        raise
+    save(folder, model, opened.tokenizer, record, check=partial(_check_same, opened.model))
     return folder
 
 
@@ -92,7 +88,8 @@ def _check_same(adapted: Any, folder: Path) -> None:
     dtypes = {weight.dtype for model in (shell, plain) for weight in model.parameters()}
     # Merged weights are rounded once more: to 8 bits in bfloat16.
     tolerance = 1e-3 if dtypes <= {torch.float32, torch.float64} else 0.1
-    error = float((got - wanted).abs().max() / wanted.abs().max().clamp_min(1e-9))
+    gap, span = gap_and_span(got, wanted)
+    error = gap / max(span, 1e-9)
     if not error <= tolerance:
         raise LoadingError(
             f"merged and saved, this adapter is another model (logits differ by {error:.2g} of the "

@@ -105,7 +105,7 @@ def _difference(
     tolerance: float,
     advice: str,
 ) -> None:
-    gap, span = _gap_and_span(got, expected)
+    gap, span = gap_and_span(got, expected)
     if not gap <= tolerance * max(span, 1e-6):
         raise ParityError(
             f"the hooked model does not reproduce its source: {what} differ by {gap:.2g} "
@@ -113,7 +113,7 @@ def _difference(
         )
 
 
-def _gap_and_span(
+def gap_and_span(
     got: Float[Tensor, "*rows d_vocab"], expected: Float[Tensor, "*rows d_vocab"]
 ) -> tuple[float, float]:
     """Largest difference and largest value; NaN counts as equal to NaN."""
@@ -139,7 +139,7 @@ def _check_causal(
     changed = tokens.clone()
     changed[:, -1] = (changed[:, -1] + 1) % model.cfg.d_vocab
     before, after = logits[:1, :-1], surface.run_logits(model, changed, mask)[:1, :-1]
-    gap, span = _gap_and_span(after, before)
+    gap, span = gap_and_span(after, before)
     if not gap <= TOLERANCE.get(model.cfg.dtype, HALF_TOLERANCE) * max(span, 1e-6):
         raise LoadingError(
             "the model looks ahead (a later token changes earlier outputs): expected a causal "
