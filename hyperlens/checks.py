@@ -38,15 +38,16 @@ def check_counts(least: int = 1, /, **counts: Any) -> None:
         check_whole(name, value, least, CorpusError)
 
 
-def check_choice(choices: Sequence[str], /, **values: Any) -> None:
-    """Raise unless every value is one of `choices`.
+def check_choice(
+    name: str, value: Any, choices: Sequence[str], error: type[HyperlensError] = HyperlensError
+) -> None:
+    """Raise unless a setting is one of `choices`.
 
     Raises:
-        HyperlensError: with the option's name, its choices and the value.
+        HyperlensError: `error`, with the setting's name, its choices and the value.
     """
-    for name, value in values.items():
-        if value not in choices:
-            raise HyperlensError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
+    if value not in choices:
+        raise error(f"{name} must be one of {', '.join(choices)}; got {value!r}")
 
 
 def check_positive(name: str, value: float) -> None:

@@ -16,7 +16,7 @@ from .data.corpus import Corpus, are_token_ids, build_corpus, check_max_length
 from .data.texts import read_texts
 from .errors import CorpusError, LoadingError, PairError
 from .hooks.loading import LoadedModel, check_backend, hook, parse_device, parse_dtype
-from .models.kinds import Backend, backend_of, is_peft, plain_model
+from .models.kinds import Backend, backend_of, is_peft, plain_model, text_config
 from .models.sources import OpenedModel, open_source, same_source
 from .models.weight_sharing import converted
 from .results.fingerprint import Known, versions
@@ -94,9 +94,7 @@ class Pair:
             notes = _compared_tokenizers(self, texts[:COMPARED_TEXTS])
         cfg = self.base.hooked.cfg
         # BOS where there is no tokenizer to tell: what the model's own configuration says.
-        config: Any = getattr(plain_model(self.base.model), "config", None)
-        text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
-        bos = getattr(text_config, "bos_token_id", None)
+        bos = getattr(text_config(self.base.model), "bos_token_id", None)
         corpus = build_corpus(
             texts,
             self.tokenizer,

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from types import MappingProxyType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from ..checks import check_choice
 from ..errors import TrainingError
 
 Method = Literal["full", "lora", "late_lora"]
@@ -336,9 +337,8 @@ def check(values: Mapping[str, Any]) -> None:
 
 
 def _check_value(name: str, value: Any, kind: Any, about: Mapping[str, Any]) -> None:
-    if name in CHOICES and value not in CHOICES[name]:
-        allowed = ", ".join(CHOICES[name])
-        raise TrainingError(f"{name} must be one of {allowed}; got {value!r}")
+    if name in CHOICES:
+        check_choice(name, value, CHOICES[name], TrainingError)
     if kind is bool and not isinstance(value, bool):
         raise TrainingError(f"{name} must be True or False, got {value!r}")
     least = about["least"]

@@ -11,7 +11,7 @@ import numpy as np
 from ..checks import check_counts, check_seed
 from ..data.corpus import Corpus
 from ..errors import CorpusError, LoadingError
-from ..models.kinds import plain_model
+from ..models.kinds import plain_model, text_config
 from ..pair import Pair
 
 
@@ -91,12 +91,9 @@ def eos_ids(model: Any, tokenizer: Any) -> list[int]:
     Chat models end a turn with another token than a text, and not each of the three knows both. The
     first is also what prompts are padded with.
     """
-    plain = plain_model(model)
+    generation = getattr(plain_model(model), "generation_config", None)
     ids: list[Any] = []
-    config = plain.config
-    if hasattr(config, "get_text_config"):  # of a model of text and images
-        config = config.get_text_config()
-    for holder in (tokenizer, config, getattr(plain, "generation_config", None)):
+    for holder in (tokenizer, text_config(model), generation):
         value = getattr(holder, "eos_token_id", None)
         ids += value if isinstance(value, list | tuple) else [value]
     return [int(token) for token in dict.fromkeys(ids) if token is not None]

@@ -21,7 +21,7 @@ from ..decoding.prompts import check_room, choose_prompts
 from ..errors import PairError
 from ..hooks.loading import LoadedModel, hook
 from ..models.sources import OpenedModel
-from ..models.weight_sharing import merged, untied, weight_sharing_copy
+from ..models.weight_sharing import is_tied, merged, token_tables, untie, weight_sharing_copy
 from ..pair import Inputs, Pair, open_inputs
 from ..passes.multi_pass import run_passes
 from ..passes.streaming import PassOptions
@@ -109,15 +109,15 @@ def run_null_test(
         HyperlensError: if a source cannot be opened, or the texts do not fit the models.
     """
     check_counts(n_controls=n_controls, batch_size=batch_size)
-    check_choice(SHUFFLES, shuffle=shuffle)
+    check_choice("shuffle", shuffle, SHUFFLES)
     check_seed(seed)
     inputs = open_inputs(base, tuned, texts, max_length=max_length, device=device, dtype=dtype)
     check_room(inputs.pair, prompt_tokens, max_new_tokens)
     prompts = choose_prompts(inputs.corpus, n_prompts, prompt_tokens, seed)
     generation = GenerationRunner(prompts, max_new_tokens, batch_size, seed, progress=False)
     plain_base, plain_tuned = merged(inputs.pair.base.model), merged(inputs.pair.tuned.model)
-    if len(list(plain_tuned.parameters())) > len(list(plain_base.parameters())):
-        plain_base = untied(plain_base)  # as an adapter of one of two tied weights unties them
+    if is_tied(plain_base) and not is_tied(plain_tuned):
+        untie(plain_base)  # as merging an adapter of one of two tied weights does
     changes = changed_tensors(plain_base, plain_tuned)
     if not changes:
         raise PairError(
@@ -187,12 +187,10 @@ def randomly_changed(
             if shuffle == "entries":
                 shuffled = _permuted(change.flatten(), 0, generator).view_as(change)
             else:
-                # The last two axes: a mixture of experts has one matrix per expert.
-                axes = range(max(-2, -change.ndim), 0)
-                shuffled = change
-                for axis in axes:
-                    if axis == -1 or name not in by_token:
-                        shuffled = _permuted(shuffled, axis, generator)
+                # Of the last two axes: a mixture of experts has one matrix per expert.
+                has_rows = change.ndim > 1 and name not in by_token
+                rows = _permuted(change, -2, generator) if has_rows else change
+                shuffled = _permuted(rows, -1, generator)
             old = parameters[name]
             old.data = (old.detach().float() + shuffled).to(old.dtype)  # new storage: base stays
     return model
@@ -200,7 +198,7 @@ def randomly_changed(
 
 def _permuted(values: Tensor, axis: int, generator: torch.Generator) -> Tensor:
     order = torch.randperm(values.shape[axis], generator=generator).to(values.device)
-    return values.index_select(axis % values.ndim, order)
+    return values.index_select(axis, order)
 
 
 def _token_tables(model: Any) -> set[str]:
@@ -208,8 +206,7 @@ def _token_tables(model: Any) -> set[str]:
 
     Their rows stay in place: moved to tokens that no text has, a change would do nothing.
     """
-    tables = (model.get_input_embeddings(), model.get_output_embeddings())
-    weights = {id(table.weight) for table in tables if table is not None}
+    weights = {id(table.weight) for table in token_tables(model)}
     return {name for name, weight in model.named_parameters() if id(weight) in weights}
 
 

@@ -10,6 +10,7 @@ from typing import Any, get_args
 
 import torch
 
+from ..checks import check_choice
 from ..errors import LoadingError, ParityError, first_line
 from ..models.kinds import Backend, backend_of, quantisation_of
 from ..models.sources import OpenedModel, open_source
@@ -144,8 +145,7 @@ def check_backend(backend: str) -> None:
     Raises:
         LoadingError: naming the choices, or the version to install.
     """
-    if backend not in BACKENDS:
-        raise LoadingError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
+    check_choice("backend", backend, BACKENDS, LoadingError)
     if backend == "hooked_transformer":
         _hooked_transformer_class()
 

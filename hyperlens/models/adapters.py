@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import LoadingError, PairError, first_line
 from .kinds import HUB_ID
-from .weight_sharing import weight_sharing_copy
+from .weight_sharing import token_tables, weight_sharing_copy
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -205,7 +205,7 @@ def _check_vocabulary(shell: Any, shapes: dict[str, Any], folder: Path, base_nam
     Raises:
         PairError: with both numbers.
     """
-    tables = (shell.get_input_embeddings(), shell.get_output_embeddings())
+    tables = token_tables(shell)
     names = {
         name: module.weight.shape[0]
         for name, module in shell.named_modules()

@@ -34,6 +34,12 @@ def plain_model(model: Any) -> Any:
     return model.get_base_model() if is_peft(model) else model
 
 
+def text_config(model: Any) -> Any:
+    """A model's configuration, of one of text and images that of its text; None without one."""
+    config: Any = getattr(plain_model(model), "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
 def quantisation_of(model: Any) -> str | None:
     """How a model's weights are quantised, such as "bitsandbytes"; None where they are not."""
     method = getattr(plain_model(model), "quantization_method", None)

@@ -133,7 +133,7 @@ def merged(model: Any) -> Any:
             f"this adapter cannot be merged into its base ({error}); use backend='residual', "
             "which runs it unmerged"
         ) from error
-    if not _is_tied(plain) and getattr(plain.config, "tie_word_embeddings", False):
+    if not is_tied(plain):
         plain.config.tie_word_embeddings = False
     return plain
 
@@ -154,22 +154,26 @@ def _untie_adapted(model: Any) -> None:
             base_layer = layer.get_base_layer()
             weight = base_layer._parameters.get("weight")
             if weight is not None and counted[id(weight)] > 1:
-                base_layer.weight = nn.Parameter(weight.detach(), requires_grad=False)
+                _own_weight(base_layer)
 
 
-def _is_tied(model: Any) -> bool:
-    """Whether embedding and unembedding are one tensor; True where there are not both."""
+def _own_weight(module: Any) -> None:
+    """Make a module's weight a parameter of its own, with the same values in the same storage."""
+    module.weight = nn.Parameter(module.weight.detach(), requires_grad=False)
+
+
+def token_tables(model: Any) -> list[Any]:
+    """Embedding and unembedding, which have a row per token; what a model lacks is left out."""
     tables = (model.get_input_embeddings(), model.get_output_embeddings())
-    if None in tables:
-        return True
-    first, second = (table.weight for table in tables)
-    return first is second or first.data_ptr() == second.data_ptr()
+    return [table for table in tables if table is not None]
 
 
-def untied(model: Any) -> Any:
-    """A weight-sharing copy whose unembedding is a parameter of its own, with the same values."""
-    model = weight_sharing_copy(model)
-    head = model.get_output_embeddings()
-    head.weight = nn.Parameter(head.weight.detach(), requires_grad=False)
+def is_tied(model: Any) -> bool:
+    """Whether embedding and unembedding are one tensor."""
+    return len({table.weight.data_ptr() for table in token_tables(model)}) == 1
+
+
+def untie(model: Any) -> None:
+    """Make the unembedding of a weight-sharing copy a parameter of its own."""
+    _own_weight(model.get_output_embeddings())
     model.config.tie_word_embeddings = False
-    return model
