@@ -11,7 +11,7 @@ from conftest import make_tiny, short, token_texts
 from transformers import AutoModelForCausalLM
 
 from hyperlens import compare_models, run_null_test
-from hyperlens.errors import PairError
+from hyperlens.errors import LoadingError, PairError
 from hyperlens.models.sources import open_source
 from hyperlens.training import merge
 
@@ -39,6 +39,7 @@ OTHERS: dict[str, Any] = {
     "lokr": lambda: peft.LoKrConfig(target_modules=LINEAR, r=2),
     "oft": lambda: peft.OFTConfig(target_modules=LINEAR, oft_block_size=4, r=0),
     "vera": lambda: peft.VeraConfig(target_modules=["q_proj"], r=4),
+    "hira": lambda: peft.HiraConfig(target_modules=LINEAR, r=4),
     "hra": lambda: peft.HRAConfig(target_modules=LINEAR, r=2),
     "fourier": lambda: peft.FourierFTConfig(target_modules=LINEAR, n_frequency=8),
     "ln": lambda: peft.LNTuningConfig(target_modules=["input_layernorm"], task_type="CAUSAL_LM"),
@@ -54,6 +55,7 @@ QUICK = [
     ("tokens", True),
     ("parameters", False),
     ("ia3", False),
+    ("hira", False),
 ]
 
 
@@ -121,6 +123,29 @@ def test_embeddings_stored_beside_an_adapter_are_its_own(tmp_path: Path) -> None
     opened = open_source(tmp_path / "whole", base=open_source(base))
     torch.testing.assert_close(logits(opened.model), by_peft(tmp_path / "whole"))
     assert all(torch.equal(weight, before[name]) for name, weight in base.state_dict().items())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_merging_leaves_the_callers_adapter_alone(tmp_path: Path) -> None:
+    """HiRA merges in place, into tensors that the caller's model has too."""
+    base, folder = saved("hira", False, tmp_path)
+    adapted = peft.PeftModel.from_pretrained(base, str(folder))
+    before = copy.deepcopy(adapted.state_dict())
+    merge(adapted, tmp_path / "merged")
+    assert all(torch.equal(weight, before[name]) for name, weight in adapted.state_dict().items())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_adapter_that_peft_reads_anew_each_time_is_refused(tmp_path: Path) -> None:
+    """Its directions are drawn at random when it is made, and again whenever it is read."""
+    LORA["pissa_niter"] = {"init_lora_weights": "pissa_niter_2"}
+    try:
+        base, folder = saved("pissa_niter", False, tmp_path)
+    finally:
+        del LORA["pissa_niter"]
+    assert not torch.allclose(by_peft(folder), by_peft(folder), atol=1e-3)
+    with pytest.raises(LoadingError, match=r"pissa_niter_2.*path_initial_model_for_weight_conv"):
+        open_source(folder, base=open_source(base))
 
 
 @pytest.mark.filterwarnings("ignore")

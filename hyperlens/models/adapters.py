@@ -65,7 +65,8 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     """The configuration of an adapter folder that can be loaded.
 
     Raises:
-        LoadingError: if it is unreadable, or there are no safe weights beside it.
+        LoadingError: if it is unreadable, there are no safe weights beside it, or peft would not
+            read it as it was trained.
     """
     from peft import PeftType
 
@@ -80,6 +81,14 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         raise LoadingError(
             f"{path} holds no adapter configuration that the installed peft knows: save the "
             "adapter again, or install the peft that wrote it"
+        )
+    by = config.get("init_lora_weights")
+    if isinstance(by, str) and by.startswith("pissa_niter"):
+        raise LoadingError(
+            f"the adapter {folder} was initialised by {by}, whose directions peft draws at random "
+            "again at each load, so that it cannot be read as it was trained: save it as plain "
+            "LoRA with save_pretrained(…, path_initial_model_for_weight_conversion=…), or pass "
+            "the PeftModel itself"
         )
     if not (folder / ADAPTER_WEIGHTS).exists():
         raise LoadingError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections import Counter
 from typing import Any
 
 import torch
@@ -126,7 +125,7 @@ def merged(model: Any) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "All adapters are already merged")
-            _untie_adapted(model)
+            _unshare_adapted(model)
             plain = model.merge_and_unload(safe_merge=True).eval()
     except Exception as error:
         raise LoadingError(
@@ -138,28 +137,22 @@ def merged(model: Any) -> Any:
     return plain
 
 
-def _untie_adapted(model: Any) -> None:
-    """Give the weight under each adapter a parameter of its own, where another module has it too.
+def _unshare_adapted(model: Any) -> None:
+    """Give the weights under each adapter, which merging writes, storage of their own.
 
-    Merging writes it, and would write the other module's as well. The values stay shared: merging
-    puts a new tensor in their place.
+    Else merging would also write those of a module that is tied to them; and some kinds (HiRA)
+    merge in place, into the tensors that the caller's model has too. Costs no more than what is
+    merged needs anyway.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    counted = Counter(
-        id(weight) for module in model.modules() for weight in module._parameters.values()
-    )
     for layer in model.modules():
         if isinstance(layer, BaseTunerLayer):
             base_layer = layer.get_base_layer()
-            weight = base_layer._parameters.get("weight")
-            if weight is not None and counted[id(weight)] > 1:
-                _own_weight(base_layer)
-
-
-def _own_weight(module: Any) -> None:
-    """Make a module's weight a parameter of its own, with the same values in the same storage."""
-    module.weight = nn.Parameter(module.weight.detach(), requires_grad=False)
+            for name, weight in base_layer.named_parameters(recurse=False):
+                if type(weight) is nn.Parameter:
+                    own = nn.Parameter(weight.detach().clone(), requires_grad=False)
+                    setattr(base_layer, name, own)
 
 
 def token_tables(model: Any) -> list[Any]:
@@ -175,5 +168,6 @@ def is_tied(model: Any) -> bool:
 
 def untie(model: Any) -> None:
     """Make the unembedding of a weight-sharing copy a parameter of its own."""
-    _own_weight(model.get_output_embeddings())
+    head = model.get_output_embeddings()
+    head.weight = nn.Parameter(head.weight.detach(), requires_grad=False)
     model.config.tie_word_embeddings = False
