@@ -153,7 +153,7 @@ class Featurizer:
     """A model that turns texts into vectors.
 
     The vector of a text is the last layer's residual at the text's last token, after the model's
-    own final norm: what Hugging Face gives as `hidden_states[-1]` there, and what the package
+    own final norm: what Hugging Face gives there as `hidden_states[-1]` by default, and what the package
     `mauve-text` takes of GPT-2. Texts begin with BOS where the tokenizer puts one.
 
     Attributes:
