@@ -153,8 +153,8 @@ class Featurizer:
     """A model that turns texts into vectors.
 
     The vector of a text is the last layer's residual at the text's last token, after the model's
-    own final norm: what Hugging Face gives there as `hidden_states[-1]` by default, and what the package
-    `mauve-text` takes of GPT-2. Texts begin with BOS where the tokenizer puts one.
+    own final norm: what Hugging Face gives there as `hidden_states[-1]` by default, and what the
+    package `mauve-text` takes of GPT-2. Texts begin with BOS where the tokenizer puts one.
 
     Attributes:
         loaded: the model, hooked and checked.
