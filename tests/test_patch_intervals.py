@@ -153,15 +153,39 @@ def test_several_tests_need_wider_intervals():
 def test_nothing_to_say():
     zeros, n = torch.zeros(4).double(), torch.tensor([3.0, 0.0, 2.0, 5.0]).double()
     assert ratio(zeros, n)[:4] == (0, 0, 0, 0)
-    assert ratio(n, n)[:4] == (1, 1, 1, 0)
-    assert ratio(0.1 * n, n).se == 0
     assert math.isnan(ratio(zeros, zeros).value)
     one = ratio(n[:2], n[:2])
     assert one.value == 1
     assert math.isnan(one.low)
     assert math.isnan(p_value(one))
     assert p_value(ratio(zeros, n)) == 1
-    assert p_value(ratio(n, n)) == 0
+
+
+def test_what_all_texts_have_in_common_is_not_certain():
+    """Three texts with 3, 2 and 5 decisions are worth 100 / 38 of equal length."""
+    n = torch.tensor([3.0, 2.0, 5.0]).double()
+    otherwise = 1 - 0.05 ** (38 / 100)
+    without_bounds = ratio(0.1 * n, n)
+    assert without_bounds.se == 0
+    assert math.isnan(without_bounds.low)
+    assert p_value(without_bounds) == 0.25
+    for value in (0.0, 0.5, 1.0):
+        found = ratio(value * n, n, within=(0.0, 1.0))
+        assert found.low == pytest.approx(value - otherwise * value)
+        assert found.high == pytest.approx(value + otherwise * (1 - value))
+    gap = ratio(n, n, within=(-1.0, 1.0))
+    assert gap.low == pytest.approx(1 - 2 * otherwise)
+    wide = widened(gap, 3, (-1.0, 1.0))
+    assert wide.low == pytest.approx(1 - 2 * (1 - (0.05 / 3) ** (38 / 100)))
+    assert wide.high == 1
+
+
+@pytest.mark.parametrize("n_texts", [2, 5, 10, 40])
+def test_the_bound_where_no_text_shows_it_is_exact(n_texts):
+    n = torch.ones(n_texts)
+    high = ratio(torch.zeros(n_texts), n, within=(0.0, 1.0)).high
+    # Were the share at the bound, no text would show it in 5% of draws.
+    assert (1 - high) ** n_texts == pytest.approx(0.05)
 
 
 def test_shares_stay_shares_and_differences_are_paired():
@@ -170,6 +194,9 @@ def test_shares_stay_shares_and_differences_are_paired():
     other = Outcome({"to_tuned": one.sums["to_tuned"] - 0.5 * n}, n, n)
     found = one.estimate("to_tuned")
     assert 0 < found.low < found.value < found.high < 1
-    assert one.difference(other, "to_tuned")[:4] == (0.5, 0.5, 0.5, 0)
+    # Each text loses half of its decisions: no spread, but only 3.3 effective texts.
+    gap = one.difference(other, "to_tuned")
+    assert (gap.value, gap.se) == (0.5, 0)
+    assert -0.5 < gap.low < 0.5 < gap.high < 1
     both = combination([(1.0, one), (-1.0, other)], "to_tuned")
-    assert both == one.difference(other, "to_tuned")
+    assert both == gap

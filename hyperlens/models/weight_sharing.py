@@ -134,7 +134,25 @@ def merged(model: Any) -> Any:
         ) from error
     if not is_tied(plain):
         plain.config.tie_word_embeddings = False
+    _unshare_replicated(plain)
     return plain
+
+
+def _unshare_replicated(plain: Any) -> None:
+    """Give each block's weights storage of their own where an adapter used a block several times.
+
+    Such blocks (`layer_replication`) share what the adapter does not change; a saved model cannot
+    say so, other than of its own tied weights.
+    """
+    tied = set(getattr(plain, "all_tied_weights_keys", None) or {})
+    seen: set[int] = set()
+    for name, weight in plain.named_parameters(remove_duplicate=False):
+        place = weight.data_ptr()
+        if place in seen and name not in tied and type(weight) is nn.Parameter:
+            module, _, key = name.rpartition(".")
+            own = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+            setattr(plain.get_submodule(module), key, own)
+        seen.add(place)
 
 
 def _unshare_adapted(model: Any) -> None:

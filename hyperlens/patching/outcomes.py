@@ -149,14 +149,13 @@ class Outcome:
 
     def estimate(self, metric: str) -> Estimate:
         """The metric with its 95% interval over texts; shares stay between 0 and 1."""
-        is_share = metric != "logit_difference" and not metric.startswith("kl")
-        mean = ratio(self.sums[metric], self.denominator(metric), is_share=is_share)
+        mean = ratio(self.sums[metric], self.denominator(metric), within=_range([1.0], metric))
         # max() keeps a NaN that comes first: the absence of an interval.
         return mean._replace(low=max(mean.low, 0.0)) if metric.startswith("kl") else mean
 
     def difference(self, other: Outcome, metric: str) -> Estimate:
         """This outcome less another one of the same decisions, paired by text."""
-        return ratio(self.sums[metric] - other.sums[metric], self.denominator(metric))
+        return combination([(1.0, self), (-1.0, other)], metric)
 
     def counts(self) -> dict[str, int]:
         """How many `decisions` there are, and how many of them tuning `changed`."""
@@ -166,7 +165,15 @@ class Outcome:
 def combination(terms: list[tuple[float, Outcome]], metric: str) -> Estimate:
     """A weighted sum of outcomes of the same decisions, paired by text."""
     total = sum((weight * outcome.sums[metric] for weight, outcome in terms), torch.zeros(()))
-    return ratio(total, terms[0][1].denominator(metric))
+    within = _range([weight for weight, _ in terms], metric)
+    return ratio(total, terms[0][1].denominator(metric), within=within)
+
+
+def _range(weights: list[float], metric: str) -> tuple[float, float] | None:
+    """Between what a weighted sum of shares lies; None for metrics that are no shares."""
+    if metric == "logit_difference" or metric.startswith("kl"):
+        return None
+    return -sum((max(-w, 0.0) for w in weights), 0.0), sum((max(w, 0.0) for w in weights), 0.0)
 
 
 class Accumulator:

@@ -24,7 +24,7 @@ class Estimate(NamedTuple):
 
     Attributes:
         value: the mean.
-        low, high: its 95% interval (Student's t); NaN below two units.
+        low, high: its 95% interval (Student's t); NaN below two units, and where all are equal.
         se: its standard error; NaN below two units.
         n: how many units.
     """
@@ -39,6 +39,9 @@ class Estimate(NamedTuple):
 def estimate(values: Sequence[float]) -> Estimate:
     """The mean over units with its 95% t interval; units that are NaN are left out.
 
+    Where all units are equal there is no spread to make an interval of, and none is given: two
+    equal units are not certainty.
+
     >>> found = estimate([1.0, 2.0, 3.0])
     >>> found.value, round(found.low, 3), round(found.high, 3), found.n
     (2.0, -0.484, 4.484, 3)
@@ -51,19 +54,22 @@ def estimate(values: Sequence[float]) -> Estimate:
     mean = float(units.mean())
     if n == 1:
         return Estimate(mean, math.nan, math.nan, math.nan, 1)
+    if np.ptp(units) <= _rounding(units):
+        return Estimate(mean, math.nan, math.nan, 0.0, n)
     se = float(units.std(ddof=1) / math.sqrt(n))
     half = float(stats.t.ppf(0.5 + CONFIDENCE / 2, n - 1)) * se
     return Estimate(mean, mean - half, mean + half, se, n)
 
 
 def difference(tuned: Sequence[float], base: Sequence[float]) -> Estimate:
-    """The mean of tuned - base, paired by unit.
+    """The mean of tuned - base, paired by unit; exactly 0 with its ends where the two are equal.
 
-    >>> difference([2.0, 4.0], [1.0, 3.0]).value
-    1.0
+    >>> difference([2.0, 5.0], [1.0, 3.0]).value
+    1.5
     """
     pairs = zip(tuned, base, strict=True)
-    return estimate([after - before for after, before in pairs])
+    found = estimate([after - before for after, before in pairs])
+    return found._replace(low=0.0, high=0.0) if found.value == found.se == 0 else found
 
 
 def paired_p(a: Sequence[float], b: Sequence[float]) -> float:

@@ -134,7 +134,8 @@ def jointly(claim: Mapping[str, Evidence]) -> dict[str, Evidence]:
     tests = sum(len(found.effects) for found in claim.values())
     return {
         method: replace(
-            found, effects={name: widened(one, tests) for name, one in found.effects.items()}
+            found,
+            effects={name: widened(one, tests, (-1.0, 1.0)) for name, one in found.effects.items()},
         )
         for method, found in claim.items()
     }
