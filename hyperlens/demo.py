@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -19,9 +20,9 @@ from .compare import Comparison, compare_models
 from .compare.audit import last_block
 from .embedded import HERE, embedded_base, embedded_tales
 from .experiments.behaviour import BehaviourResult, measure_behaviour
-from .experiments.null_test import NullTestResult, run_null_test
+from .experiments.null_test import RESCALED, NullTestResult, run_null_test
 from .render.blocks import Table, Text, Verdict
-from .render.format import DIMENSIONS, FRACTION, MISSING, PERCENT, Form, count, interval, span
+from .render.format import DIMENSIONS, FRACTION, MISSING, PERCENT, Form, interval, span
 from .render.page import write_report
 from .render.terminal import to_text
 from .results.resume import WorkFolder
@@ -29,6 +30,8 @@ from .training import hyperfit
 
 # So many tales are trained on; everything is measured on the others.
 TRAINED_ON = 32
+# Of each kind: few, to be quick, and too few for a p value that says something.
+N_CONTROLS = 3
 # Chosen for the demo: near-zero loss within a minute on two cores.
 METHODS = MappingProxyType(
     {
@@ -148,7 +151,7 @@ def _measure(
     return Measured(
         once("comparison", Comparison, compare_models),
         once("behaviour", BehaviourResult, measure_behaviour),
-        once("null test", NullTestResult, run_null_test),
+        once("null test", NullTestResult, partial(run_null_test, n_controls=N_CONTROLS)),
     )
 
 
@@ -171,7 +174,8 @@ def _table(measured: Mapping[str, Measured]) -> Table:
         ["[95% interval]", "base", *columns],
         rows,
         "Greedy text: mean over prompts; all other rows: over all tokens. Random changes have the "
-        "size of the tuned model's; of them least to greatest.",
+        "rank of the tuned model's and its size, in the weights or in the raw stream at the last "
+        "layer; of them least to greatest.",
     )
 
 
@@ -190,22 +194,22 @@ def _lines(one: Measured) -> Iterator[_Line]:
             for side in ("base", "tuned")
         )
         yield _Line(words, FRACTION(base["value"]), interval(tuned, FRACTION))
-        yield _controls(one.null_test, metric, "greedy text", FRACTION)
+        yield from _controls(one.null_test, metric, "greedy text", FRACTION)
     for metric, words in (
         ("top1_agreement", "top-1 prediction is the base's"),
         ("rank_gt_10", "top-1 prediction from below base rank 10"),
     ):
         yield _last_layer(one.comparison, "rank_reordering", metric, "final_norm", words, PERCENT)
-        yield _controls(one.null_test, metric, "final_norm", PERCENT)
+        yield from _controls(one.null_test, metric, "final_norm", PERCENT)
     dimension = ("participation_ratio", "delta")
     words = "Δ dimension at the last layer, all blocks together"
     yield _last_layer(one.comparison, *dimension, "raw", words, DIMENSIONS)
-    yield _controls(one.null_test, "delta", "raw", DIMENSIONS)
+    yield from _controls(one.null_test, "delta", "raw", DIMENSIONS)
     added = last_block(one.comparison)
     yield _Line("... added by the last block", "", MISSING if added is None else DIMENSIONS(added))
     words = "... after the final norm"
     yield _last_layer(one.comparison, *dimension, "final_norm", words, DIMENSIONS)
-    yield _controls(one.null_test, "delta", "final_norm", DIMENSIONS)
+    yield from _controls(one.null_test, "delta", "final_norm", DIMENSIONS)
 
 
 def _last_layer(
@@ -215,7 +219,10 @@ def _last_layer(
     return _Line(words, "", interval(row._asdict(), form))
 
 
-def _controls(null_test: NullTestResult, metric: str, view: str, form: Form) -> _Line:
-    row = null_test.at(metric=metric, view=view, layer=null_test.meta["n_layers"])
-    reach = span(row["control_low"], row["control_high"], form)
-    return _Line(f"    {count(null_test.n_controls, 'random change')}", "", reach)
+def _controls(null_test: NullTestResult, metric: str, view: str, form: Form) -> Iterator[_Line]:
+    for kind in null_test.controls:
+        row = null_test.last(metric, view, kind)
+        if row is not None:
+            words = "moving the stream as far" if kind.endswith(RESCALED) else "of the same size"
+            reach = span(row["control_low"], row["control_high"], form)
+            yield _Line(f"    {null_test.n_controls} random changes {words}", "", reach)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import cast
 
 import torch
@@ -23,13 +24,15 @@ from ..passes.streams import (
     checked_views,
 )
 from ..results.rows import ProbeResult, Row
-from ..statistics.intervals import (
-    RatioInfluence,
-    SampledTokens,
-    influence_half_width,
-    ratio_influence,
-)
 from ..statistics.moments import Moments, corrected_traces, moments_of, naive_traces
+from ..statistics.ratios import (
+    Ratio,
+    SampledTokens,
+    measured_ratio,
+    ratio_ends,
+    sum_ends,
+    weighted_ratio,
+)
 from .base import Probe
 
 MOMENTS = tuple(f.name for f in fields(Moments) if f.name != "n")
@@ -40,14 +43,17 @@ class ParticipationRatio(Probe):
     """PR = tr(Σ)² / ‖Σ‖²_F of both streams and its change (paper, section 4).
 
     Metrics:
-        base, tuned, delta: the row estimator of Chun et al. 2025 (arXiv 2509.26560), corrected
-            for the finite number of tokens.
-        base_naive, tuned_naive, delta_naive: from the sample covariance, as most code has it;
-            biased, therefore without intervals.
+        base, tuned, delta: from pairs of tokens of different texts, so that it depends neither on
+            the number of tokens nor on how much tokens of one text resemble each other. Of a
+            single text: the row estimator.
+        base_row, tuned_row, delta_row: the row estimator of Chun et al. 2025 (arXiv 2509.26560),
+            corrected for the number of tokens alone: too low where tokens of a text resemble each
+            other.
+        base_naive, tuned_naive, delta_naive: from the sample covariance, as most code has it; too
+            low for few tokens.
 
-    The intervals cover the ratio of the distribution the texts come from. They also take out
-    what the row estimator cannot know, that tokens of one sequence resemble each other; with few
-    or short sequences they can therefore lie to one side of the value.
+    Only the first three have intervals: of the ratio of the distribution the texts come from. With
+    less than 5 texts there are none.
 
     The moments are the largest state of a comparison, d_model² numbers per layer, view and
     model: where they do not fit, `compare_models` takes them in several passes.
@@ -193,77 +199,62 @@ class ParticipationRatio(Probe):
         return Moments(n=s["n"][i], **{name: s[name][model, i, j] for name in MOMENTS})
 
     def compute(self) -> ProbeResult:
-        """Six rows per layer and view."""
+        """Nine rows per layer and view."""
         return ProbeResult(tuple(self._rows()))
 
     def _rows(self) -> Iterator[Row]:
-        none = (float("nan"), float("nan"))
+        none = (math.nan, math.nan)
         for i, layer in enumerate(self.spec.resolve_layers(self.layers)):
             n = int(self.sums["n"][i])
             for j, view in enumerate(self.views):
-                intervals = self._intervals(layer, view)
                 # One set at a time: the squares of all moments would double the memory.
                 moments = [self._moments_at(k, i, j) for k in range(2)]
-                values = {
-                    "": [corrected_traces(m).ratio for m in moments],
-                    "_naive": [naive_traces(m).ratio for m in moments],
+                plain = {
+                    "_row": [float(corrected_traces(m).ratio) for m in moments],
+                    "_naive": [float(naive_traces(m).ratio) for m in moments],
                 }
-                for suffix, (base, tuned) in ((k, map(float, v)) for k, v in values.items()):
+                measured = self.measured(layer, view)
+                if measured is None:
+                    pairs = {"": plain["_row"]}
+                else:
+                    pairs = {"": [one.value for one in measured]}
+                for suffix, (base, tuned) in (pairs | plain).items():
                     numbers = {"base": base, "tuned": tuned, "delta": tuned - base}
                     for metric, value in numbers.items():
-                        ends = none if suffix else intervals[metric]
+                        ends = none
+                        if measured is not None and not suffix:
+                            ends = self._ends(measured, metric)
                         yield Row(self.name, metric + suffix, layer, view, value, *ends, n)
 
-    def linearised(
-        self, layer: int, view: View
-    ) -> tuple[tuple[RatioInfluence, RatioInfluence], SampledTokens] | None:
-        """How each sampled token moves the base's and the tuned model's ratio at one layer.
+    def _ends(self, measured: tuple[Ratio, Ratio], metric: str) -> tuple[float, float]:
+        base, tuned = measured
+        if metric == "delta":
+            return sum_ends(weighted_ratio([(1.0, tuned), (-1.0, base)]))
+        return ratio_ends(base if metric == "base" else tuned, self.spec.d_model)
+
+    def measured(self, layer: int, view: View) -> tuple[Ratio, Ratio] | None:
+        """The base's and the tuned model's ratio at one layer, with what intervals need.
 
         For intervals of any sum of ratios over the same tokens. None if there are too few.
         """
         i = self.spec.resolve_layers(self.layers).index(layer)
         j = self.views.index(view)
         s = self.sums
-        if float(s["n"][i]) < 4 or int((s["sample_valid"][i] > 0).any(-1).sum()) < 2:
+        valid = s["sample_valid"][i] > 0
+        n_sampled = int(valid.any(-1).sum())
+        if float(s["n"][i]) < 4 or n_sampled < 2:
             return None
-        influences, samples = [], []
+        all_sampled = n_sampled == int(s["sequences"][i])
+        ratios = []
         for k in range(2):
             sample = SampledTokens(
                 vectors=s["sample"][k, i, j].to(torch.float64),
-                valid=s["sample_valid"][i] > 0,
+                valid=valid,
                 length=s["sample_length"][i],
                 sum_nn=float(s["nn"][i]),
             )
-            influences.append(ratio_influence(self._moments_at(k, i, j), sample))
-            samples.append(sample)
-        return (influences[0], influences[1]), samples[0]
-
-    def _intervals(self, layer: int, view: View) -> dict[str, tuple[float, float]]:
-        """95% intervals of base, tuned and delta at one layer and view."""
-        linear = self.linearised(layer, view)
-        if linear is None:
-            return dict.fromkeys(("base", "tuned", "delta"), (float("nan"), float("nan")))
-        (base, tuned), sample = linear
-        n = float(self.sums["n"][self.spec.resolve_layers(self.layers).index(layer)])
-        change = replace(
-            tuned, centre=tuned.centre - base.centre, influence=tuned.influence - base.influence
-        )
-        return {
-            name: _ends(ratio.centre, influence_half_width(ratio.influence, n, sample), relative)
-            for name, ratio, relative in (
-                ("base", base, True),
-                ("tuned", tuned, True),
-                ("delta", change, False),
-            )
-        }
-
-
-def _ends(centre: float, half_width: float, relative: bool) -> tuple[float, float]:
-    if relative and centre > 0:
-        # A ratio of positive traces: its error is nearer to symmetric on the log scale.
-        factor = float(torch.exp(torch.tensor(half_width / centre)))
-        return centre / factor, centre * factor
-    return centre - half_width, centre + half_width
+            ratios.append(measured_ratio(self._moments_at(k, i, j), sample, all_sampled))
+        return ratios[0], ratios[1]
 
 
 def _sampled_places(

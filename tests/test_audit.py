@@ -31,9 +31,11 @@ def test_the_parts_add_up_to_what_the_paper_would_read(
     before: float, raw: float, normed: float, sinks: float, bos: float
 ) -> None:
     for probe, metric in AUDITED.items():
+        # Beside the value, the row estimator, which the audit has.
         comparison = set_values(
             make_comparison(4),
             {
+                (probe, f"{metric}_row", 4, "final_norm"): normed,
                 (probe, metric, 3, "raw"): before,
                 (probe, metric, 4, "raw"): raw,
                 (probe, metric, 4, "final_norm"): normed,

@@ -46,6 +46,7 @@ def example() -> Comparison:
             ("participation_ratio", "delta", 21, "raw"): -1.5,
             ("participation_ratio", "delta", 22, "raw"): 3.1,
             ("participation_ratio", "delta", 22, "final_norm"): 77.3,
+            ("participation_ratio", "delta_row", 22, "final_norm"): 77.3,
             ("artefact_audit", "delta_with_sinks", 22, "final_norm"): 81.8,
             ("artefact_audit", "delta_with_sinks_and_bos", 22, "final_norm"): 80.8,
         },

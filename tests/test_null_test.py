@@ -15,13 +15,17 @@ from hyperlens import compare_models, open_pair, run_null_test, write_report
 from hyperlens.errors import HyperlensError, PairError
 from hyperlens.experiments import NullTestResult
 from hyperlens.experiments.null_test import (
-    SHUFFLES,
+    CONTROLS,
+    RESCALED,
     changed_tensors,
     randomly_changed,
+    rank_p,
     share_of_change,
 )
 from hyperlens.render.blocks import Chart, Table, flat
 
+SHUFFLES = ("rows_and_columns", "entries")
+PLAIN = tuple(kind for kind in CONTROLS if not kind.endswith(RESCALED))
 TEXTS = token_texts(10, shortest=8, longest=20)
 SHORT = {"prompt_tokens": 6, "max_new_tokens": 6, "n_prompts": 4, "progress": False}
 
@@ -73,6 +77,50 @@ def test_rows_and_columns_keep_the_spectrum_and_entries_do_not() -> None:
     assert rows.tolist() == [5, 6, 7, 8]
 
 
+@pytest.mark.parametrize("kind", PLAIN)
+def test_a_control_has_the_norm_of_every_change_times_its_factor(kind: str) -> None:
+    base = make_tiny("gpt2")
+    changes = changed_tensors(base, perturbed(base, 0.1))
+    made = changed_tensors(base, randomly_changed(base, changes, 1, kind, factor=2.5))
+    for name, change in changes.items():
+        assert made[name].norm() == pytest.approx(2.5 * float(change.norm()), rel=1e-3), name
+
+
+def test_rotations_keep_the_spectrum_and_not_the_entries() -> None:
+    base = make_tiny("qwen2")
+    changes = changed_tensors(base, perturbed(base, 0.1))
+    name = "model.layers.1.mlp.up_proj.weight"
+    made = changed_tensors(base, randomly_changed(base, changes, 0, "rotations"))[name]
+    spectrum, kept = (torch.linalg.svdvals(one) for one in (changes[name], made))
+    assert torch.allclose(kept, spectrum, atol=1e-4)
+    entries = changes[name].flatten().sort().values
+    assert not torch.allclose(made.flatten().sort().values, entries, atol=1e-2)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_rescaled_controls_move_the_stream_as_far(seed: int) -> None:
+    base = make_tiny("llama")
+    tuned = perturbed(base, 0.3)
+    kinds = ["rows_and_columns_rescaled", "entries_rescaled"]
+    found = run_null_test(base, tuned, TEXTS, controls=kinds, n_controls=2, seed=seed, **SHORT)
+    assert found.controls == kinds
+    for kind in kinds:
+        row = found.last("relative_l2", "raw", kind)
+        assert row is not None
+        for end in ("control_low", "control_high"):
+            assert row[end] == pytest.approx(row["tuned"], rel=0.025)
+        assert len(found.extras["factors"][kind]) == 2
+
+
+@given(st.lists(st.floats(-50, 50, width=16), min_size=1, max_size=12))
+def test_ranks_of_all_models_are_a_permutation_tests(values: list[float]) -> None:
+    """Over all choices of the tuned model, p at or below any level comes as often as it says."""
+    ps = [rank_p(x, values[:i] + values[i + 1 :]) for i, x in enumerate(values)]
+    for p in ps:
+        assert sum(q <= p + 1e-9 for q in ps) / len(ps) <= p + 1e-9
+    assert min(ps) >= 1 / len(values) - 1e-9
+
+
 def test_what_did_not_change_is_shared_with_the_base() -> None:
     base = make_tiny("llama")
     tuned = copy.deepcopy(base)
@@ -98,7 +146,7 @@ def test_tied_weights_stay_tied() -> None:
 def test_the_tuned_column_is_what_compare_models_says() -> None:
     base = make_tiny("llama")
     tuned = perturbed(base, 0.2)
-    found = run_null_test(base, tuned, TEXTS, n_controls=2, **SHORT)
+    found = run_null_test(base, tuned, TEXTS, n_controls=2, batch_size=8, **SHORT)
     comparison = compare_models(base, tuned, TEXTS, progress=False)
     for metric, probe in (
         ("relative_l2", "drift"),
@@ -119,7 +167,10 @@ def test_a_random_change_is_not_beyond_other_random_changes() -> None:
     inside = 0
     for seed in range(4):
         tuned = perturbed(base, 0.1, seed=10 + seed)
-        found = run_null_test(base, tuned, TEXTS[:6], n_controls=7, seed=100 * seed, **few)
+        kind = ["rows_and_columns"]
+        found = run_null_test(
+            base, tuned, TEXTS[:6], controls=kind, n_controls=7, seed=100 * seed, **few
+        )
         (row,) = found.select(metric="relative_l2", view="raw", layer=3)
         inside += row["control_low"] <= row["tuned"] <= row["control_high"]
     # Of 8 exchangeable numbers one is the greatest or least with probability 1/4.
@@ -140,7 +191,7 @@ def test_a_change_with_structure_is_beyond_them(shuffle: str) -> None:
         hook.remove()
         along = torch.linalg.svd(read[0], full_matrices=False).Vh[0]
         tuned.model.layers[2].mlp.down_proj.weight += 5 * torch.randn(32, 1) * along
-    found = run_null_test(base, tuned, TEXTS, n_controls=3, shuffle=shuffle, **SHORT)
+    found = run_null_test(base, tuned, TEXTS, n_controls=3, controls=[shuffle], **SHORT)
     least, greatest = found.share_of_change("relative_l2", "raw")
     assert 0 < least <= greatest < 1
     rows = found.select(metric="relative_l2", view="raw")
@@ -163,8 +214,10 @@ def test_refusals_say_what_to_do() -> None:
         run_null_test(base, base, TEXTS, **SHORT)
     with pytest.raises(HyperlensError, match="n_controls"):
         run_null_test(base, perturbed(base), TEXTS, n_controls=0, **SHORT)
-    with pytest.raises(HyperlensError, match="shuffle must be one of rows_and_columns, entries"):
-        run_null_test(base, perturbed(base), TEXTS, shuffle="all", **SHORT)
+    with pytest.raises(HyperlensError, match="controls must be one of rows_and_columns, rotations"):
+        run_null_test(base, perturbed(base), TEXTS, controls=["all"], **SHORT)
+    with pytest.raises(HyperlensError, match="controls is empty"):
+        run_null_test(base, perturbed(base), TEXTS, controls=[], **SHORT)
 
 
 def test_an_open_pair_gives_the_same() -> None:
@@ -193,8 +246,9 @@ def made(ttr: float, low: float, high: float, dimension: float = 5.0) -> NullTes
     }
     table = tuple(
         {
-            "metric": metric, "layer": 3, "view": view, "tuned": tuned, "control_mean": least,
-            "control_low": least, "control_high": greatest, "n_controls": 3,
+            "metric": metric, "layer": 3, "view": view, "control": "entries", "tuned": tuned,
+            "control_mean": least, "control_low": least, "control_high": greatest,
+            "n_controls": 3, "p": math.nan,
         }
         for (metric, view), (tuned, least, greatest) in ranges.items()
     )  # fmt: skip
@@ -206,16 +260,16 @@ def made(ttr: float, low: float, high: float, dimension: float = 5.0) -> NullTes
 @pytest.mark.parametrize(
     ("ttr", "low", "high", "said"),
     [
-        (0.8, 0.5, 0.6, "give 25.0% to 50.0% of the gain in greedy TTR: they reach 0.500 to 0.600, "
-         "the tuned model 0.800, the base 0.400."),
+        (0.8, 0.5, 0.6, "give 25.0% to 50.0% of the gain in greedy TTR, 0.500 to 0.600. The tuned "
+         "model has 0.800, the base 0.400."),
         (0.8, 0.3, 0.6, "give at most 50.0% of the gain in greedy TTR"),
         (0.8, 0.3, 0.4, "give none of the gain in greedy TTR"),
-        (0.8, 0.7, 0.9, "give as much of the gain in greedy TTR as tuning (75.0% to 125.0% of it)"),
-        (0.6, 0.7, 0.8, "give more than the whole gain in greedy TTR (150.0% to 200.0% of it)"),
+        (0.8, 0.7, 0.9, "give as much of the gain in greedy TTR as tuning (75.0% to 125.0%)"),
+        (0.6, 0.7, 0.8, "give more than the whole gain in greedy TTR (150.0% to 200.0%)"),
         (0.2, 0.3, 0.35, "give 25.0% to 50.0% of the drop in greedy TTR"),
-        (0.8, 0.6, 0.6, "give 50.0% of the gain in greedy TTR: they reach 0.600, the tuned"),
+        (0.8, 0.6, 0.6, "give 50.0% of the gain in greedy TTR, 0.600. The tuned"),
         (0.4, 0.5, 0.6, "Tuning does not change greedy TTR (0.400); random changes of the same "
-         "size reach 0.500 to 0.600."),
+         "size (entries shuffled) reach 0.500 to 0.600."),
         (math.nan, 0.5, 0.6, "cannot be told"),
     ],
 )  # fmt: skip
@@ -233,7 +287,7 @@ def test_random_changes_that_do_more_are_said_to() -> None:
     (dimension,) = (v for v in made(0.8, 0.5, 0.6).verdicts() if v.topic == "dimension")
     assert "more than the whole gain" in dimension.answer
     assert "all blocks together" in dimension.answer
-    assert "+6.0 to +8.0, the tuned model +5.0" in dimension.answer
+    assert "+6.0 to +8.0. The tuned model has +5.0" in dimension.answer
     assert all(len(line) <= 100 for line in made(0.8, 0.5, 0.6).summary().splitlines())
 
 
@@ -253,7 +307,9 @@ def test_page_terminal_and_notebook_show_the_same_with_the_base_first(tmp_path: 
     base = make_tiny("llama")
     found = run_null_test(base, perturbed(base, 0.3), TEXTS, n_controls=2, **SHORT)
     (table,) = (block for block in found.evidence() if isinstance(block, Table))
-    assert list(table.head[1:4]) == [found.base_name, found.tuned_name, "its 2 controls"]
+    assert list(table.head[1:4]) == [
+        found.base_name, found.tuned_name, "2 controls: rows and columns shuffled",
+    ]  # fmt: skip
     (ttr,) = (row for row in table.rows if "TTR" in row[0])
     assert ttr is table.rows[0]
     assert ttr[1] == f"{found.extras['base']['ttr']:.3f}"
@@ -268,18 +324,20 @@ def test_charts_hold_the_table_in_the_possible_range() -> None:
     base = make_tiny("llama")
     found = run_null_test(base, perturbed(base, 0.3), TEXTS, n_controls=2, **SHORT)
     text, *layers = (block for block in flat(found.evidence()) if isinstance(block, Chart))
-    assert list(text.roles.values()) == ["base", "control", "tuned"]
+    assert list(text.roles.values()) == ["base", "control", "control", "tuned"]
     assert text.x.scale == "share"
     assert all(0 <= row["value"] <= 1 for row in text.rows)
-    assert len(text.rows) == 3 * 3
+    assert len(text.rows) == 3 * 4
     assert len(layers) == 3
     for chart, (metric, view) in zip(
         layers, (("relative_l2", "raw"), ("delta", "raw"), ("delta", "final_norm")), strict=True
     ):
-        control, tuned = chart.series
-        assert (chart.roles[control], chart.roles[tuned]) == ("control", "tuned")
+        control, rescaled, tuned = chart.series
+        assert [chart.roles[s] for s in (control, rescaled, tuned)] == ["control"] * 2 + ["tuned"]
+        kinds = {control: found.controls[0], tuned: found.controls[0], rescaled: found.controls[1]}
         for row in chart.rows:
-            known = found.at(metric=metric, view=view, layer=row["layer"])
+            kind = kinds[row["series"]]
+            known = found.at(metric=metric, view=view, layer=row["layer"], control=kind)
             if row["series"] == tuned:
                 assert row["value"] == known["tuned"]
             else:
@@ -290,7 +348,8 @@ def test_folders_of_version_0_1_are_read(tmp_path: Path) -> None:
     old = made(0.8, 0.5, 0.6).to_dict() | {"format": 1}
     names = {new: old for old, new in NullTestResult.renamed.items()}
     old["table"] = [
-        {names.get(key, key): value for key, value in row.items()} for row in old["table"]
+        {names.get(key, key): value for key, value in row.items() if key not in ("control", "p")}
+        for row in old["table"]
     ]
     old["extras"] = {names.get(key, key): value for key, value in old["extras"].items()}
     assert "placebo_low" in old["table"][0]

@@ -43,7 +43,10 @@ def make_comparison(n_layers: int = 4, *, names: tuple[str, str] = ("base", "tun
                 add("participation_ratio", metric, layer, view, value, 1.0)
             # Wholly above the value: what an interval of the participation ratio may look like.
             ends = {"delta": (delta + 0.1, delta + 1)}
-            ends |= dict.fromkeys(("base_naive", "tuned_naive", "delta_naive"), (NAN, NAN))
+            plain = (
+                f"{side}_{kind}" for kind in ("row", "naive") for side in ("base", "tuned", "delta")
+            )
+            ends |= dict.fromkeys(plain, (NAN, NAN))
             rows += [
                 Row("participation_ratio", metric, layer, view, delta, low, high, 1000)
                 for metric, (low, high) in ends.items()

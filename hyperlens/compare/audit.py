@@ -57,11 +57,12 @@ class Decomposition:
 
     Attributes:
         quantity: "participation_ratio" (tuned - base) or "drift" (the L2 distance).
-        total: after the final norm, over all tokens, BOS and attention sinks included.
+        total: after the final norm, over all tokens, BOS and attention sinks included: the sum of
+            the parts.
         block: in the last block's raw output, over ordinary tokens.
         norm: what the final norm adds.
-        sinks: what counting attention sinks adds.
-        bos: what counting BOS adds.
+        sinks: what counting attention sinks adds; of dimensions, by the row estimator.
+        bos: what counting BOS adds; of dimensions, by the row estimator.
         terminal_jump: the raw number at L minus that at L - 1: what is new in the last block.
             NaN if layer L - 1 was not measured.
     """
@@ -114,6 +115,11 @@ def _decompose(comparison: Measured, probe: str, metric: str) -> Decomposition |
     last = comparison.n_layers
     raw = _value(comparison, probe, metric, last, "raw")
     normed = _value(comparison, probe, metric, last, "final_norm")
+    # Like with like: the audit keeps no sample of tokens, so it has the row estimator only, which
+    # in version 0.1 was the only one.
+    without = _value(comparison, probe, f"{metric}_row", last, "final_norm")
+    if math.isnan(without):
+        without = normed
     with_sinks, with_bos = (
         _value(comparison, "artefact_audit", f"{metric}_{tokens}", last, "final_norm")
         for tokens in ("with_sinks", "with_sinks_and_bos")
@@ -122,10 +128,10 @@ def _decompose(comparison: Measured, probe: str, metric: str) -> Decomposition |
         return None
     return Decomposition(
         quantity=probe,
-        total=with_bos,
+        total=with_bos + (normed - without),
         block=raw,
         norm=normed - raw,
-        sinks=with_sinks - normed,
+        sinks=with_sinks - without,
         bos=with_bos - with_sinks,
         terminal_jump=raw - _value(comparison, probe, metric, last - 1, "raw"),
     )

@@ -1,13 +1,16 @@
 """Is it more than a random change would do? The tuned model beside random changes of its size.
 
 Any change of the weights moves the residual stream, changes its effective dimension and reorders
-ranks. What tuning did is what it did beyond that.
+ranks. What tuning did is what it did beyond that. What counts as a change of the same kind is a
+choice, so there are several controls: of the same size in the weights or in the stream, with or
+without the same rank.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -15,14 +18,15 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..checks import check_choice, check_counts, check_seed
+from ..data.corpus import Corpus
 from ..decoding.diversity import REPETITION_METRICS
 from ..decoding.generate import GenerationRunner
 from ..decoding.prompts import check_room, choose_prompts
-from ..errors import PairError
+from ..errors import HyperlensError, PairError
 from ..hooks.loading import LoadedModel, hook
 from ..models.sources import OpenedModel
 from ..models.weight_sharing import is_tied, merged, token_tables, untie, weight_sharing_copy
-from ..pair import Inputs, Pair, open_inputs
+from ..pair import Inputs, open_inputs
 from ..passes.multi_pass import run_passes
 from ..passes.streaming import PassOptions
 from ..passes.streams import View
@@ -38,14 +42,16 @@ from ..render.format import (
     PERCENT,
     Form,
     count,
+    p_value,
     span,
 )
 from ..results.result import Result
-from ..statistics.significance import estimate
+from ..statistics.significance import estimate, holm
 
 EXAMPLES = (
     "hyperlens null-test ./base ./tuned --texts held_out.txt --out null-test",
-    "hyperlens null-test ./base ./lora-adapter --texts owner/dataset --limit 200 --n-controls 9",
+    "hyperlens null-test ./base ./lora-adapter --texts owner/dataset --limit 200 --n-controls 99",
+    "hyperlens null-test ./base ./tuned --texts held_out.txt --controls rotations entries",
 )
 
 VIEWS: tuple[View, ...] = ("raw", "final_norm")
@@ -57,7 +63,14 @@ MEASURED = {
     "logit_lens": ("kl",),
 }
 SINK_THRESHOLD = 10.0
-SHUFFLES = ("rows_and_columns", "entries")
+RESCALED = "_rescaled"
+CONTROLS = (
+    *("rows_and_columns", "rotations", "entries"),
+    *("rows_and_columns_rescaled", "rotations_rescaled", "entries_rescaled"),
+)
+DEFAULT_CONTROLS = ("rows_and_columns", "rows_and_columns_rescaled")
+# The factor of a rescaled control is found on so many texts, to this share of the distance.
+SCALED_ON, SCALED_WITHIN, MOST_STEPS = 16, 0.02, 8
 
 
 def run_null_test(
@@ -65,13 +78,13 @@ def run_null_test(
     tuned: Any = None,
     texts: Any = None,
     *,
-    n_controls: int = 3,
-    shuffle: str = "rows_and_columns",
+    controls: Sequence[str] = DEFAULT_CONTROLS,
+    n_controls: int = 19,
     max_length: int = 256,
     n_prompts: int = 32,
     prompt_tokens: int = 17,
     max_new_tokens: int = 96,
-    batch_size: int = 8,
+    batch_size: int = 16,
     seed: int = 0,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
@@ -79,18 +92,22 @@ def run_null_test(
 ) -> NullTestResult:
     """Does the tuned model do more than random changes of the same size?
 
-    A control is the base plus the tuned model's change, with rows and columns of each tensor's
-    change shuffled: norm, rank, singular values and entries stay, what was learned is lost. With k
-    controls the smallest p value that a permutation test could give is 1 / (k + 1).
+    A control is the base plus the tuned model's change with its structure lost, tensor by tensor.
+    In embeddings and unembeddings rows stay where they are: a change stays with its tokens. p is
+    the share of all models, the tuned one among them, that lie as far from their common mean: with
+    k controls never below 1 / (k + 1).
 
     Args:
         base, tuned: what `compare_models` takes, but no hooked models; or an open `Pair` and the
             texts. Adapters are merged.
         texts: what `compare_models` takes; prompts are their first tokens.
-        n_controls: how many random changes; one is held in memory at a time.
-        shuffle: "rows_and_columns" keeps the rank of each change, and which tokens it is about
-            (in embeddings and unembeddings only columns are shuffled); "entries" shuffles single
-            entries, which makes a change of low rank, as LoRA's, one of full rank.
+        controls: kinds of control. "rows_and_columns" shuffles rows and columns of each change,
+            which keeps its norm, rank, singular values and entries; "rotations" rotates it at
+            random from both sides, which keeps all of these but the entries; "entries" shuffles
+            single entries, which makes a change of low rank, as LoRA's, one of full rank. With
+            "_rescaled" at the end, all tensors' changes are scaled by one factor until the raw
+            stream at the last layer moves as far as in the tuned model.
+        n_controls: how many random changes of each kind; one is held in memory at a time.
         max_length: tokens per text, BOS included.
         n_prompts: how many texts, drawn at random, are continued greedily.
         prompt_tokens: how many of their first tokens are the prompt, BOS included.
@@ -109,8 +126,8 @@ def run_null_test(
         HyperlensError: if a source cannot be opened, or the texts do not fit the models.
     """
     check_counts(n_controls=n_controls, batch_size=batch_size)
-    check_choice("shuffle", shuffle, SHUFFLES)
     check_seed(seed)
+    kinds = _checked_kinds(controls)
     inputs = open_inputs(base, tuned, texts, max_length=max_length, device=device, dtype=dtype)
     check_room(inputs.pair, prompt_tokens, max_new_tokens)
     prompts = choose_prompts(inputs.corpus, n_prompts, prompt_tokens, seed)
@@ -125,17 +142,25 @@ def run_null_test(
         )
     options = PassOptions(batch_size, SINK_THRESHOLD, seed, False)
     seeds = list(range(seed, seed + n_controls))
-    measured = []
-    with tqdm(total=n_controls + 1, desc="null test", unit="model", disable=not progress) as bar:
-        for model in _models(inputs.pair, plain_base, changes, seeds, shuffle):
-            measured.append(_measure(inputs, model, options, generation))
-            bar.update()
+    measured: dict[str, list[dict[Key, float]]] = {kind: [] for kind in kinds}
+    factors: dict[str, list[float]] = {kind: [] for kind in kinds}
+    total = 1 + len(kinds) * n_controls
+    with tqdm(total=total, desc="null test", unit="model", disable=not progress) as bar:
+        tuned_values = _measure(inputs, inputs.pair.tuned, options, generation)
+        bar.update()
+        random = _RandomChanges(inputs, options, plain_base, changes)
+        for kind in kinds:
+            for one in seeds:
+                model, factor = random.model(kind, one)
+                measured[kind].append(_measure(inputs, model, options, generation))
+                factors[kind].append(factor)
+                bar.update()
     base_text = generation.run(inputs.pair.base)
     meta = inputs.metadata(
         seed=seed,
         options={
+            "controls": list(kinds),
             "n_controls": n_controls,
-            "shuffle": shuffle,
             "max_length": max_length,
             "n_prompts": len(prompts),
             "prompt_tokens": prompt_tokens,
@@ -150,8 +175,19 @@ def run_null_test(
         "changed_tensors": len(changes),
         "norm_of_change": math.sqrt(sum(norm**2 for norm in norms)),
         "control_seeds": seeds,
+        "factors": factors,
     }
-    return NullTestResult(tuple(_table(measured[0], measured[1:])), extras, meta)
+    table = (row for kind in kinds for row in _table(kind, tuned_values, measured[kind]))
+    return NullTestResult(tuple(table), extras, meta)
+
+
+def _checked_kinds(controls: Sequence[str]) -> tuple[str, ...]:
+    kinds = (controls,) if isinstance(controls, str) else tuple(dict.fromkeys(controls))
+    if not kinds:
+        raise HyperlensError(f"controls is empty: give some of {', '.join(CONTROLS)}")
+    for kind in kinds:
+        check_choice("controls", kind, CONTROLS)
+    return kinds
 
 
 def changed_tensors(base: nn.Module, tuned: nn.Module) -> dict[str, Tensor]:
@@ -170,13 +206,22 @@ def changed_tensors(base: nn.Module, tuned: nn.Module) -> dict[str, Tensor]:
 
 
 def randomly_changed(
-    base: nn.Module, changes: dict[str, Tensor], seed: int, shuffle: str = "rows_and_columns"
+    base: nn.Module,
+    changes: dict[str, Tensor],
+    seed: int,
+    kind: str = "rows_and_columns",
+    factor: float = 1.0,
 ) -> Any:
-    """The base with every change shuffled inside its tensor.
+    """The base with every change shuffled or rotated inside its tensor, times a factor.
 
-    Its norm and the values in it stay, and by rows and columns its rank and singular values; which
-    unit gets which value, all that training has decided, is lost. Unchanged tensors are shared with
-    the base.
+    Unchanged tensors are shared with the base.
+
+    Args:
+        base: the plain model.
+        changes: of its tensors, by name.
+        seed: of the random change.
+        kind: "rows_and_columns", "rotations" or "entries".
+        factor: what every change is multiplied by.
     """
     generator = torch.Generator().manual_seed(seed)
     model = weight_sharing_copy(base)
@@ -184,21 +229,33 @@ def randomly_changed(
     by_token = _token_tables(base)
     with torch.no_grad():
         for name, change in changes.items():
-            if shuffle == "entries":
-                shuffled = _permuted(change.flatten(), 0, generator).view_as(change)
+            # Of the last two axes: a mixture of experts has one matrix per expert.
+            has_rows = change.ndim > 1 and name not in by_token
+            if kind == "entries":
+                made = _permuted(change.flatten(), 0, generator).view_as(change)
+            elif kind == "rotations" and change.ndim > 1:
+                turned = change @ _rotation(change.shape[-1], generator).to(change)
+                rows = _rotation(change.shape[-2], generator) if has_rows else None
+                made = turned if rows is None else rows.to(change) @ turned
             else:
-                # Of the last two axes: a mixture of experts has one matrix per expert.
-                has_rows = change.ndim > 1 and name not in by_token
                 rows = _permuted(change, -2, generator) if has_rows else change
-                shuffled = _permuted(rows, -1, generator)
+                made = _permuted(rows, -1, generator)
             old = parameters[name]
-            old.data = (old.detach().float() + shuffled).to(old.dtype)  # new storage: base stays
+            new = old.detach().float() + factor * made
+            old.data = new.to(old.dtype)  # new storage: base stays
     return model
 
 
 def _permuted(values: Tensor, axis: int, generator: torch.Generator) -> Tensor:
     order = torch.randperm(values.shape[axis], generator=generator).to(values.device)
     return values.index_select(axis, order)
+
+
+def _rotation(n: int, generator: torch.Generator) -> Tensor:
+    """A random orthogonal matrix (Haar measure; Mezzadri 2007)."""
+    q, r = torch.linalg.qr(torch.randn(n, n, generator=generator))
+    turned: Tensor = q * r.diagonal().sign()
+    return turned
 
 
 def _token_tables(model: Any) -> set[str]:
@@ -210,19 +267,66 @@ def _token_tables(model: Any) -> set[str]:
     return {name for name, weight in model.named_parameters() if id(weight) in weights}
 
 
-def _models(
-    pair: Pair,
-    plain_base: Any,
-    changes: dict[str, Tensor],
-    seeds: Sequence[int],
-    shuffle: str,
-) -> Iterator[LoadedModel]:
-    """The tuned model, then the controls, one at a time."""
-    yield pair.tuned
-    for number, seed in enumerate(seeds):
-        model = randomly_changed(plain_base, changes, seed, shuffle)
-        opened = OpenedModel(model, pair.base.tokenizer, f"control {number}", "object")
-        yield hook(opened, "residual")
+class _RandomChanges:
+    """Makes controls, and finds the factors of rescaled ones."""
+
+    def __init__(
+        self, inputs: Inputs, options: PassOptions, base: Any, changes: dict[str, Tensor]
+    ) -> None:
+        self._inputs, self._options = inputs, options
+        self._base, self._changes = base, changes
+        self._corpus = _some(inputs.corpus, SCALED_ON)
+        self._wanted: float | None = None
+
+    def model(self, kind: str, seed: int) -> tuple[LoadedModel, float]:
+        """A control, hooked, and the factor that its changes are multiplied by."""
+        plain = kind.removesuffix(RESCALED)
+        model = self._hooked(plain, seed, 1.0)
+        if plain == kind:
+            return model, 1.0
+        if self._wanted is None:
+            self._wanted = self._distance(self._inputs.pair.tuned)
+        # The secant method on log scales, where the distance is nearly a straight line of slope 1.
+        factor, slope, nearest = 1.0, 1.0, (math.inf, 1.0, model)
+        last: tuple[float, float] | None = None
+        for _ in range(MOST_STEPS):
+            distance = self._distance(model)
+            if not distance > 0:
+                break
+            gap, at = math.log(distance / self._wanted), math.log(factor)
+            nearest = min(nearest, (abs(gap), factor, model), key=lambda one: one[0])
+            if abs(gap) <= SCALED_WITHIN:
+                break
+            if last is not None and at != last[0]:
+                slope = min(max((gap - last[1]) / (at - last[0]), 0.5), 8.0)
+            last, factor = (at, gap), math.exp(at - gap / slope)
+            model = self._hooked(plain, seed, factor)
+        _, factor, model = nearest
+        return model, factor
+
+    def _hooked(self, kind: str, seed: int, factor: float) -> LoadedModel:
+        model = randomly_changed(self._base, self._changes, seed, kind, factor)
+        tokenizer = self._inputs.pair.base.tokenizer
+        return hook(OpenedModel(model, tokenizer, f"control {seed}", "object"), "residual")
+
+    def _distance(self, model: LoadedModel) -> float:
+        """Relative L2 distance of the raw streams at the last layer."""
+        base, probes = self._inputs.pair.base.hooked, [ResidualDrift(layers=(-1,))]
+        outcome = run_passes(base, model.hooked, self._corpus, probes, self._options)
+        rows = outcome.results["drift"].rows
+        return next(r.value for r in rows if (r.metric, r.view) == ("relative_l2", "raw"))
+
+
+def _some(corpus: Corpus, n: int) -> Corpus:
+    """Some of the texts, of all lengths."""
+    step = -(-len(corpus.sequences) // n)
+    sequences = corpus.sequences[::step]
+    counts = replace(
+        corpus.counts,
+        n_sequences=len(sequences),
+        n_tokens=sum(len(sequence) for sequence in sequences),
+    )
+    return replace(corpus, sequences=sequences, counts=counts)
 
 
 Key = tuple[str, int, str]
@@ -254,7 +358,7 @@ def _measure(
 
 
 def _table(
-    tuned: dict[Key, float], controls: Sequence[dict[Key, float]]
+    kind: str, tuned: dict[Key, float], controls: Sequence[dict[Key, float]]
 ) -> Iterator[dict[str, Any]]:
     for (metric, layer, view), value in tuned.items():
         others = [one[metric, layer, view] for one in controls]
@@ -262,12 +366,32 @@ def _table(
             "metric": metric,
             "layer": layer,
             "view": view,
+            "control": kind,
             "tuned": value,
             "control_mean": sum(others) / len(others),
             "control_low": min(others),
             "control_high": max(others),
             "n_controls": len(others),
+            "p": rank_p(value, others),
         }
+
+
+def rank_p(value: float, others: Sequence[float]) -> float:
+    """Two-sided p that a value is one of the others, from how far all lie from their common mean.
+
+    The share of all, this one among them, that lie at least as far: exact where they are
+    exchangeable, and never below 1 / (n + 1). NaN where one is not finite.
+
+    >>> rank_p(9.0, [1.0, 2.0, 3.0])
+    0.25
+    """
+    every = [value, *others]
+    if not all(map(math.isfinite, every)):
+        return math.nan
+    mean = sum(every) / len(every)
+    far = [abs(one - mean) for one in every]
+    rounding = 1e-12 * max(map(abs, every))
+    return sum(one >= far[0] - rounding for one in far) / len(every)
 
 
 class Measure(NamedTuple):
@@ -318,21 +442,36 @@ LAYERS = (
 )
 
 
+# What a kind of control is called in a sentence, and in a table.
+IN_WORDS = {
+    "rows_and_columns": "random changes of the same size and rank",
+    "rotations": "random changes of the same size and rank (rotated)",
+    "entries": "random changes of the same size (entries shuffled)",
+}
+AS_FAR = "scaled to move the stream as far as tuning does"
+IN_TABLE = {
+    "rows_and_columns": "rows and columns shuffled",
+    "rotations": "rotated",
+    "entries": "entries shuffled",
+}
+
+
 class NullTestResult(Result):
     """Every statistic of the tuned model, and its range over random changes of the same size.
 
-    The table has a row per metric, layer and view ("greedy text" for what continuations measure):
-    the tuned model's value, and mean, least and greatest of the controls'.
+    The table has a row per kind of control, metric, layer and view ("greedy text" for what
+    continuations measure): the tuned model's value, mean, least and greatest of the controls', and
+    the rank `p` of the tuned model among them, not corrected for the number of rows.
 
     Extras: `base`, the base's own greedy text; how many `changed_tensors` there are and the
-    `norm_of_change`; `control_seeds`.
+    `norm_of_change`; `control_seeds`; the `factors` of each kind.
     """
 
     name: ClassVar[str] = "null_test"
     title: ClassVar[str] = "Is it more than a random change would do?"
     columns: ClassVar[tuple[str, ...]] = (
-        *("metric", "layer", "view", "tuned"),
-        *("control_mean", "control_low", "control_high", "n_controls"),
+        *("metric", "layer", "view", "control", "tuned"),
+        *("control_mean", "control_low", "control_high", "n_controls", "p"),
     )
     renamed: ClassVar[Mapping[str, str]] = {
         "placebo_mean": "control_mean",
@@ -342,23 +481,38 @@ class NullTestResult(Result):
         "placebo_seeds": "control_seeds",
     }
 
+    @classmethod
+    def from_format_1(cls, data: dict[str, Any]) -> dict[str, Any]:
+        """Version 0.1 knew one kind of control, and no p."""
+        found = super().from_format_1(data)
+        row = {"control": "entries", "p": math.nan}
+        return found | {"table": [one | row for one in found["table"]]}
+
+    @property
+    def controls(self) -> list[str]:
+        """The kinds of control, as they were asked for."""
+        return list(dict.fromkeys(row["control"] for row in self.table))
+
     @property
     def n_controls(self) -> int:
-        """How many random changes there are."""
+        """How many random changes of each kind there are."""
         return len(self.extras["control_seeds"])
 
-    def last(self, metric: str, view: str) -> Mapping[str, Any] | None:
-        """The row of the last layer; None if it was not measured."""
-        rows = self.rows(metric=metric, view=view, layer=self.meta["n_layers"])
+    def last(self, metric: str, view: str, control: str | None = None) -> Mapping[str, Any] | None:
+        """The row of the last layer, of the first kind of control; None if not measured."""
+        wanted = {"metric": metric, "view": view, "layer": self.meta["n_layers"]}
+        rows = self.rows(**wanted, control=control or self.controls[0])
         return rows[0] if rows else None
 
-    def share_of_change(self, metric: str, view: str) -> tuple[float, float]:
+    def share_of_change(
+        self, metric: str, view: str, control: str | None = None
+    ) -> tuple[float, float]:
         """The least and greatest share of the tuned model's change that the controls give.
 
         The change is from the base's value at the last layer. NaN where nothing changed or was
         measured.
         """
-        row = self.last(metric, view)
+        row = self.last(metric, view, control)
         if row is None:
             return math.nan, math.nan
         base = self._of_base(next(m for m in MEASURES if (m.metric, m.view) == (metric, view)))
@@ -369,6 +523,16 @@ class NullTestResult(Result):
             return float(self.extras["base"][measure.metric])
         return measure.of_base
 
+    def corrected_p(self, control: str) -> dict[tuple[str, str], float]:
+        """p of what the verdicts are about, corrected over them by Holm, for one kind of control.
+
+        Returns:
+            (metric, view) to p; what was not measured is left out.
+        """
+        rows = {key: self.last(*key, control) for key in JUDGED}
+        found = {key: float(row["p"]) for key, row in rows.items() if row is not None}
+        return dict(zip(found, holm(list(found.values())), strict=True))
+
     def verdicts(self) -> list[Verdict]:
         """How much of what tuning changed random changes give too, greedy text first."""
         return [*self._judged(), Verdict("real?", self._limits(), caution=True)]
@@ -376,38 +540,43 @@ class NullTestResult(Result):
     def _judged(self) -> Iterator[Verdict]:
         measures = {(one.metric, one.view): one for one in MEASURES}
         for key, (topic, words) in JUDGED.items():
-            row = self.last(*key)
-            if row is not None:
-                yield Verdict(topic, self._answer(measures[key], words, row))
+            if self.last(*key) is not None:
+                yield Verdict(topic, self._answer(measures[key], words))
 
-    def _answer(self, measure: Measure, words: str, row: Mapping[str, Any]) -> str:
-        form, base, tuned = measure.form, self._of_base(measure), float(row["tuned"])
-        reach = _range(row, form)
+    def _answer(self, measure: Measure, words: str) -> str:
+        """What every kind of control does to one statistic, beside the tuned model."""
+        form, base = measure.form, self._of_base(measure)
+        rows = {kind: self.last(measure.metric, measure.view, kind) for kind in self.controls}
+        known = {kind: row for kind, row in rows.items() if row is not None}
+        tuned = float(next(iter(known.values()))["tuned"])
         if tuned == base:
-            return (
-                f"Tuning does not change {words} ({form(base)}); random changes of the same size "
-                f"reach {reach}."
+            reach = "; ".join(
+                f"{_subject(kind)} reach {_range(row, form)}" for kind, row in known.items()
             )
+            return f"Tuning does not change {words} ({form(base)}); {reach}."
         noun = f"{'gain' if tuned > base else 'drop'} in {words}"
-        share = self.share_of_change(measure.metric, measure.view)
+        parts: list[str] = []
+        for kind, row in known.items():
+            share = self.share_of_change(measure.metric, measure.view, kind)
+            claim = _claim(share, noun if not parts else "", _subject(kind))
+            p = p_value(self.corrected_p(kind)[measure.metric, measure.view])
+            parts.append(f"{claim}, {_range(row, form)}{', ' * bool(p)}{p}")
         of_base = f", the base {form(base)}" if measure.of_base is None else ""
-        return f"{_claim(share, noun)}: they reach {reach}, the tuned model {form(tuned)}{of_base}."
+        found = "; ".join(parts)
+        return f"{found[0].upper()}{found[1:]}. The tuned model has {form(tuned)}{of_base}."
 
     def _limits(self) -> str:
         n = self.n_controls
+        tests = len(self.corrected_p(self.controls[0]))
+        least = 1 / (n + 1)
         return (
-            f"{count(n, 'control')}: no permutation test could give a p value below "
-            f"{FRACTION(1 / (n + 1))}, so none is given.{self._what_is_lost()}"
+            f"With {count(n, 'control')} of a kind no p can be below {FRACTION(least)}, "
+            f"{FRACTION(min(1.0, tests * least))} where it is the least of {tests} that are "
+            f"corrected together (Holm): more controls can say more.{self._what_is_lost()}"
         )
 
-    @property
-    def _by_entries(self) -> bool:
-        """Results saved before there was a choice have their entries shuffled."""
-        options: Mapping[str, Any] = self.meta.get("options", {})
-        return bool(options.get("shuffle", "entries") == "entries")
-
     def _what_is_lost(self) -> str:
-        if not self._by_entries:
+        if not any(kind.startswith("entries") for kind in self.controls):
             return ""
         return (
             " Shuffling entries gives a change of low rank, as LoRA's, full rank, and spreads one "
@@ -418,16 +587,17 @@ class NullTestResult(Result):
         """Base, controls and tuned model at the last layer and the output; then the layers."""
         about = Text(
             "Any change of the weights moves the stream and reorders ranks. A control is the base "
-            f"plus the tuned model's change with the "
-            f"{'entries' if self._by_entries else 'rows and columns'} of each of its "
-            f"{count(self.extras['changed_tensors'], 'tensor')} shuffled: the same size"
-            f"{'' if self._by_entries else ' and rank'}, nothing learned.{self._written()}"
+            f"plus the tuned model's change of {count(self.extras['changed_tensors'], 'tensor')}, "
+            f"nothing of what was learned left in it: {self._kinds()}.{self._written()}"
         )
         blocks: list[Block] = [about, self._last_layer()]
         if text := self._text_chart():
             blocks.append(text)
         layers = [chart for which in LAYERS if (chart := self._layer_chart(*which)) is not None]
         return [*blocks, Grid(layers)] if layers else blocks
+
+    def _kinds(self) -> str:
+        return "; or ".join(map(_in_table, self.controls))
 
     def _written(self) -> str:
         options = self.meta.get("options", {})
@@ -442,32 +612,33 @@ class NullTestResult(Result):
     def _last_layer(self) -> Table:
         rows = []
         for measure in MEASURES:
-            row = self.last(measure.metric, measure.view)
-            if row is not None:
-                form = measure.form
-                share = _share_cell(self.share_of_change(measure.metric, measure.view))
-                cells = (form(self._of_base(measure)), form(row["tuned"]), _range(row, form))
-                rows.append([measure.words, *cells, share])
-        n = self.n_controls
+            if self.last(measure.metric, measure.view) is None:
+                continue
+            form, cells = measure.form, [measure.words, measure.form(self._of_base(measure))]
+            for kind in self.controls:
+                row = self.last(measure.metric, measure.view, kind)
+                if row is None:
+                    cells += [MISSING, MISSING]
+                    continue
+                if kind == self.controls[0]:
+                    cells.append(form(row["tuned"]))
+                share = self.share_of_change(measure.metric, measure.view, kind)
+                cells += [_range(row, form), _share_cell(share)]
+            rows.append(cells)
+        n = count(self.n_controls, "control")
+        heads = [head for kind in self.controls for head in (f"{n}: {_in_table(kind)}", "share")]
         return Table(
-            [
-                "last layer and output",
-                self.base_name,
-                self.tuned_name,
-                f"its {count(n, 'control')}",
-                "controls' share",
-            ],
+            ["last layer and output", self.base_name, self.tuned_name, *heads],
             rows,
-            "controls: random changes of the same size, least to greatest. Their share is of the "
-            "change from base to tuned model: below 100% tuning goes beyond every control, above "
-            "100% random changes do more than tuning. Greedy text: mean over prompts; all other "
-            "rows: over all tokens, all blocks together.",
+            "controls: least to greatest. Their share is of the change from base to tuned model: "
+            "below 100% tuning goes beyond every control, above 100% random changes do more than "
+            "tuning. Greedy text: mean over prompts; all other rows: over all tokens, all blocks "
+            "together.",
             joins=True,
         )
 
-    @property
-    def _controls_name(self) -> str:
-        return f"random changes as large as {self.tuned_name}'s"
+    def _controls_name(self, kind: str) -> str:
+        return f"controls: {_in_table(kind)}"
 
     def _text_chart(self) -> Chart | None:
         rows: list[dict[str, Any]] = []
@@ -478,7 +649,7 @@ class NullTestResult(Result):
                     {"series": series, "measure": measure.words, **values}
                     for series, values in (
                         (self.base_name, {"value": self._of_base(measure)}),
-                        (self._controls_name, _band(row)),
+                        *self._bands(measure.metric, measure.view, self.meta["n_layers"]),
                         (self.tuned_name, {"value": row["tuned"]}),
                     )
                 ]
@@ -489,14 +660,15 @@ class NullTestResult(Result):
         return Chart("dots", title, title, rows, x, y, self._roles())
 
     def _layer_chart(self, metric: str, view: str, title: str) -> Chart | None:
-        found = sorted(self.rows(metric=metric, view=view), key=lambda row: row["layer"])
+        rows_of = self.rows(metric=metric, view=view, control=self.controls[0])
+        found = sorted(rows_of, key=lambda row: row["layer"])
         if not found:
             return None
         rows = [
             {"series": series, "layer": row["layer"], **values}
             for row in found
             for series, values in (
-                (self._controls_name, _band(row)),
+                *self._bands(metric, view, row["layer"]),
                 (self.tuned_name, {"value": row["tuned"]}),
             )
         ]
@@ -510,8 +682,27 @@ class NullTestResult(Result):
         roles: dict[str, Role] = {k: v for k, v in self._roles().items() if v != "base"}
         return Chart("lines", f"{title}; band: random changes", alt, rows, x, y, roles)
 
+    def _bands(self, metric: str, view: str, layer: int) -> Iterator[tuple[str, dict[str, float]]]:
+        for kind in self.controls:
+            for row in self.rows(metric=metric, view=view, layer=layer, control=kind):
+                yield self._controls_name(kind), _band(row)
+
     def _roles(self) -> dict[str, Role]:
-        return {self.base_name: "base", self._controls_name: "control", self.tuned_name: "tuned"}
+        roles: dict[str, Role] = {self.base_name: "base"}
+        roles |= {self._controls_name(kind): "control" for kind in self.controls}
+        return roles | {self.tuned_name: "tuned"}
+
+
+def _subject(kind: str) -> str:
+    """A kind of control in a sentence."""
+    words = IN_WORDS[kind.removesuffix(RESCALED)]
+    return f"{words}, {AS_FAR}," if kind.endswith(RESCALED) else words
+
+
+def _in_table(kind: str) -> str:
+    """A kind of control in a table."""
+    words = IN_TABLE[kind.removesuffix(RESCALED)]
+    return f"{words}, as far in the stream" if kind.endswith(RESCALED) else words
 
 
 def share_of_change(base: float, tuned: float, low: float, high: float) -> tuple[float, float]:
@@ -530,20 +721,21 @@ def share_of_change(base: float, tuned: float, low: float, high: float) -> tuple
     return least, greatest
 
 
-def _claim(share: tuple[float, float], noun: str) -> str:
-    """What random changes give of a change, in words."""
+def _claim(share: tuple[float, float], noun: str, subject: str) -> str:
+    """What random changes give of a change, in words; of what was named before without `noun`."""
     low, high = share
+    of_it, whole = (f"the {noun}", f"the whole {noun}") if noun else ("it", "all of it")
     if not (math.isfinite(low) and math.isfinite(high)):
-        return f"What random changes of the same size give of the {noun} cannot be told"
+        return f"what {subject} give of {of_it} cannot be told"
     if high <= 0:
-        amount = f"none of the {noun}"
+        amount = f"none of {of_it}"
     elif high < 1:
-        amount = f"{_share_cell(share)} of the {noun}"
+        amount = f"{_share_cell(share)} of {of_it}"
     elif low > 1:
-        amount = f"more than the whole {noun} ({_share_cell(share)} of it)"
+        amount = f"more than {whole} ({_share_cell(share)})"
     else:
-        amount = f"as much of the {noun} as tuning ({_share_cell(share)} of it)"
-    return f"Random changes of the same size give {amount}"
+        amount = f"as much of {of_it} as tuning ({_share_cell(share)})"
+    return f"{subject} give {amount}"
 
 
 def _share_cell(share: tuple[float, float]) -> str:

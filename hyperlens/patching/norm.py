@@ -24,7 +24,7 @@ from ..probes import ParticipationRatio
 from ..render.blocks import Axis, Block, Chart, Details, Grid, Role, Table, Text, Verdict
 from ..render.format import DIMENSIONS, NUMBER, PERCENT, count, ends, interval
 from ..results.result import Result
-from ..statistics.intervals import RatioInfluence, SampledTokens, influence_half_width
+from ..statistics.ratios import Ratio, sum_ends, weighted_ratio
 from .engine import ChangedOutput, OutputReader
 from .outcomes import METRICS, RENAMED, SIDES, Outcome, Side
 
@@ -212,10 +212,10 @@ class Dimension:
     """A participation ratio, or a sum of several.
 
     Attributes:
-        value, low, high: corrected for few tokens, with its 95% interval over texts.
+        value, low, high: as `compare_models` reports it, with its 95% interval over texts.
         naive: from the sample covariance.
         n: tokens.
-        influence, sample: of the sampled tokens; None if there are too few.
+        ratio: what intervals of sums need; None if there are too few tokens.
     """
 
     value: float
@@ -223,8 +223,7 @@ class Dimension:
     high: float
     naive: float
     n: int
-    influence: RatioInfluence | None
-    sample: SampledTokens | None
+    ratio: Ratio | None
 
 
 def dimensions(probe: ParticipationRatio) -> dict[tuple[Side, int, View], Dimension]:
@@ -233,7 +232,7 @@ def dimensions(probe: ParticipationRatio) -> dict[tuple[Side, int, View], Dimens
     ratios: dict[tuple[Side, int, View], Dimension] = {}
     for layer in probe.spec.resolve_layers(probe.layers):
         for view in probe.views:
-            linear = probe.linearised(layer, view)
+            measured = probe.measured(layer, view)
             for k, side in enumerate(SIDES):
                 row = rows[side, layer, view]
                 ratios[side, layer, view] = Dimension(
@@ -242,8 +241,7 @@ def dimensions(probe: ParticipationRatio) -> dict[tuple[Side, int, View], Dimens
                     high=row.high,
                     naive=rows[f"{side}_naive", layer, view].value,
                     n=row.n,
-                    influence=None if linear is None else linear[0][k],
-                    sample=None if linear is None else linear[1],
+                    ratio=None if measured is None else measured[k],
                 )
     return ratios
 
@@ -254,41 +252,23 @@ def less(one: Dimension, other: Dimension) -> Dimension:
 
 
 def total(terms: Sequence[tuple[float, Dimension]]) -> Dimension:
-    """A weighted sum, with an interval if all of its parts are of the same tokens.
-
-    A participation ratio is nearly linear in the tokens: ratio ≈ centre + Σ influence of each.
-    So the weighted sum has the weighted sum of influences, and its interval takes account of how
-    the parts vary together, which adding up their own intervals would not.
-    """
+    """A weighted sum, with an interval if all of its parts are of the same tokens."""
     (first_weight, first), *others = terms
     value, naive = (
         sum((w * getattr(one, key) for w, one in others), first_weight * getattr(first, key))
         for key in ("value", "naive")
     )
-    none = Dimension(value, math.nan, math.nan, naive, first.n, None, None)
-    if first.influence is None or first.sample is None:
-        return none
-    centre = first_weight * first.influence.centre
-    influence = first_weight * first.influence.influence
-    for weight, one in others:
-        if one.influence is None or one.sample is None or not _same(first, one):
-            return none
-        centre += weight * one.influence.centre
-        influence = influence + weight * one.influence.influence
-    half = influence_half_width(influence, float(first.n), first.sample)
-    return replace(
-        none,
-        low=centre - half,
-        high=centre + half,
-        influence=RatioInfluence(centre, influence),
-        sample=first.sample,
-    )
+    parts = [(weight, one.ratio) for weight, one in terms if one.ratio is not None]
+    if len(parts) < len(terms) or not all(_same(first, one) for _, one in others):
+        return Dimension(value, math.nan, math.nan, naive, first.n, None)
+    ratio = weighted_ratio(parts)
+    return Dimension(value, *sum_ends(ratio), naive, first.n, ratio)
 
 
 def _same(a: Dimension, b: Dimension) -> bool:
-    if a.sample is None or b.sample is None:
+    if a.ratio is None or b.ratio is None:
         return False
-    return a.n == b.n and torch.equal(a.sample.valid, b.sample.valid)
+    return a.n == b.n and torch.equal(a.ratio.sample.valid, b.ratio.sample.valid)
 
 
 CELLS = {
