@@ -27,6 +27,7 @@ from ..passes.streams import (
 )
 from ..results.rows import ProbeResult, Row
 from ..statistics.intervals import mean_half_width
+from ..statistics.shares import ratio
 
 
 class Probe(ABC):
@@ -133,7 +134,10 @@ class TokenMeans(Probe):
         self.token_set = checked_token_set(token_set or self.token_set)
 
     def sum_shapes(self, spec: StreamSpec) -> dict[str, tuple[int, ...]]:
-        """Per-sequence sums y of every metric and their second moments; n counts tokens."""
+        """Per-sequence sums y of every metric and their second moments; n counts tokens.
+
+        Of the sequences that are sampled, the sums themselves: they tell more, where they are all.
+        """
         n_layers = len(spec.resolve_layers(self.layers))
         each = (len(self.metrics), n_layers, len(self.views))
         return {
@@ -143,6 +147,8 @@ class TokenMeans(Probe):
             "n": (n_layers,),
             "nn": (n_layers,),
             "sequences": (n_layers,),
+            "sampled_y": (*each, spec.n_sampled_sequences),
+            "sampled_n": (n_layers, spec.n_sampled_sequences),
         }
 
     def add(
@@ -157,12 +163,18 @@ class TokenMeans(Probe):
         sums["n"][i] += n.sum()
         sums["nn"][i] += n.square().sum()
         sums["sequences"][i] += (n > 0).sum()
+        slot = pair.sample.slot.to(self.spec.device)
+        sampled = (
+            slot >= 0 if self.spec.n_sampled_sequences else torch.zeros_like(slot, dtype=torch.bool)
+        )
+        sums["sampled_n"][i, slot[sampled]] += n[sampled]
         for j, view in enumerate(self.views):
             for k, metric in enumerate(self.metrics):
                 y = pair.per_sequence(measured[view][metric], layer, self.token_set)
                 sums["y"][k, i, j] += y.sum()
                 sums["yy"][k, i, j] += y.square().sum()
                 sums["yn"][k, i, j] += (y * n).sum()
+                sums["sampled_y"][k, i, j, slot[sampled]] += y[sampled]
 
     def compute(self) -> ProbeResult:
         """One row per metric, layer and view."""
@@ -176,18 +188,27 @@ class TokenMeans(Probe):
             half = mean_half_width(
                 float(s["sequences"][i]), mean, s["n"][i], s["yy"][:, i], s["yn"][:, i], s["nn"][i]
             )
+            n = s["sampled_n"][i]
+            has_all = int((n > 0).sum()) == int(s["sequences"][i])
             for k, metric in enumerate(self.metrics):
-                low, high = self.bounds.get(metric, (-torch.inf, torch.inf))
                 for j, view in enumerate(self.views):
                     value, width = float(mean[k, j]), float(half[k, j])
+                    ends = (value - width, value + width)
+                    if has_all:
+                        ends = self._ends(metric, s["sampled_y"][k, i, j], n)
+                    low, high = self.bounds.get(metric, (-math.inf, math.inf))
                     # NaN, the absence of an interval, must survive the bounds.
-                    ends = (
-                        (max(low, value - width), min(high, value + width))
-                        if width == width
-                        else (width, width)
-                    )
+                    ends = (max(ends[0], low), min(ends[1], high))
                     rows.append(Row(self.name, metric, layer, view, value, *ends, int(s["n"][i])))
         return rows
+
+    def _ends(
+        self, metric: str, y: Float[Tensor, " text"], n: Float[Tensor, " text"]
+    ) -> tuple[float, float]:
+        """The interval of a metric from its sums over every text."""
+        bounds = self.bounds.get(metric, (-math.inf, math.inf))
+        found = ratio(y, n, within=bounds if all(map(math.isfinite, bounds)) else None)
+        return found.low, found.high
 
 
 class MeanProbe(TokenMeans):

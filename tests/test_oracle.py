@@ -59,11 +59,17 @@ def logits(model, x):
 
 
 def interval(values, sequence):
-    """Cluster-robust interval of a mean, by its textbook formula."""
+    """Interval of a mean over texts by leaving each text out, with effective degrees of freedom."""
     groups = [values[sequence == s] for s in np.unique(sequence)]
-    mean, s = values.mean(), len(groups)
-    errors = np.array([(g - mean).sum() for g in groups])
-    half = scipy.stats.t.ppf(0.975, s - 1) * np.sqrt((errors**2).sum() * s / (s - 1)) / len(values)
+    mean, k = values.mean(), len(groups)
+    others = [np.concatenate(groups[:i] + groups[i + 1 :]).mean() for i in range(k)]
+    squares = (np.array(others) - mean) ** 2
+    if not squares.any():
+        return mean, np.nan, np.nan
+    weight = np.array([len(g) for g in groups]) / len(values)
+    of_spread = 2 * squares.sum() ** 2 / (k * squares.var(ddof=1))
+    degrees = min(max(min(1 / (weight**2).sum() - 1, of_spread), 1), k - 1)
+    half = scipy.stats.t.ppf(0.975, degrees) * np.sqrt((k - 1) / k * squares.sum())
     return mean, mean - half, mean + half
 
 

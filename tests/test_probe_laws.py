@@ -195,7 +195,10 @@ def test_base_against_base_reads_no_change(make):
         if row.metric in unchanged:
             assert row.value == unchanged[row.metric], row
             if not math.isnan(row.low):
-                assert row.low == row.high == row.value, row
+                assert row.low <= row.value <= row.high, row
+                # A share of all decisions seen leaves room for others; a distance of 0 does not.
+                if row.value == 0 and not row.metric.startswith("rank"):
+                    assert row.low == row.high == 0, row
     values = {(r.metric, r.layer, r.view): r.value for r in rows}
     for metric, layer, view in values:
         if metric.startswith("base") and metric != "base_naive":

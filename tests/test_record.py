@@ -329,7 +329,7 @@ def test_measuring_twice_gives_the_same() -> None:
 def test_logits_never_exist_for_all_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokens = make_tiny("llama"), held_out()
     whole = Recorder(model, tokens, SMALL).measure(0, 0, 1.0, 1.0)
-    monkeypatch.setattr(record, "LOGIT_CHUNK_BYTES", 4 * D_VOCAB * 17)
+    monkeypatch.setattr(record, "logit_chunk_rows", lambda d_vocab, device: 17)
     seen: list[int] = []
 
     def count(module: Any, given: Any, output: torch.Tensor) -> None:

@@ -71,6 +71,7 @@ def test_the_logits_of_a_batch_never_exist(monkeypatch):
     head = model.lm_head.forward
     model.lm_head.forward = lambda x: rows.append(x.shape[:-1].numel()) or head(x)
     monkeypatch.setattr(token_loss, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(token_loss, "CHUNK_ROWS", 16)
     loss = TokenLoss(model)
     rows.clear()
     loss(model, torch.randint(3, D_VOCAB, (8, 20)))

@@ -18,6 +18,7 @@ from ..errors import TrainingError
 from ..hooks.surface import evaluating
 from ..models.kinds import plain_model
 from ..models.structure import find_structure
+from ..passes.streams import logit_chunk_rows
 from ..statistics.distances import rank_of, winner
 from ..statistics.rank_buckets import RANK_BUCKETS
 from .history import Record
@@ -28,8 +29,6 @@ from .weights import context_length, trainers_randomness
 # Diversity is measured on the last 96 generated tokens, as in Carlsson et al. 2025 (arXiv
 # 2412.04318).
 WINDOW = 96
-# Size of a slice of float32 logits, per model.
-LOGIT_CHUNK_BYTES = 8 * 2**20
 
 
 class Recorder:
@@ -100,9 +99,9 @@ class Recorder:
         sums: dict[str, float] = defaultdict(float)
         n = 0
         d_vocab = self._plain.get_output_embeddings().weight.shape[0]
-        step = max(16, LOGIT_CHUNK_BYTES // (4 * d_vocab))
         for tokens, base_states in zip(self._batches, self._base_states, strict=True):
             states = self._states(tokens)
+            step = logit_chunk_rows(d_vocab, states.device)
             reference = tokens[:, 1:].flatten().to(states.device)
             for start in range(0, len(states), step):
                 rows = slice(start, start + step)

@@ -7,7 +7,7 @@ read that way is a sum of what the blocks did and of what the reading adds; here
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -18,6 +18,7 @@ QUANTITIES = (("participation_ratio", "delta"), ("drift", "l2"))
 
 # Metrics that are exactly at this value when two models are the same.
 AT_REST = {
+    ("drift", "cosine"): 1.0,
     ("drift", "l2"): 0.0,
     ("drift", "relative_l2"): 0.0,
     ("participation_ratio", "delta"): 0.0,
@@ -25,6 +26,10 @@ AT_REST = {
     ("logit_lens", "top1_agreement"): 1.0,
     ("rank_reordering", "top1_agreement"): 1.0,
     ("rank_reordering", "spearman"): 1.0,
+    ("rank_reordering", "rank_1"): 1.0,
+    ("rank_reordering", "rank_2_10"): 0.0,
+    ("rank_reordering", "rank_gt_10"): 0.0,
+    ("rank_reordering", "rank_ge_200"): 0.0,
 }
 
 
@@ -151,6 +156,13 @@ def largest_step(comparison: Measured, probe: str, metric: str) -> Step | None:
     at = {row.layer: row.value for row in rows if math.isfinite(row.value)}
     steps = (Step(layer, at[layer - 1], at[layer]) for layer in sorted(at) if layer - 1 in at)
     return max(steps, key=lambda step: abs(step.change), default=None)
+
+
+def without_doubt(rows: Iterable[Row]) -> Iterator[Row]:
+    """The rows of one model compared with itself: what is at rest is so on any text."""
+    for row in rows:
+        at_rest = AT_REST.get((row.probe, row.metric)) == row.value
+        yield row._replace(low=row.value, high=row.value) if at_rest else row
 
 
 def unchanged(comparison: Measured) -> bool:

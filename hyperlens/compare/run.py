@@ -18,6 +18,7 @@ from ..passes.multi_pass import run_passes
 from ..passes.streaming import PassOptions, PassResult
 from ..probes import Probe, default_probes
 from ..results.result import unknown
+from .audit import without_doubt
 from .comparison import Comparison
 
 EXAMPLES = (
@@ -109,8 +110,10 @@ def compare_models(
         "sinks_per_layer": list(outcome.sinks_per_layer),
     }
     meta["probes"] = {probe.name: _json_options(probe) for probe in chosen}
+    rows = (row for result in outcome.results.values() for row in result.rows)
+    same = meta["base"]["sha256"] == meta["tuned"]["sha256"]
     return Comparison.of(
-        rows=(row for result in outcome.results.values() for row in result.rows),
+        rows=without_doubt(rows) if same else rows,
         extras={name: dict(r.extras) for name, r in outcome.results.items() if r.extras},
         meta=meta,
     )
