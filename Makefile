@@ -18,7 +18,7 @@ DEMO_ARGS ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help env env-tl3 test test-tl3 test-long tutorials lint format types docs demo lock clean
+.PHONY: help env env-tl3 test test-tl3 test-long tutorials lint format types docs demo coverage lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -54,6 +54,11 @@ docs: .venv/.installed ## build the API reference, warnings are errors
 
 demo: .venv/.installed ## hyperfit the embedded model, compare, write the report
 	.venv/bin/hyperlens demo $(DEMO_ARGS)
+
+# A pair and texts of one's own: make coverage COVERAGE_ARGS="BASE TUNED TEXTS..."
+COVERAGE_ARGS ?= hyperlens/embedded/base build/demo/late-stage-lora $(wildcard ../shared/corpora/*.txt)
+coverage: .venv/.installed ## how often intervals hold the truth, on texts of yours (see docs/intervals.md)
+	.venv/bin/python benchmarks/coverage.py $(COVERAGE_ARGS)
 
 lock: ## resolve both locks anew
 	$(call resolve,$(TL4),$(LOCK4))

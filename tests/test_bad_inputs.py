@@ -511,13 +511,25 @@ def test_half_characters(base, tuned, tmp_path: Path, cut: str) -> None:
 def test_padded_rectangles(base, tuned, rows: list[list[int]]) -> None:
     tokenizer = tokenizer_of([f"w{i}" for i in range(D_VOCAB)])
     tokenizer.pad_token = "w0"
-    for texts in (torch.tensor(rows), torch.tensor(rows).numpy()):
+    for texts in (torch.tensor(rows), torch.tensor(rows).numpy(), rows):
         refused(
             CorpusError, comparing((base, tokenizer), tuned, texts), "text 1 is padded", "without"
         )
-    # Lists are as long as they are meant to be, and a single id may be meant.
-    comparing((base, tokenizer), tuned, rows)()
+    # Texts of several lengths are as long as they are meant to be, and a single id may be meant.
+    comparing((base, tokenizer), tuned, [*rows, [1, 5, 6]])()
     comparing((base, tokenizer), tuned, torch.tensor([[1, 5, 6, 0]]))()
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_what_looks_like_padding_is_said_where_no_tokenizer_tells(base, tuned, reverse) -> None:
+    rows = [[5, 6, 7, 8, 9, 4], [5, 6, 0, 0, 0, 0], [7, 8, 9, 4, 5, 6]]
+    rows = [row[::-1] for row in rows] if reverse else rows
+    found = comparing(base, tuned, rows)()
+    (note,) = (note for note in found.meta["notes"] if "padding" in note)
+    assert note.startswith("1 of 3 texts, all of one length,")
+    assert "4 times id 0" in note
+    clean = comparing(base, tuned, [[5, 6, 7], [8, 9, 0, 0, 0, 0]])()
+    assert not any("padding" in note for note in clean.meta["notes"])
 
 
 @pytest.mark.parametrize("bad", [-1, D_VOCAB, 2**40])

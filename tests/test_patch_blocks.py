@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -238,6 +239,16 @@ def test_it_comes_back_from_disk_and_draws(tmp_path: Path) -> None:
     assert metrics == {*METRICS, "ttr", "rep_2", "rep_3"}
 
 
+def test_an_unembedding_alone_is_not_called_a_block() -> None:
+    base = make_tiny("llama", tie_word_embeddings=False)
+    tuned = copy.deepcopy(base)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        tuned.lm_head.weight += 0.3 * torch.randn_like(tuned.lm_head.weight)
+    found = patch_blocks(base, tuned, TEXTS, **SHORT)
+    assert "final norm and unembedding: 100.0% [" in found.conclusions()[0]
+
+
 @pytest.mark.parametrize("n_layers", [1, 3])
 def test_the_last_cut_is_the_same_whichever_end_of_a_block_is_patched(n_layers):
     base = make_tiny("llama", num_hidden_layers=n_layers)
@@ -250,7 +261,10 @@ def test_the_last_cut_is_the_same_whichever_end_of_a_block_is_patched(n_layers):
         name: [text for text in found.conclusions() if "Generated text" not in text]
         for name, found in (("post", post), ("pre", pre))
     }
-    assert said["pre"] == said["post"]
+    # After the last block there is nothing to enter: its cut tells what the head does by itself.
+    with_head = re.compile(r" \(its head alone, final norm and unembedding: [^)]*\)")
+    assert with_head.search(said["post"][0])
+    assert said["pre"] == [with_head.sub("", text) for text in said["post"]]
     assert "last block and head on the base's incoming residual" in said["pre"][0]
     # What enters the last block is the layer before the last.
     answers = [" ".join(found.conclusions()) for found in (pre, post)]

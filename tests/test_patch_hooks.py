@@ -5,11 +5,20 @@ import copy
 import pytest
 import torch
 import transformers
-from conftest import ARCHITECTURES, GPT_SIZES, SIZES, lora, make_tiny, perturbed, short
+from conftest import (
+    ARCHITECTURES,
+    GPT_SIZES,
+    SIZES,
+    lora,
+    make_tiny,
+    perturbed,
+    short,
+    token_texts,
+)
 from test_hooked_models import BACKENDS, padded, supported
 
 import hyperlens.patching
-from hyperlens import load_hooked
+from hyperlens import compare_models, load_hooked
 from hyperlens.decoding.generate import continuations
 from hyperlens.errors import HyperlensError, PatchError
 from hyperlens.hooks.partial_forward import check_resumes, read, resume, run_patched
@@ -74,6 +83,26 @@ def state_space(name, **changes):
 
 def has(model, site):
     return site_hook(site.kind, site.block) in model.hook_dict
+
+
+@pytest.mark.parametrize("kind", ["attn_out", "mlp_out"])
+def test_a_block_with_a_third_branch_has_no_branches(kind) -> None:
+    """Falcon-H1 adds a state-space model's output too, which is in neither of the two."""
+    model = load_hooked(state_space("falcon_h1"))
+    with pytest.raises(PatchError, match="choose resid_pre or resid_post"):
+        record(model, torch.tensor([[3, 4, 5]]), None, in_blocks(kind, [0]))
+    assert record(model, torch.tensor([[3, 4, 5]]), None, in_blocks("resid_post", [0]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_float32_stream_over_weights_in_half_precision(dtype) -> None:
+    base = state_space("mamba").to(dtype)
+    found = compare_models(base, blocks_perturbed(base), token_texts(8), progress=False)
+    assert 0 < found.value("rank_reordering", "top1_agreement", 3, "final_norm") < 1
+    tokens = torch.tensor([token_texts(1)[0]])
+    with torch.no_grad():
+        wanted = base(tokens).logits
+    assert torch.equal(ResidualModel(base)(tokens), wanted)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

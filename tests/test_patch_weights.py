@@ -269,7 +269,7 @@ def test_the_smallest_suffix_follows_its_rule():
             ((-0.5, -0.3), (-0.1, 0.1), (-0.3, 0.1), (0.01, 0.05), (-0.1, 0.15))
         )
     ]
-    # Of those with enough decisions: 2 may lie further than half the change, 3 surely differs.
+    # Of those with enough decisions: 2 may lie further than half the change, 3 differs.
     assert next(smallest_suffixes(table, [change, *differences], 0.9))[2:] == (4, True)
     assert close(differences[1], 0.2)
     unclear = change | {"low": -0.1}

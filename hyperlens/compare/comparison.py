@@ -93,8 +93,8 @@ LAYER = Axis("layer", "layer (0 = embedding, l = output of block l - 1)")
 NO_CHANGE = "No change: everything measured reads exactly as for two identical models."
 PR_NOTE = (
     "PR is the participation ratio tr(Σ)²/‖Σ‖² of the stream's covariance, its effective "
-    "dimension: how many directions share its variance. Its intervals take out that tokens of one "
-    "text resemble each other, so they may lie to one side of the value."
+    "dimension: how many directions share its variance. It is taken from pairs of tokens of "
+    "different texts, since tokens of one text resemble each other."
 )
 AUDIT_NOTE = (
     "Hugging Face's last hidden state is taken after the final norm and all others before it, and "

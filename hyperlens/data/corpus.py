@@ -198,7 +198,9 @@ def build_corpus(
     if tokenizer is not None:
         bos_id = tokenizer.bos_token_id
     if are_token_ids(texts):
-        raw = read_token_ids(texts, getattr(tokenizer, "pad_token_id", None))
+        pad_id = getattr(tokenizer, "pad_token_id", None)
+        raw = read_token_ids(texts, pad_id)
+        notes += _padding_notes(raw) if pad_id is None else []
     else:
         texts = read_texts(texts)
         raw = tokenize(texts, tokenizer)
@@ -318,6 +320,10 @@ def are_token_ids(texts: Any) -> bool:
     return not isinstance(texts[0], str) and isinstance(texts[0], Sequence | Tensor | np.ndarray)
 
 
+# So many equal ids at the end of a text are likely to be padding.
+MANY_EQUAL = 4
+
+
 def read_token_ids(texts: Any, pad_id: int | None) -> list[np.ndarray]:
     """Token id sequences as arrays.
 
@@ -336,13 +342,36 @@ def read_token_ids(texts: Any, pad_id: int | None) -> list[np.ndarray]:
                 "token ids must be"
             )
         sequences.append(ids.astype(np.int64))
-    _check_unpadded(texts, sequences, pad_id)
+    _check_unpadded(sequences, pad_id)
     return sequences
 
 
-def _check_unpadded(texts: Any, sequences: list[np.ndarray], pad_id: int | None) -> None:
-    """Raise for a padded rectangle: its pads would be measured as text."""
-    if not isinstance(texts, Tensor | np.ndarray) or pad_id is None:
+def _padding_notes(sequences: list[np.ndarray]) -> list[str]:
+    """What looks like padding where no tokenizer tells which id that is: one end repeated."""
+    lengths = {len(ids) for ids in sequences}
+    if len(sequences) < 2 or len(lengths) > 1 or max(lengths) < MANY_EQUAL:
+        return []
+    for what, ends in (
+        ("end", [ids[-MANY_EQUAL:] for ids in sequences]),
+        ("begin", [ids[:MANY_EQUAL] for ids in sequences]),
+    ):
+        repeated = [int(end[0]) for end in ends if (end == end[0]).all()]
+        if repeated:
+            likely = max(set(repeated), key=repeated.count)
+            return [
+                f"{repeated.count(likely)} of {len(sequences)} texts, all of one length, {what} in "
+                f"{MANY_EQUAL} times id {likely} or more: if that is padding it was measured as "
+                "text; give token ids without it"
+            ]
+    return []
+
+
+def _check_unpadded(sequences: list[np.ndarray], pad_id: int | None) -> None:
+    """Raise for a padded rectangle: its pads would be measured as text.
+
+    Texts of several lengths were not padded to one: what ends them was put there.
+    """
+    if pad_id is None or len({len(ids) for ids in sequences}) > 1:
         return
     for i, ids in enumerate(sequences):
         # A single one may be intended: many tokenizers pad with EOS.

@@ -558,7 +558,9 @@ class NullTestResult(Result):
         parts: list[str] = []
         for kind, row in known.items():
             share = self.share_of_change(measure.metric, measure.view, kind)
-            claim = _claim(share, noun if not parts else "", _subject(kind))
+            is_named = bool(parts) and kind.removesuffix(RESCALED) in known
+            subject = f"{AS_FAR}, they" if is_named else _subject(kind)
+            claim = _claim(share, "" if parts else noun, subject)
             p = p_value(self.corrected_p(kind)[measure.metric, measure.view])
             parts.append(f"{claim}, {_range(row, form)}{', ' * bool(p)}{p}")
         of_base = f", the base {form(base)}" if measure.of_base is None else ""

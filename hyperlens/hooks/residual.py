@@ -182,7 +182,10 @@ class ScaledUnembed(nn.Module):
         self.scale = scale
 
     def forward(self, x: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_vocab"]:
-        head, rows = self.head, x.flatten(0, -2)
+        head = self.head
+        if head.weight.is_floating_point():
+            x = x.to(head.weight.dtype)
+        rows = x.flatten(0, -2)
         if isinstance(head, nn.Linear) and _gains_from_pieces(head, rows):
             logits = linear_in_pieces(rows, head.weight, head.bias).view(*x.shape[:-1], -1)
         else:

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias, cast, get_args
+from functools import partial
+from typing import Any, TypeAlias, cast, get_args
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
 from ..errors import PatchError
-from .surface import HookedModel, Kind, site_hook
+from .surface import HookedModel, Kind, evaluating, input_device, run_logits, site_hook
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
+BRANCHES: tuple[Kind, Kind] = ("attn_out", "mlp_out")
+# How far a sum of branches may be from the stream, as a share of its largest number: the sum was
+# rounded twice, in bfloat16 to 8 bits.
+ADDING_UP = 2e-2
+_ADD_UP: WeakKeyDictionary[Any, dict[int, bool]] = WeakKeyDictionary()
 
 Positions: TypeAlias = slice | Sequence[int] | int | None
 """None for all tokens; `slice(5, None)` from the sixth on; `[0, 3]` or 3 for chosen ones.
@@ -100,7 +107,8 @@ def hook_name(model: HookedModel, site: Site) -> str:
     """The name of a site's hook point in this model.
 
     Raises:
-        PatchError: if the model has no such block, or its class no hook point there.
+        PatchError: if the model has no such block, or its class no hook point there; of a branch,
+            if the block adds something to the stream besides its two branches.
     """
     check_block(site.block, model.cfg.n_layers)
     name = site_hook(site.kind, site.block)
@@ -109,7 +117,40 @@ def hook_name(model: HookedModel, site: Site) -> str:
             f"{type(model).__name__} has no hook for {site} ({name}): choose resid_pre or "
             "resid_post, or, for hooks of your own, another backend of load_hooked"
         )
+    if site.block is not None and site.kind in BRANCHES and not branches_add_up(model, site.block):
+        raise PatchError(
+            f"{site} is not one of two parts that {model.cfg.model_name}'s block adds to the "
+            "stream (resid_pre + attn_out + mlp_out is not resid_post): choose resid_pre or "
+            "resid_post"
+        )
     return name
+
+
+def branches_add_up(model: HookedModel, block: int) -> bool:
+    """Whether resid_pre + attn_out + mlp_out is resid_post, on four tokens; found out once."""
+    known = _ADD_UP.setdefault(model, {})
+    if block not in known:
+        known[block] = _add_up(model, block)
+    return known[block]
+
+
+def _add_up(model: HookedModel, block: int) -> bool:
+    kinds: tuple[Kind, ...] = ("resid_pre", *BRANCHES, "resid_post")
+    kept: dict[Kind, Tensor] = {}
+
+    def keep(activation: Tensor, hook: Any, kind: Kind) -> None:
+        kept[kind] = activation.detach().double()
+
+    tokens = torch.arange(4, device=input_device(model))[None] % model.cfg.d_vocab
+    hooks = [(site_hook(kind, block), partial(keep, kind=kind)) for kind in kinds]
+    with evaluating(model):
+        run_logits(model, tokens, torch.ones_like(tokens), fwd_hooks=hooks)
+    if len(kept) < len(kinds):
+        return False
+    before, *added, after = (kept[kind] for kind in kinds)
+    gap = (before + sum(added) - after).abs().max()
+    size = torch.stack([before, *added]).abs().max()
+    return not float(gap) > ADDING_UP * max(float(size), 1e-9)
 
 
 def positions_mask(

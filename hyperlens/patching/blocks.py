@@ -554,10 +554,13 @@ class BlocksResult(Result):
         if cut not in {effect["layer"] for effect in self.extras["effects"]}:
             return []
         cells = {
-            cell["cell"]: interval(cell, PERCENT)
+            (cell["layer"], cell["cell"]): interval(cell, PERCENT)
             for cell in self.extras["two_by_two"]
-            if cell["layer"] == cut and cell["metric"] == "to_tuned"
+            if cell["metric"] == "to_tuned"
         }
+        # A cut after the last block leaves nothing but the head behind it.
+        head = cells.get((cut + 1, "tuned_late_blocks"))
+        alone = f" (its head alone, final norm and unembedding: {head})" if head else ""
         (difference,) = (
             e for e in self.effect("late_blocks - incoming_residual") if e["layer"] == cut
         )
@@ -567,9 +570,9 @@ class BlocksResult(Result):
                 "cause",
                 f"Of the {count(self.extras['changed'], 'decision')} that tuning changed (of "
                 f"{self.extras['decisions']:,}), the tuned model's last block and head on the "
-                f"base's incoming residual bring about {cells['tuned_late_blocks']}; the tuned "
-                "model's residual entering the base's last block and head brings about "
-                f"{cells['tuned_incoming_residual']}. By itself {_larger(difference)} "
+                f"base's incoming residual bring about {cells[cut, 'tuned_late_blocks']}{alone}; "
+                "the tuned model's residual entering the base's last block and head brings about "
+                f"{cells[cut, 'tuned_incoming_residual']}. By itself {_larger(difference)} "
                 f"(difference {interval(difference, POINTS)}).",
             )
         ]
