@@ -28,8 +28,9 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         demo,
         "run_null_test",
-        lambda *a, **k: test(*a[:2], a[2][:4], n_controls=1, max_length=32, **k, **few),
+        lambda *a, **k: test(*a[:2], a[2][:4], max_length=32, **k, **few),
     )
+    monkeypatch.setattr(demo, "N_CONTROLS", 1)
     monkeypatch.setattr(demo, "_train", short_training)
 
 

@@ -51,7 +51,7 @@ from ..statistics.significance import estimate, holm
 EXAMPLES = (
     "hyperlens null-test ./base ./tuned --texts held_out.txt --out null-test",
     "hyperlens null-test ./base ./lora-adapter --texts owner/dataset --limit 200 --n-controls 99",
-    "hyperlens null-test ./base ./tuned --texts held_out.txt --controls rotations entries",
+    "hyperlens null-test ./base ./tuned --texts held_out.txt --controls rotations,entries",
 )
 
 VIEWS: tuple[View, ...] = ("raw", "final_norm")
@@ -561,21 +561,29 @@ class NullTestResult(Result):
             is_named = bool(parts) and kind.removesuffix(RESCALED) in known
             subject = f"{AS_FAR}, they" if is_named else _subject(kind)
             claim = _claim(share, "" if parts else noun, subject)
-            p = p_value(self.corrected_p(kind)[measure.metric, measure.view])
+            p = ""
+            if self._least_p() < 1:
+                p = p_value(self.corrected_p(kind)[measure.metric, measure.view])
             parts.append(f"{claim}, {_range(row, form)}{', ' * bool(p)}{p}")
         of_base = f", the base {form(base)}" if measure.of_base is None else ""
         found = "; ".join(parts)
         return f"{found[0].upper()}{found[1:]}. The tuned model has {form(tuned)}{of_base}."
 
+    def _least_p(self) -> float:
+        """The least that a corrected p could be with so many controls."""
+        return len(self.corrected_p(self.controls[0])) / (self.n_controls + 1)
+
     def _limits(self) -> str:
-        n = self.n_controls
-        tests = len(self.corrected_p(self.controls[0]))
-        least = 1 / (n + 1)
-        return (
-            f"With {count(n, 'control')} of a kind no p can be below {FRACTION(least)}, "
-            f"{FRACTION(min(1.0, tests * least))} where it is the least of {tests} that are "
-            f"corrected together (Holm): more controls can say more.{self._what_is_lost()}"
-        )
+        controls = f"With {count(self.n_controls, 'control')} of a kind"
+        least = self._least_p()
+        if least < 1:
+            said = (
+                f"{controls} no p, corrected over what is tested here (Holm), can be below "
+                f"{FRACTION(least)}: more controls can say more."
+            )
+        else:
+            said = f"{controls} no p value could say anything, so none is given."
+        return f"{said}{self._what_is_lost()}"
 
     def _what_is_lost(self) -> str:
         if not any(kind.startswith("entries") for kind in self.controls):

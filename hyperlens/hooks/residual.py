@@ -183,8 +183,9 @@ class ScaledUnembed(nn.Module):
 
     def forward(self, x: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_vocab"]:
         head = self.head
-        if head.weight.is_floating_point():
-            x = x.to(head.weight.dtype)
+        weight: Any = head.weight
+        if weight.is_floating_point():
+            x = x.to(weight.dtype)
         rows = x.flatten(0, -2)
         if isinstance(head, nn.Linear) and _gains_from_pieces(head, rows):
             logits = linear_in_pieces(rows, head.weight, head.bias).view(*x.shape[:-1], -1)

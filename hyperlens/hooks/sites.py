@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias, cast, get_args
@@ -142,7 +142,9 @@ def _add_up(model: HookedModel, block: int) -> bool:
         kept[kind] = activation.detach().double()
 
     tokens = torch.arange(4, device=input_device(model))[None] % model.cfg.d_vocab
-    hooks = [(site_hook(kind, block), partial(keep, kind=kind)) for kind in kinds]
+    hooks: list[tuple[str, Callable[..., Any]]] = [
+        (site_hook(kind, block), partial(keep, kind=kind)) for kind in kinds
+    ]
     with evaluating(model):
         run_logits(model, tokens, torch.ones_like(tokens), fwd_hooks=hooks)
     if len(kept) < len(kinds):

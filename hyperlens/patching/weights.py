@@ -29,7 +29,7 @@ from ..render.format import FRACTION, PERCENT, count, ends, interval
 from ..results.result import Result
 from ..results.rows import chosen_layers
 from ..statistics import significance
-from ..statistics.shares import holm_p_values, p_value
+from ..statistics.shares import all_alike, holm_p_values, p_value
 from ..statistics.significance import Estimate
 from .blocks import NOTHING_CHANGED
 from .engine import (
@@ -427,7 +427,18 @@ class WeightsResult(Result):
         text = ", and similar TTR" if self.smallest(direction, "suffix")["by_text"] else ""
         return (
             f"{direction.capitalize()}, {found}. To suffice: lower bound above "
-            f"{PERCENT(self._enough)} of the changed decisions{text}."
+            f"{PERCENT(self._enough)} of the changed decisions{text}.{self._too_few()}"
+        )
+
+    def _too_few(self) -> str:
+        """That even all decisions of all texts could not suffice, where there are too few."""
+        n_texts = int(self.meta["options"]["n_texts"])
+        low, _ = all_alike(1.0, float(n_texts), (0.0, 1.0))
+        if low > self._enough:
+            return ""
+        return (
+            f" Of {count(n_texts, 'text')} no more could be shown than {PERCENT(low)}: read more, "
+            "or lower enough."
         )
 
     def _smallest(self, direction: str, kind: str, words: str) -> str:
