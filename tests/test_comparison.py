@@ -86,7 +86,7 @@ def test_the_summary_tells_the_tables_numbers() -> None:
         "added by the last block +4.6",
         "10 BOS positions, 1 empty text, 1 one-token text, the ends of 3 long texts",
         "attention sinks (at most 10 in a layer)",
-        "may lie to one side of the value",
+        "from pairs of tokens of different texts",
     ):
         assert part in text, part
 

@@ -305,3 +305,17 @@ def test_a_model_that_looks_ahead_is_an_error():
 def test_hooked_transformer_says_which_version_to_install(tiny):
     with pytest.raises(LoadingError, match=r"transformer-lens>=3.9,<4"):
         load_hooked(tiny, backend="hooked_transformer")
+
+
+def test_a_model_that_cannot_be_run_as_its_check_runs_it_is_refused(monkeypatch):
+    """As some hybrids, which need a cache of their own kind."""
+    model = make_tiny("llama")
+
+    def failing(*args, **kwargs):
+        raise AttributeError("'NoneType' object has no attribute 'layers'\nmore")
+
+    monkeypatch.setattr(model.model.layers[1], "forward", failing)
+    with pytest.raises(
+        LoadingError, match=r"\(AttributeError: .* has no attribute 'layers'\): its"
+    ):
+        load_hooked(model, backend="residual")

@@ -28,7 +28,8 @@ def behaviour(*models_and_texts: Any) -> Any:
 
 
 def null(*models_and_texts: Any) -> Any:
-    return run_null_test(*models_and_texts, n_controls=2, **SHORT)
+    kind = ["rows_and_columns"]  # each rescaled one is checked anew with every factor
+    return run_null_test(*models_and_texts, controls=kind, n_controls=2, **SHORT)
 
 
 def traced(*models_and_texts: Any) -> Any:

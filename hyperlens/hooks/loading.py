@@ -11,7 +11,7 @@ from typing import Any, get_args
 import torch
 
 from ..checks import check_choice
-from ..errors import LoadingError, ParityError, first_line
+from ..errors import HyperlensError, LoadingError, ParityError, first_line
 from ..models.kinds import Backend, backend_of, quantisation_of
 from ..models.sources import OpenedModel, open_source
 from ..models.weight_sharing import merged
@@ -101,7 +101,7 @@ def hook(opened: OpenedModel, backend: Backend) -> LoadedModel:
     """Put hooks on an opened model and check them.
 
     Raises:
-        LoadingError: if the backend is not available.
+        LoadingError: if the backend is not available, or the model cannot be run.
         ParityError: if the hooked model does not reproduce its source.
     """
     own_backend = backend_of(opened.model)
@@ -123,6 +123,13 @@ def hook(opened: OpenedModel, backend: Backend) -> LoadedModel:
         raise type(error)(
             f"{opened.name} is quantised ({method}), and hooked it does not reproduce its own "
             "logits: load it unquantised, for example in bfloat16"
+        ) from error
+    except (HyperlensError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise LoadingError(
+            f"{opened.name} fails when a few tokens are run to check its hooks "
+            f"({type(error).__name__}: {first_line(error)}): its architecture is not supported"
         ) from error
     return _loaded(opened, model, backend)
 
