@@ -85,10 +85,14 @@ def has(model, site):
     return site_hook(site.kind, site.block) in model.hook_dict
 
 
+@pytest.mark.parametrize("largest", [1.0, 1e5], ids=["", "beside one huge activation"])
 @pytest.mark.parametrize("kind", ["attn_out", "mlp_out"])
-def test_a_block_with_a_third_branch_has_no_branches(kind) -> None:
+def test_a_block_with_a_third_branch_has_no_branches(kind, largest) -> None:
     """Falcon-H1 adds a state-space model's output too, which is in neither of the two."""
-    model = load_hooked(state_space("falcon_h1"))
+    plain = state_space("falcon_h1")
+    with torch.no_grad():
+        plain.get_input_embeddings().weight[:, 0] *= largest
+    model = load_hooked(plain)
     with pytest.raises(PatchError, match="choose resid_pre or resid_post"):
         record(model, torch.tensor([[3, 4, 5]]), None, in_blocks(kind, [0]))
     assert record(model, torch.tensor([[3, 4, 5]]), None, in_blocks("resid_post", [0]))

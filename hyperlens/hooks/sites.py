@@ -13,14 +13,12 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from ..errors import PatchError
+from ..models.structure import ROUNDINGS, misfit
 from .surface import HookedModel, Kind, evaluating, input_device, run_logits, site_hook
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 BRANCHES: tuple[Kind, Kind] = ("attn_out", "mlp_out")
-# How far a sum of branches may be from the stream, as a share of its largest number: the sum was
-# rounded twice, in bfloat16 to 8 bits.
-ADDING_UP = 2e-2
-_ADD_UP: WeakKeyDictionary[Any, dict[int, bool]] = WeakKeyDictionary()
+_ADD_UP: WeakKeyDictionary[Any, frozenset[int]] = WeakKeyDictionary()
 
 Positions: TypeAlias = slice | Sequence[int] | int | None
 """None for all tokens; `slice(5, None)` from the sixth on; `[0, 3]` or 3 for chosen ones.
@@ -127,32 +125,35 @@ def hook_name(model: HookedModel, site: Site) -> str:
 
 
 def branches_add_up(model: HookedModel, block: int) -> bool:
-    """Whether resid_pre + attn_out + mlp_out is resid_post, on four tokens; found out once."""
-    known = _ADD_UP.setdefault(model, {})
-    if block not in known:
-        known[block] = _add_up(model, block)
-    return known[block]
+    """Whether a block's resid_pre + attn_out + mlp_out is its resid_post; found out once."""
+    if model not in _ADD_UP:
+        _ADD_UP[model] = _blocks_that_add_up(model)
+    return block in _ADD_UP[model]
 
 
-def _add_up(model: HookedModel, block: int) -> bool:
+def _blocks_that_add_up(model: HookedModel) -> frozenset[int]:
+    """All such blocks, from one run of four tokens."""
+    kept: dict[str, Tensor] = {}
+
+    def keep(activation: Tensor, hook: Any, name: str) -> None:
+        kept[name] = activation.detach()
+
     kinds: tuple[Kind, ...] = ("resid_pre", *BRANCHES, "resid_post")
-    kept: dict[Kind, Tensor] = {}
-
-    def keep(activation: Tensor, hook: Any, kind: Kind) -> None:
-        kept[kind] = activation.detach().double()
-
-    tokens = torch.arange(4, device=input_device(model))[None] % model.cfg.d_vocab
+    names = [[site_hook(kind, block) for kind in kinds] for block in range(model.cfg.n_layers)]
     hooks: list[tuple[str, Callable[..., Any]]] = [
-        (site_hook(kind, block), partial(keep, kind=kind)) for kind in kinds
+        (name, partial(keep, name=name))
+        for of_block in names
+        for name in of_block
+        if name in model.hook_dict
     ]
+    tokens = torch.arange(4, device=input_device(model))[None] % model.cfg.d_vocab
     with evaluating(model):
         run_logits(model, tokens, torch.ones_like(tokens), fwd_hooks=hooks)
-    if len(kept) < len(kinds):
-        return False
-    before, *added, after = (kept[kind] for kind in kinds)
-    gap = (before + sum(added) - after).abs().max()
-    size = torch.stack([before, *added]).abs().max()
-    return not float(gap) > ADDING_UP * max(float(size), 1e-9)
+    return frozenset(
+        block
+        for block, of_block in enumerate(names)
+        if kept.keys() >= set(of_block) and misfit(*(kept[name] for name in of_block)) <= ROUNDINGS
+    )
 
 
 def positions_mask(

@@ -206,14 +206,14 @@ def _added_pair(block: nn.Module, calls: dict[int, _Call]) -> tuple[nn.Module, n
         and call.returned.shape == own.returned.shape
     ]
     fits = {
-        (first, second): _misfit(own.given, one, two, own.returned)
+        (first, second): misfit(own.given, one, two, own.returned)
         for (first, one), (second, two) in combinations(added, 2)
     }
     best = min(fits, key=fits.__getitem__, default=None)  # the first of several
     return best if best is not None and fits[best] <= ROUNDINGS else None
 
 
-def _misfit(given: Tensor, one: Tensor, two: Tensor, returned: Tensor) -> float:
+def misfit(given: Tensor, one: Tensor, two: Tensor, returned: Tensor) -> float:
     """How far given + one + two is from what was returned, in roundings of its largest term.
 
     Element by element: relative to one huge activation, all other differences would vanish.
