@@ -55,8 +55,8 @@ docs: .venv/.installed ## build the API reference, warnings are errors
 demo: .venv/.installed ## hyperfit the embedded model, compare, write the report
 	.venv/bin/hyperlens demo $(DEMO_ARGS)
 
-# A pair and texts of one's own: make coverage COVERAGE_ARGS="BASE TUNED TEXTS..."
-COVERAGE_ARGS ?= hyperlens/embedded/base build/demo/late-stage-lora $(wildcard ../shared/corpora/*.txt)
+# A pair and texts: make coverage COVERAGE_ARGS="BASE TUNED TEXTS..."
+COVERAGE_ARGS ?=
 coverage: .venv/.installed ## how often intervals hold the truth, on texts of yours (see docs/intervals.md)
 	.venv/bin/python benchmarks/coverage.py $(COVERAGE_ARGS)
 

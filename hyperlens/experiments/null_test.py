@@ -47,6 +47,7 @@ from ..render.format import (
 )
 from ..results.result import Result
 from ..statistics.significance import estimate, holm
+from ..statistics.spectrum import orthogonal
 
 EXAMPLES = (
     "hyperlens null-test ./base ./tuned --texts held_out.txt --out null-test",
@@ -252,10 +253,8 @@ def _permuted(values: Tensor, axis: int, generator: torch.Generator) -> Tensor:
 
 
 def _rotation(n: int, generator: torch.Generator) -> Tensor:
-    """A random orthogonal matrix (Haar measure; Mezzadri 2007)."""
-    q, r = torch.linalg.qr(torch.randn(n, n, generator=generator))
-    turned: Tensor = q * r.diagonal().sign()
-    return turned
+    """A random rotation or reflection (float32, Haar measure)."""
+    return orthogonal(torch.randn(n, n, generator=generator))
 
 
 def _token_tables(model: Any) -> set[str]:
@@ -518,6 +517,11 @@ class NullTestResult(Result):
         base = self._of_base(next(m for m in MEASURES if (m.metric, m.view) == (metric, view)))
         return share_of_change(base, row["tuned"], row["control_low"], row["control_high"])
 
+    def _last_of_all(self, measure: Measure) -> dict[str, Mapping[str, Any]]:
+        """Kind of control to its row of the last layer; empty if the statistic was not measured."""
+        rows = {kind: self.last(measure.metric, measure.view, kind) for kind in self.controls}
+        return {kind: row for kind, row in rows.items() if row is not None}
+
     def _of_base(self, measure: Measure) -> float:
         if measure.of_base is None:
             return float(self.extras["base"][measure.metric])
@@ -540,25 +544,24 @@ class NullTestResult(Result):
     def _judged(self) -> Iterator[Verdict]:
         measures = {(one.metric, one.view): one for one in MEASURES}
         for key, (topic, words) in JUDGED.items():
-            if self.last(*key) is not None:
+            if self._last_of_all(measures[key]):
                 yield Verdict(topic, self._answer(measures[key], words))
 
     def _answer(self, measure: Measure, words: str) -> str:
         """What every kind of control does to one statistic, beside the tuned model."""
         form, base = measure.form, self._of_base(measure)
-        rows = {kind: self.last(measure.metric, measure.view, kind) for kind in self.controls}
-        known = {kind: row for kind, row in rows.items() if row is not None}
-        tuned = float(next(iter(known.values()))["tuned"])
+        rows = self._last_of_all(measure)
+        tuned = float(rows[self.controls[0]]["tuned"])
         if tuned == base:
             reach = "; ".join(
-                f"{_subject(kind)} reach {_range(row, form)}" for kind, row in known.items()
+                f"{_subject(kind)} reach {_range(row, form)}" for kind, row in rows.items()
             )
             return f"Tuning does not change {words} ({form(base)}); {reach}."
         noun = f"{'gain' if tuned > base else 'drop'} in {words}"
         parts: list[str] = []
-        for kind, row in known.items():
+        for kind, row in rows.items():
             share = self.share_of_change(measure.metric, measure.view, kind)
-            is_named = bool(parts) and kind.removesuffix(RESCALED) in known
+            is_named = bool(parts) and kind.removesuffix(RESCALED) in rows
             subject = f"{AS_FAR}, they" if is_named else _subject(kind)
             claim = _claim(share, "" if parts else noun, subject)
             p = ""
@@ -622,16 +625,12 @@ class NullTestResult(Result):
     def _last_layer(self) -> Table:
         rows = []
         for measure in MEASURES:
-            if self.last(measure.metric, measure.view) is None:
+            found = self._last_of_all(measure)
+            if not found:
                 continue
-            form, cells = measure.form, [measure.words, measure.form(self._of_base(measure))]
-            for kind in self.controls:
-                row = self.last(measure.metric, measure.view, kind)
-                if row is None:
-                    cells += [MISSING, MISSING]
-                    continue
-                if kind == self.controls[0]:
-                    cells.append(form(row["tuned"]))
+            form, tuned = measure.form, next(iter(found.values()))["tuned"]
+            cells = [measure.words, form(self._of_base(measure)), form(tuned)]
+            for kind, row in found.items():
                 share = self.share_of_change(measure.metric, measure.view, kind)
                 cells += [_range(row, form), _share_cell(share)]
             rows.append(cells)

@@ -25,6 +25,16 @@ def t_factor(degrees: float) -> float:
     return float(student_t.ppf(0.5 + CONFIDENCE / 2, degrees)) if degrees >= 1 else math.nan
 
 
+def satterthwaite(parts: Float[Tensor, " part"]) -> float:
+    """Degrees of freedom of a variance that is a sum of such parts (Satterthwaite 1946).
+
+    A sum of squares s has 2 E(Σs)² / var(Σs) degrees of freedom, with var(Σs) ≈ k var(s): few where
+    few parts contribute most of it. Infinitely many where all parts are even.
+    """
+    spread = len(parts) * float(parts.var())
+    return 2 * float(parts.sum()) ** 2 / spread if spread else math.inf
+
+
 def mean_half_width(
     n_sequences: float,
     value: Float[Tensor, "*sets"],

@@ -16,7 +16,7 @@ from einops import einsum
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from .intervals import t_factor
+from .intervals import satterthwaite, t_factor
 from .moments import Moments, TraceEstimates, corrected_traces
 
 N_DRAWS = 1000
@@ -43,26 +43,16 @@ class SampledTokens:
     sum_nn: float
 
 
-@dataclass(frozen=True)
-class RatioInfluence:
-    """How each sampled token moves a participation ratio, and where the ratio really lies.
-
-    Attributes:
-        centre: the participation ratio estimated from pairs of tokens of different sequences.
-        influence: change of that estimate per unit of weight put on each sampled token.
-    """
-
-    centre: float
-    influence: Float[Tensor, "sequence token"]
-
-
-def ratio_influence(m: Moments, sample: SampledTokens) -> RatioInfluence:
-    """Linearise the participation ratio in its tokens, allowing for clustered tokens.
+def linearised(m: Moments, sample: SampledTokens) -> tuple[float, Float[Tensor, "sequence token"]]:
+    """The participation ratio from pairs of different sequences, and what moves it.
 
     Two tokens of one sequence resemble each other, so estimators that treat all pairs alike
     (the row estimator included) find too few dimensions. Same-sequence pairs are a known share
     of all pairs and their mean can be estimated from the sample, so they can be subtracted; the
     rest averages over pairs of different sequences and is unbiased whatever the clustering.
+
+    Returns:
+        The ratio, and its change per unit of weight put on each sampled token.
     """
     n, mean = m.n, m.total / m.n
     covariance = m.outer / n - torch.outer(mean, mean)
@@ -94,8 +84,8 @@ def ratio_influence(m: Moments, sample: SampledTokens) -> RatioInfluence:
     # ratio = T² / Q with T a mean over tokens and Q one over pairs, so to first order
     # d ratio / ratio = 2 dT/T - dQ/Q, and dQ counts each pair from both of its ends.
     centred = norm / _mean(norm, sample) - across / _mean(across, sample)
-    centre = float(cross.ratio)
-    return RatioInfluence(centre, 2 * centre * centred * sample.valid)
+    ratio = float(cross.ratio)
+    return ratio, 2 * ratio * centred * sample.valid
 
 
 def _mean(values: Float[Tensor, "sequence token"], sample: SampledTokens) -> Float[Tensor, ""]:
@@ -110,9 +100,7 @@ def influence_half_width(
 ) -> float:
     """Half width of the 95% interval of an estimate with the given token influences.
 
-    For many texts, of which a sample is kept: see `resampled` for few. Student's t with
-    Satterthwaite's (1946) degrees of freedom, since a variance to which few sequences contribute
-    most is itself uncertain.
+    For many texts, of which a sample is kept: see `resampled` for few.
     """
     n_used = float(sample.valid.any(-1).sum())
     if n_used < 2:
@@ -140,9 +128,8 @@ def influence_variance(
     token_variance = float(_mean(influence.square(), sample))
     variance = (n * token_variance + (sample.sum_nn - n) * max(covariance, 0.0)) / n**2
     parts = (sample.length * squares + pairs * products)[n_sampled > 0]
-    degrees = 2 * parts.sum() ** 2 / (n_used * parts.var()).clamp_min(1e-300)
     # S / (S - 1) as in the jackknife: each sequence also pulls the mean it is compared with.
-    return max(variance, 0.0) * (n_used / (n_used - 1)) ** 2, float(degrees)
+    return max(variance, 0.0) * (n_used / (n_used - 1)) ** 2, satterthwaite(parts)
 
 
 @dataclass(frozen=True)
@@ -273,8 +260,7 @@ def jackknife_half_width(left_out: Float[Tensor, " text"]) -> float:
     n = len(left_out)
     squares = (left_out - left_out.mean()).square()
     variance = (n - 1) / n * float(squares.sum())
-    degrees = 2 * squares.sum() ** 2 / (n * squares.var()).clamp_min(1e-300)
-    return t_factor(min(max(float(degrees), 2.0), n - 1.0)) * math.sqrt(variance)
+    return t_factor(min(max(satterthwaite(squares), 2.0), n - 1.0)) * math.sqrt(variance)
 
 
 @dataclass(frozen=True)
@@ -304,9 +290,9 @@ def measured_ratio(m: Moments, sample: SampledTokens, all_sampled: bool) -> Rati
         sample: some tokens, about the same origin.
         all_sampled: whether every text has tokens in the sample.
     """
-    found = ratio_influence(m, sample)
+    value, influence = linearised(m, sample)
     draws = resampled(m.total / m.n, sample) if all_sampled else None
-    return Ratio(found.centre, found.influence, float(m.n), sample, draws)
+    return Ratio(value, influence, float(m.n), sample, draws)
 
 
 def ratio_ends(ratio: Ratio, d_model: int) -> tuple[float, float]:

@@ -20,6 +20,7 @@ from scipy.special import expit, logit, stdtridf
 from scipy.stats import t as student_t
 from torch import Tensor
 
+from .intervals import satterthwaite
 from .significance import CONFIDENCE, Estimate, holm
 
 NOTHING = Estimate(math.nan, math.nan, math.nan, math.nan, 0)
@@ -143,15 +144,10 @@ def widened(found: Estimate, tests: int, within: tuple[float, float] | None = No
 def _degrees(weight: Float[Tensor, " text"], spread: Float[Tensor, " text"]) -> float:
     """Effective degrees of freedom: the smaller of Kish's (weights) and Satterthwaite's (spread).
 
-    Kish (1965): texts of weights w count for 1 / Σw² texts of equal weight. Satterthwaite (1946):
-    a sum of squares s has 2 E(Σs)² / var(Σs) degrees of freedom, with var(Σs) ≈ k var(s).
+    Kish (1965): texts of weights w count for 1 / Σw² texts of equal weight.
     """
-    k = len(weight)
-    of_weights = _effective(weight) - 1
-    of_spread = 2 * float(spread.sum()) ** 2 / (k * float(spread.var()) or math.nan)
-    # An even spread has no variance: Satterthwaite's formula has nothing to say then.
-    found = of_weights if math.isnan(of_spread) else min(of_weights, of_spread)
-    return min(max(found, 1.0), k - 1)
+    found = min(_effective(weight) - 1, satterthwaite(spread))
+    return min(max(found, 1.0), len(weight) - 1)
 
 
 def _effective(weight: Float[Tensor, " text"]) -> float:

@@ -153,7 +153,12 @@ def random_basis(d: int, seed: int) -> Float[Tensor, "d d"]:
     True
     """
     generator = torch.Generator().manual_seed(seed)
-    q, r = torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=torch.float64))
+    return orthogonal(torch.randn(d, d, generator=generator, dtype=torch.float64))
+
+
+def orthogonal(normal: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
+    """A uniformly random orthogonal matrix from a matrix of independent standard normal numbers."""
+    q, r = torch.linalg.qr(normal)
     # The signs of Q depend on the algorithm; with a positive diagonal of R, Q is uniform.
     basis: Tensor = q * r.diagonal().sign()
     return basis
