@@ -24,6 +24,7 @@ from hyperlens.experiments.null_test import (
     share_of_change,
 )
 from hyperlens.render.blocks import Chart, Table, flat
+from hyperlens.render.charts import colours
 
 SHUFFLES = ("rows_and_columns", "entries")
 PLAIN = tuple(kind for kind in CONTROLS if not kind.endswith(RESCALED))
@@ -348,6 +349,15 @@ def test_charts_hold_the_table_in_the_possible_range() -> None:
                 assert row["value"] == known["tuned"]
             else:
                 assert (row["low"], row["high"]) == (known["control_low"], known["control_high"])
+
+
+def test_two_kinds_of_control_can_be_told_apart() -> None:
+    base = make_tiny("llama")
+    found = run_null_test(base, perturbed(base, 0.3), TEXTS, n_controls=1, **SHORT)
+    blocks = found.evidence()
+    chosen = colours(blocks)
+    for chart in (block for block in flat(blocks) if isinstance(block, Chart)):
+        assert len({chosen[name] for name in chart.series}) == len(chart.series) >= 3
 
 
 def test_folders_of_version_0_1_are_read(tmp_path: Path) -> None:

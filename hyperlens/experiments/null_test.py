@@ -646,9 +646,6 @@ class NullTestResult(Result):
             joins=True,
         )
 
-    def _controls_name(self, kind: str) -> str:
-        return f"controls: {_in_table(kind)}"
-
     def _text_chart(self) -> Chart | None:
         rows: list[dict[str, Any]] = []
         for measure in MEASURES:
@@ -694,11 +691,11 @@ class NullTestResult(Result):
     def _bands(self, metric: str, view: str, layer: int) -> Iterator[tuple[str, dict[str, float]]]:
         for kind in self.controls:
             for row in self.rows(metric=metric, view=view, layer=layer, control=kind):
-                yield self._controls_name(kind), _band(row)
+                yield _in_table(kind), _band(row)
 
     def _roles(self) -> dict[str, Role]:
         roles: dict[str, Role] = {self.base_name: "base"}
-        roles |= {self._controls_name(kind): "control" for kind in self.controls}
+        roles |= {_in_table(kind): "control" for kind in self.controls}
         return roles | {self.tuned_name: "tuned"}
 
 
@@ -709,7 +706,7 @@ def _subject(kind: str) -> str:
 
 
 def _in_table(kind: str) -> str:
-    """A kind of control in a table."""
+    """A kind of control in tables and legends."""
     words = IN_TABLE[kind.removesuffix(RESCALED)]
     return f"{words}, as far in the stream" if kind.endswith(RESCALED) else words
 

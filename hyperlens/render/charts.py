@@ -1,8 +1,8 @@
 """Charts as Altair draws them: described once as a block, shown on pages, in notebooks, in files.
 
-Colours: the base model is grey, controls are a light grey band, each tuned model has one colour on
-a whole page, taken from those of Okabe and Ito, which colour-blind readers tell apart. Dashes and
-shapes of marks carry the same.
+Colours: the base model is grey, controls are a light grey band (further kinds in one chart have
+other pale colours), each tuned model has one colour on a whole page, taken from those of Okabe and
+Ito, which colour-blind readers tell apart. Dashes and shapes of marks carry the same.
 """
 
 from __future__ import annotations
@@ -20,8 +20,11 @@ HEIGHT = 210
 WIDTH = 340
 # Of a line with more values than this only the line is drawn.
 MOST_MARKS = 60
-GREY, LIGHT_GREY = "#808890", "#a9b0b8"
+GREY = "#808890"
+CONTROLS = ("#a9b0b8", "#c9ae79", "#a99bc4")
 TUNED = ("#d55e00", "#0072b2", "#009e73", "#8a6d00", "#cc79a7")
+# A legend has two columns where all of its names are at most so long.
+SHORT_NAME = 24
 OTHER = ("#cc79a7", "#56b4e9", "#e69f00", "#5b8c00", "#7b61c4", "#b04a4a", "#00857c", "#999999")
 
 Colours = Mapping[str, str]
@@ -37,8 +40,12 @@ def _altair() -> Any:
 def colours(blocks: Sequence[Block]) -> Colours:
     """One colour for every series of these blocks, by its role."""
     roles: dict[str, Role] = {}
+    controls: dict[str, str] = {}
     for block in flat(blocks):
         if isinstance(block, Chart):
+            beside = [name for name in block.series if block.roles.get(name) == "control"]
+            for i, name in enumerate(beside):
+                controls.setdefault(name, CONTROLS[i % len(CONTROLS)])
             for name in (*block.series, *(one.name for one in block.references)):
                 roles.setdefault(name, block.roles.get(name, "tuned"))
             for one in block.references:
@@ -47,7 +54,8 @@ def colours(blocks: Sequence[Block]) -> Colours:
     other = [name for name, role in roles.items() if role == "other"]
     return {
         **{name: GREY for name, role in roles.items() if role == "base"},
-        **{name: LIGHT_GREY for name, role in roles.items() if role == "control"},
+        **{name: CONTROLS[0] for name, role in roles.items() if role == "control"},
+        **controls,
         **{name: TUNED[i % len(TUNED)] for i, name in enumerate(tuned)},
         **{name: OTHER[i % len(OTHER)] for i, name in enumerate(other)},
     }
@@ -175,8 +183,8 @@ def _colour(block: Chart, chosen: Colours) -> Any:
         legend = alt.Legend(
             title=None,
             orient="top",
-            labelLimit=260,
-            columns=2,
+            labelLimit=320,
+            columns=2 if max(map(len, names)) <= SHORT_NAME else 1,
             symbolOpacity=1,
             symbolType="square",
         )
