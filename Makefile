@@ -16,6 +16,9 @@ PIP := -m pip --disable-pip-version-check --no-input
 PYTEST_ARGS ?= -n 2 --dist worksteal --durations=20
 DEMO_ARGS ?=
 
+# Without compiled files every process compiles what it imports anew: half of a tutorial's time.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help env env-tl3 test test-tl3 test-long tutorials lint format types docs demo coverage lock clean
