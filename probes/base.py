@@ -136,7 +136,8 @@ class TokenMeans(Probe):
     def sum_shapes(self, spec: StreamSpec) -> dict[str, tuple[int, ...]]:
         """Per-sequence sums y of every metric and their second moments; n counts tokens.
 
-        Of the sequences that are sampled, the sums themselves: they tell more, where they are all.
+        Of the sequences, or groups, that are sampled, the sums themselves: they tell more, where
+        they are all.
         """
         n_layers = len(spec.resolve_layers(self.layers))
         each = (len(self.metrics), n_layers, len(self.views))
@@ -167,14 +168,15 @@ class TokenMeans(Probe):
         sampled = (
             slot >= 0 if self.spec.n_sampled_sequences else torch.zeros_like(slot, dtype=torch.bool)
         )
-        sums["sampled_n"][i, slot[sampled]] += n[sampled]
+        slot = slot[sampled]
+        sums["sampled_n"][i].index_add_(0, slot, n[sampled])
         for j, view in enumerate(self.views):
             for k, metric in enumerate(self.metrics):
                 y = pair.per_sequence(measured[view][metric], layer, self.token_set)
                 sums["y"][k, i, j] += y.sum()
                 sums["yy"][k, i, j] += y.square().sum()
                 sums["yn"][k, i, j] += (y * n).sum()
-                sums["sampled_y"][k, i, j, slot[sampled]] += y[sampled]
+                sums["sampled_y"][k, i, j].index_add_(0, slot, y[sampled])
 
     def compute(self) -> ProbeResult:
         """One row per metric, layer and view."""
@@ -189,7 +191,7 @@ class TokenMeans(Probe):
                 float(s["sequences"][i]), mean, s["n"][i], s["yy"][:, i], s["yn"][:, i], s["nn"][i]
             )
             n = s["sampled_n"][i]
-            has_all = int((n > 0).sum()) == int(s["sequences"][i])
+            has_all = self.spec.grouped or int((n > 0).sum()) == int(s["sequences"][i])
             for k, metric in enumerate(self.metrics):
                 for j, view in enumerate(self.views):
                     value, width = float(mean[k, j]), float(half[k, j])

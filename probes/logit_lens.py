@@ -50,6 +50,8 @@ class LogitLens(LogitProbe):
             "rank_counts": (n_layers, spec.d_vocab),
             "below_yy": edges,
             "below_yn": edges,
+            # Groups are read in several batches: squares are taken when all of each has been read.
+            "below": (n_layers, spec.n_sampled_sequences if spec.grouped else 0, edges[1]),
         }
 
     def read(self, chunk: LogitChunk) -> dict[str, Shaped[Tensor, " chunk"]]:
@@ -75,6 +77,9 @@ class LogitLens(LogitProbe):
         n = found.sum(-1, keepdim=True)
         self.sums["below_yy"][i] += below.square().sum(0)
         self.sums["below_yn"][i] += (below * n).sum(0)
+        if self.spec.grouped:
+            slot = pair.sample.slot.to(below.device)
+            self.sums["below"][i].index_add_(0, slot, below)
 
     def compute(self) -> ProbeResult:
         """The means' rows and the median rank's."""
@@ -83,13 +88,17 @@ class LogitLens(LogitProbe):
         return ProbeResult((*self._rows(), *medians))
 
     def _median_row(self, i: int, layer: int) -> Row:
-        names = ("rank_counts", "below_yy", "below_yn", "n", "nn", "sequences")
+        names = ("rank_counts", "below_yy", "below_yn", "below", "n", "nn", "sequences", "sampled_n")
         s = {name: self.sums[name][i].cpu() for name in names}
         edges = torch.tensor(rank_edges(self.spec.d_vocab))
         share = s["rank_counts"].cumsum(0)[edges - 1] / s["n"]
-        half = mean_half_width(
-            float(s["sequences"]), share, s["n"], s["below_yy"], s["below_yn"], s["nn"]
-        )
+        if self.spec.grouped:
+            below, n = s["below"], s["sampled_n"][:, None]
+            squares = (below.square().sum(0), (below * n).sum(0), n.square().sum())
+            n_units = float((n > 0).sum())
+        else:
+            squares, n_units = (s["below_yy"], s["below_yn"], s["nn"]), float(s["sequences"])
+        half = mean_half_width(n_units, share, s["n"], *squares)
         nearest = int((share - 0.5).abs().nan_to_num(1.0).argmin())
         width, below = float(half[nearest]), float(share[nearest])
         if 0 < below < 1:  # scaled from the spread of that share to that of one half

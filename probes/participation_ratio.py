@@ -37,6 +37,8 @@ from .base import Probe
 
 MOMENTS = tuple(f.name for f in fields(Moments) if f.name != "n")
 MODELS = ("base", "tuned")
+# So many groups at most are drawn anew for an interval; of more, it is linearised.
+MOST_RESAMPLED = 128
 
 
 class ParticipationRatio(Probe):
@@ -110,8 +112,8 @@ class ParticipationRatio(Probe):
             places = _sampled_places(pair, mask) if self.spec.n_sampled_sequences else None
             if places is not None:
                 slot, valid, _ = places
-                s["sample_valid"][i, slot] += valid.to(torch.float64)
-                s["sample_length"][i, slot] += n[pair.sample.slot.to(n.device) >= 0]
+                s["sample_valid"][i].index_add_(0, slot, valid.to(torch.float64))
+                s["sample_length"][i].index_add_(0, slot, n[pair.sample.slot.to(n.device) >= 0])
             for j, view in enumerate(self.views):
                 for k, x in enumerate(pair.vectors(layer, view, self.token_set)):
                     self._add(x, (k, i, j), first=bool(s["n"][i] == 0), places=places)
@@ -137,7 +139,7 @@ class ParticipationRatio(Probe):
         if places is not None and len(x):
             slot, valid, row = places
             chosen = x.index_select(0, row.flatten()).view(*row.shape, -1)
-            s["sample"][at][slot] += (chosen - origin.to(x.dtype)) * valid[..., None]
+            s["sample"][at].index_add_(0, slot, (chosen - origin.to(x.dtype)) * valid[..., None])
 
     def merge(self, other: Probe) -> None:
         """Add another shard's sums, first moved to this shard's origin (exact algebra).
@@ -146,7 +148,7 @@ class ParticipationRatio(Probe):
             ProbeError: if the other shard is none of the same texts.
         """
         self._check_mergeable(other)
-        filled = [(probe.sums["sample_valid"] > 0).any(-1) for probe in (self, other)]
+        filled = [probe.sums["sample_valid"] > 0 for probe in (self, other)]
         if bool((filled[0] & filled[1]).any()):
             raise ProbeError(
                 "both shards sampled tokens for the same places: they are not two parts of one "
@@ -244,14 +246,18 @@ class ParticipationRatio(Probe):
         n_sampled = int(valid.any(-1).sum())
         if float(s["n"][i]) < 4 or n_sampled < 2:
             return None
-        all_sampled = n_sampled == int(s["sequences"][i])
+        length, sum_nn = s["sample_length"][i], float(s["nn"][i])
+        if self.spec.grouped:
+            all_sampled, sum_nn = n_sampled <= MOST_RESAMPLED, float(length.square().sum())
+        else:
+            all_sampled = n_sampled == int(s["sequences"][i])
         ratios = []
         for k in range(2):
             sample = SampledTokens(
                 vectors=s["sample"][k, i, j].to(torch.float64),
                 valid=valid,
-                length=s["sample_length"][i],
-                sum_nn=float(s["nn"][i]),
+                length=length,
+                sum_nn=sum_nn,
             )
             ratios.append(measured_ratio(self._moments_at(k, i, j), sample, all_sampled))
         return ratios[0], ratios[1]

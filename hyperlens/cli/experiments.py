@@ -55,7 +55,7 @@ def _add_mauve_texts(parser: argparse.ArgumentParser) -> None:
         metavar="MODEL",
         help="the model that reads the texts: a folder or hub id",
     )
-    add_how_to_read(parser)
+    add_how_to_read(parser, groups=False)
     add_out(parser, "the results (default: print only)")
 
 

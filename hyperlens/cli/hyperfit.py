@@ -40,7 +40,7 @@ def add(commands: Any) -> None:
     )
     parser.set_defaults(run=run, interrupted=interrupted)
     parser.add_argument("model", metavar="BASE", help="the model to train: a folder or hub id")
-    texts = add_reading(parser)
+    texts = add_reading(parser, groups=False)
     texts.add_argument(
         "--validation",
         metavar="SOURCE",

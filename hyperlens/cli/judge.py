@@ -161,7 +161,7 @@ def _check_sources(args: argparse.Namespace) -> None:
         raise JudgeError("expected two models and --texts, or --pairs alone: give one or the other")
     if args.pairs is None:
         return
-    others = {name: getattr(args, name) for name in ("text_column", "limit", "dtype")}
+    others = {name: getattr(args, name) for name in ("text_column", "limit", "groups", "dtype")}
     useless = [
         *_generation_options(args),
         *(name for name, value in others.items() if value is not None),

@@ -45,7 +45,7 @@ def add_pair(parser: argparse.ArgumentParser) -> None:
     add_out(parser, "the results (default: print only)")
 
 
-def add_reading(parser: argparse.ArgumentParser, unless: str = "") -> Any:
+def add_reading(parser: argparse.ArgumentParser, unless: str = "", groups: bool = True) -> Any:
     """--texts, required unless something is said, and how to read them.
 
     Returns the group, for more options.
@@ -58,12 +58,12 @@ def add_reading(parser: argparse.ArgumentParser, unless: str = "") -> Any:
         help="a .txt, .jsonl, .csv or .parquet file, or the name of a hub dataset"
         + (f" (default: none; needed {unless})" if unless else ""),
     )
-    add_how_to_read(group)
+    add_how_to_read(group, groups)
     return group
 
 
-def add_how_to_read(group: Any) -> None:
-    """Which texts of a source are read."""
+def add_how_to_read(group: Any, groups: bool = True) -> None:
+    """Which texts of a source are read, and, where intervals are made, which belong together."""
     group.add_argument(
         "--text-column",
         metavar="NAME",
@@ -78,6 +78,14 @@ def add_how_to_read(group: Any) -> None:
         metavar="N",
         help="read only the first N texts of a source (default: all)",
     )
+    if groups:
+        group.add_argument(
+            "--groups",
+            metavar="COLUMN",
+            help="the column that says what texts belong together, or how many consecutive texts "
+            "do: intervals count a group once (default: blocks of the paragraphs of a .txt file; "
+            "each text of other sources by itself)",
+        )
 
 
 def add_running(parser: argparse.ArgumentParser, dtype: str) -> Any:
@@ -127,7 +135,9 @@ def read(args: argparse.Namespace, source: str, split: str) -> list[str]:
     """The texts that the options of `add_reading` name."""
     from ..data.texts import read_texts
 
-    return read_texts(source, column=args.text_column, split=split, limit=args.limit)
+    groups = getattr(args, "groups", None)
+    groups = int(groups) if groups and groups.isdecimal() else groups
+    return read_texts(source, column=args.text_column, split=split, limit=args.limit, groups=groups)
 
 
 def shows_progress(args: argparse.Namespace) -> bool:

@@ -8,7 +8,7 @@ one that could run out of memory, comes first.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from numbers import Integral
 from typing import Any, Literal
@@ -22,6 +22,9 @@ from ..errors import CorpusError
 from .texts import read_texts
 
 PaddingSide = Literal["right", "left"]
+
+# Groups of texts that are kept apart: each has a row in the sample that intervals are made from.
+MAX_GROUPS = 512
 
 
 @dataclass(frozen=True)
@@ -55,8 +58,9 @@ class Batch:
         tokens: ids, pads being any valid id.
         real: False at pads.
         bos: True where a position is left out as BOS.
-        slot: which place of the token sample each sequence fills, -1 for none.
-        position: sampled positions of each sequence, -1 for unused places.
+        slot: which row of the token sample each sequence's tokens go to, -1 for none; those of one
+            group share a row.
+        position: the position that goes to each place of that row, -1 for none of this sequence.
     """
 
     tokens: Int[Tensor, "batch pos"]
@@ -77,6 +81,8 @@ class Corpus:
         counts: what became of the texts.
         notes: what a reader of the result should know.
         sha256: hash of all token ids, independent of the order the texts came in.
+        groups: the independent group of each sequence, counted from 0; None where each sequence is
+            one of its own.
     """
 
     sequences: tuple[np.ndarray, ...]
@@ -85,13 +91,27 @@ class Corpus:
     counts: Counts
     notes: tuple[str, ...]
     sha256: str
+    groups: tuple[int, ...] | None = None
+
+    @property
+    def n_units(self) -> int:
+        """How many independent units there are: groups, or else sequences."""
+        return len(self.sequences) if self.groups is None else len(set(self.groups))
+
+    def longest_unit(self) -> int:
+        """Tokens of the longest group, or else sequence."""
+        if self.groups is None:
+            return len(self.sequences[0])
+        return int(np.bincount(self.groups, weights=[len(s) for s in self.sequences]).max())
 
     def describe(self) -> dict[str, Any]:
         """Counts, hash and options as JSON values."""
+        grouped = {} if self.groups is None else {"n_groups": self.n_units}
         return asdict(self.counts) | {
             "sha256": self.sha256,
             "max_length": self.max_length,
             "bos_id": self.bos_id,
+            **grouped,
         }
 
     def batches(
@@ -106,34 +126,60 @@ class Corpus:
 
         Args:
             batch_size: sequences per batch.
-            n_sampled_sequences, n_sampled_tokens: size of the token sample.
+            n_sampled_sequences: of how many sequences, or groups, tokens are sampled.
+            n_sampled_tokens: how many tokens of each.
             seed: of the choice of the sample, which depends on content alone otherwise.
         """
-        keys = [_hash(sequence, seed) for sequence in self.sequences]
-        chosen = sorted(range(len(keys)), key=lambda i: (keys[i], i))[:n_sampled_sequences]
-        slots = {i: slot for slot, i in enumerate(chosen)}
+        sample = self._sample(n_sampled_sequences, n_sampled_tokens, seed)
         for start in range(0, len(self.sequences), batch_size):
             indices = range(start, min(start + batch_size, len(self.sequences)))
             tokens, mask = pad([self.sequences[i] for i in indices])
             real = mask.bool()
+            slot = np.full(len(indices), -1, dtype=np.int64)
             position = np.full((len(indices), n_sampled_tokens), -1, dtype=np.int64)
             for row, i in enumerate(indices):
-                if i in slots:
-                    drawn = self._sampled_positions(self.sequences[i], keys[i], n_sampled_tokens)
-                    position[row, : len(drawn)] = drawn
+                if i in sample:
+                    slot[row], places, drawn = sample[i]
+                    position[row, places] = drawn
             is_bos = torch.zeros_like(real) if self.bos_id is None else tokens == self.bos_id
             yield Batch(
                 tokens=tokens,
                 real=real,
                 bos=real & is_bos,
-                slot=torch.tensor([slots.get(i, -1) for i in indices]),
+                slot=torch.from_numpy(slot),
                 position=torch.from_numpy(position),
             )
 
-    def _sampled_positions(self, sequence: np.ndarray, key: int, n: int) -> np.ndarray:
-        countable = np.flatnonzero(sequence != self.bos_id) if self.bos_id is not None else None
-        candidates = np.arange(len(sequence)) if countable is None else countable
-        return np.random.default_rng(key).permutation(candidates)[:n]
+    def _sample(
+        self, n_units: int, n_tokens: int, seed: int
+    ) -> dict[int, tuple[int, np.ndarray, np.ndarray]]:
+        """For sampled sequences, the row of the sample, places in it, and the positions there."""
+        members: dict[int, list[int]] = {}
+        for i, unit in enumerate(self.groups or range(len(self.sequences))):
+            members.setdefault(unit, []).append(i)
+        keys = {
+            unit: min(_hash(self.sequences[i], seed) for i in of_unit)
+            for unit, of_unit in members.items()
+        }
+        chosen = sorted(members, key=lambda unit: (keys[unit], unit))[:n_units]
+        sample = {}
+        for slot, unit in enumerate(chosen):
+            positions = [self._countable(i) for i in members[unit]]
+            owner = np.repeat(members[unit], [len(of_one) for of_one in positions])
+            drawn = np.random.default_rng(keys[unit]).permutation(len(owner))[:n_tokens]
+            at = np.concatenate(positions)[drawn]
+            for i in members[unit]:
+                places = np.flatnonzero(owner[drawn] == i)
+                sample[i] = slot, places, at[places]
+        return sample
+
+    def _countable(self, i: int) -> np.ndarray:
+        sequence = self.sequences[i]
+        return (
+            np.arange(len(sequence))
+            if self.bos_id is None
+            else np.flatnonzero(sequence != self.bos_id)
+        )
 
 
 def pad(
@@ -195,6 +241,7 @@ def build_corpus(
     check_max_length(max_length)
     longest = min(max_length, context_length or max_length)
     notes: list[str] = []
+    groups: Sequence[Hashable] | None = None
     if tokenizer is not None:
         bos_id = tokenizer.bos_token_id
     if are_token_ids(texts):
@@ -203,9 +250,11 @@ def build_corpus(
         notes += _padding_notes(raw) if pad_id is None else []
     else:
         texts = read_texts(texts)
+        groups = texts.groups
         raw = tokenize(texts, tokenizer)
         notes += _bos_notes(texts, tokenizer)
-    long_enough = [ids for ids in raw if _content_length(ids, bos_id) >= 2]
+    kept = [i for i, ids in enumerate(raw) if _content_length(ids, bos_id) >= 2]
+    long_enough = [raw[i] for i in kept]
     n_empty = sum(_content_length(ids, bos_id) == 0 for ids in raw)
     if not long_enough:
         raise CorpusError(
@@ -214,7 +263,10 @@ def build_corpus(
         )
     cut = [ids[:longest] for ids in long_enough]
     check_ids(cut, d_vocab)
-    ordered = sorted(cut, key=lambda ids: (-len(ids), ids.tobytes()))
+    order = sorted(range(len(cut)), key=lambda i: (-len(cut[i]), cut[i].tobytes()))
+    ordered = [cut[i] for i in order]
+    units = None if groups is None else _units([groups[kept[i]] for i in order], ordered)
+    notes += _group_notes(texts, units)
     contents = [ids.tobytes() for ids in ordered]
     is_bos = [] if bos_id is None or include_bos else [int((s == bos_id).sum()) for s in ordered]
     counts = Counts(
@@ -234,7 +286,7 @@ def build_corpus(
             f"{counts.n_cut} of {counts.n_sequences} texts are longer than the model's context of "
             f"{longest} tokens and were cut to it"
         )
-    if counts.n_duplicates:
+    if counts.n_duplicates and units is None:
         notes.append(
             f"{counts.n_duplicates} of {counts.n_sequences} sequences repeat another one: "
             "intervals are narrower than they should be"
@@ -249,7 +301,38 @@ def build_corpus(
         counts=counts,
         notes=tuple(notes),
         sha256=digest.hexdigest(),
+        groups=units,
     )
+
+
+def _units(groups: Sequence[Hashable], sequences: Sequence[np.ndarray]) -> tuple[int, ...] | None:
+    """Groups as numbers from 0; None where each has one sequence only.
+
+    More groups than are kept apart are united at random (by content): variances over random groups
+    of independent units are right too, with fewer degrees of freedom.
+    """
+    keys: dict[Hashable, int] = {}
+    for group, sequence in zip(groups, sequences, strict=True):
+        keys[group] = min(keys.get(group, 2**64), _hash(sequence, 0))
+    if len(keys) == len(sequences):
+        return None
+    ranked = sorted(keys, key=lambda group: keys[group])
+    number = {group: rank % MAX_GROUPS for rank, group in enumerate(ranked)}
+    return tuple(number[group] for group in groups)
+
+
+def _group_notes(texts: Any, units: Sequence[int] | None) -> list[str]:
+    """What is taken as independent, where that is not each text."""
+    if units is None:
+        return []
+    n, how = len(set(units)), texts.source.get("groups")
+    if isinstance(how, int):
+        return [
+            f"intervals count every {how} consecutive texts as one ({n} in all), since neighbours "
+            "in one document resemble each other: read_texts(…, groups=1), or --groups 1, takes "
+            "each by itself"
+        ]
+    return [f"intervals are over {n} independent groups of texts"]
 
 
 def check_max_length(max_length: Any) -> None:

@@ -58,8 +58,9 @@ def check_room(pair: Pair, length: int, max_new_tokens: int) -> None:
 def choose_prompts(corpus: Corpus, n: int, length: int, seed: int) -> list[list[int]]:
     """The first tokens of n texts drawn at random, or of all texts that are long enough.
 
-    They are sorted by their tokens (see `choose_examples` for a few of them to look at): the same
-    texts and seed give the same prompts wherever the texts were cut.
+    Where texts have groups, at most one of each is drawn, so that prompts are independent. They are
+    sorted by their tokens (see `choose_examples` for a few of them to look at): the same texts and
+    seed give the same prompts wherever the texts were cut.
 
     Raises:
         CorpusError: if fewer than two texts have that many tokens, or a number is no count
@@ -67,15 +68,23 @@ def choose_prompts(corpus: Corpus, n: int, length: int, seed: int) -> list[list[
     """
     check_counts(n_prompts=n, prompt_tokens=length)
     check_seed(seed)
-    long = [sequence[:length] for sequence in corpus.sequences if len(sequence) >= length]
-    if len(long) < 2:
+    groups = corpus.groups or range(len(corpus.sequences))
+    long = [
+        (sequence[:length], group)
+        for sequence, group in zip(corpus.sequences, groups, strict=True)
+        if len(sequence) >= length
+    ]
+    if len({group for _, group in long}) < 2:
+        which = "texts" if corpus.groups is None else "groups of texts"
         raise CorpusError(
-            f"{len(long)} of {len(corpus.sequences)} texts have the {length} tokens of a prompt, "
-            "and intervals need two: give longer texts, or lower prompt_tokens"
+            f"{len({group for _, group in long})} of {corpus.n_units} {which} have the {length} "
+            "tokens of a prompt, and intervals need two: give longer texts, or lower prompt_tokens"
         )
-    openings = sorted(long, key=lambda ids: ids.tobytes())
-    drawn = np.random.default_rng(seed).permutation(len(openings))[:n]
-    return [openings[i].tolist() for i in sorted(drawn)]
+    openings = sorted(long, key=lambda one: one[0].tobytes())
+    drawn: dict[int, int] = {}
+    for i in np.random.default_rng(seed).permutation(len(openings)):
+        drawn.setdefault(openings[i][1], int(i))
+    return [openings[i][0].tolist() for i in sorted(list(drawn.values())[:n])]
 
 
 def choose_examples(n_prompts: int, n_examples: int, seed: int) -> list[int]:

@@ -29,6 +29,8 @@ from .streams import ModelStream, StreamPair, StreamSpec, TokenSample
 SAMPLE_BYTES = 2 * 2**20
 MAX_SAMPLED_SEQUENCES = 128
 MAX_SAMPLED_TOKENS = 8192
+# All pairs of tokens of a text or group are held at once.
+MAX_TOKENS_OF_UNIT = 1024
 
 
 @runtime_checkable
@@ -168,8 +170,9 @@ def stream_spec(model: HookedModel, corpus: Corpus, device: torch.device) -> Str
     """The sizes of this run. Sums live on the CPU where the accelerator has no float64."""
     d_model = model.cfg.d_model
     budget = min(max(SAMPLE_BYTES // (4 * d_model), 2 * d_model), MAX_SAMPLED_TOKENS)
-    sequences = min(corpus.counts.n_sequences, MAX_SAMPLED_SEQUENCES)
-    longest = len(corpus.sequences[0])
+    grouped = corpus.groups is not None
+    sequences = corpus.n_units if grouped else min(corpus.n_units, MAX_SAMPLED_SEQUENCES)
+    longest = min(corpus.longest_unit(), MAX_TOKENS_OF_UNIT)
     return StreamSpec(
         n_layers=model.cfg.n_layers,
         d_model=d_model,
@@ -177,6 +180,7 @@ def stream_spec(model: HookedModel, corpus: Corpus, device: torch.device) -> Str
         device=torch.device("cpu") if device.type == "mps" else device,
         n_sampled_sequences=sequences,
         n_sampled_tokens=max(2, min(longest, budget // sequences)),
+        grouped=grouped,
     )
 
 

@@ -129,8 +129,10 @@ class StreamSpec:
         d_model: width of the residual stream.
         d_vocab: number of logits.
         device: where sums live.
-        n_sampled_sequences: how many sequences keep a sample of their tokens (see `TokenSample`).
+        n_sampled_sequences: how many sequences, or groups of them, keep a sample of their tokens
+            (see `TokenSample`).
         n_sampled_tokens: how many tokens of each of those.
+        grouped: whether groups of sequences, not sequences, are independent. All are sampled then.
     """
 
     n_layers: int
@@ -139,6 +141,7 @@ class StreamSpec:
     device: torch.device
     n_sampled_sequences: int = 0
     n_sampled_tokens: int = 0
+    grouped: bool = False
 
     @property
     def layers(self) -> range:
@@ -205,8 +208,9 @@ class TokenSample:
     """A fixed set of tokens, chosen from the corpus alone, that PR intervals are computed from.
 
     Attributes:
-        slot: which place of the sample each sequence of the batch fills, -1 for none.
-        position: the sampled positions of each sequence, -1 for unused places.
+        slot: which row of the sample each sequence's tokens go to, -1 for none; sequences of one
+            group share a row.
+        position: the position that goes to each place of that row, -1 for none of this sequence.
     """
 
     slot: Int[Tensor, " batch"]

@@ -275,7 +275,7 @@ def run_sweep(
     """
     models: dict[Side, HookedModel] = {"base": pair.base.hooked, "tuned": pair.tuned.hooked}
     outputs = _outputs(models, corpus, sweep, batch_size)
-    return compare_patched(outputs, models, len(corpus.sequences), progress)
+    return compare_patched(outputs, models, corpus, progress)
 
 
 def _outputs(

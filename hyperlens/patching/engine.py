@@ -50,7 +50,11 @@ def subset(corpus: Corpus, chosen: Bool[Tensor, " text"]) -> Corpus:
         n_tokens=sum(map(len, kept)),
         n_bos=sum(int((ids == corpus.bos_id).sum()) for ids in kept if corpus.bos_id is not None),
     )
-    return replace(corpus, sequences=tuple(kept), counts=counts)
+    groups = corpus.groups
+    if groups is not None:
+        of_kept = [group for group, is_in in zip(groups, chosen.tolist(), strict=True) if is_in]
+        groups = tuple(np.unique(of_kept, return_inverse=True)[1].tolist())
+    return replace(corpus, sequences=tuple(kept), counts=counts, groups=groups)
 
 
 def draw_texts(inputs: Inputs, n_texts: int, seed: int) -> Inputs:
@@ -67,19 +71,22 @@ def draw_texts(inputs: Inputs, n_texts: int, seed: int) -> Inputs:
 def second_half(corpus: Corpus, seed: int) -> Bool[Tensor, " text"]:
     """A random half of the texts, one fewer than the rest if their number is odd.
 
+    Where texts have groups, the half of the groups: the two halves share none.
+
     Raises:
         CorpusError: if there are fewer than four texts: intervals need two on each half.
     """
-    n = len(corpus.sequences)
+    n = corpus.n_units
     if n < 4:
+        which = "texts" if corpus.groups is None else "groups of texts"
         raise CorpusError(
-            "expected at least 4 texts, two to fit directions on and two to read decisions on, "
+            f"expected at least 4 {which}, two to fit directions on and two to read decisions on, "
             f"got {n}: give more texts"
         )
     chosen = torch.randperm(n, generator=torch.Generator().manual_seed(seed))[: n // 2]
     half = torch.zeros(n, dtype=torch.bool)
     half[chosen] = True
-    return half
+    return half if corpus.groups is None else half[torch.tensor(corpus.groups)]
 
 
 class Batch(NamedTuple):
@@ -155,7 +162,7 @@ class Outcomes(Generic[Key]):
 def compare_patched(
     outputs: Iterable[BatchOutputs[Key]],
     models: Mapping[Side, HookedModel],
-    n_texts: int,
+    corpus: Corpus,
     progress: bool,
 ) -> Outcomes[Key]:
     """Compare every patched model with both unpatched ones, batch by batch.
@@ -163,9 +170,10 @@ def compare_patched(
     Args:
         outputs: of every batch.
         models: the unpatched models.
-        n_texts: how many texts there are in all batches.
+        corpus: the texts of all batches.
         progress: show a progress bar.
     """
+    n_texts, groups = len(corpus.sequences), corpus.groups
     patched: dict[Key, Accumulator] = defaultdict(lambda: Accumulator(n_texts))
     unpatched: dict[Side, Accumulator] = {side: Accumulator(n_texts) for side in SIDES}
     with tqdm(total=n_texts, desc="patching", unit="text", disable=not progress) as bar:
@@ -177,8 +185,8 @@ def compare_patched(
                 counted = {}
             bar.update(len(of_batch.batch.tokens))
     return Outcomes(
-        {key: accumulator.outcome() for key, accumulator in patched.items()},
-        {side: accumulator.outcome() for side, accumulator in unpatched.items()},
+        {key: accumulator.outcome(groups) for key, accumulator in patched.items()},
+        {side: accumulator.outcome(groups) for side, accumulator in unpatched.items()},
     )
 
 
@@ -232,11 +240,11 @@ class OutputReader(ABC, Generic[Key]):
     """Compare changed last-layer residuals with both models, in a streaming pass over texts.
 
     Args:
-        n_texts: how many texts the pass reads; its batches follow the corpus's order.
+        corpus: the texts the pass reads; its batches follow their order.
     """
 
-    def __init__(self, n_texts: int) -> None:
-        self._n_texts = n_texts
+    def __init__(self, corpus: Corpus) -> None:
+        self._n_texts, self._groups = len(corpus.sequences), corpus.groups
 
     def open(self, spec: StreamSpec) -> None:
         """Start to count."""
@@ -278,8 +286,8 @@ class OutputReader(ABC, Generic[Key]):
     def outcomes(self) -> Outcomes[Key]:
         """What has been counted."""
         return Outcomes(
-            {key: accumulator.outcome() for key, accumulator in self._changed.items()},
-            {side: accumulator.outcome() for side, accumulator in self._unchanged.items()},
+            {key: accumulator.outcome(self._groups) for key, accumulator in self._changed.items()},
+            {side: one.outcome(self._groups) for side, one in self._unchanged.items()},
         )
 
     def compute(self) -> ProbeResult:

@@ -66,7 +66,7 @@ def patch_norm(
     inputs = open_inputs(base, tuned, texts, max_length=max_length, device=device, dtype=dtype)
     pair = inputs.pair
     plain = ParticipationRatio(views=VIEWS, layers=(-2, -1))
-    crossed, swapped = CrossedNorms(), SwappedNorms(len(inputs.corpus.sequences))
+    crossed, swapped = CrossedNorms(), SwappedNorms(inputs.corpus)
     options = PassOptions(batch_size, SINK_THRESHOLD, seed, progress)
     run_pass(pair.base.hooked, pair.tuned.hooked, inputs.corpus, [plain, crossed, swapped], options)
     outcomes = swapped.outcomes()

@@ -7,6 +7,7 @@ with an interval over texts, and two patches are compared on the same texts.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -135,7 +136,7 @@ class Outcome:
     """The sums of one patched model.
 
     Attributes:
-        sums: per metric, its sum over the decisions of each text.
+        sums: per metric, its sum over the decisions of each text, or group of texts.
         decisions, changed: per text, how many decisions there are, and how many tuning changed.
     """
 
@@ -200,7 +201,13 @@ class Accumulator:
                 self._sums[name] = torch.zeros(self._n, dtype=torch.float64)
             self._sums[name].index_add_(0, text.cpu(), value.to("cpu", torch.float64))
 
-    def outcome(self) -> Outcome:
-        """The sums so far."""
+    def outcome(self, groups: Sequence[int] | None = None) -> Outcome:
+        """The sums so far; of each group of texts where they have groups, as if it were one."""
         sums = dict(self._sums)
+        if groups is not None:
+            unit = torch.tensor(groups)
+            sums = {
+                name: torch.zeros(int(unit.max()) + 1, dtype=torch.float64).index_add_(0, unit, of)
+                for name, of in sums.items()
+            }
         return Outcome(decisions=sums.pop("decisions"), changed=sums.pop("changed"), sums=sums)

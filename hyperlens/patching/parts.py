@@ -311,7 +311,7 @@ def read_mixed(
         TARGET[direction]: of[direction].model for direction in DIRECTIONS
     }
     outputs = _outputs(of, keys, corpus, batch_size)
-    return compare_patched(outputs, models, len(corpus.sequences), progress)
+    return compare_patched(outputs, models, corpus, progress)
 
 
 def _outputs(

@@ -105,6 +105,10 @@ def draw_changed(
         ActivationError: if a model overflows.
     """
     order = np.random.default_rng(seed).permutation(len(corpus.sequences))
+    if corpus.groups is not None:
+        # One text of each group, so that decisions are independent.
+        _, first = np.unique(np.array(corpus.groups)[order], return_index=True)
+        order = order[np.sort(first)]
     long = [int(i) for i in order if len(corpus.sequences[i]) >= offsets]
     found: list[int] = []
     texts: list[np.ndarray] = []

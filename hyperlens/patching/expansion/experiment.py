@@ -147,7 +147,7 @@ def patch_expansion(
     fitted = clouds[FITTED]
     planned = plan(fitted["base"], fitted["tuned"], n_directions, n_random, seed)
     means = {side: fitted[side].mean for side in SIDES}
-    reader = ExpansionReader(planned, means, len(read.sequences))
+    reader = ExpansionReader(planned, means, read)
     run_pass(pair.base.hooked, pair.tuned.hooked, read, [reader], options)
     models: dict[Side, LoadedModel] = {"base": pair.base, "tuned": pair.tuned}
     last_block = Site("resid_post", pair.base.hooked.cfg.n_layers - 1)
@@ -358,15 +358,15 @@ class ExpansionReader(OutputReader[Cell]):
     Args:
         planned: the changes.
         means: of the last-block outputs of both models, where the changes are fitted.
-        n_texts: how many texts the pass reads.
+        corpus: the texts that the pass reads.
     """
 
     name = "expansion"
 
     def __init__(
-        self, planned: Plan, means: Mapping[Side, Float[Tensor, " d_model"]], n_texts: int
+        self, planned: Plan, means: Mapping[Side, Float[Tensor, " d_model"]], corpus: Corpus
     ) -> None:
-        super().__init__(n_texts)
+        super().__init__(corpus)
         self._plan = planned
         self._means = means
 
