@@ -93,8 +93,8 @@ class LogitLens(LogitProbe):
         edges = torch.tensor(rank_edges(self.spec.d_vocab))
         share = s["rank_counts"].cumsum(0)[edges - 1] / s["n"]
         if self.spec.grouped:
-            below, n = s["below"], s["sampled_n"][:, None]
-            squares = (below.square().sum(0), (below * n).sum(0), n.square().sum())
+            y, n = s["below"], s["sampled_n"][:, None]
+            squares = (y.square().sum(0), (y * n).sum(0), n.square().sum())
             n_units = float((n > 0).sum())
         else:
             squares, n_units = (s["below_yy"], s["below_yn"], s["nn"]), float(s["sequences"])

@@ -433,12 +433,13 @@ class WeightsResult(Result):
     def _too_few(self) -> str:
         """That even all decisions of all texts could not suffice, where there are too few."""
         n_texts = self.meta["options"]["n_texts"]
-        n_units = int(self.meta["corpus"].get("n_groups", n_texts))
+        groups = self.meta["corpus"].get("n_groups")
+        n_units, unit = (groups, "group") if groups else (int(n_texts), "text")
         low, _ = all_alike(1.0, float(n_units), (0.0, 1.0))
         if low > self._enough:
             return ""
         return (
-            f" Of {count(n_units, 'independent text')} no more could be shown than {PERCENT(low)}: read more, "
+            f" Of {count(n_units, unit)} no more could be shown than {PERCENT(low)}: read more, "
             "or lower enough."
         )
 
