@@ -88,7 +88,8 @@ class LogitLens(LogitProbe):
         return ProbeResult((*self._rows(), *medians))
 
     def _median_row(self, i: int, layer: int) -> Row:
-        names = ("rank_counts", "below_yy", "below_yn", "below", "n", "nn", "sequences", "sampled_n")
+        of_means = ("n", "nn", "sequences", "sampled_n")
+        names = ("rank_counts", "below_yy", "below_yn", "below", *of_means)
         s = {name: self.sums[name][i].cpu() for name in names}
         edges = torch.tensor(rank_edges(self.spec.d_vocab))
         share = s["rank_counts"].cumsum(0)[edges - 1] / s["n"]
