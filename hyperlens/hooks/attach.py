@@ -32,7 +32,11 @@ def attach(structure: ModelStructure, kind: Kind, block: int, change: Change) ->
     """
     if kind == "final_norm":
         norm = structure.final_norm
-        return on_output(norm[-1] if isinstance(norm, nn.Sequential) else norm, change)
+        if isinstance(norm, nn.Sequential):
+            if not len(norm):  # no norm at all: what the unembedding is given is the stream itself
+                return on_input(structure.head, change)
+            norm = norm[-1]
+        return on_output(norm, change)
     if kind == "resid_pre":
         return on_input(structure.blocks[block], change)
     if kind == "resid_post":

@@ -95,7 +95,11 @@ class ResidualModel(HookedRootModule):
         self.unembed = ScaledUnembed(self.structure.head, self.structure.logit_scale)
         self.tokenizer = tokenizer
         plain = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self._accepts = frozenset(inspect.signature(plain.forward).parameters)
+        taken = inspect.signature(plain.forward).parameters
+        self._accepts = frozenset(taken)
+        if any(one.kind is inspect.Parameter.VAR_KEYWORD for one in taken.values()):
+            # Some models hand it on to the model inside without naming it.
+            self._accepts |= {"use_cache"}
         self._config: Any = plain.config
 
     @property

@@ -119,22 +119,21 @@ def _traced_structure(plain: Any) -> ModelStructure:
         for m in plain.modules()
         if isinstance(m, nn.ModuleList) and len(m) == config.num_hidden_layers
     ]
-    calls, logits = _trace(plain)
+    calls = _trace(plain)
     for stack in stacks:
         outputs = _outputs_in_order(stack, calls)
         if outputs is None:
             continue
         # What an adapter wraps the unembedding around is inside it, too.
         inside = {id(m) for part in (*stack, head) for m in part.modules()} - {id(head)}
-        tail = _tail(calls, outputs[-1], head, inside)
-        if tail is not None:
-            final_norm, unembedded = tail
+        final_norm = _tail(calls, outputs[-1], head, inside)
+        if final_norm is not None:
             if head.weight.shape[-1] != outputs[-1].shape[-1]:
                 raise LoadingError(
                     f"{kind} unembeds vectors of {head.weight.shape[-1]} numbers from a stream of "
                     f"{outputs[-1].shape[-1]}: not supported"
                 )
-            scale, cap = _logit_map(unembedded, logits, config)
+            scale, cap = _logit_map(plain, head, kind)
             by_module = {id(call.module): call for call in calls}
             return ModelStructure(
                 blocks=tuple(stack),
@@ -151,7 +150,8 @@ def _traced_structure(plain: Any) -> ModelStructure:
     )
 
 
-def _trace(model: Any) -> tuple[list[_Call], Float[Tensor, "batch pos d_vocab"]]:
+def _trace(model: Any) -> list[_Call]:
+    """What every module takes and returns while the model runs."""
     calls: list[_Call] = []
 
     def record(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -161,14 +161,21 @@ def _trace(model: Any) -> tuple[list[_Call], Float[Tensor, "batch pos d_vocab"]]
 
     handles = [m.register_forward_hook(record, with_kwargs=True) for m in model.modules()]
     try:
-        weight = model.get_input_embeddings().weight
-        tokens = torch.arange(4, device=weight.device)[None] % weight.shape[0]
-        mask = torch.ones_like(tokens)
-        output = model(input_ids=tokens, attention_mask=mask, use_cache=False)
+        _run(model)
     finally:
         for handle in handles:
             handle.remove()
-    return calls, output.logits
+    return calls
+
+
+def _run(model: Any) -> Float[Tensor, "batch pos d_vocab"]:
+    """Logits of four tokens."""
+    weight = model.get_input_embeddings().weight
+    tokens = torch.arange(len(PROBES), device=weight.device)[None] % weight.shape[0]
+    logits: Tensor = model(
+        input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False
+    ).logits
+    return logits
 
 
 def _outputs_in_order(stack: nn.ModuleList, calls: list[_Call]) -> list[Tensor] | None:
@@ -228,8 +235,8 @@ def misfit(given: Tensor, one: Tensor, two: Tensor, returned: Tensor) -> float:
 
 def _tail(
     calls: list[_Call], last: Tensor, head: nn.Module, inside: set[int]
-) -> tuple[nn.Module, Tensor] | None:
-    """The modules that lead from the last block to the head, and the head's output."""
+) -> nn.Module | None:
+    """The modules that lead from the last block to the head."""
     chain: list[nn.Module] = []
     current = last
     for call in calls:
@@ -239,8 +246,7 @@ def _tail(
         if not _same(call.given, current.to(call.given.dtype)):
             continue
         if call.module is head:
-            norm = chain[0] if len(chain) == 1 else nn.Sequential(*chain)
-            return norm, call.returned
+            return chain[0] if len(chain) == 1 else nn.Sequential(*chain)
         chain.append(call.module)
         current = call.returned
     return None
@@ -254,20 +260,43 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return alike and torch.allclose(a, b, rtol=0.0, atol=0.0, equal_nan=True)
 
 
-def _logit_map(unembedded: Tensor, logits: Tensor, config: Any) -> tuple[float, float]:
-    """(scale, soft cap) that turn the unembedding's output into the logits."""
-    # A configured cap is tried first: small logits are hardly changed by it and look uncapped.
-    cap = float(getattr(config, "final_logit_softcapping", None) or 0.0)
-    if cap and _close(cap * torch.tanh(unembedded / cap), logits):
-        return 1.0, cap
-    if _close(unembedded, logits):
-        return 1.0, 0.0
-    flat, target = unembedded.double().flatten(), logits.double().flatten()
-    scale = float((flat @ target) / (flat @ flat))
-    if _close(unembedded * scale, logits):
-        return scale, 0.0
+# What the unembedding is made to give, row by row: small enough for any cap to leave it as it is,
+# the size of usual logits, large enough to be cut to the cap.
+PROBES = (0.01, 1.0, 20.0, 20_000.0)
+
+
+def _logit_map(model: nn.Module, head: nn.Module, kind: str) -> tuple[float, float]:
+    """(scale, soft cap) that turn the unembedding's output into the logits.
+
+    Read off known numbers put in the place of the unembedding's output: a model's own logits may be
+    so small that no cap shows in them, and configurations have several names for one.
+    """
+    given: list[Tensor] = []
+
+    def replace(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        spread = torch.linspace(-1, 1, output.shape[-1], device=output.device)
+        sizes = torch.tensor(PROBES, device=output.device)
+        given.append((sizes[:, None] * spread)[: output.shape[-2]].expand_as(output).to(output))
+        return given[-1]
+
+    handle = head.register_forward_hook(replace)
+    try:
+        made = _run(model).double()
+    finally:
+        handle.remove()
+    if len(given) == 1 and made.shape == given[0].shape:
+        put = given[0].double()
+        scale = float((put[..., 0, :] @ made[..., 0, :].mT) / put[..., 0, :].square().sum())
+        highest = float(made[..., -1, :].abs().max())
+        cap = highest if highest < 0.5 * abs(scale) * PROBES[-1] else 0.0
+        scale = 1.0 if abs(scale - 1) < 1e-5 else scale
+        scaled = scale * put
+        expected = cap * torch.tanh(scaled / cap) if cap else scaled
+        pairs = zip(expected.unbind(-2), made.unbind(-2), strict=True)
+        if all(_close(a.to(given[0]), b.to(given[0])) for a, b in pairs):
+            return scale, cap
     raise LoadingError(
-        "the logits are neither a multiple nor a soft cap of the unembedding's output: "
+        f"the logits of {kind} are neither a multiple nor a soft cap of the unembedding's output: "
         "this architecture is not supported"
     )
 
