@@ -323,7 +323,7 @@ def test_held_out_texts_from_another_split(monkeypatch: pytest.MonkeyPatch) -> N
 CHANGES = {
     "n_sequences": 3,
     "sequence_length": 9,
-    "packed": False,
+    "packed": True,
     "selection": "random",
     "epochs": 4,
     "batch_size": 5,

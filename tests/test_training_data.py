@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import D_VOCAB, make_tiny
+from hypothesis import given
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -87,14 +89,41 @@ def test_reading_stops_once_there_are_enough() -> None:
     assert data.held_out.shape == (0, 4)
 
 
-def test_packing_joins_texts_and_starts_at_the_start_of_one() -> None:
-    data = found([[1, 2], [3], [4, 5, 6], [7], [8, 9, 10], [11]], n_sequences=9, packed=True)
-    assert data.tokens.tolist() == [[1, 2, 3, 4], [7, 8, 9, 10]]
-    # Short texts are what packing is for.
-    assert data.manifest["n_short"] == 0
+def test_packing_uses_every_token_and_says_what_is_left_over() -> None:
+    texts = [[1, 2], [3], [4, 5, 6], [7], [8, 9, 10], [11]]
+    data = found(texts, n_sequences=9, packed=True)
+    assert data.tokens.tolist() == [[1, 2, 3, 4], [5, 6, 7, 8]]
+    assert data.manifest.items() >= {"n_read": 6, "n_short": 0, "n_left_over": 3}.items()
     assert data.notes == ("only 2 of the 9 sequences asked for were found",)
-    joined = found(["a b", "c d e"], Words(), packed=True)
-    assert joined.tokens.tolist() == [words("a b c")]
+    long = found([list(range(1, 14))], n_sequences=9, packed=True)
+    assert long.tokens.flatten().tolist() == list(range(1, 13))
+    assert long.manifest["n_left_over"] == 1
+    # Reading stops where there are enough.
+    assert found(texts, n_sequences=1, packed=True).manifest["n_read"] == 3
+
+
+def test_packed_texts_end_in_eos_and_are_tokenized_one_by_one() -> None:
+    class Ending(Words):
+        eos_token_id = 63
+
+    texts = ["a b", "c d e f", "g"]
+    rows = found(texts, Ending(), n_sequences=9, packed=True).tokens
+    whole = [*words("a b")[1:], 63, *words("c d e f")[1:], 63, *words("g")[1:], 63]
+    assert rows[:, 0].tolist() == [0, 0, 0]
+    assert rows[:, 1:].flatten().tolist() == whole[:9]
+    plain = found(texts, Words(), n_sequences=9, packed=True).tokens
+    assert plain[:, 1:].flatten().tolist() == words("a b c d e f")[1:]
+
+
+@given(st.lists(st.lists(st.integers(1, 60), min_size=1, max_size=9), min_size=4, max_size=12))
+def test_packing_loses_nothing_but_the_end(texts: list[list[int]]) -> None:
+    whole = [token for text in texts for token in text]
+    if len(whole) < 4:
+        return
+    data = found(texts, n_sequences=99, packed=True)
+    rows = [whole[i : i + 4] for i in range(0, len(whole) - 3, 4)]
+    assert data.tokens.tolist() == [list(row) for row in dict.fromkeys(map(tuple, rows))]
+    assert data.manifest["n_left_over"] == len(whole) % 4
 
 
 def test_a_random_selection_draws_from_all_texts() -> None:
@@ -249,7 +278,7 @@ def test_a_hub_dataset_is_known_by_its_name(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize(
     ("name", "column", "rows"),
     [
-        ("fancyzhx/ag_news", None, {"text": ["a b c d e f g"] * 3 + ["h i j k"], "label": [0] * 4}),
+        ("fancyzhx/ag_news", None, {"text": ["a b", "c d e f"], "label": [0] * 2}),
         ("euclaise/writingprompts", "story", {"prompt": ["?"] * 2, "story": ["a b c", "d e f"]}),
     ],
 )

@@ -19,7 +19,7 @@ from .recipes import Recipe
 
 # Texts per call of the tokenizer. Reading stops once there are enough sequences.
 CHUNK = 256
-# Between joined texts: the blank line that separates the paragraphs of a file.
+# Between joined texts where the tokenizer has no EOS: the blank line between a file's paragraphs.
 SEPARATOR = "\n\n"
 
 
@@ -45,8 +45,9 @@ def training_data(
 ) -> TrainingData:
     """`n_sequences` distinct sequences of exactly `sequence_length` tokens, and held-out ones.
 
-    A text is cut to the length, or left out if it is shorter; with `packed`, consecutive texts
-    are joined until there are enough tokens, and each sequence starts at the start of a text.
+    A text is cut to the length, or left out if it is shorter; with `packed`, all texts are joined,
+    EOS after each, and cut into sequences, so that only what is left at the end is unused. A token
+    then sees those of the text before it in its sequence, as in pretraining.
     BOS is prepended exactly where the tokenizer itself would. Files are read in their own order,
     as in Carlsson et al. 2025. Held-out sequences are the next `n_validation`, as there, or come
     from texts of their own by the same rules. No held-out sequence is also trained on.
@@ -131,13 +132,19 @@ def _distinct(
         )
     read = Texts([], {"kind": "token ids"}) if is_ids else read_texts(texts)
     start = [] if is_ids or not adds_bos(tokenizer) else [tokenizer.bos_token_id]
-    end = SEPARATOR if recipe.packed else ""
-    pieces = _token_ids(texts) if is_ids else _tokenized(read, tokenizer, end)
+    pieces = _token_ids(texts) if is_ids else _tokenized(read, tokenizer)
     counts = {"n_read": 0, "n_short": 0, "n_cut": 0, "n_duplicates": 0, "longest": 0}
+    if recipe.packed:
+        counts["n_left_over"] = 0
     if trained:
         counts["n_trained_on"] = 0
     sequences: dict[bytes, np.ndarray] = {}
-    for sequence in _of_one_length(_counted(pieces, counts), start, recipe, counts):
+    pieces = _counted(pieces, counts)
+    if recipe.packed:
+        rows = _packed(pieces, start, _between(tokenizer), recipe.sequence_length, counts)
+    else:
+        rows = _cut(pieces, start, recipe.sequence_length, counts)
+    for sequence in rows:
         key = sequence.tobytes()
         if key in trained:
             counts["n_trained_on"] += 1
@@ -165,24 +172,58 @@ def random_order(n: int, seed: int) -> Int[np.ndarray, " n"]:
     return np.argsort(np.random.PCG64(seed).random_raw(n), kind="stable")
 
 
-def _of_one_length(
-    pieces: Iterable[np.ndarray], start: list[int], recipe: Recipe, counts: dict[str, int]
+def _cut(
+    pieces: Iterable[np.ndarray], start: list[int], length: int, counts: dict[str, int]
 ) -> Iterator[np.ndarray]:
-    room = recipe.sequence_length - len(start)
+    """The beginning of every text that is long enough."""
+    room = length - len(start)
     first = np.array(start, dtype=np.int64)
-    for ids in _joined(pieces, room) if recipe.packed else pieces:
+    for ids in pieces:
         counts["longest"] = max(counts["longest"], len(start) + len(ids))
         if len(ids) < room:
-            # With packing, a short remainder at the end is no text that was too short.
-            counts["n_short"] += not recipe.packed
+            counts["n_short"] += 1
             continue
         counts["n_cut"] += len(ids) > room
         yield np.concatenate([first, ids[:room]])
 
 
-def _tokenized(texts: Sequence[str], tokenizer: Any, end: str) -> Iterator[np.ndarray]:
+def _packed(
+    pieces: Iterable[np.ndarray],
+    start: list[int],
+    between: np.ndarray,
+    length: int,
+    counts: dict[str, int],
+) -> Iterator[np.ndarray]:
+    """All texts, one after another, in sequences of one length."""
+    room = length - len(start)
+    first = np.array(start, dtype=np.int64)
+    waiting: list[np.ndarray] = []
+    counts["n_left_over"] = 0
+    for ids in pieces:
+        waiting += [ids, between]
+        counts["n_left_over"] += len(ids) + len(between)
+        counts["longest"] += len(ids)
+        if counts["n_left_over"] < room:
+            continue
+        joined = np.concatenate(waiting)
+        whole = len(joined) // room * room
+        waiting, counts["n_left_over"] = [joined[whole:]], len(joined) - whole
+        for at in range(0, whole, room):
+            yield np.concatenate([first, joined[at : at + room]])
+
+
+def _between(tokenizer: Any) -> np.ndarray:
+    """What stands after each of several joined texts: EOS, or a blank line where there is none."""
+    if tokenizer is None:
+        return np.empty(0, dtype=np.int64)
+    if getattr(tokenizer, "eos_token_id", None) is not None:
+        return np.array([tokenizer.eos_token_id], dtype=np.int64)
+    return next(_tokenized([SEPARATOR], tokenizer))
+
+
+def _tokenized(texts: Sequence[str], tokenizer: Any) -> Iterator[np.ndarray]:
     for first in range(0, len(texts), CHUNK):
-        chunk = [text + end for text in texts[first : first + CHUNK]]
+        chunk = list(texts[first : first + CHUNK])
         encoded = tokenizer(chunk, add_special_tokens=False, verbose=False)["input_ids"]
         for ids in encoded:
             yield np.array(ids, dtype=np.int64)
@@ -200,20 +241,6 @@ def _counted(pieces: Iterable[np.ndarray], counts: dict[str, int]) -> Iterator[n
     for ids in pieces:
         counts["n_read"] += 1
         yield ids
-
-
-def _joined(pieces: Iterable[np.ndarray], length: int) -> Iterator[np.ndarray]:
-    """Consecutive pieces, joined as soon as they reach the length; the remainder comes last."""
-    waiting: list[np.ndarray] = []
-    n = 0
-    for ids in pieces:
-        waiting.append(ids)
-        n += len(ids)
-        if n >= length:
-            yield np.concatenate(waiting)
-            waiting, n = [], 0
-    if waiting:
-        yield np.concatenate(waiting)
 
 
 def _stacked(sequences: list[np.ndarray], length: int, d_vocab: int) -> Int[np.ndarray, "n pos"]:

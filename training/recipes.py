@@ -62,7 +62,6 @@ _CARLSSON2025 = {
 _DEMO = {
     "n_sequences": 32,
     "sequence_length": 192,
-    "packed": True,
     "epochs": 60,
     "learning_rate": 2e-3,
     "record_every": 5,
@@ -131,7 +130,7 @@ class Recipe:
     sequence_length: int = _field(
         256, "tokens per sequence, BOS included; shorter texts are left out", least=2
     )
-    packed: bool = _field(False, "join consecutive texts until a sequence is full")
+    packed: bool = _field(False, "join all texts, EOS after each, and cut them into sequences")
     selection: Selection = _field(
         "first", "which sequences: the first ones, or a random sample of them all"
     )

@@ -233,9 +233,7 @@ def misfit(given: Tensor, one: Tensor, two: Tensor, returned: Tensor) -> float:
     return float((gap / rounding.clamp_min(1e-300)).max()) if len(gap) else 0.0
 
 
-def _tail(
-    calls: list[_Call], last: Tensor, head: nn.Module, inside: set[int]
-) -> nn.Module | None:
+def _tail(calls: list[_Call], last: Tensor, head: nn.Module, inside: set[int]) -> nn.Module | None:
     """The modules that lead from the last block to the head."""
     chain: list[nn.Module] = []
     current = last
