@@ -29,7 +29,6 @@ from ..results.rows import ProbeResult, Row
 from ..statistics.intervals import mean_half_width
 from ..statistics.shares import ratio
 
-
 # What metrics are called with the tokens of each of WIDER_SETS counted in.
 WITH_EXCLUDED = ("with_sinks", "with_sinks_and_bos")
 

@@ -156,7 +156,9 @@ class ParticipationRatio(Probe):
 
     def _has_no_origin(self, i: int) -> bool:
         counted = bool(self.sums["n"][i] > 0)
-        return not counted and not (self.with_excluded and bool(self.sums["excluded_n"][:, i].any()))
+        return not counted and not (
+            self.with_excluded and bool(self.sums["excluded_n"][:, i].any())
+        )
 
     def _update_excluded(self, pair: StreamPair, i: int, layer: int) -> None:
         s = self.sums

@@ -154,9 +154,7 @@ def audit(comparison: Measured) -> list[Decomposition]:
     return [one for one in found if one is not None]
 
 
-def _decompose(
-    comparison: Measured, probe: str, metric: str, naive: str
-) -> Decomposition | None:
+def _decompose(comparison: Measured, probe: str, metric: str, naive: str) -> Decomposition | None:
     if _token_set(comparison, probe) != "geometry":
         return None
     last = comparison.n_layers

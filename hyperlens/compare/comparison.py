@@ -540,18 +540,15 @@ def _audit_verdict(one: Decomposition) -> Verdict | None:
         for part, value in sorted(jump.reading.items(), key=lambda item: -abs(item[1]))
         if abs(value) >= NOTHING
     )
-    share = "Most" if abs(jump.as_read) > 2 * abs(jump.blocks) else "Part"
-    what = f"{share} of the jump that scripts show is" if _overstated(jump) else "The difference is"
+    what = "The difference is"
+    if abs(jump.as_read) > abs(jump.blocks):
+        is_most = jump.as_read * jump.blocks <= 0 or abs(jump.as_read) > 2 * abs(jump.blocks)
+        what = f"{'Most' if is_most else 'Part'} of the jump that scripts show is"
     return Verdict(
         "real?",
         f"{seen} {what} made by the reading, not by the last block: {parts}. The largest part, "
         f"{largest}, is {at_layers}.",
     )
-
-
-def _overstated(jump: LayerReading) -> bool:
-    """Whether scripts show a larger jump than there is, or one the other way."""
-    return jump.as_read * jump.blocks <= 0 or abs(jump.as_read) > abs(jump.blocks)
 
 
 def _quantity(one: Decomposition) -> str:
