@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from .audit import ArtefactAudit
 from .base import LogitProbe, MeanProbe, Probe
 from .drift import ResidualDrift
 from .logit_lens import LogitLens
@@ -10,7 +9,6 @@ from .participation_ratio import ParticipationRatio
 from .rank_reordering import RankReordering
 
 __all__ = [
-    "ArtefactAudit",
     "LogitLens",
     "LogitProbe",
     "MeanProbe",
@@ -24,4 +22,9 @@ __all__ = [
 
 def default_probes() -> list[Probe]:
     """The probes `compare_models` runs when none are named."""
-    return [ResidualDrift(), ParticipationRatio(), LogitLens(), RankReordering(), ArtefactAudit()]
+    return [
+        ResidualDrift(with_excluded=True),
+        ParticipationRatio(with_excluded=True),
+        LogitLens(),
+        RankReordering(),
+    ]

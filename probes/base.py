@@ -29,6 +29,17 @@ from ..results.rows import ProbeResult, Row
 from ..statistics.intervals import mean_half_width
 from ..statistics.shares import ratio
 
+# What metrics are called with the tokens of each of WIDER_SETS counted in.
+WITH_EXCLUDED = ("with_sinks", "with_sinks_and_bos")
+
+
+def views_with_excluded(layer: int, spec: StreamSpec) -> tuple[View, ...]:
+    """The views that a script reads a layer in, where the tokens left out are kept as well.
+
+    Hugging Face's `hidden_states` are raw, but for the last, which is taken after the final norm.
+    """
+    return ("raw", "final_norm") if layer == spec.n_layers else ("raw",)
+
 
 class Probe(ABC):
     """A statistic over pairs of residual streams, held as named float64 sums.

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..errors import ProbeError
 from ..passes.streams import (
     VIEWS,
+    WIDER_SETS,
     StreamPair,
     StreamSpec,
     TokenSet,
@@ -33,7 +34,7 @@ from ..statistics.ratios import (
     sum_ends,
     weighted_ratio,
 )
-from .base import Probe
+from .base import WITH_EXCLUDED, Probe, views_with_excluded
 
 MOMENTS = tuple(f.name for f in fields(Moments) if f.name != "n")
 MODELS = ("base", "tuned")
@@ -54,6 +55,11 @@ class ParticipationRatio(Probe):
         base_naive, tuned_naive, delta_naive: from the sample covariance, as most code has it; too
             low for few tokens.
 
+    With the tokens that are left out counted in (`with_excluded`), at every layer raw and at the
+    last one after the final norm too:
+        *_naive_with_sinks: from the sample covariance, attention sinks counted in.
+        *_naive_with_sinks_and_bos: BOS counted in as well: every token, as most code has it.
+
     Only the first three have intervals: of the ratio of the distribution the texts come from. With
     less than 5 texts there are none.
 
@@ -62,24 +68,41 @@ class ParticipationRatio(Probe):
     """
 
     name = "participation_ratio"
-    float32_sums = frozenset({"sample"})
+    # One direction makes most of what is left out, and naive ratios subtract nothing large from it:
+    # float32 changes them in the seventh digit, and takes half the memory.
+    float32_sums = frozenset({"sample", "excluded_outer"})
 
     def __init__(
         self,
         views: Sequence[View] = VIEWS,
         layers: Sequence[int] | None = None,
         token_set: TokenSet = "geometry",
+        with_excluded: bool = False,
     ) -> None:
         self.views = checked_views(views)
         self.layers = checked_layers(layers)
         self.token_set = checked_token_set(token_set)
+        self.with_excluded = with_excluded
 
     def sum_shapes(self, spec: StreamSpec) -> dict[str, tuple[int, ...]]:
-        """Moments of every (model, layer, view) about an origin, and the sampled tokens."""
+        """Moments of every (model, layer, view) about an origin, and the sampled tokens.
+
+        Moments are sums, so the tokens that are left out, which are few, have sums of their own
+        about the same origin: added to the others, they make those of a wider set.
+        """
         d, n_layers = spec.d_model, len(spec.resolve_layers(self.layers))
         each = (2, n_layers, len(self.views))
         sampled = (spec.n_sampled_sequences, spec.n_sampled_tokens)
-        return {
+        more = (len(WIDER_SETS), 2, len(self._places(spec)), d)
+        excluded = {
+            "excluded_n": (len(WIDER_SETS), n_layers),
+            "excluded_total": more,
+            "excluded_outer": (*more, d),
+            "excluded_square": more[:-1],
+            "excluded_fourth": more[:-1],
+            "excluded_cubic": more,
+        }
+        return (excluded if self.with_excluded else {}) | {
             "n": (n_layers,),
             "nn": (n_layers,),
             "sequences": (n_layers,),
@@ -93,6 +116,15 @@ class ParticipationRatio(Probe):
             "sample_valid": (n_layers, *sampled),
             "sample_length": (n_layers, sampled[0]),
         }
+
+    def _places(self, spec: StreamSpec) -> list[tuple[int, int]]:
+        """Where sums of what is left out are kept: numbers of the layer and the view."""
+        return [
+            (i, j)
+            for i, layer in enumerate(spec.resolve_layers(self.layers))
+            for j, view in enumerate(self.views)
+            if view in views_with_excluded(layer, spec)
+        ]
 
     def split(self, spec: StreamSpec, n: int) -> list[ParticipationRatio]:
         """At most n unopened probes of some layers each, the first of as many as any."""
@@ -114,12 +146,37 @@ class ParticipationRatio(Probe):
                 slot, valid, _ = places
                 s["sample_valid"][i].index_add_(0, slot, valid.to(torch.float64))
                 s["sample_length"][i].index_add_(0, slot, n[pair.sample.slot.to(n.device) >= 0])
+            first = self._has_no_origin(i)
             for j, view in enumerate(self.views):
                 for k, x in enumerate(pair.vectors(layer, view, self.token_set)):
-                    self._add(x, (k, i, j), first=bool(s["n"][i] == 0), places=places)
+                    self._add(x, (k, i, j), first, places)
             s["n"][i] += n.sum()
             s["nn"][i] += n.square().sum()
             s["sequences"][i] += (n > 0).sum()
+            if self.with_excluded:
+                self._update_excluded(pair, i, layer)
+
+    def _has_no_origin(self, i: int) -> bool:
+        counted = bool(self.sums["n"][i] > 0)
+        return not counted and not (
+            self.with_excluded and bool(self.sums["excluded_n"][:, i].any())
+        )
+
+    def _update_excluded(self, pair: StreamPair, i: int, layer: int) -> None:
+        s = self.sums
+        for c, index in enumerate(pair.added(layer, self.token_set)):
+            if not len(index):
+                continue
+            first = self._has_no_origin(i)
+            for place, (of_layer, j) in enumerate(self._places(self.spec)):
+                if of_layer != i:
+                    continue
+                for k, x in enumerate(pair.vectors_at(layer, self.views[j], index)):
+                    self._choose_origin(x, (k, i, j), first)
+                    moments = moments_of(x, s["origin"][k, i, j])
+                    for name in MOMENTS:
+                        s[f"excluded_{name}"][c, k, place].add_(getattr(moments, name))
+            s["excluded_n"][c, i] += len(index)
 
     def _add(
         self,
@@ -129,9 +186,7 @@ class ParticipationRatio(Probe):
         places: tuple[Tensor, Tensor, Tensor] | None,
     ) -> None:
         s = self.sums
-        if first and len(x):
-            # Any point near the data will do; float32, so that subtracting it is exact.
-            s["origin"][at] = x.mean(0, dtype=torch.float64).to(torch.float32)
+        self._choose_origin(x, at, first)
         origin = s["origin"][at]
         moments = moments_of(x, origin)
         for name in MOMENTS:
@@ -140,6 +195,13 @@ class ParticipationRatio(Probe):
             slot, valid, row = places
             chosen = x.index_select(0, row.flatten()).view(*row.shape, -1)
             s["sample"][at].index_add_(0, slot, (chosen - origin.to(x.dtype)) * valid[..., None])
+
+    def _choose_origin(
+        self, x: Float[Tensor, "n d_model"], at: tuple[int, int, int], first: bool
+    ) -> None:
+        if first and len(x):
+            # Any point near the data will do; float32, so that subtracting it is exact.
+            self.sums["origin"][at] = x.mean(0, dtype=torch.float64).to(torch.float32)
 
     def merge(self, other: Probe) -> None:
         """Add another shard's sums, first moved to this shard's origin (exact algebra).
@@ -154,7 +216,7 @@ class ParticipationRatio(Probe):
                 "both shards sampled tokens for the same places: they are not two parts of one "
                 "corpus; compare each corpus by itself"
             )
-        if not bool(self.sums["n"].any()):
+        if not self._has_seen_tokens():
             self.sums["origin"].copy_(other.sums["origin"])
         moved = cast(ParticipationRatio, other)._about(self.sums["origin"])
         for name, value in moved.items():
@@ -164,9 +226,8 @@ class ParticipationRatio(Probe):
     def all_reduce(self) -> None:
         """Agree on the first rank's origin that has seen tokens, then add the sums up."""
         group = torch.distributed
-        seen = torch.where(
-            self.sums["n"].any(), group.get_rank(), group.get_world_size() - 1
-        ).reshape(1)
+        rank = group.get_rank() if self._has_seen_tokens() else group.get_world_size() - 1
+        seen = torch.tensor([rank], device=self.spec.device)
         group.all_reduce(seen, op=group.ReduceOp.MIN)
         origin = self.sums["origin"].clone()
         group.broadcast(origin, src=int(seen))
@@ -186,9 +247,28 @@ class ParticipationRatio(Probe):
         return {
             **s,
             **{name: getattr(moved, name) for name in MOMENTS},
+            **self._excluded_about(step),
             "sample": s["sample"] + sample_step.to(torch.float32),
             "origin": origin,
         }
+
+    def _excluded_about(self, step: Float[Tensor, "models layers views d"]) -> dict[str, Tensor]:
+        """The sums of what is left out, every token moved by `step`."""
+        places = self._places(self.spec) if self.with_excluded else []
+        if not places:
+            return {}
+        s = self.sums
+        layers, views = (list(numbers) for numbers in zip(*places, strict=True))
+        n = s["excluded_n"][:, None, layers].expand_as(s["excluded_square"])
+        sums = {name: s[f"excluded_{name}"].to(torch.float64) for name in MOMENTS}
+        moved = Moments(n=n, **sums).shifted(step[:, layers, views].expand_as(sums["total"]))
+        return {
+            f"excluded_{name}": getattr(moved, name).to(s[f"excluded_{name}"].dtype)
+            for name in MOMENTS
+        }
+
+    def _has_seen_tokens(self) -> bool:
+        return not all(self._has_no_origin(i) for i in range(len(self.sums["n"])))
 
     def _moments(self) -> Moments:
         s = self.sums
@@ -200,8 +280,14 @@ class ParticipationRatio(Probe):
         s = self.sums
         return Moments(n=s["n"][i], **{name: s[name][model, i, j] for name in MOMENTS})
 
+    def _excluded_at(self, c: int, model: int, place: int) -> Moments:
+        s = self.sums
+        i, _ = self._places(self.spec)[place]
+        sums = {name: s[f"excluded_{name}"][c, model, place] for name in MOMENTS}
+        return Moments(n=s["excluded_n"][c, i], **sums)
+
     def compute(self) -> ProbeResult:
-        """Nine rows per layer and view."""
+        """Nine rows per layer and view, and six where what is left out is counted in."""
         return ProbeResult(tuple(self._rows()))
 
     def _rows(self) -> Iterator[Row]:
@@ -227,6 +313,20 @@ class ParticipationRatio(Probe):
                         if measured is not None and not suffix:
                             ends = self._ends(measured, metric)
                         yield Row(self.name, metric + suffix, layer, view, value, *ends, n)
+                if self.with_excluded and (i, j) in self._places(self.spec):
+                    yield from self._rows_with_excluded(i, j)
+
+    def _rows_with_excluded(self, i: int, j: int) -> Iterator[Row]:
+        none = (math.nan, math.nan)
+        place = self._places(self.spec).index((i, j))
+        layer = self.spec.resolve_layers(self.layers)[i]
+        moments = [self._moments_at(k, i, j) for k in range(2)]
+        for c, words in enumerate(WITH_EXCLUDED):
+            moments = [m + self._excluded_at(c, k, place) for k, m in enumerate(moments)]
+            base, tuned = (float(naive_traces(m).ratio) for m in moments)
+            for metric, value in {"base": base, "tuned": tuned, "delta": tuned - base}.items():
+                name, n = f"{metric}_naive_{words}", int(moments[0].n)
+                yield Row(self.name, name, layer, self.views[j], value, *none, n)
 
     def _ends(self, measured: tuple[Ratio, Ratio], metric: str) -> tuple[float, float]:
         base, tuned = measured

@@ -45,10 +45,13 @@ def example() -> Comparison:
             ("participation_ratio", "delta", 20, "raw"): 1.0,
             ("participation_ratio", "delta", 21, "raw"): -1.5,
             ("participation_ratio", "delta", 22, "raw"): 3.1,
-            ("participation_ratio", "delta", 22, "final_norm"): 77.3,
-            ("participation_ratio", "delta_row", 22, "final_norm"): 77.3,
-            ("artefact_audit", "delta_with_sinks", 22, "final_norm"): 81.8,
-            ("artefact_audit", "delta_with_sinks_and_bos", 22, "final_norm"): 80.8,
+            ("participation_ratio", "delta_naive", 21, "raw"): -1.7,
+            ("participation_ratio", "delta_naive_with_sinks", 21, "raw"): -1.7,
+            ("participation_ratio", "delta_naive_with_sinks_and_bos", 21, "raw"): -30.5,
+            ("participation_ratio", "delta", 22, "final_norm"): 5.3,
+            ("participation_ratio", "delta_naive", 22, "final_norm"): 5.0,
+            ("participation_ratio", "delta_naive_with_sinks", 22, "final_norm"): 5.6,
+            ("participation_ratio", "delta_naive_with_sinks_and_bos", 22, "final_norm"): 4.8,
         },
     )
 
@@ -64,10 +67,57 @@ def test_the_verdicts_come_first_with_their_numbers() -> None:
     assert "in 10.0% [9.0%, 11.0%] it comes from below the base's rank 10" in output
     assert "in block 21: their relative L2 distance goes from 0.456 to 0.500" in where
     assert "all blocks together; the last block adds +4.6 of it" in dimension
-    assert "the change is +80.8: +3.1 is in the blocks' raw output" in real
-    assert "+74.2 comes from the final norm" in real
-    assert "+3.5 from attention sinks and BOS" in real
-    assert "The largest part is the final norm" in real
+    assert "goes from -30.5 to +4.8 in the last block, a jump of +35.3" in real
+    assert "in the raw streams of ordinary tokens from -1.5 to +3.1, by +4.6" in real
+    assert "Most of the jump that scripts show is made by the reading" in real
+    assert "+28.0 from BOS, +2.2 from the final norm, +0.6 from attention sinks, " in real
+    assert "-0.1 from the sample covariance. " in real
+    assert "The largest part, BOS, is -28.8 at layer 21 and -0.8 at layer 22" in real
+
+
+@pytest.mark.parametrize(
+    ("before", "last", "words"),
+    [
+        # The raw jump is +4.6 throughout.
+        (-1.5, 3.1, "Both readings agree about the last block"),
+        (0.0, 8.0, "Part of the jump that scripts show is made by the reading"),
+        (0.0, -8.0, "Most of the jump that scripts show is made by the reading"),
+        (0.0, 0.5, "The difference is made by the reading"),
+    ],
+)
+def test_how_two_jumps_are_compared(before: float, last: float, words: str) -> None:
+    metric = "delta_naive_with_sinks_and_bos"
+    changed = {
+        ("participation_ratio", metric, 21, "raw"): before,
+        ("participation_ratio", metric, 22, "final_norm"): last,
+    }
+    *_, real = set_values(example(), changed).conclusions()
+    assert words in real
+
+
+def test_both_readings_are_in_one_chart() -> None:
+    for comparison, n in ((example(), 23), (keep_rows(example(), lambda r: r.layer > 20), 2)):
+        by_title = {chart.title: chart for chart in charts(comparison)}
+        ours, read = "gpt2-tuned, raw, ordinary tokens", "as scripts read it"
+        for title in ("Δ effective dimension in two readings", "L2 distance in two readings"):
+            assert by_title[title].series == [ours, read]
+            assert len(by_title[title].rows) == 2 * n
+        rows = by_title["Δ effective dimension in two readings"].rows
+        values = {(row["series"], row["layer"]): row["value"] for row in rows}
+        assert [values[read, layer] for layer in (21, 22)] == [-30.5, 4.8]
+        assert [values[ours, layer] for layer in (21, 22)] == [-1.5, 3.1]
+    assert "two readings" in str(example().plot().to_dict())
+
+
+def test_results_of_earlier_versions_are_told_without_the_layers_they_lack() -> None:
+    """They took the last layer alone apart, in rows of a probe of their own."""
+    measured = keep_rows(example(), lambda row: "_with_" not in row.metric)
+    rows = [Row("artefact_audit", "delta_with_sinks", 22, "final_norm", 9.0, NAN, NAN, 1010)]
+    old = with_rows(measured, [*measured.long, *rows])
+    assert len(old.conclusions()) == 3
+    text = words(old.summary())
+    assert "by this version: compare the models again" in text
+    assert "Also in the table: artefact_audit" in text
 
 
 def test_the_summary_tells_the_tables_numbers() -> None:
@@ -81,9 +131,9 @@ def test_the_summary_tells_the_tables_numbers() -> None:
         "KL(tuned ‖ base) 1.25 [1.23, 1.27] nats",
         "entropy of the base 3.00 [2.98, 3.02] nats",
         "entropy of the tuned model 1.00 [0.98, 1.02] nats",
-        "as usually read +80.8 55.5",
-        "= the blocks' raw output +3.1 20.0",
-        "added by the last block +4.6",
+        "22 +4.8 +3.1 +2.2 -0.3 +0.6 -0.8",
+        "jump +35.3 +4.6 +2.2 -0.1 +0.6 +28.0",
+        "if both are read after the final norm",
         "10 BOS positions, 1 empty text, 1 one-token text, the ends of 3 long texts",
         "attention sinks (at most 10 in a layer)",
         "from pairs of tokens of different texts",
@@ -106,7 +156,7 @@ def test_the_layer_table_shows_both_ends_and_its_blocks() -> None:
     (table,) = (
         block
         for block in make_comparison(22).blocks()
-        if isinstance(block, Table) and block.head[0] == "layer"
+        if isinstance(block, Table) and block.head[:2] == ["layer", "block"]
     )
     shown = [int(row[0]) for row in table.rows]
     assert shown[0] == 0
@@ -140,7 +190,7 @@ def test_a_stream_that_stands_still_is_not_no_change() -> None:
         make_comparison(4),
         lambda row: (
             row._replace(value=0.0, low=0.0, high=0.0)
-            if row.probe in ("drift", "participation_ratio", "artefact_audit")
+            if row.probe in ("drift", "participation_ratio")
             else row
         ),
     )
@@ -192,7 +242,7 @@ def test_what_is_missing_is_said() -> None:
     assert "Not measured: logit lens" in cases["without logit_lens"]
     assert "Neither output ranks nor the logit lens was measured" in cases["only drift"]
     assert "None of drift, effective dimension and logit lens" in cases["only rank_reordering"]
-    assert "The audit needs" in cases["without artefact_audit"]
+    assert "The audit needs" in cases["only rank_reordering"]
     assert "Also in the table: my_probe" in cases["whole and custom probe"]
 
 
@@ -276,5 +326,10 @@ def test_html_escapes_what_others_wrote() -> None:
 
 def test_a_comparison_without_some_layers_keeps_its_charts() -> None:
     comparison = keep_rows(make_comparison(12), lambda row: row.layer in (0, 5, 6, 12))
-    drawn = {tuple(row["layer"] for row in c.rows) for c in charts(comparison) if c.kind == "lines"}
+    drawn = {
+        tuple(row["layer"] for row in chart.rows if row["series"] == name)
+        for chart in charts(comparison)
+        if chart.kind == "lines"
+        for name in chart.series
+    }
     assert drawn == {(0, 5, 6, 12)}

@@ -10,7 +10,6 @@ from streams_for_tests import Streams
 
 from hyperlens.errors import ProbeError
 from hyperlens.probes import (
-    ArtefactAudit,
     LogitLens,
     LogitProbe,
     MeanProbe,
@@ -53,7 +52,8 @@ REGISTERED = {
     "logit lens": LogitLens,
     "logit lens below the output": lambda: LogitLens(layers=[1]),
     "rank reordering": RankReordering,
-    "artefact audit": ArtefactAudit,
+    "drift with what is left out": lambda: ResidualDrift(with_excluded=True),
+    "participation ratio with what is left out": lambda: ParticipationRatio(with_excluded=True),
     "a user's own": NormRatio,
     "a user's own, of logits": LogitSpread,
 }
@@ -111,6 +111,22 @@ def test_merging_is_seeing_more(make, streams):
     merged.merge(streams.run(make(), range(5, 9)))
     merged.merge(streams.run(make(), range(9, 11)))
     same(merged.compute(), streams.run(make()).compute(), 1e-6)
+
+
+@pytest.mark.parametrize("make_one", [ParticipationRatio, ResidualDrift])
+def test_tokens_may_come_after_those_that_are_left_out(make_one):
+    """A batch of which everything at a layer is left out, seen first, last, or in another shard."""
+    streams = Streams()
+    short = int(streams.sink)
+    assert streams.lengths[short] == 2  # BOS, and what is a sink at layer 1
+    others = [i for i in streams.everything if i != short]
+    expected = streams.run(make_one(with_excluded=True)).compute()
+    for order in ([short, *others], [*others, short]):
+        same(streams.run(make_one(with_excluded=True), order, 1).compute(), expected, 2e-6)
+    for first, then in (([short], others), (others, [short])):
+        shard = streams.run(make_one(with_excluded=True), first)
+        shard.merge(streams.run(make_one(with_excluded=True), then))
+        same(shard.compute(), expected, 2e-6)
 
 
 def test_merging_leaves_the_other_alone(make, streams):
@@ -172,8 +188,7 @@ def test_a_pickled_probe_goes_on(make, streams):
 
 def test_memory_is_known_before_and_fixed(make, streams):
     def held(probe):
-        parts = [probe, *(part for _, part in getattr(probe, "_parts", []))]
-        return sum(t.numel() * t.itemsize for part in parts for t in part.sums.values())
+        return sum(t.numel() * t.itemsize for t in probe.sums.values())
 
     probe = make()
     promised = probe.state_bytes(streams.spec())
@@ -187,8 +202,8 @@ def test_base_against_base_reads_no_change(make):
     unchanged = {
         "cosine": 1, "l2": 0, "relative_l2": 0, "delta": 0, "delta_naive": 0, "top1_agreement": 1,
         "kl": 0, "spearman": 1, "rank_1": 1, "rank_2_10": 0, "rank_gt_10": 0, "rank_ge_200": 0,
-        "l2_with_sinks": 0, "delta_with_sinks": 0, "l2_with_sinks_and_bos": 0,
-        "delta_with_sinks_and_bos": 0, "ratio": 1, "spread": 0,
+        "l2_with_sinks": 0, "delta_naive_with_sinks": 0, "l2_with_sinks_and_bos": 0,
+        "delta_naive_with_sinks_and_bos": 0, "ratio": 1, "spread": 0,
     }  # fmt: skip
     rows = Streams(same=True).run(make()).compute().rows
     for row in rows:

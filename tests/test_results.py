@@ -34,6 +34,18 @@ def make_comparison(n_layers: int = 4, *, names: tuple[str, str] = ("base", "tun
 
     for layer in range(n_layers + 1):
         t = layer / n_layers
+        for view in ("raw", "final_norm") if layer == last else ("raw",):
+            rows += [
+                Row(probe, f"{metric}_{words}", layer, view, value, NAN, NAN, 1010)
+                for words, more in (("with_sinks", 0.0), ("with_sinks_and_bos", 5.0))
+                for probe, metric, value in (
+                    ("drift", "l2", 20 * t**2 + more),
+                    *(
+                        ("participation_ratio", f"{side}_naive", 2.0 + more)
+                        for side in ("base", "tuned", "delta")
+                    ),
+                )
+            ]
         for view in VIEWS:
             add("drift", "cosine", layer, view, 1 - 0.2 * t, 0.01)
             add("drift", "l2", layer, view, 20 * t**2, 0.1)
@@ -68,14 +80,6 @@ def make_comparison(n_layers: int = 4, *, names: tuple[str, str] = ("base", "tun
         ("rank_ge_200", 0.02),
     ):
         add("rank_reordering", metric, last, "final_norm", value, 0.01)
-    for view in VIEWS:
-        for metric, value in (
-            ("l2_with_sinks", 50.0),
-            ("l2_with_sinks_and_bos", 55.5),
-            ("delta_with_sinks", 80.0),
-            ("delta_with_sinks_and_bos", 78.0),
-        ):
-            rows.append(Row("artefact_audit", metric, last, view, value, NAN, NAN, 1010))
     models = [
         {"name": name, "source": name, "kind": "folder", "sha256": digit * 64, "dtype": "float32"}
         for name, digit in zip(names, "ab", strict=True)

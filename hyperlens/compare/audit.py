@@ -1,20 +1,24 @@
-"""Where a change is: in the blocks, or in how the last layer is read.
+"""Where a change is: in the blocks, or in how the layers are read.
 
-The paper reads layer L after the final norm, over all tokens, and every other layer raw. A number
-read that way is a sum of what the blocks did and of what the reading adds; here it is taken apart.
+Scripts read Hugging Face's `hidden_states`: every layer raw but the last, which has passed the
+final norm; over all tokens, BOS and attention sinks included; and with the sample covariance. The
+paper (Figure 5) seems to. A number read that way is a sum of what the blocks did and of what the
+reading adds; here it is taken apart at every layer, because a jump at the last one may be made by
+what BOS hides at those below it.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+from ..probes.base import WITH_EXCLUDED
 from ..results.rows import Row
 
-# What is taken apart: (probe, metric).
-QUANTITIES = (("participation_ratio", "delta"), ("drift", "l2"))
+# What is taken apart: (probe, metric, the metric as scripts compute it over the same tokens).
+QUANTITIES = (("participation_ratio", "delta", "delta_naive"), ("drift", "l2", "l2"))
 
 # Metrics that are exactly at this value when two models are the same.
 AT_REST = {
@@ -54,41 +58,77 @@ class Measured(Protocol):
 
 
 @dataclass(frozen=True)
-class Decomposition:
-    """One number at layer L as the paper reads it, and the parts it is the sum of.
+class LayerReading:
+    """A change at one layer as scripts read it, and the parts it is the sum of.
 
     Dimensions for the participation ratio; for L2 the units of the vectors, which the final norm
     changes: its part is then a change of scale as much as of distance.
 
     Attributes:
-        quantity: "participation_ratio" (tuned - base) or "drift" (the L2 distance).
-        total: after the final norm, over all tokens, BOS and attention sinks included: the sum of
-            the parts.
-        block: in the last block's raw output, over ordinary tokens.
-        norm: what the final norm adds.
-        sinks: what counting attention sinks adds; of dimensions, by the row estimator.
-        bos: what counting BOS adds; of dimensions, by the row estimator.
-        terminal_jump: the raw number at L minus that at L - 1: what is new in the last block.
-            NaN if layer L - 1 was not measured.
+        layer: 0 to L.
+        blocks: in the blocks' raw output, over ordinary tokens: as everywhere in a comparison.
+        norm: what reading it after the final norm adds, at layer L alone; 0 below it.
+        estimator: what the sample covariance adds, which is biased for few tokens; 0 for L2.
+        sinks: what counting attention sinks adds.
+        bos: what counting BOS adds.
+        as_read: all of it: Hugging Face's `hidden_states` over every token.
     """
 
-    quantity: str
-    total: float
-    block: float
+    layer: int
+    blocks: float
     norm: float
+    estimator: float
     sinks: float
     bos: float
-    terminal_jump: float
+    as_read: float
 
     @property
-    def parts(self) -> dict[str, float]:
-        """The four parts in words; they add up to `total`."""
+    def reading(self) -> dict[str, float]:
+        """The parts that come from the way of reading, in words."""
         return {
-            "blocks' raw output": self.block,
-            "final norm": self.norm,
+            "the final norm": self.norm,
+            "the sample covariance": self.estimator,
             "attention sinks": self.sinks,
             "BOS": self.bos,
         }
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """A change along the layers, in two readings, and what makes them differ.
+
+    The parts are added in the order of `LayerReading`, the norm first. In another order they
+    differ: BOS weighs much in raw streams and little after a norm.
+
+    Attributes:
+        quantity: "participation_ratio" (tuned - base) or "drift" (the L2 distance).
+        layers: every layer measured, in order; the last is layer L.
+        jump_normed: the jump in the last block over ordinary tokens with both of its sides read
+            after the final norm; NaN if layer L - 1 was not.
+    """
+
+    quantity: str
+    layers: tuple[LayerReading, ...]
+    jump_normed: float
+
+    @property
+    def last(self) -> LayerReading:
+        """Layer L."""
+        return self.layers[-1]
+
+    @property
+    def before(self) -> LayerReading | None:
+        """Layer L - 1, if it was measured."""
+        return next((one for one in self.layers if one.layer == self.last.layer - 1), None)
+
+    @property
+    def jump(self) -> LayerReading | None:
+        """What is new in the last block: layer L less layer L - 1, part by part."""
+        if self.before is None:
+            return None
+        names = [field.name for field in fields(LayerReading) if field.name != "layer"]
+        changes = {name: getattr(self.last, name) - getattr(self.before, name) for name in names}
+        return LayerReading(layer=self.last.layer, **changes)
 
 
 class Step(NamedTuple):
@@ -105,41 +145,61 @@ class Step(NamedTuple):
 
 
 def audit(comparison: Measured) -> list[Decomposition]:
-    """Take the last layer's change of dimension and L2 distance apart.
+    """Take the change of dimension and the L2 distance apart at every layer.
 
-    A quantity is left out where a row it needs is missing, not finite, or taken over other
-    tokens than the default ones.
+    A layer is left out where a row it needs is missing or not finite, and a quantity where layer L
+    is, or where it was taken over other tokens than the default ones.
     """
-    found = (_decompose(comparison, probe, metric) for probe, metric in QUANTITIES)
+    found = (_decompose(comparison, *which) for which in QUANTITIES)
     return [one for one in found if one is not None]
 
 
-def _decompose(comparison: Measured, probe: str, metric: str) -> Decomposition | None:
+def _decompose(comparison: Measured, probe: str, metric: str, naive: str) -> Decomposition | None:
     if _token_set(comparison, probe) != "geometry":
         return None
     last = comparison.n_layers
-    raw = _value(comparison, probe, metric, last, "raw")
-    normed = _value(comparison, probe, metric, last, "final_norm")
-    # Like with like: the audit keeps no sample of tokens, so it has the row estimator only, which
-    # in version 0.1 was the only one.
-    without = _value(comparison, probe, f"{metric}_row", last, "final_norm")
-    if math.isnan(without):
-        without = normed
-    with_sinks, with_bos = (
-        _value(comparison, "artefact_audit", f"{metric}_{tokens}", last, "final_norm")
-        for tokens in ("with_sinks", "with_sinks_and_bos")
-    )
-    if not all(map(math.isfinite, (raw, normed, with_sinks, with_bos))):
+    at = _by_layer(comparison, probe, metric, naive)
+    layers = []
+    for layer in range(last + 1):
+        raw = at[metric, "raw"].get(layer, math.nan)
+        # What scripts are given: Hugging Face's last hidden state has passed the final norm.
+        view = "final_norm" if layer == last else "raw"
+        ordinary, plain, with_sinks, as_read = (
+            at[name, view].get(layer, math.nan) for name in _names(metric, naive)
+        )
+        parts = (raw, ordinary - raw, plain - ordinary, with_sinks - plain, as_read - with_sinks)
+        if all(map(math.isfinite, (*parts, as_read))):
+            layers.append(LayerReading(layer, *parts, as_read))
+    if not layers or layers[-1].layer != last:
         return None
-    return Decomposition(
-        quantity=probe,
-        total=with_bos + (normed - without),
-        block=raw,
-        norm=normed - raw,
-        sinks=with_sinks - without,
-        bos=with_bos - with_sinks,
-        terminal_jump=raw - _value(comparison, probe, metric, last - 1, "raw"),
-    )
+    normed = at[metric, "final_norm"]
+    jump_normed = normed.get(last, math.nan) - normed.get(last - 1, math.nan)
+    return Decomposition(probe, tuple(layers), jump_normed)
+
+
+def _names(metric: str, naive: str) -> tuple[str, ...]:
+    """A metric over ordinary tokens, by the scripts' estimator, and over more and more tokens."""
+    return metric, naive, *(f"{naive}_{words}" for words in WITH_EXCLUDED)
+
+
+def _by_layer(
+    comparison: Measured, probe: str, metric: str, naive: str
+) -> dict[tuple[str, str], dict[int, float]]:
+    """(metric, view) to the number at each layer."""
+    return {
+        (name, view): {row.layer: row.value for row in comparison.measured(probe, name, view)}
+        for name in _names(metric, naive)
+        for view in ("raw", "final_norm")
+    }
+
+
+def readings_agree(jump: LayerReading) -> bool:
+    """Whether scripts see the last block's change of dimension about as it is.
+
+    Within a dimension, or a quarter of the larger of the two numbers.
+    """
+    largest = max(abs(jump.as_read), abs(jump.blocks))
+    return abs(jump.as_read - jump.blocks) <= max(1.0, largest / 4)
 
 
 def _token_set(comparison: Measured, probe: str) -> str:

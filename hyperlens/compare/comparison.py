@@ -25,7 +25,15 @@ from ..render.format import (
 )
 from ..results.result import Result, unknown
 from ..results.rows import COLUMNS, Row, chosen_layers
-from .audit import Decomposition, audit, largest_step, last_block, unchanged
+from .audit import (
+    Decomposition,
+    LayerReading,
+    audit,
+    largest_step,
+    last_block,
+    readings_agree,
+    unchanged,
+)
 
 # Below this width a model says little about those that people use.
 SMALL_WIDTH = 1024
@@ -82,7 +90,6 @@ PROBES = {
     "participation_ratio": "effective dimension",
     "logit_lens": "logit lens",
     "rank_reordering": "output ranks",
-    "artefact_audit": "last layer with sinks and BOS",
 }
 EXCLUSIONS = {
     "n_bos": "BOS position",
@@ -96,13 +103,16 @@ PR_NOTE = (
     "dimension: how many directions share its variance. It is taken from pairs of tokens of "
     "different texts, since tokens of one text resemble each other."
 )
+AS_READ = "as scripts read it"
 AUDIT_NOTE = (
-    "Hugging Face's last hidden state is taken after the final norm and all others before it, and "
-    "scripts count BOS and attention sinks (a few tokens with huge norms) as well. So a jump at "
-    "the last layer may come from how it is read. Here the number as usually read is a sum of "
-    "parts; only the raw part is the blocks' work, and only what is new since the layer before is "
-    "the last block's."
+    "Scripts read Hugging Face's hidden states: every layer raw but the last, which has passed the "
+    "final norm; over all tokens, also BOS and attention sinks (a few tokens with huge norms); and "
+    "with the sample covariance. What they read is a sum, from left to right: only the raw output "
+    "over ordinary tokens is the blocks' work, the rest comes from the reading. Two jumps are said "
+    "to agree if they differ by at most one dimension, or a quarter of the larger one."
 )
+# Smaller parts of a jump than this, in dimensions, are not worth a word: they read as 0.0.
+NOTHING = 0.05
 
 
 class Comparison(Result):
@@ -205,11 +215,11 @@ class Comparison(Result):
         return charts.draw(found, titled=True) if found else None
 
     def verdicts(self) -> list[Verdict]:
-        """Output, layers, dimension, and how much of it is the last block's or the norm's."""
+        """Output, layers, dimension, and whether the jump that scripts see is the last block's."""
         if unchanged(self):
             return [Verdict("changed?", NO_CHANGE)]
         found = [self._output_verdict(), self._where_verdict(), self._dimension_verdict()]
-        found += [_audit_verdict(self, one) for one in audit(self)[:1]]
+        found += [_audit_verdict(one) for one in audit(self) if one.quantity != "drift"]
         return [verdict for verdict in found if verdict is not None]
 
     def _output_verdict(self) -> Verdict | None:
@@ -393,13 +403,32 @@ class Comparison(Result):
     def _audit(self) -> list[Block]:
         found = audit(self)
         if not found:
-            needs = "The audit needs the last layer raw, after the norm, and with sinks and BOS."
+            needs = (
+                "The audit needs the effective dimension or the drift as they are measured by "
+                "default, at the last layer, by this version: compare the models again."
+            )
             return [Text(needs, role="note")]
-        columns = [_audit_column(one) for one in found]
-        rows = [[part, *(column[part] for column in columns)] for part in columns[0]]
-        head = ["at the last layer, all blocks together", *(_quantity(one) for one in found)]
-        question = Heading("Is it the blocks, or how the last layer is read?")
-        return [question, Table(head, rows, AUDIT_NOTE, joins=True)]
+        question = Heading("Is it the blocks, or how the layers are read?")
+        drawn = Grid([self._readings_chart(one) for one in found])
+        first, *others = (_audit_table(one) for one in found)
+        rest = [Details("the same for the L2 distance", [table]) for table in others]
+        return [question, Text(AUDIT_NOTE), drawn, first, *rest]
+
+    def _readings_chart(self, one: Decomposition) -> Chart:
+        """Both readings along the layers."""
+        ours = f"{self.tuned_name}, raw, ordinary tokens"
+        series = {ours: lambda at: at.blocks, AS_READ: lambda at: at.as_read}
+        rows = [
+            {"series": name, "layer": at.layer, "value": value(at)}
+            for name, value in series.items()
+            for at in one.layers
+        ]
+        ends = "; ".join(f"{at.as_read:.3g} and {at.blocks:.3g} raw" for at in one.layers[-2:])
+        title = f"{_quantity(one)} in two readings"
+        words = f"{title}, by layer; at the last layers {ends}"
+        y = Axis("value", _quantity(one), "zero")
+        roles: dict[str, Role] = {ours: "tuned", AS_READ: "other"}
+        return Chart("lines", title, words, rows, LAYER, y, roles)
 
     def _ranks(self) -> list[Block]:
         histogram = self._histogram()
@@ -488,14 +517,37 @@ class Comparison(Result):
         return [f"{what}: {', '.join(some)}." for what, some in facts.items() if some]
 
 
-def _audit_verdict(result: Comparison, one: Decomposition) -> Verdict:
-    largest = max(one.parts, key=lambda part: abs(one.parts[part]))
+def _audit_verdict(one: Decomposition) -> Verdict | None:
+    jump, before = one.jump, one.before
+    if jump is None or before is None:
+        return None
+    read, raw = DIMENSIONS(jump.as_read), DIMENSIONS(jump.blocks)
+    seen = (
+        "Read as scripts do (all tokens with BOS, raw below the last layer and after the final "
+        f"norm at it), the change of dimension goes from {DIMENSIONS(before.as_read)} to "
+        f"{DIMENSIONS(one.last.as_read)} in the last block, a jump of {read}; in the raw streams "
+        f"of ordinary tokens from {DIMENSIONS(before.blocks)} to {DIMENSIONS(one.last.blocks)}, by "
+        f"{raw}."
+    )
+    if readings_agree(jump):
+        return Verdict("real?", f"{seen} Both readings agree about the last block.")
+    largest = max(jump.reading, key=lambda part: abs(jump.reading[part]))
+    at_layers = " and ".join(
+        f"{DIMENSIONS(at.reading[largest])} at layer {at.layer}" for at in (before, one.last)
+    )
+    parts = ", ".join(
+        f"{DIMENSIONS(value)} from {part}"
+        for part, value in sorted(jump.reading.items(), key=lambda item: -abs(item[1]))
+        if abs(value) >= NOTHING
+    )
+    what = "The difference is"
+    if abs(jump.as_read) > abs(jump.blocks):
+        is_most = jump.as_read * jump.blocks <= 0 or abs(jump.as_read) > 2 * abs(jump.blocks)
+        what = f"{'Most' if is_most else 'Part'} of the jump that scripts show is"
     return Verdict(
         "real?",
-        f"Read as scripts do, after the final norm and with every token, the change is "
-        f"{DIMENSIONS(one.total)}: {DIMENSIONS(one.block)} is in the blocks' raw output, "
-        f"{DIMENSIONS(one.norm)} comes from the final norm, {DIMENSIONS(one.sinks + one.bos)} from "
-        f"attention sinks and BOS. The largest part is the {largest}.",
+        f"{seen} {what} made by the reading, not by the last block: {parts}. The largest part, "
+        f"{largest}, is {at_layers}.",
     )
 
 
@@ -503,16 +555,32 @@ def _quantity(one: Decomposition) -> str:
     return DIMENSION if one.quantity == "participation_ratio" else "L2 distance"
 
 
-def _audit_column(one: Decomposition) -> dict[str, str]:
-    """Part to its number; the final norm changes the scale of L2."""
-    form = DIMENSIONS if one.quantity == "participation_ratio" else DISTANCE
-    parts = {"+ final norm": one.norm, "+ attention sinks": one.sinks, "+ BOS": one.bos}
-    return {
-        "as usually read": form(one.total),
-        "= the blocks' raw output": form(one.block),
-        **{part: DIMENSIONS(value) for part, value in parts.items()},
-        "of the raw output, added by the last block": DIMENSIONS(one.terminal_jump),
-    }
+def _audit_table(one: Decomposition) -> Table:
+    """Every layer's sum, and that of the jump in the last block."""
+    is_dimension = one.quantity == "participation_ratio"
+    form = DIMENSIONS if is_dimension else DISTANCE
+    chosen = chosen_layers([at.layer for at in one.layers], MAX_LAYERS)
+    rows = [
+        [str(at.layer), *_sum_of_parts(at, form, is_dimension)]
+        for at in one.layers
+        if at.layer in chosen
+    ]
+    if one.jump is not None:
+        rows.append(["jump", *_sum_of_parts(one.jump, DIMENSIONS, is_dimension)])
+    estimator = ["+ sample covariance"] if is_dimension else []
+    head = ["layer", AS_READ, "= raw output", "+ final norm", *estimator, "+ sinks", "+ BOS"]
+    caption = f"{_quantity(one)}; jump: the last layer less the one before it"
+    if math.isfinite(one.jump_normed):
+        caption += (
+            f", {DIMENSIONS(one.jump_normed)} if both are read after the final norm, over ordinary "
+            "tokens"
+        )
+    return Table(head, rows, caption)
+
+
+def _sum_of_parts(at: LayerReading, form: Form, has_estimator: bool) -> list[str]:
+    parts = [at.norm, *([at.estimator] if has_estimator else []), at.sinks, at.bos]
+    return [form(at.as_read), form(at.blocks), *map(DIMENSIONS, parts)]
 
 
 def _bin(low: int, high: int) -> str:

@@ -59,7 +59,7 @@ def compare_models(
             `datasets.Dataset`, or a hub dataset name. With an open `Pair` as `base` the texts are
             the second argument.
         probes: what to measure: built-in probes by name (drift, participation_ratio, logit_lens,
-            rank_reordering, artefact_audit) or probes of one's own; None for all built-in ones.
+            rank_reordering) or probes of one's own; None for all built-in ones.
         max_length: tokens per text, BOS included; longer texts are cut and counted.
         batch_size: texts per forward pass; does not change the result.
         include_bos: measure BOS positions too. They are left out, by id, by default.

@@ -29,6 +29,8 @@ dominate every distance and every covariance. `decisions`: without BOS only, bec
 next-token decision counts once however large its vector. `all`: every real token.
 """
 TOKEN_SETS: tuple[TokenSet, ...] = get_args(TokenSet)
+# Each has the tokens of the one before it: attention sinks come in, then BOS.
+WIDER_SETS: tuple[TokenSet, ...] = TOKEN_SETS[1:]
 
 
 def checked_views(views: Any) -> tuple[View, ...]:
@@ -262,6 +264,17 @@ class StreamPair:
         """Flat [batch * pos] indices of the tokens of the set at this layer."""
         return self.mask(layer, token_set).flatten().nonzero().squeeze(-1)
 
+    def added(self, layer: int, token_set: TokenSet) -> Iterator[Int[Tensor, " n"]]:
+        """Flat indices of the tokens that each of WIDER_SETS adds to a set, one set after another.
+
+        To "geometry", "decisions" adds the attention sinks of this layer, and "all" BOS.
+        """
+        inside = self.mask(layer, token_set)
+        for wider in WIDER_SETS:
+            more = self.mask(layer, wider) & ~inside
+            yield more.flatten().nonzero().squeeze(-1)
+            inside = inside | more
+
     def per_sequence(
         self, values: Float[Tensor, " n"], layer: int, token_set: TokenSet
     ) -> Float[Tensor, " batch"]:
@@ -287,7 +300,12 @@ class StreamPair:
         self, layer: int, view: View, token_set: TokenSet = "geometry"
     ) -> tuple[Float[Tensor, "n d_model"], Float[Tensor, "n d_model"]]:
         """(base, tuned) vectors of the tokens of the set at one layer and view, float32."""
-        index = self.index(layer, token_set)
+        return self.vectors_at(layer, view, self.index(layer, token_set))
+
+    def vectors_at(
+        self, layer: int, view: View, index: Int[Tensor, " n"]
+    ) -> tuple[Float[Tensor, "n d_model"], Float[Tensor, "n d_model"]]:
+        """(base, tuned) vectors at flat [batch * pos] indices, float32."""
         return (
             self.base.vectors(layer, view, index).to(self.device),
             self.tuned.vectors(layer, view, index).to(self.device),

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from einops import einsum
@@ -43,6 +43,11 @@ class Moments:
     square: Float[Tensor, "*sets"]
     fourth: Float[Tensor, "*sets"]
     cubic: Float[Tensor, "*sets d"]
+
+    def __add__(self, other: Moments) -> Moments:
+        """The sums over both sets of vectors, taken about the same origin."""
+        pairs = ((f.name, getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
+        return Moments(**{name: one + another for name, one, another in pairs})
 
     def shifted(self, step: Float[Tensor, "*sets d"]) -> Moments:
         """The sums after adding `step` to each vector, multiplied out: exact but for rounding."""
