@@ -78,7 +78,8 @@ def test_a_text_that_is_there_three_times_in_one_group_counts_once(pair: Pair) -
             np.testing.assert_allclose(*ends, rtol=tolerance, atol=1e-6)
     # Taken by themselves they would be far too sure.
     loose = compare_models(pair, [TEXTS[i % 12] for i in order], progress=False).to_frame()
-    drift = [f[(f.probe == "drift") & (f.layer == 3)] for f in (loose, once.to_frame())]
+    frames = (loose, once.to_frame())
+    drift = [f[(f.metric == "cosine") & (f.layer == 3)] for f in frames]
     widths = [np.array(f.high - f.low) for f in drift]
     assert (widths[0] < 0.7 * widths[1]).all()
 
