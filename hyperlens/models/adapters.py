@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import LoadingError, PairError, first_line
+from .adapter_layout import PREFIX, layout_of
 from .kinds import HUB_ID
 from .weight_sharing import token_tables, weight_sharing_copy
 
@@ -116,8 +117,13 @@ def named_base(folder: Path, config: dict[str, Any]) -> str | Path:
     return folder / named if (folder / named).is_dir() else str(named)
 
 
-def put_on(base: Any, base_name: str, folder: Path, named: str | None) -> Any:
-    """An unmerged PeftModel of an adapter folder on a weight-sharing copy of the base.
+def put_on(
+    base: Any, base_name: str, folder: Path, named: str | None
+) -> tuple[Any, tuple[str, ...]]:
+    """An unmerged PeftModel of an adapter folder on a weight-sharing copy of the base, and notes.
+
+    An adapter trained on a model of text and images can be put on its language model alone, and
+    the other way round.
 
     Args:
         base: plain Hugging Face model; it is not changed.
@@ -129,7 +135,7 @@ def put_on(base: Any, base_name: str, folder: Path, named: str | None) -> Any:
         LoadingError: if the adapter cannot be read, or is of a kind that cannot be compared.
         PairError: if it does not fit the base.
     """
-    from peft import PeftModel, get_peft_model_state_dict
+    from peft import PeftConfig, PeftModel, get_peft_model_state_dict
     from safetensors import SafetensorError, safe_open
 
     misfit = PairError(
@@ -140,14 +146,19 @@ def put_on(base: Any, base_name: str, folder: Path, named: str | None) -> Any:
         shell = weight_sharing_copy(base)
         with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
             shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-        stored = set(shapes)
-        _check_vocabulary(shell, shapes, folder, base_name)
-        _unshare_written(shell, stored)
-        _unshare_initialised(shell, folder)
+        layout = layout_of(shell, shapes)
+        config = layout.config(PeftConfig.from_pretrained(str(folder)), shell)
+        placed = {layout.in_base(key): shape for key, shape in shapes.items()}
+        stored = {key: shape for key, shape in placed.items() if key is not None}
+        _check_vocabulary(shell, stored, folder, base_name)
+        _unshare_written(shell, set(stored))
+        _unshare_initialised(shell, config)
         with warnings.catch_warnings():
             # Keys that do not match are an error here, not a warning.
             warnings.simplefilter("ignore")
-            model = PeftModel.from_pretrained(shell, str(folder)).eval()
+            model = PeftModel.from_pretrained(
+                shell, str(folder), config=config, key_mapping=layout.key_mapping
+            ).eval()
             check_adapter_kind(model)
             # Told not to look for resized embeddings, peft does not ask the hub about the base.
             expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
@@ -167,9 +178,28 @@ def put_on(base: Any, base_name: str, folder: Path, named: str | None) -> Any:
             "save_pretrained"
         ) from error
     # Whole embeddings may be stored beside the adapter's own weights.
-    if expected - stored or stored - expected - set(model.state_dict()):
+    if expected - stored.keys() or stored.keys() - expected - set(model.state_dict()):
         raise misfit
-    return model
+    unused = len(shapes) - len(stored)
+    return model, _unused_note(folder, config, unused) if unused else ()
+
+
+def _unused_note(folder: Path, config: Any, unused: int) -> tuple[str, ...]:
+    """Say that an adapter's part for images is left out; raise where its text depends on it.
+
+    Raises:
+        LoadingError: for other kinds than LoRA: some draw what they do not store at random, for
+            one module after the other, or share it between all.
+    """
+    if config.peft_type != "LORA":
+        raise LoadingError(
+            f"the adapter {folder} ({config.peft_type.value}) changes a model of text and images, "
+            "and only LoRA's part for the text can be used alone: give the whole model as the base"
+        )
+    return (
+        f"adapter {folder.name} was trained on a model of text and images: its {unused} tensors "
+        "for the images are not used",
+    )
 
 
 def _unshare_written(shell: Any, stored: set[str]) -> None:
@@ -188,12 +218,10 @@ def _unshare_written(shell: Any, stored: set[str]) -> None:
                 module._buffers[name] = buffer.clone()
 
 
-def _unshare_initialised(shell: Any, folder: Path) -> None:
+def _unshare_initialised(shell: Any, config: Any) -> None:
     """The same for weights that an adapter's initialisation changes, as OLoRA's does in place."""
-    from peft import PeftConfig
     from peft.tuners.tuners_utils import check_target_module_exists
 
-    config = PeftConfig.from_pretrained(str(folder))
     by = getattr(config, "init_lora_weights", None)
     if not isinstance(by, str) or by == "gaussian":
         return
@@ -205,7 +233,7 @@ def _unshare_initialised(shell: Any, folder: Path) -> None:
 
 def _in_base(key: str) -> str:
     """What a key of an adapter file is called in the base, if it is one of the base's weights."""
-    return key.removeprefix("base_model.model.").replace(".base_layer.", ".")
+    return key.removeprefix(PREFIX).replace(".base_layer.", ".")
 
 
 def _check_vocabulary(shell: Any, shapes: dict[str, Any], folder: Path, base_name: str) -> None:

@@ -179,9 +179,9 @@ def _open_adapter(
             f"adapter {folder} needs a plain Hugging Face base, got {type(base.model).__name__}: "
             "give the base as a folder, hub id or PreTrainedModel"
         )
-    model = put_on(base.model, base.name, folder, named)
+    model, unused = put_on(base.model, base.name, folder, named)
     tokenizer = read_tokenizer(str(folder), local=True) or base.tokenizer
-    return OpenedModel(converted(model, device, dtype), tokenizer, name, "adapter", notes)
+    return OpenedModel(converted(model, device, dtype), tokenizer, name, "adapter", notes + unused)
 
 
 def same_source(first: str, second: str) -> bool:
