@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from .checks import check_types
 from .data.corpus import Corpus, are_token_ids, build_corpus, check_max_length
 from .data.texts import read_texts
 from .errors import CorpusError, LoadingError, PairError
@@ -107,6 +108,7 @@ class Pair:
         return replace(corpus, notes=(*corpus.notes, *notes))
 
 
+@check_types
 def open_pair(
     base: Any,
     tuned: Any,

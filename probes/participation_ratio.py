@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from ..checks import check_types
 from ..errors import ProbeError
 from ..passes.streams import (
     VIEWS,
@@ -62,6 +63,7 @@ class ParticipationRatio(Probe):
     name = "participation_ratio"
     float32_sums = frozenset({"sample"})
 
+    @check_types
     def __init__(
         self,
         views: Sequence[View] = VIEWS,

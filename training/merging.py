@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ..checks import check_types
 from ..errors import LoadingError, TrainingError
 from ..files import check_new_folder
 from ..hooks.loading import parse_dtype
@@ -37,6 +38,7 @@ ROUNDED_AWAY = (
 )
 
 
+@check_types
 def merge(
     source: Any,
     out: str | Path,

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from types import MappingProxyType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from ..checks import check_choice
+from ..checks import check_choice, check_types, is_number
 from ..errors import TrainingError
 
 Method = Literal["full", "lora", "late_lora"]
@@ -240,6 +240,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
 )
 
 
+@check_types
 def preset(name: str, method: Method = "full", **changes: Any) -> Recipe:
     """The recipe of a paper, or of the demonstration, with changes.
 
@@ -345,15 +346,19 @@ def _check_value(name: str, value: Any, kind: Any, about: Mapping[str, Any]) -> 
     if kind is int and (not _is_int(value) or value < least):
         raise TrainingError(f"{name} must be a whole number from {least} up, got {value!r}")
     if kind is float:
-        is_real = isinstance(value, int | float) and math.isfinite(value)
-        if not is_real or value < 0 or (value == 0 and about["positive"]):
+        if (
+            not is_number(value, float)
+            or not math.isfinite(value)
+            or value < 0
+            or (value == 0 and about["positive"])
+        ):
             allowed = "above 0" if about["positive"] else "of at least 0"
             raise TrainingError(f"{name} must be a number {allowed}, got {value!r}")
 
 
 def _check_names(names: Any) -> None:
     are_strings = isinstance(names, tuple) and all(isinstance(n, str) and n for n in names)
-    if names is not None and not (names and are_strings):
+    if names is not None and not (are_strings and names):
         raise TrainingError(
             f"target_modules must be a tuple of module names, or None for all; got {names!r}"
         )
@@ -361,7 +366,7 @@ def _check_names(names: Any) -> None:
 
 def _check_blocks(blocks: Any) -> None:
     are_indices = isinstance(blocks, tuple) and all(_is_int(b) and b >= 0 for b in blocks)
-    if blocks is not None and not (blocks and are_indices and len(set(blocks)) == len(blocks)):
+    if blocks is not None and not (are_indices and blocks and len(set(blocks)) == len(blocks)):
         raise TrainingError(
             "blocks must be a tuple of different block indices from 0 up, or None for all; "
             f"got {blocks!r}"

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..checks import check_types
 from ..errors import CorpusError, ProbeError
 from ..models.kinds import Backend
 from ..pair import open_inputs
@@ -28,6 +29,7 @@ EXAMPLES = (
 )
 
 
+@check_types
 def compare_models(
     base: Any,
     tuned: Any = None,

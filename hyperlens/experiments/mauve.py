@@ -22,7 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..checks import check_counts
+from ..checks import check_counts, check_types
 from ..data.corpus import check_max_length, pad, tokenize
 from ..data.texts import Texts, read_texts
 from ..decoding.prompts import as_text
@@ -50,6 +50,7 @@ ENOUGH_TEXTS = 1000
 Tokens = Sequence[Sequence[int]]
 
 
+@check_types
 def measure_mauve(
     p_texts: Any,
     q_texts: Any,

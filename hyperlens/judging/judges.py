@@ -11,6 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
+from ..checks import check_types
 from ..decoding.diversity import repetition, words
 from ..decoding.generate import continuations
 from ..errors import CorpusError, JudgeError
@@ -68,6 +69,7 @@ class FunctionJudge:
         is_identified: whether the function has such an attribute.
     """
 
+    @check_types
     def __init__(self, function: Callable[[str], str]) -> None:
         self._function = function
         name = getattr(function, "__qualname__", type(function).__qualname__)
@@ -105,6 +107,7 @@ class LocalJudge:
         JudgeError: if it has no tokenizer, or no chat template.
     """
 
+    @check_types
     def __init__(
         self,
         source: Any,

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..checks import check_counts
+from ..checks import check_counts, check_types
 from ..data.corpus import Corpus, pad
 from ..decoding.diversity import REPETITION_METRICS as REPETITION
 from ..errors import PatchError
@@ -96,6 +96,7 @@ SOURCE_ACTIVATION = "source"
 Row = dict[str, Any]
 
 
+@check_types
 def patch_blocks(
     base: Any,
     tuned: Any = None,

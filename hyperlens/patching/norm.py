@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..checks import check_counts
+from ..checks import check_counts, check_types
 from ..pair import open_inputs
 from ..passes.streaming import PassOptions, run_pass
 from ..passes.streams import VIEWS, StreamPair, View
@@ -33,6 +33,7 @@ SINK_THRESHOLD = 10.0
 Row = dict[str, Any]
 
 
+@check_types
 def patch_norm(
     base: Any,
     tuned: Any = None,

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..checks import check_counts
+from ..checks import check_counts, check_types
 from ..models.tokenizers import token_names
 from ..pair import open_inputs
 from ..passes.failures import explaining_out_of_memory
@@ -34,6 +34,7 @@ CONTEXT_TOKENS = 30
 SMALLEST_SHOWN = 0.005
 
 
+@check_types
 def patch_positions(
     base: Any,
     tuned: Any = None,

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 
-from ..checks import check_counts
+from ..checks import check_counts, check_types
 from ..decoding.diversity import REPETITION_METRICS as REPETITION
 from ..decoding.generate import GenerationRunner
 from ..errors import PatchError
@@ -76,6 +76,7 @@ WITH = {
 Row = Mapping[str, Any]
 
 
+@check_types
 def patch_weights(
     base: Any,
     tuned: Any = None,

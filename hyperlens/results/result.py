@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
+from ..checks import check_field_types
 from ..errors import ResultsError
 from ..files import expand_user, new_folder, write_text
 from ..render import charts
@@ -64,6 +65,7 @@ class Result(ABC):
     meta: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        check_field_types(self)
         for row in self.table:
             if set(row) != set(self.columns):
                 raise ResultsError(

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ...checks import check_counts
+from ...checks import check_counts, check_types
 from ...data.corpus import Corpus
 from ...decoding.diversity import REPETITION_METRICS as REPETITION
 from ...errors import CorpusError, PatchError
@@ -76,6 +76,7 @@ SPREAD = ("dimension_fitted", "dimension", "variance")
 FITTED, READ = 0, 1
 
 
+@check_types
 def patch_expansion(
     base: Any,
     tuned: Any = None,
