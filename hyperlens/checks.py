@@ -6,12 +6,12 @@ import functools
 import inspect
 import math
 import sys
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import fields
 from numbers import Integral, Real
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin
+from typing import Any, Literal, ParamSpec, TypeVar, Union, cast, get_args, get_origin
 
 from .errors import ArgumentError, CorpusError, DecodingError, HyperlensError, shortened
 
@@ -20,6 +20,8 @@ R = TypeVar("R")
 
 # Torch takes 64 bits, and some experiments count on from the seed.
 LARGEST_SEED = 2**63 - 1
+# What fits no library's integers is no number of ours.
+LARGEST_INT = 2**64
 # More of anything would never end.
 LARGEST_COUNT = 10**9
 
@@ -86,7 +88,10 @@ def check_type(name: str, value: Any, kind: Any, *, is_shown: bool = True) -> No
     """
     if not _is(value, kind):
         came = shortened(value) if is_shown else type(value).__name__
-        raise ArgumentError(f"{name} must be {_in_words(kind)}, got {came}")
+        items = value if isinstance(value, Sequence) else [value]
+        uncalled = next((one.__name__ for one in items if isinstance(one, type)), None)
+        hint = f": write {uncalled}() rather than {uncalled}" if uncalled else ""
+        raise ArgumentError(f"{name} must be {_in_words(kind)}, got {came}{hint}")
 
 
 def _kind(annotation: Any, scope: Mapping[str, Any]) -> Any:
@@ -99,9 +104,7 @@ def _kind(annotation: Any, scope: Mapping[str, Any]) -> Any:
         return Any
 
 
-# What is read item by item: strings are, too, and are never meant.
 LISTS = (Sequence, Iterable, list, tuple)
-NOT_LISTS = (str, bytes, Mapping, Set)
 
 
 def _is(value: Any, kind: Any) -> bool:
@@ -115,8 +118,9 @@ def _is(value: Any, kind: Any) -> bool:
         return isinstance(value, str)
     if kind in (int, float):
         return is_number(value, kind)
-    if origin in LISTS or kind in LISTS:
-        return _is_list(value, inner[0] if inner else Any, lazy=origin is Iterable)
+    if origin in LISTS:
+        kind_of_list = Iterable if origin is Iterable else Sequence
+        return isinstance(value, kind_of_list) and _is_list_of(value, inner[0])
     if origin is Mapping:
         return isinstance(value, Mapping) and all(
             _is(key, inner[0]) and _is(one, inner[1]) for key, one in value.items()
@@ -126,30 +130,38 @@ def _is(value: Any, kind: Any) -> bool:
 
 
 def is_number(value: Any, kind: Any) -> bool:
-    """Whether a value is a number (a bool is not): a whole one, or one that is a float, too.
+    """Whether a value is a number (a bool is not) and within the range of its kind.
 
     >>> is_number(2, float), is_number(True, int), is_number(10**400, float)
     (True, False, False)
     """
     if isinstance(value, bool) or not isinstance(value, Integral if kind is int else Real):
         return False
+    if kind is int:
+        return -LARGEST_INT < int(cast(Any, value)) < LARGEST_INT
     try:
-        kind(value)
-    except OverflowError:  # a whole number that is larger than any float
+        float(value)
+    except OverflowError:
         return False
     return True
 
 
-def _is_list(value: Any, kind: Any, lazy: bool) -> bool:
-    """Whether it is read item by item; the items too, unless reading them would use them up."""
-    if isinstance(value, NOT_LISTS):
+def is_list(value: Any) -> bool:
+    """Whether something is read item by item, as lists, arrays and generators are.
+
+    >>> is_list((1, 2)), is_list(map(str, ())), is_list("text"), is_list({"a": 1})
+    (True, True, False, False)
+    """
+    if isinstance(value, str | bytes | Mapping | type):
         return False
-    if not isinstance(value, Collection):
-        return lazy and isinstance(value, Iterable) and not isinstance(value, type)
-    try:
-        return all(_is(one, kind) for one in value)
-    except TypeError:  # an array without dimensions
-        return False
+    return isinstance(value, Iterable) and getattr(value, "ndim", 1) > 0
+
+
+def _is_list_of(value: Any, kind: Any) -> bool:
+    """Whether the items of a list are of a type; those of a generator are not read."""
+    return is_list(value) and (
+        not isinstance(value, Collection) or all(_is(one, kind) for one in value)
+    )
 
 
 WORDS = {
@@ -224,7 +236,7 @@ def check_choice(
         HyperlensError: `error`, with the setting's name, its choices and the value.
     """
     if value not in choices:
-        raise error(f"{name} must be one of {', '.join(choices)}; got {value!r}")
+        raise error(f"{name} must be one of {', '.join(choices)}; got {shortened(value)}")
 
 
 def check_positive(name: str, value: float) -> None:
@@ -234,7 +246,7 @@ def check_positive(name: str, value: float) -> None:
         DecodingError: naming the setting.
     """
     if not 0 < value < math.inf:
-        raise DecodingError(f"{name} must be above 0 and finite, got {value}")
+        raise DecodingError(f"{name} must be above 0 and finite, got {shortened(value)}")
 
 
 def check_seed(seed: Any) -> None:

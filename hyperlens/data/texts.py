@@ -11,7 +11,7 @@ from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..checks import check_types
+from ..checks import check_types, is_list
 from ..errors import CorpusError, first_line
 from ..models.kinds import HUB_ID
 
@@ -104,8 +104,7 @@ def _texts(source: Any, column: str | None, split: str, streaming: bool) -> Iter
         return _dataset(source, column)
     if hasattr(source, "columns") and hasattr(source, "iloc"):
         return _table(source, column, "the data frame")
-    is_list = isinstance(source, Iterable) and getattr(source, "ndim", 1) > 0
-    if is_list and not isinstance(source, Mapping | bytes | set | frozenset):
+    if is_list(source) and not isinstance(source, set | frozenset):
         return _strings(source)
     raise CorpusError(
         f"expected a list of strings, a path, a dataset or a hub name; got {type(source).__name__}"

@@ -14,7 +14,7 @@ import torch
 from ..checks import check_types
 from ..decoding.diversity import repetition, words
 from ..decoding.generate import continuations
-from ..errors import CorpusError, JudgeError
+from ..errors import CorpusError, HyperlensError, JudgeError, first_line
 from ..hooks.loading import parse_device, parse_dtype
 from ..models.sources import open_source
 from ..results.fingerprint import weights_sha256
@@ -81,10 +81,18 @@ class FunctionJudge:
         """Yield (index, answer) for one prompt after another.
 
         Raises:
-            JudgeError: if the function returns something other than text.
+            JudgeError: if the function fails, or returns something other than text.
         """
         for index, prompt in enumerate(prompts):
-            answer = self._function(prompt)
+            try:
+                answer = self._function(prompt)
+            except HyperlensError:
+                raise
+            except Exception as error:
+                raise JudgeError(
+                    f"the judge {self.identity['name']} failed "
+                    f"({type(error).__name__}: {first_line(error)})"
+                ) from error
             if not isinstance(answer, str):
                 raise JudgeError(
                     f"the judge {self.identity['name']} answered with a {type(answer).__name__}: "
