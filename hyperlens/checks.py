@@ -53,14 +53,24 @@ def check_types(function: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(function)
     def checked(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
-            given = signature.bind(*args, **kwargs).arguments
+            bound = signature.bind(*args, **kwargs)
         except TypeError as error:
             raise ArgumentError(f"{function.__name__}: {error}") from None
-        for name, value in given.items():
+        for name, value in bound.arguments.items():
             check_type(name, value, kinds()[name])
-        return function(*args, **kwargs)
+            bound.arguments[name] = _plain(value)
+        return function(*bound.args, **bound.kwargs)
 
     return checked
+
+
+def _plain(value: Any) -> Any:
+    """A number of numpy's as Python's own, which JSON knows."""
+    if isinstance(value, int | float):
+        return value
+    if isinstance(value, Integral):
+        return int(value)
+    return float(value) if isinstance(value, Real) else value
 
 
 def check_field_types(record: Any) -> None:
