@@ -75,6 +75,7 @@ class Pair:
             "versions": versions(),
         }
 
+    @check_types
     def tokenize(self, texts: Any, *, max_length: int = 256, include_bos: bool = False) -> Corpus:
         """The token sequences that both models read; `.notes` says what a reader should know.
 

@@ -98,6 +98,6 @@ def _is_result(path: Path) -> bool:
     """Whether a file of a result's name is one; whoever loads a broken one says what is wrong."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return True
     return isinstance(data, dict) and data.get("name", path.stem) == path.stem

@@ -22,7 +22,13 @@ from hyperlens.training import hyperfit
 PACKAGES = ("", ".experiments", ".patching", ".probes", ".training", ".judging")
 # Documented, and imported from their own modules.
 MODULES = (".decoding.generate", ".decoding.contrastive", ".decoding.guard", ".data.texts")
-NAMED = ("continuations", "contrastive_search", "adaptive_contrastive_search", "Guard", "read_texts")
+NAMED = (
+    "continuations",
+    "contrastive_search",
+    "adaptive_contrastive_search",
+    "Guard",
+    "read_texts",
+)
 TRAINING = {
     "n_sequences": 4,
     "sequence_length": 8,

@@ -1,7 +1,9 @@
 """Nonsense in any argument of any public function ends in one line, or in an answer."""
 
+import inspect
 import math
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,10 +12,10 @@ import jaxtyping
 import numpy as np
 import pytest
 import torch
-from conftest import short
 from surface_for_tests import call, good, parameters, public, shared
 
-from hyperlens.errors import HyperlensError
+from hyperlens import open_pair
+from hyperlens.errors import HyperlensError, shortened
 
 # The first three are of a type that next to nothing takes, and fail before any work.
 NONSENSE: list[Callable[[], Any]] = [
@@ -57,7 +59,6 @@ NONSENSE: list[Callable[[], Any]] = [
     lambda: torch.nn.Linear(1, 1),
 ]
 SURFACE = dict(public())
-KEPT = {"saved", "run", "adapter"}
 
 
 @pytest.fixture(scope="module")
@@ -78,11 +79,14 @@ def _unchecked() -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", False)
 
 
-def problem_with(name: str, argument: str, make: Callable[[], Any], place: Path) -> str:
+def returns_a_result(name: str) -> bool:
+    return str(inspect.signature(SURFACE[name]).return_annotation).endswith("Result")
+
+
+def problem_in(function: Callable[..., Any], arguments: dict[str, Any], place: Path) -> str:
     """What is wrong with how a function takes nonsense, "" if nothing is."""
-    arguments = good(name, SURFACE[name]) | {argument: make()}
     try:
-        call(SURFACE[name], arguments)
+        call(function, arguments)
     except HyperlensError as error:
         message = str(error)
         if len(message.splitlines()) != 1 or len(message) > 900:
@@ -94,11 +98,14 @@ def problem_with(name: str, argument: str, make: Callable[[], Any], place: Path)
 
 
 def problems(name: str, values: list[Callable[[], Any]], place: Path) -> list[str]:
+    arguments = good(name, SURFACE[name])
     return [
-        f"{argument}={make()!r:.60}: {found}" if make is not NONSENSE[12] else f"{argument}: {found}"
+        f"{argument}={make()!r:.60}: {found}"
+        if make is not NONSENSE[12]
+        else f"{argument}: {found}"
         for argument in parameters(name, SURFACE[name])
         for make in values
-        if (found := problem_with(name, argument, make, place))
+        if (found := problem_in(SURFACE[name], arguments | {argument: make()}, place))
     ]
 
 
@@ -122,3 +129,51 @@ def test_the_other_arguments_are_good(name: str, place: Path) -> None:
     call(SURFACE[name], good(name, SURFACE[name]))
     if (place / "out").exists():
         os.rename(place / "out", place / f"out of {name}")
+
+
+def answers() -> Iterator[tuple[str, Any]]:
+    """A pair, and the results of some functions, whose methods people call."""
+    yield "Pair", open_pair(shared()["base"], shared()["tuned"])
+    yield "Comparison", shared()["results"][0]
+
+
+def methods(one: Any) -> Iterator[tuple[str, Callable[..., Any], dict[str, Any]]]:
+    """Its public methods that take arguments, with good ones."""
+    table = getattr(one, "table", ())
+    values = {**(table[0] if table else {}), "texts": shared()["texts"], "folder": "new"}
+    for name, method in inspect.getmembers(one, inspect.ismethod):
+        taken = inspect.signature(method).parameters.values()
+        # Written out for the class itself, or its subclasses.
+        if name.startswith("_") or name in ("write", "of", "from_format_1"):
+            continue
+        arguments = {p.name: values.get(p.name) for p in taken if p.kind is not p.VAR_KEYWORD}
+        if len(arguments) < len(taken):
+            arguments |= {column: values.get(column) for column in one.columns}
+        yield f"{type(one).__name__}.{name}", method, arguments
+
+
+def problems_of_methods(one: Any, place: Path) -> list[str]:
+    found = []
+    for name, method, arguments in methods(one):
+        for argument in arguments:
+            found += [
+                f"{name}({argument}={shortened(make())}): {wrong}"
+                for make in NONSENSE
+                if (wrong := problem_in(method, arguments | {argument: make()}, place))
+            ]
+            shutil.rmtree("new", ignore_errors=True)
+    return found
+
+
+@pytest.mark.parametrize("name", ["Pair", "Comparison"])
+def test_nonsense_in_methods(name: str, place: Path) -> None:
+    found = problems_of_methods(dict(answers())[name], place)
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", [name for name in SURFACE if returns_a_result(name)])
+def test_nonsense_in_methods_of_results(name: str, place: Path) -> None:
+    found = problems_of_methods(call(SURFACE[name], good(name, SURFACE[name])), place)
+    assert not found, "\n".join(found)

@@ -333,6 +333,6 @@ def _records_of(table: pd.DataFrame) -> Iterator[dict[str, Any]]:
 def _saved(file: Path) -> dict[str, Any]:
     try:
         saved = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # not every table lies beside a finished run
+    except (OSError, ValueError, RecursionError):  # not every table lies beside a finished run
         return {}
     return saved if isinstance(saved, dict) else {}

@@ -190,7 +190,7 @@ def _record(source: Any) -> dict[str, Any]:
         return {}
     try:
         record = json.loads((Path(source).expanduser() / RUN_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return record if isinstance(record, dict) else {}
 
