@@ -5,6 +5,9 @@ A message is one line and names what was expected, what came, and what to do.
 
 from __future__ import annotations
 
+import reprlib
+from typing import Any
+
 
 class HyperlensError(Exception):
     """Base of every error raised on purpose by hyperlens.
@@ -14,7 +17,13 @@ class HyperlensError(Exception):
 
     def __str__(self) -> str:
         lines = (line.strip() for line in super().__str__().splitlines())
-        return " ".join(line for line in lines if line)
+        joined = " ".join(line for line in lines if line)
+        # Half a character, as in a name that is none, could not be printed.
+        return joined.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+class ArgumentError(HyperlensError, TypeError):
+    """An argument is of another type than the function takes."""
 
 
 class LoadingError(HyperlensError):
@@ -75,3 +84,21 @@ def first_line(error: BaseException) -> str:
     """
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0].strip()[:300]
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 60
+
+
+def shortened(value: Any) -> str:
+    """A value as it stands in a message: what is long is cut, what has no text is its type.
+
+    >>> shortened("once " * 100)
+    "'once once once once once onc...e once once once once once '"
+    >>> shortened(10**5000)
+    'an object of int'
+    """
+    try:
+        return _SHORT.repr(value)
+    except Exception:  # such as that of an int of more than 4,300 digits
+        return f"an object of {type(value).__name__}"

@@ -6,7 +6,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .errors import ResultsError
@@ -37,9 +37,10 @@ def write_text(path: Path, text: str) -> None:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-    except OSError as error:
+    except (OSError, ValueError) as error:  # a ValueError: no file can have such a name
         raise ResultsError(
-            f"cannot write {path} ({error.strerror or error}): choose another place"
+            f"cannot write {path} ({getattr(error, 'strerror', None) or error}): choose another "
+            "place"
         ) from None
 
 
@@ -51,6 +52,8 @@ def check_new_folder(folder: Path) -> None:
     """
     folder = expand_user(folder)
     try:
+        with suppress(FileNotFoundError, NotADirectoryError):
+            folder.lstat()  # `exists` and the like pass over names that no file can have
         # An empty folder is replaced, which fails for the working directory and for mount points.
         if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
             if os.path.samefile(folder, Path.cwd()) or os.path.ismount(folder):

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from .checks import check_types
 from .data.corpus import Corpus, are_token_ids, build_corpus, check_max_length
 from .data.texts import read_texts
 from .errors import CorpusError, LoadingError, PairError
@@ -74,6 +75,7 @@ class Pair:
             "versions": versions(),
         }
 
+    @check_types
     def tokenize(self, texts: Any, *, max_length: int = 256, include_bos: bool = False) -> Corpus:
         """The token sequences that both models read; `.notes` says what a reader should know.
 
@@ -107,6 +109,7 @@ class Pair:
         return replace(corpus, notes=(*corpus.notes, *notes))
 
 
+@check_types
 def open_pair(
     base: Any,
     tuned: Any,

@@ -12,6 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .checks import check_types
 from .errors import ResultsError
 
 
@@ -65,6 +66,7 @@ def result_class(question: Question) -> Any:
     return getattr(import_module(f"{__package__}.{question.module}"), question.result)
 
 
+@check_types
 def read_results(folders: Sequence[str | Path]) -> list[Any]:
     """Every saved result in these folders and the folders inside them, in the order of QUESTIONS.
 
@@ -96,6 +98,6 @@ def _is_result(path: Path) -> bool:
     """Whether a file of a result's name is one; whoever loads a broken one says what is wrong."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return True
     return isinstance(data, dict) and data.get("name", path.stem) == path.stem

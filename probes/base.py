@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
+from ..checks import check_types
 from ..errors import ProbeError
 from ..passes.logits_reader import LogitChunk, read_logits
 from ..passes.streams import (
@@ -138,6 +139,7 @@ class TokenMeans(Probe):
     token_set: TokenSet = "geometry"
     layers: tuple[int, ...] | None = None
 
+    @check_types
     def __init__(
         self, layers: Sequence[int] | None = None, token_set: TokenSet | None = None
     ) -> None:

@@ -163,7 +163,7 @@ def _prepare(working: WorkingFolder, identity: dict[str, Any]) -> None:
                 "another folder or remove it"
             )
         if file.exists():
-            _check_same(working, json.loads(file.read_text(encoding="utf-8")), identity)
+            _check_same(working, _read_identity(file), identity)
     else:
         try:
             working.folder.mkdir(parents=True)
@@ -173,6 +173,19 @@ def _prepare(working: WorkingFolder, identity: dict[str, Any]) -> None:
             ) from None
     working.clear()
     write_text(file, json.dumps(identity, indent=2))
+
+
+def _read_identity(file: Path) -> dict[str, Any]:
+    try:
+        identity = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        identity = None
+    if not isinstance(identity, dict):
+        raise TrainingError(
+            f"{file} is damaged, which says what run was begun there: remove {file.parent}, and "
+            "the run starts anew"
+        )
+    return identity
 
 
 def _check_same(working: WorkingFolder, before: dict[str, Any], now: dict[str, Any]) -> None:

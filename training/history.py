@@ -13,8 +13,9 @@ from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..checks import check_types
 from ..errors import TrainingError
-from ..files import write_text
+from ..files import expand_user, write_text
 from ..render import charts
 from ..render.blocks import Axis, Block, Chart, Grid, Role, Scale
 from ..statistics.rank_buckets import RANK_BUCKETS
@@ -110,6 +111,7 @@ def write(path: Path, records: Sequence[Record]) -> None:
     write_text(path, "".join(",".join(row) + "\n" for row in [COLUMNS, *rows]))
 
 
+@check_types
 def read_history(source: str | Path) -> pd.DataFrame:
     """The records of a run as a table, one row each; `Record` says what the columns are.
 
@@ -121,7 +123,7 @@ def read_history(source: str | Path) -> pd.DataFrame:
     """
     import pandas as pd
 
-    path = Path(source).expanduser()
+    path = expand_user(source)
     path = path / FILE if path.is_dir() else path
     try:
         header, *lines = path.read_text(encoding="utf-8").splitlines() or [""]
@@ -130,7 +132,7 @@ def read_history(source: str | Path) -> pd.DataFrame:
             f"no {path}: expected the folder of a run that kept a record (record_every above 0), "
             f"or its {FILE}"
         ) from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise TrainingError(f"cannot read {path} as a history of training: {error}") from None
     if header != ",".join(COLUMNS):
         raise TrainingError(
@@ -187,6 +189,7 @@ class Course:
         return [(int(record["epoch"]), float(record[column])) for record in self.records]
 
 
+@check_types
 def plot_history(runs: Any, labels: Sequence[str] | None = None) -> altair.TopLevelMixin:
     """Loss, quality and ranks of one run (Figure 2 of arXiv 2605.22579), or the losses of several.
 
@@ -210,7 +213,7 @@ def plot_history(runs: Any, labels: Sequence[str] | None = None) -> altair.TopLe
         sources, labels = list(runs.values()), list(runs) if labels is None else labels
     else:
         sources = list(runs) if several else [runs]
-    names = list(labels or ())
+    names = [] if labels is None else list(labels)
     if not sources:
         raise TrainingError("there is no run to draw: give at least one")
     if names and len(names) != len(sources):
@@ -330,6 +333,6 @@ def _records_of(table: pd.DataFrame) -> Iterator[dict[str, Any]]:
 def _saved(file: Path) -> dict[str, Any]:
     try:
         saved = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # not every table lies beside a finished run
+    except (OSError, ValueError, RecursionError):  # not every table lies beside a finished run
         return {}
     return saved if isinstance(saved, dict) else {}

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..checks import check_types
 from ..errors import TrainingError
 from ..files import check_new_folder
 from ..hooks.loading import load_hooked, parse_device, parse_dtype
@@ -76,6 +77,7 @@ class HyperfitRun:
         return f"<pre>{html.escape(self.summary())}</pre>"
 
 
+@check_types
 def hyperfit(
     model: Any,
     texts: Any,
@@ -186,6 +188,7 @@ def hyperfit(
     return run
 
 
+@check_types
 def to_hooked(run: HyperfitRun, backend: Backend = "bridge") -> Any:
     """The trained model as a hooked model, checked against the plain one.
 

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ..checks import check_types
 from ..errors import LoadingError, TrainingError
 from ..files import check_new_folder
 from ..hooks.loading import parse_dtype
@@ -37,6 +38,7 @@ ROUNDED_AWAY = (
 )
 
 
+@check_types
 def merge(
     source: Any,
     out: str | Path,
@@ -188,7 +190,7 @@ def _record(source: Any) -> dict[str, Any]:
         return {}
     try:
         record = json.loads((Path(source).expanduser() / RUN_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return record if isinstance(record, dict) else {}
 

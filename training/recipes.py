@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from types import MappingProxyType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from ..checks import check_choice
-from ..errors import TrainingError
+from ..checks import LARGEST_COUNT, check_choice, check_types, is_number
+from ..errors import TrainingError, shortened
 
 Method = Literal["full", "lora", "late_lora"]
 Schedule = Literal["constant", "linear", "cosine"]
@@ -239,6 +239,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
 )
 
 
+@check_types
 def preset(name: str, method: Method = "full", **changes: Any) -> Recipe:
     """The recipe of a paper, or of the demonstration, with changes.
 
@@ -328,8 +329,6 @@ def check(values: Mapping[str, Any]) -> None:
         _check_value(one.name, values[one.name], KINDS[one.name], one.metadata)
     if values["lora_dropout"] >= 1:
         raise TrainingError(f"lora_dropout must be below 1, got {values['lora_dropout']}")
-    if values["seed"] > LARGEST_SEED:
-        raise TrainingError(f"seed must be at most {LARGEST_SEED}, got {values['seed']}")
     _check_names(values["target_modules"])
     _check_blocks(values["blocks"])
     _check_together(values)
@@ -339,31 +338,37 @@ def _check_value(name: str, value: Any, kind: Any, about: Mapping[str, Any]) -> 
     if name in CHOICES:
         check_choice(name, value, CHOICES[name], TrainingError)
     if kind is bool and not isinstance(value, bool):
-        raise TrainingError(f"{name} must be True or False, got {value!r}")
+        raise TrainingError(f"{name} must be True or False, got {shortened(value)}")
     least = about["least"]
     if kind is int and (not _is_int(value) or value < least):
-        raise TrainingError(f"{name} must be a whole number from {least} up, got {value!r}")
+        raise TrainingError(
+            f"{name} must be a whole number from {least} up, got {shortened(value)}"
+        )
+    most = LARGEST_SEED if name == "seed" else LARGEST_COUNT
+    if kind is int and value > most:
+        raise TrainingError(f"{name} must be at most {most}, got {value}")
     if kind is float:
-        is_real = isinstance(value, int | float) and math.isfinite(value)
+        is_real = is_number(value, float) and math.isfinite(value)
         if not is_real or value < 0 or (value == 0 and about["positive"]):
             allowed = "above 0" if about["positive"] else "of at least 0"
-            raise TrainingError(f"{name} must be a number {allowed}, got {value!r}")
+            raise TrainingError(f"{name} must be a number {allowed}, got {shortened(value)}")
 
 
 def _check_names(names: Any) -> None:
     are_strings = isinstance(names, tuple) and all(isinstance(n, str) and n for n in names)
-    if names is not None and not (names and are_strings):
+    if names is not None and not (are_strings and names):
         raise TrainingError(
-            f"target_modules must be a tuple of module names, or None for all; got {names!r}"
+            "target_modules must be a tuple of module names, or None for all; got "
+            f"{shortened(names)}"
         )
 
 
 def _check_blocks(blocks: Any) -> None:
     are_indices = isinstance(blocks, tuple) and all(_is_int(b) and b >= 0 for b in blocks)
-    if blocks is not None and not (blocks and are_indices and len(set(blocks)) == len(blocks)):
+    if blocks is not None and not (are_indices and blocks and len(set(blocks)) == len(blocks)):
         raise TrainingError(
             "blocks must be a tuple of different block indices from 0 up, or None for all; "
-            f"got {blocks!r}"
+            f"got {shortened(blocks)}"
         )
 
 
@@ -385,4 +390,4 @@ def _check_together(values: Mapping[str, Any]) -> None:
 
 
 def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, int) and is_number(value, int)

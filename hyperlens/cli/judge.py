@@ -214,7 +214,7 @@ def _cache(args: argparse.Namespace) -> Path | None:
 def _json_object(text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError('expected a JSON object such as {"temperature": 0}')

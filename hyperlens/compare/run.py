@@ -6,11 +6,11 @@ import copy
 import json
 import math
 from collections.abc import Sequence
-from numbers import Integral, Real
 from typing import Any
 
 import torch
 
+from ..checks import check_counts, check_seed, check_types
 from ..errors import CorpusError, ProbeError
 from ..models.kinds import Backend
 from ..pair import open_inputs
@@ -28,6 +28,7 @@ EXAMPLES = (
 )
 
 
+@check_types
 def compare_models(
     base: Any,
     tuned: Any = None,
@@ -122,19 +123,14 @@ def compare_models(
 def _checked_probes(given: Sequence[Probe | str] | None) -> list[Probe]:
     if given is None:
         return default_probes()
-    if not isinstance(given, list | tuple) or not given:
-        raise ProbeError(f"probes must be a list: name at least one, or pass None; got {given!r}")
+    if not given:
+        raise ProbeError("there are no probes: name at least one, or pass None")
     built_in = {probe.name: probe for probe in default_probes()}
     for name in given:
         if isinstance(name, str) and name not in built_in:
             raise ProbeError(unknown("probe", name, list(built_in)))
     probes = [built_in[probe] if isinstance(probe, str) else probe for probe in given]
     for probe in probes:
-        if not isinstance(probe, Probe):
-            raise ProbeError(
-                f"expected instances of hyperlens.probes.Probe, got {probe!r}; "
-                "write ResidualDrift() rather than ResidualDrift"
-            )
         if not isinstance(getattr(probe, "name", None), str):
             raise ProbeError(f"{type(probe).__name__} has no name: give its class name = '...'")
         _json_options(probe)  # now rather than after the run
@@ -158,18 +154,15 @@ def _json_options(probe: Probe) -> Any:
 
 
 def _checked_options(
-    batch_size: Any, sink_threshold: Any, seed: Any, progress: bool
+    batch_size: int, sink_threshold: float, seed: int, progress: bool
 ) -> PassOptions:
-    if not isinstance(batch_size, Integral) or batch_size < 1:
-        raise CorpusError(f"batch_size must be at least 1 (a whole number), got {batch_size}")
-    number = isinstance(sink_threshold, Real) and math.isfinite(sink_threshold)
-    if not number or not (sink_threshold == 0 or sink_threshold > 1):
+    check_counts(batch_size=batch_size)
+    check_seed(seed)
+    if not (sink_threshold == 0 or 1 < sink_threshold < math.inf):
         raise CorpusError(
             f"sink_threshold must be 0 (off) or more than 1 median norm, got {sink_threshold}"
         )
-    if not isinstance(seed, Integral) or seed < 0:
-        raise CorpusError(f"seed must be a whole number and not negative, got {seed}")
-    return PassOptions(int(batch_size), float(sink_threshold), int(seed), progress)
+    return PassOptions(batch_size, float(sink_threshold), seed, progress)
 
 
 def _passes_note(outcome: PassResult) -> list[str]:

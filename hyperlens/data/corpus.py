@@ -394,6 +394,8 @@ def are_token_ids(texts: Any) -> bool:
     >>> are_token_ids([[1, 2], [3]]), are_token_ids(["some text"])
     (True, False)
     """
+    if getattr(texts, "ndim", 1) == 0:
+        return False
     if isinstance(texts, Tensor):
         return True
     if isinstance(texts, np.ndarray):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..checks import check_types, is_list
 from ..errors import CorpusError, first_line
 from ..models.kinds import HUB_ID
 
@@ -54,6 +56,7 @@ class Texts(list[str]):
         return Texts(texts, {"kind": "list", "groups": self.source["groups"]}, self.groups[at])
 
 
+@check_types
 def read_texts(
     source: Any,
     *,
@@ -96,6 +99,7 @@ def read_texts(
     if limit is not None and not (isinstance(at_most, Integral) and limit >= 1):
         raise CorpusError(f"limit must be at least 1 text (a whole number), got {limit}")
     streaming = limit is not None
+    limit = None if limit is None else min(int(limit), sys.maxsize)
     texts = Texts(islice(_texts(source, column, split, streaming), limit), {})
     texts.source = _origin(source, column, split, limit)
     if not texts:
@@ -155,7 +159,7 @@ def _texts(source: Any, column: str | None, split: str, streaming: bool) -> Iter
         return _dataset(source, column)
     if hasattr(source, "columns") and hasattr(source, "iloc"):
         return _table(source, column, "the data frame")
-    if isinstance(source, Iterable) and not isinstance(source, Mapping | bytes | set | frozenset):
+    if is_list(source) and not isinstance(source, set | frozenset):
         return _strings(source)
     raise CorpusError(
         f"expected a list of strings, a path, a dataset or a hub name; got {type(source).__name__}"

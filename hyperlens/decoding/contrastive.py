@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..checks import check_positive, check_whole
+from ..checks import check_positive, check_types, check_whole
 from ..data.corpus import pad
 from ..errors import DecodingError
 from ..hooks.attach import attach
@@ -31,6 +31,7 @@ from .prompts import batches, check_prompts, eos_ids
 LOWEST_K, RANGE_OF_K = 5, 10
 
 
+@check_types
 def contrastive_search(
     model: Any,
     tokenizer: Any,
@@ -79,6 +80,7 @@ def contrastive_search(
     )
 
 
+@check_types
 def adaptive_contrastive_search(
     model: Any,
     tokenizer: Any,
@@ -130,7 +132,7 @@ def _search(
     stop_at_eos: bool,
     progress: bool,
 ) -> list[list[int]]:
-    check_prompts(model, prompts, max_new_tokens)
+    check_prompts(model, prompts, max_new_tokens, batch_size)
     eos = set(eos_ids(model, tokenizer)) if stop_at_eos else set()
     generated: list[list[int]] = [[] for _ in prompts]
     device = next(model.parameters()).device
@@ -323,7 +325,7 @@ class Adaptive:
 
     def __init__(self, q: float = 1.0) -> None:
         check_positive("q", q)
-        self.q = q
+        self.q = float(q)
         self._whole: list[Tensor] = []
         self._top: list[Tensor] = []
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from tqdm.auto import tqdm
 
-from ..checks import check_positive
+from ..checks import check_positive, check_seed, check_types
 from ..data.corpus import pad
 from ..errors import DecodingError
 from ..hooks.loading import LoadedModel
@@ -22,6 +22,7 @@ from .diversity import repetition, type_token_ratio
 from .prompts import batches, check_prompts, eos_ids
 
 
+@check_types
 def continuations(
     model: Any,
     tokenizer: Any,
@@ -35,7 +36,7 @@ def continuations(
     batch_size: int = 16,
     stop_at_eos: bool = True,
     seed: int = 0,
-    logits_processors: Sequence[Any] = (),
+    logits_processors: Sequence[Callable[..., Any]] = (),
     progress: bool = True,
 ) -> list[list[int]]:
     """Continue each prompt with a model.
@@ -69,7 +70,8 @@ def continuations(
         LoadingError: if the model cannot generate.
         ResourceError: if the GPU runs out of memory.
     """
-    check_prompts(model, prompts, max_new_tokens)
+    check_prompts(model, prompts, max_new_tokens, batch_size)
+    check_seed(seed)
     check_sampling(temperature=temperature, top_p=top_p, min_p=min_p)
     eos = eos_ids(model, tokenizer) if stop_at_eos else []
     settings = _settings(

@@ -15,11 +15,14 @@ from ..models.kinds import plain_model, text_config
 from ..pair import Pair
 
 
-def check_prompts(model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+def check_prompts(
+    model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, batch_size: int
+) -> None:
     """Raise unless the model can generate, and every prompt leaves room for the new tokens.
 
     Raises:
-        CorpusError: if a prompt is empty, or longer than the model's context allows.
+        CorpusError: if a prompt is empty, or longer than the model's context allows; or a number
+            is no count.
         LoadingError: if the model cannot generate.
     """
     if not hasattr(plain_model(model), "generate"):
@@ -27,9 +30,8 @@ def check_prompts(model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: 
             f"{type(model).__name__} cannot generate with padding and a mask: give the model as a "
             "folder, hub id, PreTrainedModel or PeftModel"
         )
-    if max_new_tokens < 1:
-        raise CorpusError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    if not prompts or any(len(prompt) == 0 for prompt in prompts):
+    check_counts(max_new_tokens=max_new_tokens, batch_size=batch_size)
+    if len(prompts) == 0 or any(len(prompt) == 0 for prompt in prompts):
         raise CorpusError("expected prompts of at least one token each, got an empty one")
     longest = max(len(prompt) for prompt in prompts) + max_new_tokens
     context = getattr(plain_model(model).config, "max_position_embeddings", None)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..checks import check_counts, check_seed
+from ..checks import check_counts, check_seed, check_types
 from ..decoding.diversity import (
     MEASURES,
     distinct,
@@ -57,6 +57,7 @@ WORD_MEASURES: Mapping[str, Callable[[Sequence[str]], float]] = {
 DISTINCT = (1, 2, 3)
 
 
+@check_types
 def measure_behaviour(
     base: Any,
     tuned: Any = None,

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from tqdm.auto import tqdm
 
-from ..checks import check_counts, check_seed
+from ..checks import check_counts, check_seed, check_types
 from ..data.corpus import Corpus, are_token_ids, check_max_length
 from ..data.texts import read_texts
 from ..decoding.diversity import REPETITION_METRICS
@@ -72,6 +72,7 @@ Key = tuple[str, str]
 """A row: the names of a pair and of a corpus."""
 
 
+@check_types
 def compare_domains(
     pairs: Mapping[str, Any],
     corpora: Mapping[str, Any],

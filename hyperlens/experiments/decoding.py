@@ -13,7 +13,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 
-from ..checks import check_counts, check_seed
+from ..checks import check_counts, check_seed, check_types
 from ..decoding.contrastive import Adaptive, adaptive_contrastive_search
 from ..decoding.diversity import MEASURES, distinct_by_text, is_ttr_again
 from ..decoding.generate import check_sampling, continuations
@@ -100,6 +100,7 @@ METHODS: Mapping[str, Method] = {
 REFERENCE: Condition = ("tuned", "greedy")
 
 
+@check_types
 def compare_decoding(
     base: Any,
     tuned: Any = None,

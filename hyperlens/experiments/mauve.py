@@ -9,6 +9,7 @@ licensed under the GPL, version 3: an optional extra, never imported unless MAUV
 from __future__ import annotations
 
 import os
+import random
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -22,7 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..checks import check_counts
+from ..checks import check_counts, check_types
 from ..data.corpus import check_max_length, pad, tokenize
 from ..data.texts import Texts, read_texts
 from ..decoding.prompts import as_text
@@ -50,6 +51,7 @@ ENOUGH_TEXTS = 1000
 Tokens = Sequence[Sequence[int]]
 
 
+@check_types
 def measure_mauve(
     p_texts: Any,
     q_texts: Any,
@@ -327,10 +329,13 @@ def compute_mauve() -> Callable[..., Any]:
     Raises:
         ProbeError: if it is not installed.
     """
+    before = random.getstate()
     try:
         package = import_module("mauve")
     except ImportError as error:
         raise _missing(str(error)) from None
+    finally:
+        random.setstate(before)  # rich, which is imported with it, draws a number
     function: Callable[..., Any] | None = getattr(package, "compute_mauve", None)
     if function is None:  # another package of this name
         raise _missing("the installed package 'mauve' has no compute_mauve")

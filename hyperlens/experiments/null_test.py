@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..checks import check_choice, check_counts, check_seed
+from ..checks import check_choice, check_counts, check_seed, check_types
 from ..data.corpus import Corpus
 from ..decoding.diversity import REPETITION_METRICS
 from ..decoding.generate import GenerationRunner
@@ -74,6 +74,7 @@ DEFAULT_CONTROLS = ("rows_and_columns", "rows_and_columns_rescaled")
 SCALED_ON, SCALED_WITHIN, MOST_STEPS = 16, 0.02, 8
 
 
+@check_types
 def run_null_test(
     base: Any,
     tuned: Any = None,

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ..checks import check_counts, check_seed
+from ..checks import check_counts, check_seed, check_types
 from ..decoding.generate import GenerationRunner
 from ..decoding.prompts import check_room, choose_prompts
 from ..models.kinds import plain_model
@@ -49,6 +49,7 @@ NGRAM = 3
 WORDS_BEFORE = 12
 
 
+@check_types
 def trace_provenance(
     base: Any,
     tuned: Any = None,

@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from ..checks import check_counts, check_seed
+from ..checks import check_counts, check_seed, check_types
 from ..decoding.diversity import REPETITION_METRICS
 from ..decoding.generate import GenerationRunner
 from ..decoding.prompts import check_room, choose_prompts
@@ -78,6 +78,7 @@ Units = dict[tuple[str, float, str], list[float]]
 """Bias, α and metric to one value per text or prompt."""
 
 
+@check_types
 def inject_static_bias(
     base: Any,
     tuned: Any = None,

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import TemperatureLogitsWarper
 
-from ..checks import check_counts, check_seed
+from ..checks import check_counts, check_seed, check_types
 from ..decoding.diversity import REPETITION_METRICS
 from ..decoding.entropy_matching import (
     EntropyMatched,
@@ -73,6 +73,7 @@ Units = dict[tuple[str, str, str], list[float]]
 """Variant, decoding and metric to one value per text or prompt."""
 
 
+@check_types
 def match_temperature(
     base: Any,
     tuned: Any = None,

@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 import torch
 
-from ..checks import check_choice
+from ..checks import check_choice, check_types
 from ..errors import HyperlensError, LoadingError, ParityError, first_line
 from ..models.kinds import Backend, backend_of, quantisation_of
 from ..models.sources import OpenedModel, open_source
@@ -65,6 +65,7 @@ class LoadedModel(OpenedModel):
         }
 
 
+@check_types
 def load_hooked(
     source: Any,
     *,
@@ -168,7 +169,7 @@ def parse_device(device: str | torch.device | None) -> torch.device | None:
     try:
         parsed = torch.device(device)
         torch.zeros(1, device=parsed).item()
-    except (RuntimeError, AssertionError, TypeError) as error:
+    except (RuntimeError, AssertionError, TypeError, ValueError) as error:
         reason = first_line(error)
         raise LoadingError(f"device {device!r} cannot be used here: {reason}") from None
     return parsed

@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from ..checks import check_types
 from ..errors import PatchError
 from ..models.kinds import plain_model
 from ..models.structure import ModelStructure, find_structure
@@ -34,10 +35,11 @@ Mix = Callable[
 """Makes what replaces the target's activation, from (target activation, source activation)."""
 
 
+@check_types
 @contextmanager
 def donating(
-    target: Any,
-    source: Any,
+    target: nn.Module,
+    source: nn.Module,
     where: Sequence[Site],
     *,
     positions: Positions = None,
@@ -102,9 +104,10 @@ def takes_past(model: Any) -> bool:
     return "past_key_values" in inspect.signature(plain_model(model).forward).parameters
 
 
+@check_types
 @contextmanager
 def changing(
-    model: Any, site: Site, change: Callable[[Float[Tensor, "batch pos d_model"]], Tensor]
+    model: nn.Module, site: Site, change: Callable[[Float[Tensor, "batch pos d_model"]], Tensor]
 ) -> Iterator[None]:
     """Inside, a function of the model's own activation replaces it; no source model is needed.
 

@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from ..checks import check_types
 from ..errors import PatchError
 from .sites import Positions, Site, hook_name, positions_mask
 from .surface import HookedModel, evaluating
@@ -26,6 +27,7 @@ from .surface import HookedModel, evaluating
 Hook = tuple[str, Callable[..., Tensor]]
 
 
+@check_types
 def record(
     model: HookedModel,
     tokens: Int[Tensor, "batch pos"],
@@ -54,6 +56,7 @@ def record(
     return activations
 
 
+@check_types
 def patch_hooks(
     model: HookedModel,
     activations: Mapping[Site, Float[Tensor, "batch pos d_model"]],

@@ -12,10 +12,13 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from ..checks import check_types
 from ..errors import PatchError
 from ..models.structure import ROUNDINGS, misfit
 from .surface import HookedModel, Kind, evaluating, input_device, run_logits, site_hook
 
+# Farther than any text is long, and a number that torch can compare with.
+FARTHEST = 2**40
 KINDS: tuple[Kind, ...] = get_args(Kind)
 BRANCHES: tuple[Kind, Kind] = ("attn_out", "mlp_out")
 _ADD_UP: WeakKeyDictionary[Any, frozenset[int]] = WeakKeyDictionary()
@@ -88,6 +91,7 @@ def check_block(block: int | None, n_blocks: int) -> None:
         raise PatchError(f"there is no block {block}: this model has blocks 0 to {n_blocks - 1}")
 
 
+@check_types
 def in_blocks(kind: str, blocks: Iterable[int]) -> list[Site]:
     """The same kind of site in several blocks.
 
@@ -208,23 +212,28 @@ def counts_from_the_end(positions: Positions) -> bool:
     if positions is None:
         return False
     if isinstance(positions, slice):
-        return (positions.start or 0) < 0 or (positions.stop or 0) < 0
+        return any((end or 0) < 0 for end in _ends(positions))
     return any(position < 0 for position in _listed(positions))
 
 
 def _in_slice(
     wanted: slice, place: Int[Tensor, "batch pos"], length: Int[Tensor, "batch 1"]
 ) -> Bool[Tensor, "batch pos"]:
-    if wanted.step not in (None, 1):
-        raise PatchError(f"expected a slice without a step, got {wanted}: list the positions")
-
     def end(value: int | None, default: Int[Tensor, "batch 1"]) -> Int[Tensor, "batch 1"]:
         if value is None:
             return default
         return length + value if value < 0 else torch.full_like(length, value)
 
-    start, stop = end(wanted.start, torch.zeros_like(length)), end(wanted.stop, length)
+    first, last = _ends(wanted)
+    start, stop = end(first, torch.zeros_like(length)), end(last, length)
     return (place >= start) & (place < stop)
+
+
+def _ends(wanted: slice) -> tuple[int | None, int | None]:
+    if wanted.step not in (None, 1):
+        raise PatchError(f"expected a slice without a step, got {wanted}: list the positions")
+    start, stop = (None if end is None else _listed(end)[0] for end in (wanted.start, wanted.stop))
+    return start, stop
 
 
 def _listed(positions: Sequence[int] | int) -> list[int]:
@@ -236,4 +245,4 @@ def _listed(positions: Sequence[int] | int) -> list[int]:
             f"expected positions as None, a whole number, a list of them or a slice, got "
             f"{positions!r}"
         )
-    return list(listed)
+    return [max(-FARTHEST, min(position, FARTHEST)) for position in listed]

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 from .. import __version__
+from ..checks import check_field_types
 from ..errors import JudgeError
 
 DEFAULT_KEY = "OPENAI_API_KEY"
@@ -96,6 +97,7 @@ class Endpoint:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_field_types(self)
         url = self.url.rstrip("/").removesuffix(PATH)
         object.__setattr__(self, "url", url)
         _check_url(url)

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..checks import check_counts, check_seed
+from ..checks import check_counts, check_seed, check_types
 from ..decoding.generate import continuations
 from ..decoding.prompts import check_room, choose_examples, choose_prompts, opening_and_texts
 from ..errors import CorpusError, JudgeError
@@ -51,6 +51,7 @@ from .pairs import SIDES, JudgedPair, TextPair, pairs_sha256, read_pairs, result
 from .prompt import CRITERIA, FORM, PLACES, SCORED, TEMPLATE, TIE, Judgement, write_prompt
 
 
+@check_types
 def judge_models(
     base: Any,
     tuned: Any = None,
@@ -122,6 +123,7 @@ def judge_models(
     return asking.result(pairs, meta, shown=choose_examples(len(pairs), len(pairs), seed))
 
 
+@check_types
 def judge_continuations(
     pairs: Any,
     *,

@@ -11,9 +11,10 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
+from ..checks import check_types
 from ..decoding.diversity import repetition, words
 from ..decoding.generate import continuations
-from ..errors import CorpusError, JudgeError
+from ..errors import CorpusError, HyperlensError, JudgeError, first_line
 from ..hooks.loading import parse_device, parse_dtype
 from ..models.sources import open_source
 from ..results.fingerprint import weights_sha256
@@ -68,6 +69,7 @@ class FunctionJudge:
         is_identified: whether the function has such an attribute.
     """
 
+    @check_types
     def __init__(self, function: Callable[[str], str]) -> None:
         self._function = function
         name = getattr(function, "__qualname__", type(function).__qualname__)
@@ -79,10 +81,18 @@ class FunctionJudge:
         """Yield (index, answer) for one prompt after another.
 
         Raises:
-            JudgeError: if the function returns something other than text.
+            JudgeError: if the function fails, or returns something other than text.
         """
         for index, prompt in enumerate(prompts):
-            answer = self._function(prompt)
+            try:
+                answer = self._function(prompt)
+            except HyperlensError:
+                raise
+            except Exception as error:
+                raise JudgeError(
+                    f"the judge {self.identity['name']} failed "
+                    f"({type(error).__name__}: {first_line(error)})"
+                ) from error
             if not isinstance(answer, str):
                 raise JudgeError(
                     f"the judge {self.identity['name']} answered with a {type(answer).__name__}: "
@@ -105,6 +115,7 @@ class LocalJudge:
         JudgeError: if it has no tokenizer, or no chat template.
     """
 
+    @check_types
     def __init__(
         self,
         source: Any,

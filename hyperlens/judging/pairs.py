@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..checks import is_list
 from ..data.texts import ENCODING
 from ..decoding.diversity import words
 from ..errors import CorpusError
@@ -54,7 +55,7 @@ def read_pairs(source: Any) -> list[TextPair]:
     if isinstance(source, str | Path):
         path = Path(source).expanduser()
         pairs = [_pair(record, place) for record, place in _lines(path)]
-    elif isinstance(source, Iterable) and not isinstance(source, Mapping | bytes):
+    elif is_list(source):
         pairs = [_pair(record, f"pair {i}") for i, record in enumerate(source)]
     else:
         raise CorpusError(

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, NoReturn
 
+from ..checks import check_types
 from ..errors import JudgeError
 
 SCORED = ("coherence", "diversity")
@@ -88,6 +89,7 @@ SCHEMA: dict[str, Any] = {
 """JSON Schema of an answer, for servers that can constrain a model's output to one."""
 
 
+@check_types
 def write_prompt(context: str, first: str, second: str) -> str:
     """The question about two texts.
 
@@ -113,6 +115,7 @@ def ask_again(prompt: str, problem: str) -> str:
     return prompt + REMINDER.format(problem=problem)
 
 
+@check_types
 def read_prompt(prompt: str) -> tuple[str, str, str]:
     """The opening, first and second text of a prompt: for judges that are functions.
 
@@ -162,6 +165,7 @@ class Judgement:
         return self.coherence if criterion == "coherence" else self.diversity
 
 
+@check_types
 def read_judgement(answer: str) -> Judgement:
     """The judgement in an answer: one JSON object, alone or with code fences or prose around it.
 

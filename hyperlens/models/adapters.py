@@ -7,7 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from ..errors import LoadingError, PairError, first_line
+from ..errors import LoadingError, PairError, first_line, shortened
 from .adapter_layout import PREFIX, layout_of
 from .kinds import HUB_ID
 from .weight_sharing import token_tables, weight_sharing_copy
@@ -74,7 +74,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     path = folder / ADAPTER_CONFIG
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise LoadingError(
             f"{path} is not readable JSON ({first_line(error)}): save the adapter again"
         ) from None
@@ -82,6 +82,11 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         raise LoadingError(
             f"{path} holds no adapter configuration that the installed peft knows: save the "
             "adapter again, or install the peft that wrote it"
+        )
+    named = config.get("base_model_name_or_path")
+    if not isinstance(named, str | None):
+        raise LoadingError(
+            f"{path} names {shortened(named)} as the adapter's base: write a folder or hub id there"
         )
     by = config.get("init_lora_weights")
     if isinstance(by, str) and by.startswith("pissa_niter"):

@@ -109,6 +109,8 @@ _KNOWN: WeakKeyDictionary[nn.Module, _Known] = WeakKeyDictionary()
 
 @torch.no_grad()
 def _traced_structure(plain: Any) -> ModelStructure:
+    if not hasattr(getattr(plain, "config", None), "get_text_config"):
+        raise LoadingError(f"expected a PreTrainedModel or a PeftModel, got {type(plain).__name__}")
     config = plain.config.get_text_config()
     head = plain.get_output_embeddings()
     kind = type(plain).__name__

@@ -39,7 +39,7 @@ def checked_views(views: Any) -> tuple[View, ...]:
     Raises:
         ProbeError: if there are none, or others than `VIEWS`.
     """
-    if isinstance(views, str) or not views or not set(views) <= set(VIEWS):
+    if isinstance(views, str) or len(views) == 0 or not set(views) <= set(VIEWS):
         raise ProbeError(f"views must be some of {VIEWS}, got {views!r}")
     return tuple(views)
 

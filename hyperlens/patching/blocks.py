@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..checks import check_counts
+from ..checks import check_counts, check_seed, check_types
 from ..data.corpus import Corpus, pad
 from ..decoding.diversity import REPETITION_METRICS as REPETITION
 from ..errors import PatchError
@@ -96,6 +96,7 @@ SOURCE_ACTIVATION = "source"
 Row = dict[str, Any]
 
 
+@check_types
 def patch_blocks(
     base: Any,
     tuned: Any = None,
@@ -151,6 +152,7 @@ def patch_blocks(
     """
     check_kind(site)
     check_counts(n_texts=n_texts, batch_size=batch_size)
+    check_seed(seed)
     if max_new_tokens and counts_from_the_end(positions):
         raise PatchError(
             f"positions {positions} count from the end of a text, and a text that is being "

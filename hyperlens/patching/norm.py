@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..checks import check_counts
+from ..checks import check_counts, check_seed, check_types
 from ..pair import open_inputs
 from ..passes.streaming import PassOptions, run_pass
 from ..passes.streams import VIEWS, StreamPair, View
@@ -33,6 +33,7 @@ SINK_THRESHOLD = 10.0
 Row = dict[str, Any]
 
 
+@check_types
 def patch_norm(
     base: Any,
     tuned: Any = None,
@@ -63,6 +64,7 @@ def patch_norm(
         HyperlensError: if a source cannot be opened, or the texts do not fit the models.
     """
     check_counts(batch_size=batch_size)
+    check_seed(seed)
     inputs = open_inputs(base, tuned, texts, max_length=max_length, device=device, dtype=dtype)
     pair = inputs.pair
     plain = ParticipationRatio(views=VIEWS, layers=(-2, -1))

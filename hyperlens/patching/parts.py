@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from ..checks import check_types
 from ..data.corpus import Corpus
 from ..errors import PatchError
 from ..hooks.loading import LoadedModel
@@ -67,8 +68,11 @@ class Slot(NamedTuple):
 Slots = Mapping[Part, Sequence[Slot]]
 
 
+@check_types
 @contextmanager
-def transplanted(target: Any, source: Any, parts: Iterable[Part] | Part) -> Iterator[None]:
+def transplanted(
+    target: nn.Module, source: nn.Module, parts: Iterable[Part] | Part
+) -> Iterator[None]:
     """Inside, the target has these parts of the source; its own tensors are back afterwards.
 
     Args:

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..checks import check_counts
+from ..checks import check_counts, check_seed, check_types
 from ..models.tokenizers import token_names
 from ..pair import open_inputs
 from ..passes.failures import explaining_out_of_memory
@@ -34,6 +34,7 @@ CONTEXT_TOKENS = 30
 SMALLEST_SHOWN = 0.005
 
 
+@check_types
 def patch_positions(
     base: Any,
     tuned: Any = None,
@@ -77,6 +78,7 @@ def patch_positions(
         HyperlensError: if a source cannot be opened, or the texts do not fit the models.
     """
     check_counts(offsets=offsets, n_texts=n_texts, batch_size=batch_size)
+    check_seed(seed)
     inputs = open_inputs(base, tuned, texts, max_length=max_length, device=device, dtype=dtype)
     pair = inputs.pair
     with explaining_out_of_memory(batch_size, ", or max_length"):

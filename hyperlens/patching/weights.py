@@ -15,7 +15,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 
-from ..checks import check_counts
+from ..checks import check_counts, check_seed, check_types
 from ..decoding.diversity import REPETITION_METRICS as REPETITION
 from ..decoding.generate import GenerationRunner
 from ..errors import PatchError
@@ -76,6 +76,7 @@ WITH = {
 Row = Mapping[str, Any]
 
 
+@check_types
 def patch_weights(
     base: Any,
     tuned: Any = None,
@@ -128,6 +129,7 @@ def patch_weights(
     if not 0 < enough < 1:
         raise PatchError(f"enough is a share of decisions between 0 and 1; got {enough}")
     check_counts(n_texts=n_texts, batch_size=batch_size)
+    check_seed(seed)
     inputs = open_inputs(base, tuned, texts, max_length=max_length, device=device, dtype=dtype)
     inputs = draw_texts(inputs, n_texts, seed)
     pair = inputs.pair

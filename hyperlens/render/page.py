@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 from markupsafe import Markup
 
 from .. import __version__
+from ..checks import check_types
 from ..errors import ResultsError
 from ..files import expand_user, write_text
 from . import charts
@@ -52,6 +53,7 @@ class Presented(Protocol):
         """Verdicts first, then what they rest on."""
 
 
+@check_types
 def write_report(path: Any, results: Any, title: str | None = None) -> Path:
     """Write one self-contained page about any number of results; atomic.
 

@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from ..errors import ResultsError
+from ..checks import check_field_types, check_type, check_types
+from ..errors import ResultsError, shortened
 from ..files import expand_user, new_folder, write_text
 from ..render import charts
 from ..render.blocks import Block, Text, Verdict
@@ -33,6 +34,9 @@ FORMAT = 2
 # Besides the columns, the keys of extras that hold words of ours; other strings may be tokens or
 # texts of people, which keep theirs.
 LABEL_KEYS = ("against", "effect", "cell")
+
+# What a cell of a table holds.
+CELL = str | float | bool | None
 
 AnyResult = TypeVar("AnyResult", bound="Result")
 
@@ -64,6 +68,7 @@ class Result(ABC):
     meta: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        check_field_types(self)
         for row in self.table:
             if set(row) != set(self.columns):
                 raise ResultsError(
@@ -137,7 +142,15 @@ class Result(ABC):
         }
 
     def rows(self, **wanted: Any) -> list[Mapping[str, Any]]:
-        """Rows whose columns have these values, in order; none where nothing was measured."""
+        """Rows whose columns have these values, in order; none where nothing was measured.
+
+        Raises:
+            ResultsError: if there is no such column.
+        """
+        for column, value in wanted.items():
+            if column not in self.columns:
+                raise ResultsError(unknown("column", column, self.columns))
+            check_type(column, value, CELL)
         return matching(self.table, wanted)
 
     def select(self, **wanted: Any) -> list[Mapping[str, Any]]:
@@ -146,13 +159,12 @@ class Result(ABC):
         Raises:
             ResultsError: if there is no such column, or no row has one of the values.
         """
+        found = self.rows(**wanted)
         for column, value in wanted.items():
-            if column not in self.columns:
-                raise ResultsError(unknown("column", column, self.columns))
             known = list(dict.fromkeys(row[column] for row in self.table))
             if value not in known:
                 raise ResultsError(unknown(column, value, known))
-        return self.rows(**wanted)
+        return found
 
     def at(self, **wanted: Any) -> Mapping[str, Any]:
         """The one row whose columns have these values.
@@ -174,6 +186,8 @@ class Result(ABC):
         Raises:
             ResultsError: if there is no such row, or more than one.
         """
+        if "value" not in self.columns:
+            raise ResultsError(f"{self.name} has no column of values: read a row with at(…)")
         return float(self.at(**wanted)["value"])
 
     def __str__(self) -> str:
@@ -185,6 +199,7 @@ class Result(ABC):
     def _repr_html_(self) -> str:
         return notebook_html(self)
 
+    @check_types
     def save(self, folder: str | Path, *, figures: bool = False) -> Path:
         """Write <name>.json, <name>.csv, summary.txt and report.html into a new folder.
 
@@ -228,6 +243,7 @@ class Result(ABC):
         return path
 
     @classmethod
+    @check_types
     def load(cls: type[AnyResult], folder: str | Path) -> AnyResult:
         """Read back what `save` or `write` wrote; every number returns bit for bit.
 
@@ -253,7 +269,7 @@ class Result(ABC):
             if not isinstance(data["meta"], dict) or not isinstance(data["extras"], dict):
                 raise TypeError("meta and extras must be objects")
             return cls(table=tuple(data["table"]), extras=data["extras"], meta=data["meta"])
-        except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise ResultsError(f"{path} is not readable as {cls.name}: {error}") from None
 
     @classmethod
@@ -287,7 +303,7 @@ def unknown(what: str, given: Any, known: Sequence[Any]) -> str:
     """The message about a name that does not exist, with the nearest one that does."""
     near = difflib.get_close_matches(str(given), list(map(str, known)), n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    return f"no {what} {given!r}: expected one of {', '.join(map(str, known))}{hint}"
+    return f"no {what} {shortened(given)}: expected one of {', '.join(map(str, known))}{hint}"
 
 
 def _rename(value: Any, renamed: Mapping[str, str], labels: Collection[str], key: str = "") -> Any:

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ...checks import check_counts
+from ...checks import check_counts, check_seed, check_types
 from ...data.corpus import Corpus
 from ...decoding.diversity import REPETITION_METRICS as REPETITION
 from ...errors import CorpusError, PatchError
@@ -76,6 +76,7 @@ SPREAD = ("dimension_fitted", "dimension", "variance")
 FITTED, READ = 0, 1
 
 
+@check_types
 def patch_expansion(
     base: Any,
     tuned: Any = None,
@@ -127,6 +128,7 @@ def patch_expansion(
         HyperlensError: if a source cannot be opened, or the texts do not fit the models.
     """
     check_counts(batch_size=batch_size, n_random=n_random, n_texts=n_texts)
+    check_seed(seed)
     _check(n_directions, smallest_effect)
     inputs = open_inputs(base, tuned, texts, max_length=max_length, device=device, dtype=dtype)
     inputs = draw_texts(inputs, n_texts, seed)
