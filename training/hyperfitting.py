@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from ..results.fingerprint import versions, weights_sha256
 from . import processes
 from .data import TrainingData, training_data
 from .folders import check_out, save, working_folder
-from .recipes import Method, Recipe, changed, preset
+from .recipes import HELP, Method, Recipe, changed, nearest, preset
 from .weights import context_length, private_copy, trainers_randomness
 
 if TYPE_CHECKING:
@@ -215,6 +216,12 @@ def run_to_json(run: HyperfitRun) -> dict[str, Any]:
 def _recipe(
     recipe: str | Recipe | None, method: Method | None, overrides: dict[str, Any]
 ) -> Recipe:
+    # A mistyped argument of `hyperfit` itself comes here, too.
+    own = [name for name in inspect.signature(hyperfit).parameters if name != "overrides"]
+    for name in overrides:
+        meant = nearest(name, [*HELP, *own])
+        if name not in HELP and meant in own:
+            raise TrainingError(f"hyperfit has no argument {name!r}: did you mean {meant}?")
     if isinstance(recipe, Recipe):
         return changed(recipe, **overrides, **({} if method is None else {"method": method}))
     return preset(recipe or "li2026", method or "full", **overrides)
