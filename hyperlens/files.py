@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import shutil
@@ -15,6 +16,16 @@ from .errors import ResultsError
 def expand_user(path: str | Path) -> Path:
     """Expand `~`; an unknown `~user` is left unchanged."""
     return Path(os.path.expanduser(path))
+
+
+def remedy(error: OSError) -> str:
+    """What to do when something cannot be written.
+
+    >>> remedy(OSError(errno.ENOSPC, "No space left on device"))
+    'free some space'
+    """
+    is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return "free some space" if is_full else "choose another folder"
 
 
 def write_text(path: Path, text: str) -> None:
@@ -39,8 +50,7 @@ def write_text(path: Path, text: str) -> None:
             raise
     except (OSError, ValueError) as error:  # a ValueError: no file can have such a name
         raise ResultsError(
-            f"cannot write {path} ({getattr(error, 'strerror', None) or error}): choose another "
-            "place"
+            f"cannot write {path} ({getattr(error, 'strerror', None) or error}): {remedy(error)}"
         ) from None
 
 
@@ -85,7 +95,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
         staging.mkdir()
     except OSError as error:
         raise ResultsError(
-            f"cannot create {folder} ({error.strerror or error}): choose another folder"
+            f"cannot create {folder} ({error.strerror or error}): {remedy(error)}"
         ) from None
     try:
         yield staging
@@ -94,7 +104,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
         os.replace(staging, folder)
     except OSError as error:
         raise ResultsError(
-            f"cannot write {folder} ({error.strerror or error}): choose another folder"
+            f"cannot write {folder} ({error.strerror or error}): {remedy(error)}"
         ) from None
     finally:
         shutil.rmtree(staging, ignore_errors=True)

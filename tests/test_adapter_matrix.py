@@ -154,9 +154,7 @@ TOGETHER: dict[str, list[dict[str, Any]]] = {
     "BEFT": [{"target_modules": ["q_proj", "v_proj"]}],
 }
 OF_PEFT = {field.name for field in dataclasses.fields(peft.PeftConfig)}
-TOKENS = torch.tensor(
-    [[3, 4, 5, 6, 7, 8, 9, 10, 11, 12], [13, 14, 5, 6, 17, 18, 60, 20, 21, 22]]
-)
+TOKENS = torch.tensor([[3, 4, 5, 6, 7, 8, 9, 10, 11, 12], [13, 14, 5, 6, 17, 18, 60, 20, 21, 22]])
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Largest difference of logits as a share of the largest: as opened, and merged.
 TOLERANCE = {"float32": (1e-4, 1e-3), "bfloat16": (3e-2, 0.1)}
@@ -213,7 +211,9 @@ def variations(method: str) -> Iterator[dict[str, Any]]:
         for value in values:
             if value == "*_only":
                 value = f"{PEFT_TYPE_TO_PREFIX_MAPPING[CONFIGS[method](**fitted(method)).peft_type]}only"
-            if not any(value is other or (value == other and type(value) is type(other)) for other in seen):
+            if not any(
+                value is other or (value == other and type(value) is type(other)) for other in seen
+            ):
                 seen.append(value)
                 yield {field.name: value}
     yield from TOGETHER.get(method, [])
@@ -319,7 +319,7 @@ def unchanged(model: Any, before: dict[str, Any]) -> bool:
 
 
 def verdict(read: Callable[[], torch.Tensor], again: Any, wanted: Any, tolerance: float) -> str:
-    """"right", or in words: refused in one line, wrong, or an error that is no answer."""
+    """ "right", or in words: refused in one line, wrong, or an error that is no answer."""
     try:
         got, second = read(), again()
     except HyperlensError as error:
@@ -382,9 +382,11 @@ def _outcome(cell: Cell) -> dict[str, str]:
         )
         found["merged"] = verdict(
             lambda: merged(merge(model, Path(home, "1"))),
-            lambda: merged(merge(folder, Path(home, "2"), base=base))
-            if found["folder"] == "right"
-            else merged(Path(home, "1")),
+            lambda: (
+                merged(merge(folder, Path(home, "2"), base=base))
+                if found["folder"] == "right"
+                else merged(Path(home, "1"))
+            ),
             wanted,
             merging,
         )

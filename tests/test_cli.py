@@ -234,9 +234,10 @@ def test_hyperfit_trains_saves_and_names_the_next_command(
     out = tmp_path / "hyper fitted"
     assert cli.main([*HYPERFIT, *SHORT, "--out", str(out)]) == cli.OK
     printed, err = capsys.readouterr()
-    # Not a terminal: plain lines, one for each record.
+    # Not a terminal: plain lines, one for each epoch and each record.
     assert "hyperfit: epoch 0/2, the base, held-out text: TTR " in err
-    assert "hyperfit: epoch 2/2, loss " in err
+    assert "hyperfit: epoch 1/2, step " in err
+    assert "hyperfit: epoch 2/2, held-out text: TTR " in err
     assert "\r" not in err
     assert f"weights in {out}" in printed
     record = json.loads((out / "hyperfit.json").read_text())
@@ -550,6 +551,22 @@ def test_a_mistyped_option_is_told_which_was_meant(
 ) -> None:
     line = failed(capsys, cli.USAGE, argv, "unrecognized arguments: ")
     assert line.endswith(f"; did you mean {meant}?")
+
+
+@pytest.mark.parametrize(
+    ("argv", "meant"),
+    [
+        (("compare", "a", "b", "--text", "t.txt"), "--texts instead of --text"),
+        ((*HYPERFIT, "--out", "out", "--lr", "3"), "--learning-rate"),
+        ((*HYPERFIT, "--out", "out", "--method", "late-lora"), "late_lora"),
+        (("hyperfitt", "base"), "hyperfit"),
+    ],
+    ids=str,
+)
+def test_names_that_are_nearly_right_are_told_too(
+    no_models: None, argv: tuple, meant: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert failed(capsys, cli.USAGE, argv, "error").endswith(f"; did you mean {meant}?")
 
 
 def test_without_a_command_help_is_printed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import D_VOCAB, make_tiny, short
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from hyperlens.errors import ResourceError
 from hyperlens.training import hyperfit
@@ -163,6 +164,40 @@ def test_a_model_that_passes_on_more_than_the_residual_is_not_cached(tiny, misse
     tokens = torch.tensor(sequences())
     cache = PrefixCache(find_block_list(tiny).blocks, 2, len(tokens), MEMORY)
     assert not is_exact(tiny, cache, tokens[:3])
+
+
+def test_frozen_blocks_that_draw_random_numbers_are_not_cached(tiny):
+    """They do in training mode only, where the cache would freeze what they drew."""
+    first = tiny.model.layers[0]
+    forward = first.forward
+
+    def jittered(hidden_states, *args, **kwargs):
+        noise = 1 + 0.1 * torch.rand_like(hidden_states) if first.training else 1
+        return forward(hidden_states * noise, *args, **kwargs)
+
+    first.forward = jittered
+    tokens = torch.tensor(sequences())
+    cache = PrefixCache(find_block_list(tiny).blocks, 2, len(tokens), MEMORY)
+    assert not is_exact(tiny, cache, tokens[:3])
+
+
+def test_without_the_jitter_of_routers_the_cache_is_exact():
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=D_VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        router_jitter_noise=0.3,
+    )
+    # Batches of one size: an expert that gets a single token rounds otherwise than one with more.
+    cached, plain = both(MixtralForCausalLM(config), last_k=1, n_sequences=6)
+    assert cached.manifest["prefix_cache"]
+    assert cached.history == plain.history
+    assert same_weights(cached.model, plain.model)
 
 
 def test_exactness_leaves_the_model_as_it_was(tiny):

@@ -6,10 +6,12 @@ import random
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 from transformers.integrations import integration_utils
 
-from hyperlens.errors import ResultsError, TrainingError
+from hyperlens.errors import ResourceError, ResultsError, TrainingError
 from hyperlens.training import hyperfit, hyperfitting
 from hyperlens.training.callbacks import Recording
 from hyperlens.training.folders import WorkingFolder
@@ -162,6 +164,58 @@ def test_control_c_ends_with_a_checkpoint_of_the_step(
     hyperfit(llama_folder, ids, out=tmp_path / "run", **options)
     hyperfit(llama_folder, ids, out=tmp_path / "whole", **options)
     same(tmp_path / "whole", tmp_path / "run")
+
+
+def test_sigterm_ends_with_a_checkpoint_and_one_line(
+    llama_folder, ids_file, tmp_path, monkeypatch, capsys
+):
+    """As Slurm sends before it takes the machine, and perhaps more than once."""
+    from hyperlens.training.trainer import TokenTrainer
+
+    compute = TokenTrainer.compute_loss
+
+    def terminated(self, *args, **kwargs):
+        if self.state.global_step == 3:
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
+        return compute(self, *args, **kwargs)
+
+    ids = json.loads(ids_file.read_text())
+    options = OPTIONS | {"checkpoint_minutes": 60.0}
+    with monkeypatch.context() as patch:
+        patch.setattr(TokenTrainer, "compute_loss", terminated)
+        with pytest.raises(SystemExit) as ended:
+            hyperfit(llama_folder, ids, out=tmp_path / "run", **options)
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "after step 4/18: the same command continues" in line
+    state = tmp_path / "run.partial" / "checkpoint" / "trainer_state.json"
+    assert json.loads(state.read_text())["global_step"] == 4
+    hyperfit(llama_folder, ids, out=tmp_path / "run", **options)
+    hyperfit(llama_folder, ids, out=tmp_path / "whole", **options)
+    same(tmp_path / "whole", tmp_path / "run")
+
+
+@pytest.mark.long
+def test_the_command_answers_sigterm_and_a_second_run_at_once(llama_folder, ids_file, tmp_path):
+    """In processes of their own: the second is refused, the first ended, the third goes on."""
+    out = tmp_path / "run"
+    first = start(llama_folder, ids_file, out, "full", epochs=2000)
+    checkpoint = tmp_path / "run.partial" / "checkpoint" / "progress.json"
+    while not checkpoint.exists() and first.poll() is None:
+        time.sleep(0.01)
+    second = start(llama_folder, ids_file, out, "full", epochs=3)
+    _, err = second.communicate(timeout=200)
+    assert second.returncode == 1
+    assert f"process {first.pid} on {socket.gethostname()} is working in" in err.splitlines()[-1]
+    first.send_signal(signal.SIGTERM)
+    _, err = first.communicate(timeout=200)
+    assert first.returncode == 128 + signal.SIGTERM
+    (line,) = (line for line in err.splitlines() if line.startswith("hyperfit: "))
+    assert "the same command continues from there" in line
+    shutil.rmtree(tmp_path / "run.partial")
+    hyperfit(llama_folder, json.loads(ids_file.read_text()), out=out, **OPTIONS)
 
 
 @pytest.mark.usefixtures("control_c")
@@ -310,7 +364,8 @@ def test_what_a_checkpoint_needs_is_there_until_the_next_is(
     options = OPTIONS | {"stop_at_plateau": True, "near_zero_loss": 100.0}
     hyperfit(llama_folder, json.loads(ids_file.read_text()), out=tmp_path / "run", **options)
     assert {"best-2.safetensors", "best-4.safetensors"} in kept
-    assert kept[-1] == {"best-4.safetensors"}
+    *_, last, _ = kept  # and one more when the run has ended
+    assert last == {"best-4.safetensors"}
 
 
 @pytest.mark.parametrize("asked", [False, True])
@@ -367,6 +422,136 @@ def test_a_full_disk_is_said_and_spares_the_last_checkpoint(
     hyperfit(llama_folder, ids, "full", out=tmp_path / "run", **OPTIONS)
     hyperfit(llama_folder, ids, "full", out=tmp_path / "whole", **OPTIONS)
     same(tmp_path / "whole", tmp_path / "run")
+
+
+def full_disk(monkeypatch, module, name):
+    """Let `module.name` meet a disk on which nothing fits, by a limit on the size of files."""
+    function = getattr(module, name)
+
+    def on_full_disk(*args, **kwargs):
+        unlimited = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+        handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4000, resource.RLIM_INFINITY))
+        try:
+            return function(*args, **kwargs)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+            signal.signal(signal.SIGXFSZ, handler)
+
+    monkeypatch.setattr(module, name, on_full_disk)
+
+
+def test_a_disk_that_is_full_at_the_end_costs_nothing(
+    llama_folder, ids_file, tmp_path, monkeypatch
+):
+    """Before the first checkpoint that was due; the same call saves, and trains nothing."""
+    from hyperlens.training.trainer import TokenTrainer
+
+    ids, out = json.loads(ids_file.read_text()), tmp_path / "run"
+    options = OPTIONS | {"checkpoint_minutes": 60.0, "stop_at_plateau": True, "near_zero_loss": 9.0}
+    with monkeypatch.context() as patch:
+        full_disk(patch, hyperfitting, "save")
+        with pytest.raises(ResultsError, match=r"free some space.*saves the trained weights, kept"):
+            hyperfit(llama_folder, ids, out=out, **options)
+    assert [path.name for path in tmp_path.iterdir()] == ["run.partial"]
+    with monkeypatch.context() as patch:
+        patch.setattr(TokenTrainer, "compute_loss", lambda *_, **__: pytest.fail("trains again"))
+        hyperfit(llama_folder, ids, out=out, **options)
+    hyperfit(llama_folder, ids, out=tmp_path / "whole", **options)
+    same(tmp_path / "whole", out)
+    ends = [json.loads((tmp_path / n / "hyperfit.json").read_text()) for n in ("run", "whole")]
+    assert ends[0]["manifest"]["ending"] == ends[1]["manifest"]["ending"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "whole"]
+
+
+@pytest.mark.parametrize("writer", ["_save_best", "save_trained_weights"])
+def test_every_error_of_writing_says_how_to_go_on(
+    llama_folder, ids_file, tmp_path, monkeypatch, writer
+):
+    """The best weights; the last checkpoint, without which the result can still be saved."""
+    from hyperlens.training import callbacks, fitting
+
+    ids, out = json.loads(ids_file.read_text()), tmp_path / "run"
+    options = OPTIONS | {"stop_at_plateau": True, "near_zero_loss": 100.0}
+    full_disk(monkeypatch, callbacks if writer == "_save_best" else fitting, writer)
+    if writer == "_save_best":
+        with pytest.raises(ResultsError, match=r"space; the same command then continues after ste"):
+            hyperfit(llama_folder, ids, out=out, **options)
+        assert (tmp_path / "run.partial" / "checkpoint").is_dir()
+    else:
+        assert hyperfit(llama_folder, ids, out=out, **options).folder == out
+        assert weights(out)
+
+
+def test_room_for_the_end_is_taken_at_the_start(llama_folder, ids_file, tmp_path, monkeypatch):
+    from hyperlens.training.trainer import TokenTrainer
+
+    reserved, sizes = tmp_path / "run.partial" / "reserved", []
+    compute = TokenTrainer.compute_loss
+
+    def watched(self, *args, **kwargs):
+        sizes.append(reserved.stat().st_size if reserved.exists() else 0)
+        return compute(self, *args, **kwargs)
+
+    ids = json.loads(ids_file.read_text())
+    with monkeypatch.context() as patch:
+        patch.setattr(TokenTrainer, "compute_loss", watched)
+        hyperfit(llama_folder, ids, out=tmp_path / "run", **OPTIONS)
+    result = sum(file.stat().st_size for file in (tmp_path / "run").iterdir())
+    assert sizes[0] >= 2 * result  # the last checkpoint, and the result beside it
+    assert not any(sizes[1:])  # after the first checkpoint
+    shutil.rmtree(tmp_path / "run")
+    usage = SimpleNamespace(free=sizes[0] - 1)
+    monkeypatch.setattr("hyperlens.training.folders.shutil.disk_usage", lambda folder: usage)
+    with pytest.raises(ResourceError, match=r"take .* MiB .*free some space"):
+        hyperfit(llama_folder, ids, out=tmp_path / "run", **OPTIONS)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_killed_while_it_cleans_up_it_is_cleaned_up_by_the_next_call(
+    llama_folder, ids_file, tmp_path, monkeypatch
+):
+    ids, out = json.loads(ids_file.read_text()), tmp_path / "run"
+
+    def killed(self):
+        raise Interrupted
+
+    for is_there in (True, False):
+        with monkeypatch.context() as patch:
+            patch.setattr(WorkingFolder, "remove", killed)
+            with pytest.raises(Interrupted):
+                hyperfit(llama_folder, ids, out=out, **OPTIONS)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "run.partial"]
+        if is_there:
+            with pytest.raises(ResultsError, match="already exists"):
+                hyperfit(llama_folder, ids, out=out, **OPTIONS)
+            assert [path.name for path in tmp_path.iterdir()] == ["run"]
+        shutil.rmtree(out)
+    # A finished run is no unfinished one with other options.
+    hyperfit(llama_folder, ids, out=out, **OPTIONS | {"epochs": 2})
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_second_run_into_one_folder_is_refused(llama_folder, ids_file, tmp_path, monkeypatch):
+    ids, out = json.loads(ids_file.read_text()), tmp_path / "run"
+    from hyperlens.training.trainer import TokenTrainer
+
+    compute, refusals = TokenTrainer.compute_loss, []
+
+    def meanwhile(self, *args, **kwargs):
+        if self.state.global_step == 4 and not refusals:
+            for options in (OPTIONS, OPTIONS | {"epochs": 2}):
+                with pytest.raises(TrainingError) as refused:
+                    hyperfit(llama_folder, ids, out=out, **options)
+                refusals.append(str(refused.value))
+        return compute(self, *args, **kwargs)
+
+    monkeypatch.setattr(TokenTrainer, "compute_loss", meanwhile)
+    assert len(hyperfit(llama_folder, ids, out=out, **OPTIONS).history) == 6
+    assert len(refusals) == 2
+    for line in refusals:
+        assert f"process {os.getpid()} on {socket.gethostname()} is working in {out}.part" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 @pytest.mark.parametrize("method", ["full", "late_lora"])

@@ -5,6 +5,7 @@ import gc
 import html
 import json
 import random
+import re
 import subprocess
 import sys
 import weakref
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -210,6 +212,47 @@ def test_dropout_rates_come_back() -> None:
     assert model.transformer.drop.p == model.config.attn_pdrop == 0.1
 
 
+@pytest.mark.parametrize(
+    ("kind", "noise", "kept"),
+    [
+        ("Mixtral", "router_jitter_noise", None),
+        # There it is a threshold, and the noise has another name.
+        ("Phimoe", "input_jitter_noise", "router_jitter_noise"),
+    ],
+)
+def test_noise_that_is_not_called_dropout_is_turned_off(
+    kind: str, noise: str, kept: str | None
+) -> None:
+    torch.manual_seed(0)
+    rates = {noise: 0.3} | ({kept: 0.2} if kept else {})
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=VOCAB,
+        hidden_size=D,
+        intermediate_size=FF,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        **rates,
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    evaluated = logits(model.eval())
+    modes = [module.training for module in model.modules()]
+    values = [dict(vars(module)) for module in model.modules()]
+    with without_dropout(model):
+        assert torch.equal(logits(model), evaluated)
+        noisy = [m for m in model.modules() if getattr(m, "jitter_noise", 0.0) > 0]
+        noisy += [m for m in model.modules() if getattr(m, "input_jitter_noise", 0.0) > 0]
+        assert noisy == []
+        if kept:
+            assert any(getattr(m, kept, 0.0) == 0.2 for m in model.modules())
+        else:
+            assert torch.equal(logits(model.train()), evaluated)
+            model.eval()
+    assert [module.training for module in model.modules()] == modes
+    assert str([dict(vars(module)) for module in model.modules()]) == str(values)
+
+
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_the_seed_decides_every_bit(method: str) -> None:
     def trained(seed: int) -> dict[str, torch.Tensor]:
@@ -236,11 +279,31 @@ def test_weights_are_float32_unless_asked_otherwise() -> None:
     run = hyperfit(base, texts(), epochs=1, **FEW)
     assert {p.dtype for p in run.model.parameters()} == {torch.float32}
     assert {p.dtype for p in base.parameters()} == {torch.bfloat16}
-    kept = hyperfit(base, texts(), epochs=1, dtype="bfloat16", **FEW)
+    kept = hyperfit(base, texts(), epochs=1, dtype="bfloat16", learning_rate=1e-3, **FEW)
     assert {p.dtype for p in kept.model.parameters()} == {torch.bfloat16}
     adapted = hyperfit(base, texts(), "lora", epochs=1, **FEW)
     frozen = {p.dtype for p in adapted.model.parameters() if not p.requires_grad}
     assert frozen == {torch.bfloat16}
+
+
+def test_steps_that_bfloat16_would_round_away_are_refused() -> None:
+    steps = {"dtype": "bfloat16", "learning_rate": 5e-6}
+    line = refusal(llama(), texts(), **steps)
+    assert "float32" in line
+    assert "bf16=True" in line
+    # The rule foretells which weights a first step leaves as they are.
+    told = float(re.search(r"(\d+)%", line).group(1)) / 100
+    model = llama().to(torch.bfloat16)
+    before = [p.detach().clone() for p in model.parameters()]
+    step = torch.optim.AdamW(model.parameters(), lr=5e-6, weight_decay=0.0)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    step.step()
+    stuck = sum(int((a == b).sum()) for a, b in zip(before, model.parameters(), strict=True))
+    assert stuck / sum(p.numel() for p in before) == pytest.approx(told, abs=0.01)
+    for allowed in ({"learning_rate": 5e-6}, {"learning_rate": 5e-6, "bf16": True}):
+        hyperfit(llama(), texts(), epochs=1, **FEW | allowed)
+    hyperfit(llama().to(torch.bfloat16), texts(), "lora", epochs=1, **FEW | steps)
 
 
 def test_float16_weights_are_refused_where_they_would_be_trained() -> None:
@@ -323,6 +386,13 @@ def test_a_loss_that_leaves_the_numbers_stops_the_run(tmp_path: Path) -> None:
     assert "at step 2 of 2" in refusal(llama(), texts(4), **steep)
     assert "NaN or infinite by step 1" in refusal(llama(), texts(2), **steep)
     assert list(tmp_path.iterdir()) == []
+    # Its advice is followed, also where there is a checkpoint of the run that failed.
+    kept = {"out": tmp_path / "run", "checkpoint_minutes": 0.0}
+    assert "at step 2 of 2" in refusal(llama(), texts(4), **steep | kept)
+    assert (tmp_path / "run.partial" / "checkpoint").exists()
+    assert "at step 2 of 2" in refusal(llama(), texts(4), **steep | kept)
+    hyperfit(llama(), texts(4), epochs=1, **FEW | kept)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_running_out_of_memory_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -349,6 +419,19 @@ def test_the_bar_shows_epoch_and_loss(
 RECORDED = {"record_every": 2, "n_validation": 2, "prompt_tokens": 4, "new_tokens": 6}
 
 
+def test_records_are_shown_above_the_bar(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    run = hyperfit(llama(), texts(6), epochs=2, **FEW | {"progress": True} | RECORDED)
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    lines = [line for line in re.split(r"[\r\n]+", shown.err) if "held-out text" in line]
+    assert [line.split(",")[0] for line in lines] == ["hyperfit: epoch 0/2", "hyperfit: epoch 2/2"]
+    last = run.records[-1]
+    assert f"TTR {last.ttr:.3f}, validation loss {last.validation_loss:.4f}" in lines[-1]
+
+
 @pytest.mark.parametrize(("seconds", "every_step"), [(30.0, False), (0.0, True)])
 def test_off_a_terminal_lines_say_how_far_it_is(
     seconds: float,
@@ -357,7 +440,7 @@ def test_off_a_terminal_lines_say_how_far_it_is(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(callbacks, "SECONDS_PER_LINE", seconds)
-    hyperfit(llama(), texts(6), epochs=4, **FEW | {"progress": True} | RECORDED)
+    run = hyperfit(llama(), texts(6), epochs=4, **FEW | {"progress": True} | RECORDED)
     shown = capsys.readouterr()
     assert shown.out == ""
     assert "\r" not in shown.err
@@ -366,8 +449,10 @@ def test_off_a_terminal_lines_say_how_far_it_is(
     assert [line.split(",")[0] for line in records] == [f"hyperfit: epoch {n}/4" for n in (0, 2, 4)]
     assert "the base" in records[0]
     steps = [line for line in lines if " left" in line]
-    assert len(steps) == (8 if every_step else 0)
-    assert not every_step or steps[2].startswith("hyperfit: epoch 2/4, step 3/8, loss ")
+    # Each epoch has a line however short it is.
+    expected = range(1, 9) if every_step else (2, 4, 6, 8)
+    assert [line.split(",")[1] for line in steps] == [f" step {step}/8" for step in expected]
+    assert steps[-1].startswith(f"hyperfit: epoch 4/4, step 8/8, loss {run.history[-1]:.4f}, ")
 
 
 def test_lines_of_a_resumed_run_start_where_it_continues(
@@ -389,8 +474,12 @@ def test_lines_of_a_resumed_run_start_where_it_continues(
     hyperfit(llama(), texts(6), out=tmp_path / "run", **options)
     lines = [line for line in capsys.readouterr().err.splitlines() if "hyperfit: " in line]
     assert lines[0] == "hyperfit: continuing after step 5/8"
-    assert lines[1].startswith("hyperfit: epoch 4/4, loss ")
-    assert len(lines) == 2
+    assert [line.split(",")[:2] for line in lines[1:]] == [
+        ["hyperfit: epoch 3/4", " step 6/8"],
+        ["hyperfit: epoch 4/4", " step 8/8"],
+        ["hyperfit: epoch 4/4", lines[-1].split(",")[1]],
+    ]
+    assert "held-out text: TTR " in lines[-1]
 
 
 def test_a_run_shows_itself_in_a_few_lines(
@@ -421,15 +510,29 @@ def test_losses_reach_the_loggers_of_the_trainer(monkeypatch: pytest.MonkeyPatch
     from transformers import TrainerCallback
     from transformers.integrations import integration_utils
 
-    seen: list[float] = []
+    losses: list[float] = []
+    records: dict[int, dict[str, float]] = {}
 
     class Logger(TrainerCallback):
-        def on_log(self, *args: Any, logs: dict[str, float], **kwargs: Any) -> None:
-            seen.extend(logs[name] for name in logs if name == "loss")
+        def on_log(
+            self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any
+        ) -> None:
+            if "loss" in logs:
+                losses.append(logs["loss"])
+            if "eval_loss" in logs:
+                records[state.global_step] = logs
 
     monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "mine", Logger)
-    run = hyperfit(llama(), texts(), epochs=3, report_to="mine", **FEW)
-    assert seen == pytest.approx(run.history, rel=1e-4)
+    run = hyperfit(llama(), texts(6), epochs=3, report_to="mine", **FEW | RECORDED)
+    assert losses == pytest.approx(run.history, rel=1e-4)
+    assert list(records) == [record.step for record in run.records] == [0, 4, 6]
+    for record in run.records:
+        logged = records[record.step]
+        assert logged["epoch"] == record.epoch
+        assert logged["eval_loss"] == record.validation_loss
+        # Everything else by its name in history.csv; rank_1 is the agreement with the base.
+        for name in ("ttr", "rank_1", "top1_error", "perplexity", "entropy", "bigram_repetition"):
+            assert logged[f"eval_{name}"] == getattr(record, name)
     assert "nobody is not supported" in refusal(llama(), texts(), report_to=["nobody"])
 
 
@@ -531,12 +634,16 @@ def test_a_saved_model_opens_everywhere(base_folder: Path, tmp_path: Path) -> No
     assert {"torch", "transformers", "hyperlens"} <= record["versions"].keys()
 
 
-def test_a_saved_adapter_opens_everywhere(base_folder: Path, tmp_path: Path) -> None:
+def test_a_saved_adapter_opens_everywhere(
+    base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from peft import PeftModel
 
     out = tmp_path / "run"
+    monkeypatch.chdir(base_folder.parent)
     options = {"last_k": 2, "epochs": 2, "learning_rate": 1e-2, "device": "cpu", **FEW}
-    run = hyperfit(str(base_folder), texts(), "late_lora", out=out, **options)
+    run = hyperfit(base_folder.name, texts(), "late_lora", out=out, **options)
+    monkeypatch.chdir(tmp_path)
     config = json.loads((out / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(base_folder)
     assert config["layers_to_transform"] == [2, 3]
@@ -546,6 +653,27 @@ def test_a_saved_adapter_opens_everywhere(base_folder: Path, tmp_path: Path) -> 
     assert torch.equal(logits(PeftModel.from_pretrained(plain, out).eval()), expected)
     hooked = load_hooked(out, backend="residual", device="cpu")
     assert torch.equal(hooked(torch.tensor(texts())), expected)
+
+
+@pytest.mark.parametrize("method", ["full", "late_lora"])
+def test_the_card_says_what_was_trained_and_how_to_open_it(
+    base_folder: Path, tmp_path: Path, method: str
+) -> None:
+    options = {"epochs": 2, "device": "cpu", **FEW | RECORDED}
+    run = hyperfit(base_folder, texts(6), method, out=tmp_path / "run", **options)
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "More Information Needed" not in card
+    assert f"`{base_folder}`" in card
+    assert f"{run.manifest['trained_parameters']:,} weights" in card
+    assert f"{run.history[-1]:.3f} in the last" in card
+    assert f"validation loss {run.records[-1].validation_loss:.3f}" in card
+    code = re.search(r"```python\n(.*)```", card, re.DOTALL).group(1)
+    names: dict[str, Any] = {}
+    exec(code.replace("path/of/this/folder", str(tmp_path / "run")), names)
+    assert torch.equal(logits(names["model"].eval()), logits(run.model))
+    metadata = card.split("---")[1]
+    assert f"library_name: {'peft' if method != 'full' else 'transformers'}\n" in metadata
+    assert "base_model" not in metadata  # it names a model on the hub, and this is a folder
 
 
 def test_an_adapter_of_a_nameless_model_names_no_base(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What happens between the steps of training: losses, records, checkpoints, Ctrl-C, progress.
+"""What happens between the steps of training: losses, records, checkpoints, signals, progress.
 
 Each task is a callback of transformers' Trainer. Their order matters at the end of an epoch: its
 loss first, then its record, then the checkpoint that holds both, then whatever that checkpoint
@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -131,6 +132,8 @@ class Recording(TrainerCallback):
     ) -> None:
         self._recorder, self._recipe = recorder, recipe
         self._progress, self._working = progress, working
+        # Passes each new record to the loggers, if there are any.
+        self.log: Callable[[Record], None] | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Record the base; in a resumed run, write the checkpoint's records as a table again."""
@@ -176,6 +179,8 @@ class Recording(TrainerCallback):
         self._progress.records.append(processes.from_first(record))
         if processes.is_first():
             history.write(self._working.history, self._progress.records)
+        if self.log is not None:
+            self.log(self._progress.records[-1])
         self._progress.start_clock()
 
 
@@ -200,7 +205,68 @@ def _save_best(model: nn.Module, working: WorkingFolder, epoch: int) -> None:
     os.replace(unfinished, file)
 
 
-# Checkpoints and Ctrl-C
+# Checkpoints and signals
+
+
+class Interrupts(TrainerCallback):
+    """While entered, Ctrl-C or SIGTERM ends the run after the current step, with a checkpoint.
+
+    SIGTERM is what a cluster sends some time before it takes the machine away; the run then exits
+    with one line that says how to go on. A second Ctrl-C ends the run at once. Comes after the
+    callback that puts checkpoints into place.
+
+    Does nothing outside the main thread, where Python cannot handle signals, and leaves alone a
+    signal for which another handler is installed. With several processes, whose launcher handles
+    Ctrl-C and passes it on as SIGTERM, only that is handled.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        # What all processes have agreed on.
+        self.ending: int | None = None
+        self._defaults: dict[int, Any] = {signal.SIGTERM: signal.SIG_DFL}
+        if processes.count() == 1:
+            self._defaults[signal.SIGINT] = signal.default_int_handler
+        self._installed: list[int] = []
+
+    def __enter__(self) -> None:
+        for number, default in self._defaults.items():
+            if signal.getsignal(number) is default:
+                try:
+                    signal.signal(number, self._note)
+                except ValueError:  # not the main thread
+                    return
+                self._installed.append(number)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for number in self._installed:
+            signal.signal(number, self._defaults[number])
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """End the run: the checkpoint is in place and nothing is lost."""
+        if self.ending == signal.SIGINT:
+            raise KeyboardInterrupt
+        if self.ending is not None:
+            if processes.is_first():
+                _write_line(
+                    f"ended by SIGTERM after step {state.global_step}/{state.max_steps}: the same "
+                    "command continues from there"
+                )
+            # As the shell would report a process that the signal has killed.
+            raise SystemExit(128 + self.ending)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.received is not None:
+            raise KeyboardInterrupt
+        if number == signal.SIGINT:
+            text = "stopping after this step; Ctrl-C again stops at once"
+            tqdm.write(text, file=sys.stderr)
+        self.received = self.received or number
 
 
 def is_within_epoch(state: Any) -> bool:
@@ -209,7 +275,7 @@ def is_within_epoch(state: Any) -> bool:
 
 
 class Checkpoints(TrainerCallback):
-    """Asks the Trainer for a checkpoint when enough time has passed, and moves it into place.
+    """Asks the Trainer for a checkpoint when it is time or a signal came, and moves it into place.
 
     Comes after the callbacks whose work a checkpoint has to contain. After the last step of an
     epoch it waits for the epoch's end, when its loss and its record are in.
@@ -218,10 +284,14 @@ class Checkpoints(TrainerCallback):
         working: where checkpoints go.
         progress: what they store besides the Trainer's own state.
         minutes: between two of them; 0 writes one after every step.
+        interrupts: knows whether the run is to end.
     """
 
-    def __init__(self, working: WorkingFolder, progress: Progress, minutes: float) -> None:
+    def __init__(
+        self, working: WorkingFolder, progress: Progress, minutes: float, interrupts: Interrupts
+    ) -> None:
         self._working, self._progress, self._minutes = working, progress, minutes
+        self._interrupts = interrupts
         self._last = time.monotonic()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -229,6 +299,7 @@ class Checkpoints(TrainerCallback):
             control.should_save = self._is_due()
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # Where the run is over anyway, its weights are kept soon.
         control.should_save = self._is_due() and not control.should_training_stop
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -243,71 +314,57 @@ class Checkpoints(TrainerCallback):
         self._last = time.monotonic()
 
     def _is_due(self) -> bool:
-        # The first process's clock decides for all: if they disagreed, those that save would wait
-        # forever for those that do not.
-        return bool(processes.from_first(time.monotonic() - self._last >= 60 * self._minutes))
-
-
-class Interrupts(TrainerCallback):
-    """While entered, the first Ctrl-C ends the run after the current step, with a checkpoint.
-
-    A second Ctrl-C ends it at once. Comes after the callback that puts checkpoints into place.
-    Does nothing outside the main thread, where Python cannot handle signals, where another handler
-    is installed, and with several processes, whose launcher handles Ctrl-C.
-    """
-
-    def __init__(self) -> None:
-        self._pressed = False
-        self._is_installed = False
-
-    def __enter__(self) -> None:
-        if processes.count() == 1 and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-            try:
-                signal.signal(signal.SIGINT, self._note)
-                self._is_installed = True
-            except ValueError:  # not the main thread
-                pass
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._is_installed:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Ask for a checkpoint; after an epoch's last step, `on_epoch_end` does."""
-        if self._pressed and is_within_epoch(state):
-            control.should_save = True
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Ask for a checkpoint, now that the epoch's loss and record are in."""
-        if self._pressed and not control.should_training_stop:  # else the run is over anyway
-            control.should_save = True
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """End the run: the checkpoint is in place and nothing is lost."""
-        if self._pressed:
-            raise KeyboardInterrupt
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self._pressed:
-            raise KeyboardInterrupt
-        self._pressed = True
-        tqdm.write("stopping after this step; Ctrl-C again stops at once", file=sys.stderr)
+        # The first process's clock and signals decide for all: if they disagreed, those that save
+        # would wait forever for those that do not.
+        is_time = time.monotonic() - self._last >= 60 * self._minutes
+        is_time, self._interrupts.ending = processes.from_first(
+            (is_time, self._interrupts.received)
+        )
+        return is_time or self._interrupts.ending is not None
 
 
 # Progress on stderr
 
 
-class ProgressBar(TrainerCallback):
-    """One progress bar over all steps, with epoch, loss and remaining time."""
+class ProgressDisplay(TrainerCallback):
+    """Shows each record once, and how far the run is; comes after the callback that records."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
-        self._bar: Any = None
+        self._n_shown = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Show the base's record, or where a resumed run continues."""
+        if state.global_step:
+            self._n_shown = len(self._progress.records)
+            self.write(f"continuing after step {state.global_step}/{state.max_steps}")
+        self._show_records(state)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._show_records(state)
+
+    def write(self, text: str) -> None:
+        """Write a line."""
+        _write_line(text)
+
+    def close(self) -> None:
+        """Leave everything as it stands."""
+
+    def _show_records(self, state: Any) -> None:
+        for record in self._progress.records[self._n_shown :]:
+            whose = "" if record.epoch else "the base, "
+            self.write(
+                f"epoch {record.epoch}/{state.num_train_epochs}, {whose}held-out text: "
+                f"TTR {record.ttr:.3f}, validation loss {record.validation_loss:.4f} (perplexity "
+                f"{record.perplexity:,.1f}), top-1 token as the base's {record.rank_1:.1%}"
+            )
+        self._n_shown = len(self._progress.records)
+
+
+class ProgressBar(ProgressDisplay):
+    """One progress bar over all steps, with epoch, loss and remaining time; records above it."""
+
+    _bar: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Open the bar; a resumed run starts where the interrupted one was."""
@@ -318,11 +375,16 @@ class ProgressBar(TrainerCallback):
             unit="step",
             dynamic_ncols=True,
         )
+        super().on_train_begin(args, state, control, **kwargs)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         text = f"epoch {_epoch(state)}/{state.num_train_epochs}, loss {self._progress.running:.4f}"
         self._bar.set_postfix_str(text, refresh=False)
         self._bar.update(state.global_step - self._bar.n)
+
+    def write(self, text: str) -> None:
+        """Write a line above the bar."""
+        self._bar.write(f"hyperfit: {text}", file=sys.stderr)
 
     def close(self) -> None:
         """Leave the bar as it stands."""
@@ -330,58 +392,38 @@ class ProgressBar(TrainerCallback):
             self._bar.close()
 
 
-class ProgressLines(TrainerCallback):
-    """Plain lines every half minute and at each record, for logs and other non-terminals.
+class ProgressLines(ProgressDisplay):
+    """Plain lines at each epoch and record, and every half minute, for logs and the like."""
 
-    Comes after the callback that records.
-    """
-
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
-        self._n_shown = 0
-        self._started_at = (0, 0.0)
-        self._last = 0.0
+    _started_at = (0, 0.0)
+    _last = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Show the base's record, or where a resumed run continues."""
+        super().on_train_begin(args, state, control, **kwargs)
         self._last = time.monotonic()
         self._started_at = (state.global_step, self._last)
-        if state.global_step:
-            self._n_shown = len(self._progress.records)
-            _write_line(f"continuing after step {state.global_step}/{state.max_steps}")
-        self._show_records(state)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Show epoch, step, loss and remaining time if the last line is old enough."""
-        now = time.monotonic()
-        if now - self._last < SECONDS_PER_LINE:
-            return
-        self._last = now
-        step, since = self._started_at
-        left = (now - since) / (state.global_step - step) * (state.max_steps - state.global_step)
-        _write_line(
-            f"epoch {_epoch(state)}/{state.num_train_epochs}, step {state.global_step}/"
-            f"{state.max_steps}, loss {self._progress.running:.4f}, about {_duration(left)} left"
-        )
+        """Show how far the run is within a long epoch."""
+        if is_within_epoch(state) and time.monotonic() - self._last >= SECONDS_PER_LINE:
+            self._show_step(state, self._progress.running)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._show_records(state)
+        self._show_step(state, self._progress.losses[-1])
+        super().on_epoch_end(args, state, control, **kwargs)
 
-    def close(self) -> None:
-        """Nothing to close; `ProgressBar` has the same method."""
-
-    def _show_records(self, state: Any) -> None:
-        for record in self._progress.records[self._n_shown :]:
-            trained = f"loss {record.train_loss:.4f}, " if record.epoch else "the base, "
-            _write_line(
-                f"epoch {record.epoch}/{state.num_train_epochs}, {trained}"
-                f"held-out text: TTR {record.ttr:.3f}, perplexity {record.perplexity:,.1f}"
-            )
-            self._last = time.monotonic()
-        self._n_shown = len(self._progress.records)
+    def _show_step(self, state: Any, loss: float) -> None:
+        self._last = time.monotonic()
+        step, since = self._started_at
+        per_step = (self._last - since) / max(1, state.global_step - step)
+        left = per_step * (state.max_steps - state.global_step)
+        self.write(
+            f"epoch {_epoch(state)}/{state.num_train_epochs}, step {state.global_step}/"
+            f"{state.max_steps}, loss {loss:.4f}, about {_duration(left)} left"
+        )
 
 
-def progress_display(progress: Progress) -> ProgressBar | ProgressLines:
+def progress_display(progress: Progress) -> ProgressDisplay:
     """A bar on a terminal and in a notebook, plain lines elsewhere."""
     # Jupyter's stderr is not a terminal, but can redraw a bar.
     in_notebook = type(sys.stderr).__module__.startswith("ipykernel")
@@ -389,7 +431,7 @@ def progress_display(progress: Progress) -> ProgressBar | ProgressLines:
 
 
 def _write_line(text: str) -> None:
-    sys.stderr.write(f"hyperfit: {text}\n")
+    tqdm.write(f"hyperfit: {text}", file=sys.stderr)
     sys.stderr.flush()
 
 

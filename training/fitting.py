@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,11 +13,12 @@ from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Int
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, TrainerCallback
 
-from ..errors import TrainingError, first_line
+from ..errors import ResultsError, TrainingError, first_line
 from ..models.sources import OpenedModel
 from . import pissa, processes
 from .adapters import (
@@ -37,19 +40,26 @@ from .callbacks import (
     progress_display,
 )
 from .data import TrainingData
-from .folders import PROGRESS, WorkingFolder
+from .folders import PROGRESS, WorkingFolder, is_ended
 from .prefix import PrefixCache, is_exact, plan
 from .recipes import Recipe
 from .record import Recorder
 from .token_loss import TokenLoss
 from .trainer import Sequences, TokenTrainer, arguments
 from .weights import (
+    WEIGHTS,
     gradient_checkpointing,
     load_trained_weights,
     restored_forward,
     restored_use_cache,
+    save_trained_weights,
     without_dropout,
 )
+
+# Room for what a checkpoint holds besides weights, in bytes: of its own, and of each weight.
+ROOM, ROOM_PER_WEIGHT = 2**16, 2**11
+# Up to this share of the trained weights may be too coarse for a step of the learning rate.
+LARGEST_STUCK_SHARE = 0.5
 
 
 @dataclass(frozen=True)
@@ -120,6 +130,9 @@ def fit(
     notes: list[str] = []
     with restored_use_cache(model), without_dropout(model):
         trained = _make_trainable(model, opened, block_list, blocks, recipe, scope, notes)
+        _check_steps_are_not_rounded_away(trained, recipe)
+        if working.can_resume and working.checkpoint is None and processes.is_first():
+            working.reserve(_bytes_to_save(trained, recipe))
         recorder = None
         if len(data.held_out) and recipe.record_every:
             recorder = Recorder(trained, data.held_out, recipe)
@@ -179,6 +192,40 @@ def _make_trainable(
     return trained
 
 
+def _check_steps_are_not_rounded_away(model: nn.Module, recipe: Recipe) -> None:
+    """Check that most weights can change by a step of Adam, which is about the learning rate.
+
+    A number with a spacing of 2 ** (k - 7) to the next, as bfloat16's from 2 ** k on, only changes
+    if at least half of that is added.
+
+    Raises:
+        TrainingError: if most of the trained weights would stay as they are.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    stuck = 0
+    for p in trained:
+        # From this power of two on, half of the spacing is more than a step.
+        steps = 2 * recipe.learning_rate / torch.finfo(p.dtype).eps
+        bound = 2.0 ** (math.floor(math.log2(steps)) + 1)
+        stuck += int((p.detach().abs() >= bound).sum())
+    share = stuck / sum(p.numel() for p in trained)
+    if share > LARGEST_STUCK_SHARE:
+        dtype = str(trained[0].dtype).removeprefix("torch.")
+        raise TrainingError(
+            f"{share:.0%} of the {dtype} weights are too coarse to change by steps of learning_rate "
+            f"{recipe.learning_rate:g}: leave dtype out, for float32 weights (bf16=True makes them "
+            "fast, too), or raise learning_rate"
+        )
+
+
+def _bytes_to_save(model: nn.Module, recipe: Recipe) -> int:
+    """What a first checkpoint takes, or the last one beside the result, whichever is more."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    saved = trained if recipe.method != "full" else list(model.parameters())
+    weights, result = (sum(p.numel() * p.element_size() for p in ps) for ps in (trained, saved))
+    return max(3 * weights, weights + result) + ROOM + ROOM_PER_WEIGHT * len(saved)
+
+
 def _prefix_is_frozen(model: nn.Module, block_list: BlockList, first: int) -> bool:
     """Whether there are blocks before the first trained one, and nothing before it is trained."""
     embedding = model.get_input_embeddings()  # type: ignore[operator]
@@ -206,8 +253,8 @@ def _prefix_cache(
         return cache
     cache.close()
     notes.append(
-        "the frozen blocks of this architecture pass on more than the residual stream: the prefix "
-        "cache was not used"
+        "the frozen blocks of this architecture pass on more than the residual stream, or draw "
+        "random numbers: the prefix cache was not used"
     )
     return None
 
@@ -254,8 +301,8 @@ def train(
     display = progress_display(progress) if options.progress and processes.is_first() else None
     checkpoints = interrupts = None
     if working.can_resume:
-        checkpoints = Checkpoints(working, progress, options.checkpoint_minutes)
         interrupts = Interrupts()
+        checkpoints = Checkpoints(working, progress, options.checkpoint_minutes, interrupts)
     # The order matters: see `callbacks`.
     parts: Sequence[TrainerCallback | None] = (
         EpochLosses(progress),
@@ -266,10 +313,19 @@ def train(
         display,
     )
     callbacks = [part for part in parts if part is not None]
-    trainer = _trainer(model, tokens, recipe, trainer_arguments, progress, prefix, callbacks)
+    trainer = _trainer(
+        model, tokens, recipe, trainer_arguments, progress, working, prefix, callbacks
+    )
+    if recording is not None and options.report_to:
+        recording.log = trainer.log_record
     checkpoint = working.checkpoint if working.can_resume else None
     if checkpoint is not None:
-        progress.restore(json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8")))
+        saved = json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8"))
+        progress.restore(saved)
+        if is_ended(checkpoint):
+            load_trained_weights(model, checkpoint / WEIGHTS)
+            model.eval()
+            return progress, Ending(**saved["ending"])
     try:
         with restored_forward(model), interrupts or contextlib.nullcontext():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -289,7 +345,23 @@ def train(
             f"a weight became NaN or infinite by step {trainer.state.global_step}, the last: "
             f"lower learning_rate (now {recipe.learning_rate:g})"
         )
-    return progress, _end(model, recipe, recording, working, len(progress.losses))
+    ending = _end(model, recipe, recording, working, len(progress.losses))
+    if working.can_resume and processes.is_first():
+        _keep(model, progress, ending, working)
+    return progress, ending
+
+
+def _keep(model: nn.Module, progress: Progress, ending: Ending, working: WorkingFolder) -> None:
+    """Make the trained weights the last checkpoint, so that saving them can be tried again."""
+    working.release()
+    written = working.scratch / "checkpoint-ended"
+    try:
+        written.mkdir(parents=True)
+        save_trained_weights(model, written / WEIGHTS)
+        working.set_checkpoint(written, progress.to_json() | {"ending": ending._asdict()})
+    except (OSError, SafetensorError, ResultsError):
+        # The result may still fit, and otherwise the checkpoint before this one is there.
+        shutil.rmtree(written, ignore_errors=True)
 
 
 def _trainer(
@@ -298,6 +370,7 @@ def _trainer(
     recipe: Recipe,
     trainer_arguments: Any,
     progress: Progress,
+    working: WorkingFolder,
     prefix: PrefixCache | None,
     callbacks: list[TrainerCallback],
 ) -> TokenTrainer:
@@ -310,6 +383,7 @@ def _trainer(
     try:
         trainer = TokenTrainer(
             progress=progress,
+            working=working,
             prefix=prefix,
             token_loss=TokenLoss(model),
             model=model,

@@ -2,26 +2,31 @@
 
 A run that will be saved in `out` works in `out.partial`. Its checkpoints are written under another
 name and then moved into place, so a process killed at any moment leaves the last complete one
-behind. The same command finds it and continues.
+behind. The same command finds it and continues. The run holds a lock on the folder while it works.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import ResultsError, TrainingError
-from ..files import new_folder, write_text
+from safetensors import SafetensorError
+
+from ..errors import HyperlensError, ResourceError, ResultsError, TrainingError, first_line
+from ..files import check_new_folder, new_folder, remedy, write_text
 from ..models.kinds import is_peft
 from . import pissa, processes
+from .cards import CARD, model_card
 from .history import FILE, RUN_FILE
+from .locks import locked
 from .prefix import MAPPED
 
 IDENTITY = "run.json"
@@ -29,6 +34,19 @@ CHECKPOINT = "checkpoint"
 PROGRESS = "progress.json"
 FINISHED = "finished"
 LOGS = "runs"
+# Written by the Trainer into its checkpoints.
+TRAINER_STATE_NAME = "trainer_state.json"
+LOCK = "lock.json"
+RESERVED = "reserved"
+# Empty files: the result has been moved to `out`; the run failed, and other options are advised.
+PUBLISHED, FAILED = "published", "failed"
+# Errors of the operating system that say that something cannot be written.
+WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES)
+
+
+def is_ended(checkpoint: Path) -> bool:
+    """Whether a checkpoint is of a run whose training has ended."""
+    return "ending" in json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8"))
 
 
 @dataclass(frozen=True)
@@ -59,6 +77,17 @@ class WorkingFolder:
         return self.folder / FINISHED
 
     @property
+    def way_on(self) -> str:
+        """What the same command will do after an error, once its cause is gone."""
+        checkpoint = self.checkpoint
+        if checkpoint is None:
+            return "nothing was kept, so the same command starts again"
+        if is_ended(checkpoint):
+            return f"the same command then saves the trained weights, kept in {self.folder}"
+        state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+        return f"the same command then continues after step {state['global_step']}"
+
+    @property
     def history(self) -> Path:
         """The records so far, as a table."""
         return self.folder / FILE
@@ -80,6 +109,36 @@ class WorkingFolder:
         os.replace(written, current)
         shutil.rmtree(old, ignore_errors=True)
 
+    def reserve(self, n_bytes: int) -> None:
+        """Take disk space for the first checkpoint and the result, so that both can be written.
+
+        Raises:
+            ResourceError: if that much is not free.
+        """
+        file = self.folder / RESERVED
+        try:
+            free = shutil.disk_usage(self.folder).free
+            if free < n_bytes:
+                raise OSError(errno.ENOSPC, f"{free / 2**20:,.1f} MiB are free")
+            if hasattr(os, "posix_fallocate"):
+                with file.open("wb") as reserved:
+                    os.posix_fallocate(reserved.fileno(), 0, n_bytes)
+        except OSError as error:
+            file.unlink(missing_ok=True)
+            raise ResourceError(
+                f"a checkpoint and the result take {n_bytes / 2**20:,.1f} MiB in {self.folder} "
+                f"({error.strerror}): free some space, or choose another folder"
+            ) from None
+
+    def release(self) -> None:
+        """Give back what `reserve` took, just before it is needed."""
+        (self.folder / RESERVED).unlink(missing_ok=True)
+
+    @property
+    def is_published(self) -> bool:
+        """Whether the result has been moved away, so that the rest is of no use."""
+        return (self.folder / PUBLISHED).exists() and not self.finished.exists()
+
     def publish(self, out: Path) -> None:
         """Move the finished result to `out`.
 
@@ -87,6 +146,7 @@ class WorkingFolder:
             ResultsError: if something is in the way; the result stays where it is.
         """
         try:
+            (self.folder / PUBLISHED).touch()
             if out.is_dir():
                 out.rmdir()
             os.replace(self.finished, out)
@@ -98,16 +158,24 @@ class WorkingFolder:
 
     def clear(self) -> None:
         """Delete what a killed run left besides its checkpoint; everything, if there is none."""
-        leftovers = [path for path in self.folder.iterdir() if path.name != IDENTITY]
+        leftovers = [path for path in self._files() if path.name != IDENTITY]
         if self.checkpoint is not None:
-            incomplete = (FINISHED, f".{FINISHED}.", MAPPED)
+            incomplete = (FINISHED, f".{FINISHED}.", MAPPED, RESERVED, PUBLISHED, FAILED)
             leftovers = [path for path in leftovers if path.name.startswith(incomplete)]
             leftovers += self.scratch.glob("checkpoint-*")
-        for path in leftovers:
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
+        _delete(leftovers)
+
+    def remove(self) -> None:
+        """Delete everything but the lock.
+
+        What says that the result is published goes last: if this process is killed meanwhile, the
+        next one goes on with it.
+        """
+        _delete(path for path in self._files() if path.name != PUBLISHED)
+        (self.folder / PUBLISHED).unlink(missing_ok=True)
+
+    def _files(self) -> list[Path]:
+        return [path for path in self.folder.iterdir() if path.name != LOCK]
 
     def best(self, epoch: int) -> Path:
         """The file for the weights of an epoch that may turn out best."""
@@ -118,6 +186,19 @@ class WorkingFolder:
         for file in self.folder.glob("best-*.safetensors"):
             if epoch is None or file != self.best(epoch):
                 file.unlink(missing_ok=True)
+
+
+def check_out(out: Path) -> None:
+    """Check that a run can be saved in `out`; a killed one that already is gets cleaned up.
+
+    Raises:
+        ResultsError: if `out` is not a new folder, or cannot be created.
+    """
+    working = _working(out)
+    if working.is_published and processes.is_first():
+        with suppress(TrainingError), locked(working.folder / LOCK):  # it may be cleaning up now
+            working.remove()
+    check_new_folder(out)
 
 
 @contextmanager
@@ -131,46 +212,83 @@ def working_folder(out: Path | None, identity: dict[str, Any]) -> Iterator[Worki
         identity: everything that decides the result, as flat JSON values.
 
     Raises:
-        TrainingError: if an unfinished run with other options is in the way.
+        TrainingError: if an unfinished run with other options, or another process, is in the way.
+        ResultsError: if something cannot be written, with what the same command will do then.
     """
     if out is None:
         with tempfile.TemporaryDirectory(prefix="hyperlens-") as folder:
-            yield WorkingFolder(Path(folder), can_resume=False)
+            working = WorkingFolder(Path(folder), can_resume=False)
+            with _errors_of_writing(working):
+                yield working
         return
+    working = _working(out)
+    writes = processes.is_first()
+    with locked(working.folder / LOCK) if writes else nullcontext():
+        if writes:
+            _prepare(working, identity)
+        processes.wait()
+        try:
+            with _errors_of_writing(working):
+                yield working
+        except BaseException as error:
+            if writes:
+                _keep_what_is_of_use(working, error)
+            raise
+        processes.wait()
+        if writes:
+            working.remove()
+
+
+def _working(out: Path) -> WorkingFolder:
     out = out.absolute()
-    working = WorkingFolder(out.with_name(f"{out.name}.partial"), can_resume=True)
-    if processes.is_first():
-        _prepare(working, identity)
-    processes.wait()
+    return WorkingFolder(out.with_name(f"{out.name}.partial"), can_resume=True)
+
+
+def _keep_what_is_of_use(working: WorkingFolder, error: BaseException) -> None:
+    working.release()
+    if working.checkpoint is None and not working.finished.exists():
+        working.remove()
+    elif isinstance(error, TrainingError | ResourceError):
+        # Such an error advises other options, and with the same ones it would come again.
+        with suppress(OSError):
+            (working.folder / FAILED).touch()
+
+
+@contextmanager
+def _errors_of_writing(working: WorkingFolder) -> Iterator[None]:
+    """Turn errors of writing into one line that says what the same command will do."""
     try:
-        yield working
-    except BaseException:
-        has_results = working.checkpoint is not None or working.finished.exists()
-        if not has_results and processes.is_first():
-            shutil.rmtree(working.folder, ignore_errors=True)
-        raise
-    processes.wait()
-    if processes.is_first():
-        shutil.rmtree(working.folder, ignore_errors=True)
+        yield
+    except ResultsError as error:
+        if working.finished.exists():  # it says where the result is
+            raise
+        raise ResultsError(f"{error}; {working.way_on}") from error
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, OSError) and error.errno not in WRITING:
+            raise
+        advice = remedy(error) if isinstance(error, OSError) else "free some space"
+        raise ResultsError(
+            f"cannot write in {working.folder} ({first_line(error)}): {advice}; {working.way_on}"
+        ) from error
+
+
+def _delete(paths: Iterable[Path]) -> None:
+    for path in paths:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _prepare(working: WorkingFolder, identity: dict[str, Any]) -> None:
     file = working.folder / IDENTITY
-    if working.folder.exists():
-        if not file.exists() and any(working.folder.iterdir()):
-            raise TrainingError(
-                f"{working.folder} is in the way: an unfinished run would be kept there; choose "
-                "another folder or remove it"
-            )
-        if file.exists():
-            _check_same(working, _read_identity(file), identity)
-    else:
-        try:
-            working.folder.mkdir(parents=True)
-        except OSError as error:
-            raise TrainingError(
-                f"cannot create {working.folder} ({error.strerror or error}): choose another folder"
-            ) from None
+    if file.exists():
+        _check_same(working, _read_identity(file), identity)
+    elif working._files():
+        raise TrainingError(
+            f"{working.folder} is in the way: an unfinished run would be kept there; choose "
+            "another folder or remove it"
+        )
     working.clear()
     write_text(file, json.dumps(identity, indent=2))
 
@@ -194,6 +312,8 @@ def _check_same(working: WorkingFolder, before: dict[str, Any], now: dict[str, A
         for name in sorted(before.keys() | now.keys())
         if before.get(name) != now.get(name)
     ]
+    if differences and (working.folder / FAILED).exists():
+        working.remove()
     if differences and working.checkpoint is not None:
         raise TrainingError(
             f"{working.folder} holds an unfinished run with other options: "
@@ -227,27 +347,49 @@ def save(
     Raises:
         ResultsError: if the folder exists and is not empty, or cannot be written.
     """
-    with new_folder(folder) as staging, _no_progress_bars():
-        if is_peft(model):
-            pissa.join(model)
-            # "auto" would ask the hub whether the vocabulary has grown; it has not.
-            model.save_pretrained(str(staging), save_embedding_layers=False)
-        else:
-            model.save_pretrained(str(staging))
-        if tokenizer is not None:
-            tokenizer.save_pretrained(str(staging))
-        text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
-        record_file = staging / RUN_FILE
-        record_file.write_text(text, encoding="utf-8")
-        if history is not None and history.exists():
-            shutil.copyfile(history, staging / FILE)
-        if logs is not None and logs.exists():
-            shutil.copytree(logs, staging / logs.name)
-        # safetensors writes files that only their owner may read.
-        for weights in staging.glob("*.safetensors"):
-            weights.chmod(record_file.stat().st_mode)
+    with new_folder(folder) as staging:
+        try:
+            with _no_progress_bars():
+                _write(staging, model, tokenizer, record, history, logs)
+        except (OSError, HyperlensError):  # new_folder says what to do about an OSError
+            raise
+        except Exception as error:  # tokenizers and safetensors have errors of their own
+            raise ResultsError(
+                f"cannot write {folder} ({first_line(error)}): free some space, or choose another "
+                "folder"
+            ) from error
         if check is not None:
             check(staging)
+
+
+def _write(
+    folder: Path,
+    model: Any,
+    tokenizer: Any,
+    record: dict[str, Any],
+    history: Path | None,
+    logs: Path | None,
+) -> None:
+    if is_peft(model):
+        pissa.join(model)
+        # "auto" would ask the hub whether the vocabulary has grown; it has not.
+        model.save_pretrained(str(folder), save_embedding_layers=False)
+    else:
+        model.save_pretrained(str(folder))
+    if tokenizer is not None:
+        tokenizer.save_pretrained(str(folder))
+    record_file = folder / RUN_FILE
+    text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
+    record_file.write_text(text, encoding="utf-8")
+    if "recipe" in record:  # else another library trained it
+        (folder / CARD).write_text(model_card(record), encoding="utf-8")
+    if history is not None and history.exists():
+        shutil.copyfile(history, folder / FILE)
+    if logs is not None and logs.exists():
+        shutil.copytree(logs, folder / logs.name)
+    # safetensors writes files that only their owner may read.
+    for weights in folder.glob("*.safetensors"):
+        weights.chmod(record_file.stat().st_mode)
 
 
 @contextmanager

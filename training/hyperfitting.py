@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,15 +13,14 @@ import torch
 
 from ..checks import check_types
 from ..errors import TrainingError
-from ..files import check_new_folder
 from ..hooks.loading import load_hooked, parse_device, parse_dtype
 from ..models.kinds import Backend
 from ..models.sources import OpenedModel, open_source
 from ..results.fingerprint import versions, weights_sha256
 from . import processes
 from .data import TrainingData, training_data
-from .folders import save, working_folder
-from .recipes import Method, Recipe, changed, preset
+from .folders import check_out, save, working_folder
+from .recipes import HELP, Method, Recipe, changed, nearest, preset
 from .weights import context_length, private_copy, trainers_randomness
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ def hyperfit(
     final_recipe = _recipe(recipe, method, overrides)
     folder = None if out is None else Path(out).expanduser()
     if folder is not None:
-        check_new_folder(folder)
+        check_out(folder)
     requested_device = processes.default_device(parse_device(device))
     opened = _open(model, final_recipe, requested_device, dtype)
     trainee = private_copy(opened, final_recipe)
@@ -219,6 +219,12 @@ def run_to_json(run: HyperfitRun) -> dict[str, Any]:
 def _recipe(
     recipe: str | Recipe | None, method: Method | None, overrides: dict[str, Any]
 ) -> Recipe:
+    # A mistyped argument of `hyperfit` itself comes here, too.
+    own = [name for name in inspect.signature(hyperfit).parameters if name != "overrides"]
+    for name in overrides:
+        meant = nearest(name, [*HELP, *own])
+        if name not in HELP and meant in own:
+            raise TrainingError(f"hyperfit has no argument {name!r}: did you mean {meant}?")
     if isinstance(recipe, Recipe):
         return changed(recipe, **overrides, **({} if method is None else {"method": method}))
     return preset(recipe or "li2026", method or "full", **overrides)
@@ -246,7 +252,10 @@ def _open(
             "float16 weights become NaN in training, as Adam's small divisors round to 0: leave "
             "dtype out for float32, and set bf16=True for speed"
         )
-    return open_source(model, device=device, dtype=weights_dtype)
+    opened = open_source(model, device=device, dtype=weights_dtype)
+    folder = Path(opened.name).expanduser()
+    # The name is saved with the result, which others open from elsewhere.
+    return replace(opened, name=str(folder.absolute())) if folder.is_dir() else opened
 
 
 def _data(model: Any, texts: Any, validation: Any, tokenizer: Any, recipe: Recipe) -> TrainingData:

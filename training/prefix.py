@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from ..errors import ResourceError
 from ..hooks.attach import entering_at, residual_given
 from . import processes
+from .weights import next_numbers, trainers_randomness, training_mode
 
 Place = Literal["memory", "disk"]
 
@@ -164,35 +165,31 @@ def is_exact(model: nn.Module, cache: PrefixCache, tokens: Int[Tensor, "batch po
     """Whether the logits are bit-identical with the prefix from the cache.
 
     Some architectures pass more than the residual stream from block to block. The cache would
-    change what they compute, or make them fail. It is empty afterwards, because training may
-    compute other residuals than this check, in mixed precision for example.
+    change what they compute, or make them fail. Some draw random numbers in training mode, which
+    the cache would freeze: without those of the frozen blocks, the generators go on otherwise.
+
+    It is empty afterwards, because training may compute other residuals than this check, in mixed
+    precision for example.
     """
-    was_training = [module for module in model.modules() if module.training]
-    model.eval()
-    index = torch.arange(len(tokens))
     try:
-        with torch.no_grad():
-            computed = _logits(model, cache, index, tokens)
+        with training_mode(model), torch.no_grad():
+            computed, numbers = _outcome(model, cache, tokens)
             try:
-                cached = _logits(model, cache, index, tokens)
+                cached, numbers_cached = _outcome(model, cache, tokens)
             except Exception:  # any error of a block that misses an input
                 return False
     finally:
         cache.close()
-        for module in was_training:
-            module.training = True
-    return torch.equal(computed, cached)
+    return torch.equal(computed, cached) and numbers == numbers_cached
 
 
-def _logits(
-    model: nn.Module,
-    cache: PrefixCache,
-    index: Int[Tensor, " batch"],
-    tokens: Int[Tensor, "batch pos"],
-) -> Float[Tensor, "batch pos d_vocab"]:
-    with cache.serving(index):
+def _outcome(
+    model: nn.Module, cache: PrefixCache, tokens: Int[Tensor, "batch pos"]
+) -> tuple[Float[Tensor, "batch pos d_vocab"], tuple[float, ...]]:
+    """Logits, and the random numbers that come after them."""
+    with trainers_randomness(0, tokens.device), cache.serving(torch.arange(len(tokens))):
         logits: Tensor = model(input_ids=tokens, use_cache=False).logits
-    return logits
+        return logits, next_numbers(tokens.device)
 
 
 def _mapped(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

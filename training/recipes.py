@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from types import MappingProxyType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -231,6 +231,25 @@ LORA_FIELDS = (
     "lora_rslora",
     "target_modules",
 )
+# What other libraries call some fields.
+ALIASES: Mapping[str, str] = MappingProxyType(
+    {
+        "alpha": "lora_alpha",
+        "block_size": "sequence_length",
+        "dropout": "lora_dropout",
+        "gradient_accumulation_steps": "gradient_accumulation",
+        "lr": "learning_rate",
+        "lr_scheduler_type": "schedule",
+        "max_length": "sequence_length",
+        "num_epochs": "epochs",
+        "num_train_epochs": "epochs",
+        "per_device_train_batch_size": "batch_size",
+        "r": "lora_r",
+        "rank": "lora_r",
+        "use_dora": "lora_dora",
+        "use_rslora": "lora_rslora",
+    }
+)
 PLATEAU_FIELDS = ("near_zero_loss", "patience")
 
 CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
@@ -259,7 +278,9 @@ def preset(name: str, method: Method = "full", **changes: Any) -> Recipe:
     'yours'
     """
     if name not in PRESETS:
-        raise TrainingError(f"no recipe {name!r}: choose one of {', '.join(PRESETS)}")
+        meant = nearest(name, PRESETS) if isinstance(name, str) else None
+        hint = f"; did you mean {meant}?" if meant else ""
+        raise TrainingError(f"no recipe {name!r}: choose one of {', '.join(PRESETS)}{hint}")
     values = dict(PRESETS[name])
     if method != "full":
         values["learning_rate"] = LORA_LEARNING_RATE[name]
@@ -276,8 +297,8 @@ def changed(recipe: Recipe, **changes: Any) -> Recipe:
     """
     for name in changes:
         if name not in HELP or name == "preset":
-            near = difflib.get_close_matches(name, HELP, 1)
-            hint = f"did you mean {near[0]}?" if near else f"the fields are {', '.join(HELP)}"
+            meant = nearest(name, HELP)
+            hint = f"did you mean {meant}?" if meant else f"the fields are {', '.join(HELP)}"
             raise TrainingError(f"a recipe has no field {name!r}: {hint}")
     values: dict[str, Any] = {
         name: tuple(v) if isinstance(v, list) else v for name, v in changes.items()
@@ -285,6 +306,18 @@ def changed(recipe: Recipe, **changes: Any) -> Recipe:
     result = replace(recipe, **values)
     _check_have_effect([name for name, value in values.items() if value is not None], result)
     return result
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that was probably meant, if there is one.
+
+    >>> nearest("lr", ["lora_r", "learning_rate"])
+    'learning_rate'
+    """
+    known = list(known)
+    if ALIASES.get(name) in known:
+        return ALIASES[name]
+    return next(iter(difflib.get_close_matches(name, known, 1)), None)
 
 
 def relevant_fields(method: Method) -> tuple[str, ...]:

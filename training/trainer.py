@@ -17,12 +17,19 @@ from transformers import Trainer, TrainingArguments
 from ..errors import ResultsError, TrainingError, first_line
 from . import processes
 from .callbacks import Progress
+from .folders import WorkingFolder
+from .history import COLUMNS, Record
 from .prefix import PrefixCache
 from .recipes import Recipe
 from .token_loss import TokenLoss
-from .weights import load_trained_weights, save_trained_weights
+from .weights import WEIGHTS, load_trained_weights, save_trained_weights
 
-WEIGHTS = "trained.safetensors"
+# What loggers call the columns of a record; they know epoch, step and training loss anyway.
+LOGGED = {
+    name: "eval_loss" if name == "validation_loss" else f"eval_{name}"
+    for name in COLUMNS
+    if name not in ("epoch", "step", "train_loss")
+}
 
 
 class Sequences(Dataset[dict[str, Tensor]]):
@@ -52,6 +59,7 @@ class TokenTrainer(Trainer):
 
     model: Any
     progress: Progress
+    working: WorkingFolder
     prefix: PrefixCache | None
     token_loss: TokenLoss
 
@@ -59,12 +67,14 @@ class TokenTrainer(Trainer):
         self,
         *,
         progress: Progress,
+        working: WorkingFolder,
         prefix: PrefixCache | None,
         token_loss: TokenLoss,
         **arguments: Any,
     ) -> None:
         super().__init__(**arguments)
-        self.progress, self.prefix, self.token_loss = progress, prefix, token_loss
+        self.progress, self.working = progress, working
+        self.prefix, self.token_loss = prefix, token_loss
         # With this the Trainer passes the number of tokens of the whole step, over all of its
         # forward passes, to `compute_loss`, which divides by it. Dividing each forward pass by its
         # own would give the tokens of a smaller last batch more weight.
@@ -95,6 +105,13 @@ class TokenTrainer(Trainer):
         scale = processes.count() / (n if num_items_in_batch is None else num_items_in_batch)
         return loss * scale
 
+    def log_record(self, record: Record) -> None:
+        """Pass a record to the loggers, as the Trainer passes its own evaluations."""
+        # Logging cancels what the Trainer has planned to log, the epoch's loss.
+        should_log = self.control.should_log
+        self.log({key: float(getattr(record, name)) for name, key in LOGGED.items()})
+        self.control.should_log = should_log
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the trained weights into a checkpoint."""
         if self.args.should_save:
@@ -103,13 +120,13 @@ class TokenTrainer(Trainer):
             save_trained_weights(self.model, Path(output_dir) / WEIGHTS)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self.working.release()
         try:
             super()._save_checkpoint(model, trial)
         except (OSError, RuntimeError, SafetensorError) as error:
             raise ResultsError(
                 f"cannot write a checkpoint at step {self.state.global_step} "
-                f"({first_line(error)}): free some space, then run the same command to continue "
-                "from the last checkpoint"
+                f"({first_line(error)}): free some space"
             ) from error
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,9 @@ from ..models.sources import OpenedModel
 from ..models.weight_sharing import merged
 from ..randomness import own_randomness
 from .recipes import Recipe
+
+# The file of a checkpoint with the weights that are trained.
+WEIGHTS = "trained.safetensors"
 
 
 def private_copy(opened: OpenedModel, recipe: Recipe) -> Any:
@@ -94,20 +97,34 @@ def trainers_randomness(seed: int, device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def without_dropout(model: nn.Module) -> Iterator[None]:
-    """Set every dropout rate in the model to zero, and restore it afterwards.
+    """Set every rate of dropout and other noise in the model to zero, and restore it afterwards.
 
     Evaluation mode is no alternative: it also turns off gradient checkpointing, and the dropout of
     an adapter added later. Some models keep the rate in a module, some in an attribute, and some
     read it from the configuration in every forward pass.
     """
+    rates = _rates(model, _is_dropout_rate)
+    with _zeroed(rates), _zeroed(_noise(model)):
+        yield
+
+
+# A setting that may be a rate of noise: its holder, its name there, and its value.
+Rate = tuple[Any, str, float]
+
+
+def _rates(model: nn.Module, is_rate: Callable[[Any, str], bool]) -> list[Rate]:
     holders: list[Any] = [*model.modules()]
     holders += {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values()
-    rates = [
+    return [
         (holder, name, value)
         for holder in holders
         for name, value in vars(holder).items()
-        if isinstance(value, float) and value > 0 and _is_dropout_rate(holder, name)
+        if isinstance(value, float) and value > 0 and is_rate(holder, name)
     ]
+
+
+@contextmanager
+def _zeroed(rates: Sequence[Rate]) -> Iterator[None]:
     for holder, name, _ in rates:
         setattr(holder, name, 0.0)
     try:
@@ -119,6 +136,54 @@ def without_dropout(model: nn.Module) -> Iterator[None]:
 
 def _is_dropout_rate(holder: Any, name: str) -> bool:
     return "drop" in name or (name == "p" and "Dropout" in type(holder).__name__)
+
+
+def _may_be_noise(holder: Any, name: str) -> bool:
+    """Such as the jitter of what routers of experts read."""
+    return "drop" not in name and ("jitter" in name or "noise" in name)
+
+
+def _noise(model: Any) -> list[Rate]:
+    """Rates without which a forward pass draws fewer random numbers.
+
+    A name is not enough: what Phi-MoE calls router_jitter_noise is a threshold.
+    """
+    found: list[Rate] = []
+    rates = _rates(model, _may_be_noise)
+    drawn = _numbers_after_a_pass(model) if rates else ()
+    for name in dict.fromkeys(name for _, name, _ in rates):
+        named = [rate for rate in rates if rate[1] == name]
+        with _zeroed(named):
+            if _numbers_after_a_pass(model) != drawn:
+                found += named
+    return found
+
+
+def _numbers_after_a_pass(model: Any) -> tuple[float, ...]:
+    device = model.get_input_embeddings().weight.device
+    tokens = torch.zeros((1, 4), dtype=torch.long, device=device)
+    with training_mode(model), torch.no_grad(), trainers_randomness(0, device):
+        model(input_ids=tokens, use_cache=False)
+        return next_numbers(device)
+
+
+def next_numbers(device: torch.device) -> tuple[float, ...]:
+    """What the generators that models use draw next: other numbers if they have been used."""
+    legacy = np.random.rand()  # noqa: NPY002 - some models draw from it
+    return float(legacy), float(torch.rand(())), float(torch.rand((), device=device))
+
+
+@contextmanager
+def training_mode(model: nn.Module) -> Iterator[None]:
+    """Training mode inside; every module's own mode back afterwards."""
+    evaluated = [module for module in model.modules() if not module.training]
+    for module in evaluated:
+        module.training = True
+    try:
+        yield
+    finally:
+        for module in evaluated:
+            module.training = False
 
 
 @contextmanager

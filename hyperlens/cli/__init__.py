@@ -6,10 +6,10 @@ Nothing heavy is imported before a command runs: --help and a mistyped option an
 from __future__ import annotations
 
 import argparse
-import difflib
 import io
 import logging
 import os
+import re
 import sys
 import traceback
 import warnings
@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 from .. import __version__
 from ..errors import HyperlensError
 from ..questions import QUESTIONS
+from ..training.recipes import nearest
 from . import demo, experiments, hyperfit, merge, report
 from .options import DEBUG, STYLE
 
@@ -39,17 +40,31 @@ OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
 
 class Parser(argparse.ArgumentParser):
-    """Says which option was probably meant by one that does not exist."""
+    """Says which option, command or choice was probably meant by one that does not exist."""
+
+    _words: Sequence[str] = ()
 
     def error(self, message: str) -> NoReturn:
         """Print the usage and the message, and exit with 2."""
-        if message.startswith("unrecognized arguments"):
-            # The first that looks like an option; what follows it may be its value.
-            word = next((part for part in message.split() if part.startswith("--")), "")
-            known = [name for action in self._actions for name in action.option_strings]
-            if near := difflib.get_close_matches(word.partition("=")[0], known, n=1):
-                message += f"; did you mean {near[0]}?"
-        super().error(message)
+        instead = ""
+        known = [name for action in self._actions for name in action.option_strings]
+        if choice := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)$", message):
+            word, choices = choice.group(1), re.findall(r"[\w.-]+", choice.group(2))
+            meant = nearest(word, choices)
+        else:
+            # An option that is missing may be one that was mistyped. What follows a mistyped
+            # option may be its value.
+            options = [word.partition("=")[0] for word in self._words if word.startswith("--")]
+            word = next((option for option in options if option not in known), "--")
+            fields = {name.removeprefix("--").replace("-", "_"): name for name in known}
+            meant = fields.get(nearest(word.removeprefix("--").replace("-", "_"), fields) or "")
+            instead = f" instead of {word}" if "required" in message else ""
+        super().error(f"{message}; did you mean {meant}{instead}?" if meant else message)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse does; remembers what was typed, for the message of an error."""
+        self._words = sys.argv[1:] if args is None else [str(word) for word in args]
+        return super().parse_known_args(args, namespace)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As argparse does, but unknown options are reported by the command they were given to."""

@@ -9,7 +9,6 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from ..files import check_new_folder
 from ..training.recipes import HELP, KINDS, PRESETS, Method, Recipe, preset, relevant_fields
 from .options import STYLE, add_out, add_reading, add_running, names, read
 
@@ -18,7 +17,7 @@ Fine-tune a model until it has memorised a small set of texts ("hyperfitting").
 
 --recipe chooses the defaults; each of them can be changed by its own option.
 Interrupted or killed, the same command continues from the last checkpoint.
-Where stderr is not a terminal, a line every half minute reports the progress."""
+Where stderr is not a terminal, a line reports each epoch and each record."""
 
 HYPERFIT_EXAMPLES = """\
 Examples:
@@ -79,8 +78,10 @@ def add(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> str:
     """Train, save and return what to print."""
-    check_new_folder(args.out)
     recipe = _chosen(args)
+    from ..training.folders import check_out
+
+    check_out(args.out)
     texts = read(args, args.texts, args.split)
     validation = None
     if args.validation is not None:
