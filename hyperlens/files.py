@@ -18,13 +18,13 @@ def expand_user(path: str | Path) -> Path:
     return Path(os.path.expanduser(path))
 
 
-def remedy(error: OSError) -> str:
+def remedy(error: Exception) -> str:
     """What to do when something cannot be written.
 
     >>> remedy(OSError(errno.ENOSPC, "No space left on device"))
     'free some space'
     """
-    is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    is_full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
     return "free some space" if is_full else "choose another folder"
 
 
