@@ -133,7 +133,9 @@ def test_a_quantity_over_other_tokens_is_not_taken_apart() -> None:
      (0.9, 0.0, True), (-0.6, 0.6, False), (10.0, -2.4, False)],
 )  # fmt: skip
 def test_when_two_readings_agree(as_read: float, blocks: float, agree: bool) -> None:
-    assert readings_agree(LayerReading(4, blocks, 0.0, 0.0, 0.0, as_read - blocks, as_read)) == agree
+    assert (
+        readings_agree(LayerReading(4, blocks, 0.0, 0.0, 0.0, as_read - blocks, as_read)) == agree
+    )
 
 
 def drift(values: dict[int, float]) -> Comparison:
