@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from . import __version__
 from .compare import Comparison, compare_models
-from .compare.audit import last_block
+from .compare.audit import audit, last_block
 from .embedded import HERE, embedded_base, embedded_tales
 from .experiments.behaviour import BehaviourResult, measure_behaviour
 from .experiments.null_test import RESCALED, NullTestResult, run_null_test
@@ -207,6 +207,10 @@ def _lines(one: Measured) -> Iterator[_Line]:
     yield from _controls(one.null_test, "delta", "raw", DIMENSIONS)
     added = last_block(one.comparison)
     yield _Line("... added by the last block", "", MISSING if added is None else DIMENSIONS(added))
+    for read in audit(one.comparison):
+        if read.quantity == "participation_ratio" and read.jump is not None:
+            words = "... that scripts see the last block add, BOS counted in"
+            yield _Line(words, "", DIMENSIONS(read.jump.as_read))
     words = "... after the final norm"
     yield _last_layer(one.comparison, *dimension, "final_norm", words, DIMENSIONS)
     yield from _controls(one.null_test, "delta", "final_norm", DIMENSIONS)

@@ -72,6 +72,7 @@ def test_it_goes_on_where_it_stopped(
         "greedy repeated bigrams",
         "Δ dimension at the last layer, all blocks together",
         "... added by the last block",
+        "... that scripts see the last block add, BOS counted in",
         "all-weights: ",
         # Which words the verdict has depends on numbers of models that hardly trained.
         "andom changes of the same size",

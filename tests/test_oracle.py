@@ -73,12 +73,18 @@ def interval(values, sequence):
     return mean, mean - half, mean + half
 
 
+def plain_ratio(x):
+    values = np.linalg.eigvalsh(np.cov(x.T))
+    return values.sum() ** 2 / (values**2).sum()
+
+
 class Oracle:
     def __init__(self, base, tuned, token_ids):
         self.models = base, tuned
         self.sequence = np.repeat(np.arange(len(token_ids)), [len(t) - 1 for t in token_ids])
         per_text = [[streams(m, ids) for ids in token_ids] for m in self.models]
         self.sinks = self._sinks(per_text)
+        self.every = [np.concatenate(texts, axis=1) for texts in per_text]
         self.raw = [np.concatenate([x[:, 1:] for x in texts], axis=1) for texts in per_text]
 
     @staticmethod
@@ -99,6 +105,15 @@ class Oracle:
             if view == "unit_rms":
                 x = x / np.sqrt((x**2).mean(-1, keepdims=True))
             yield normed(model, x) if view == "final_norm" else x
+
+    def with_excluded(self, layer, view, has_bos):
+        """What plain scripts compute: naive ratios and L2 with sinks, and BOS, counted in."""
+        chosen = [x[layer] for x in (self.every if has_bos else self.raw)]
+        if view == "final_norm":
+            chosen = [normed(m, x) for m, x in zip(self.models, chosen, strict=True)]
+        base, tuned = (plain_ratio(x) for x in chosen)
+        l2 = np.linalg.norm(chosen[1] - chosen[0], axis=1).mean()
+        return {"base": base, "tuned": tuned, "delta": tuned - base, "l2": l2}
 
     def drift(self, layer, view):
         a, b = self.view(layer, view)
@@ -166,7 +181,7 @@ def close(row, value, tolerance=1e-5, floor=0.0):
 
 def test_drift(real):
     comparison, oracle = real
-    rows = [r for r in comparison.long if r.probe == "drift"]
+    rows = [r for r in comparison.long if r.probe == "drift" and "_with_" not in r.metric]
     assert len(rows) == 6 * 3 * 3
     drift = cache(oracle.drift)
     for row in rows:
@@ -179,7 +194,9 @@ def test_drift(real):
 
 def test_participation_ratio(real):
     comparison, oracle = real
-    rows = [r for r in comparison.long if r.probe == "participation_ratio"]
+    rows = [
+        r for r in comparison.long if r.probe == "participation_ratio" and "_with_" not in r.metric
+    ]
     assert len(rows) == 6 * 3 * 9
     ratios = cache(oracle.ratios)
     for row in rows:
@@ -193,6 +210,19 @@ def test_participation_ratio(real):
             close(row, expected[row.metric], 1e-5, floor)
         else:
             close(row, expected[row.metric], 1e-6)
+
+
+def test_what_scripts_read_over_every_token(real):
+    comparison, oracle = real
+    rows = [r for r in comparison.long if "_with_" in r.metric]
+    # Raw at six layers and after the norm at the last: three ratios and L2, over two sets.
+    assert len(rows) == 7 * 4 * 2
+    assert {r.view for r in rows if r.layer < 5} == {"raw"}
+    reads = cache(oracle.with_excluded)
+    for row in rows:
+        numbers = reads(row.layer, row.view, row.metric.endswith("_with_sinks_and_bos"))
+        close(row, numbers[row.metric.split("_")[0]], 1e-5, 1e-6 * numbers["base"])
+        assert row.n == (oracle.every if row.metric.endswith("bos") else oracle.raw)[0].shape[1]
 
 
 def test_logit_lens(real):

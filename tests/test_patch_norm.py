@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -11,6 +12,7 @@ from conftest import make_tiny, perturbed, token_texts, trials
 from test_intervals import D_MODEL, LENGTH, SPECTRUM, as_pair, clustered, true_ratio
 
 from hyperlens.compare import compare_models
+from hyperlens.compare.audit import audit
 from hyperlens.errors import CorpusError, HyperlensError
 from hyperlens.models.structure import find_structure
 from hyperlens.passes.streams import StreamSpec
@@ -108,6 +110,9 @@ def test_the_numbers_are_those_of_compare_models(pair, found):
         assert row["naive"] == comparison.value(
             "participation_ratio", f"{metric}_naive", layer, view
         )
+    jump = audit(comparison)[0].jump
+    assert jump is not None
+    assert found.dimension("jump_of_scripts")["value"] == jump.as_read
 
 
 def test_the_crossed_cells_are_plain_vectors_through_the_other_norm(pair, found):
@@ -180,6 +185,11 @@ def test_a_result_returns_from_its_folder(found, tmp_path):
     again = NormResult.load(tmp_path / "out")
     assert again.summary() == found.summary()
     assert again.to_frame().equals(found.to_frame())
+    # What earlier versions wrote lacks the scripts' jump.
+    rows = [row for row in found.table if row["name"] != "jump_of_scripts"]
+    old = replace(found, table=tuple(rows))
+    assert "as scripts do" not in old.summary()
+    assert "the last block seems to add" in " ".join(old.conclusions())
     other = copy.copy(found)
     object.__setattr__(other, "meta", found.meta | {"base": {"name": "<b>other"}})
     page = write_report(tmp_path / "r.html", [found, other]).read_text(encoding="utf-8")
@@ -194,6 +204,8 @@ def test_the_verdicts_say_what_a_script_would_read(found):
     text = " ".join(found.conclusions())
     jump = found.dimension("jump_as_read")["value"]
     assert f"the last block seems to add {jump:+.1f}" in text
+    jump = found.dimension("jump_of_scripts")["value"]
+    assert f"as scripts do, it seems to add {jump:+.1f} (naive ratio)" in text
     assert "dimensions after the final norm" in text
     assert "what the norm's weights change by themselves" in text
 

@@ -422,10 +422,9 @@ class Comparison(Result):
     def _readings_chart(self, one: Decomposition) -> Chart:
         """Both readings along the layers."""
         ours = f"{self.tuned_name}, raw, ordinary tokens"
-        series = {ours: lambda at: at.blocks, AS_READ: lambda at: at.as_read}
         rows = [
-            {"series": name, "layer": at.layer, "value": value(at)}
-            for name, value in series.items()
+            {"series": name, "layer": at.layer, "value": getattr(at, attribute)}
+            for name, attribute in ((ours, "blocks"), (AS_READ, "as_read"))
             for at in one.layers
         ]
         ends = "; ".join(f"{at.as_read:.3g} and {at.blocks:.3g} raw" for at in one.layers[-2:])

@@ -67,7 +67,7 @@ def patch_norm(
     check_seed(seed)
     inputs = open_inputs(base, tuned, texts, max_length=max_length, device=device, dtype=dtype)
     pair = inputs.pair
-    plain = ParticipationRatio(views=VIEWS, layers=(-2, -1))
+    plain = ParticipationRatio(views=VIEWS, layers=(-2, -1), with_excluded=True)
     crossed, swapped = CrossedNorms(), SwappedNorms(inputs.corpus)
     options = PassOptions(batch_size, SINK_THRESHOLD, seed, progress)
     run_pass(pair.base.hooked, pair.tuned.hooked, inputs.corpus, [plain, crossed, swapped], options)
@@ -86,6 +86,7 @@ def patch_norm(
     ratios = quantities(plain, crossed).items()
     table = (
         *(_row("dimension", name, ratio) for name, ratio in ratios),
+        _row("dimension", "jump_of_scripts", jump_of_scripts(plain)),
         *_decisions([*outcomes.models.items(), *outcomes.patched.items()]),
     )
     return NormResult(table, extras, meta)
@@ -139,6 +140,16 @@ def quantities(plain: ParticipationRatio, crossed: CrossedNorms) -> dict[str, Di
             "jump_raw": less(raw, earlier),
         }
     return ratios
+
+
+def jump_of_scripts(plain: ParticipationRatio) -> Dimension:
+    """What the last layer seems to add where BOS and attention sinks are counted in as well."""
+    before, last = plain.spec.resolve_layers(plain.layers)
+    metric = "delta_naive_with_sinks_and_bos"
+    rows = {(row.layer, row.view): row for row in plain.compute().rows if row.metric == metric}
+    at = rows[last, "final_norm"]
+    jump = at.value - rows[before, "raw"].value
+    return Dimension(jump, math.nan, math.nan, jump, at.n, None)
 
 
 class SwappedNorms(OutputReader[str]):
@@ -291,8 +302,12 @@ STEPS = {
 EFFECTS = {
     "stream": "2 x 2: effect of the stream",
     "interaction": "2 x 2: interaction of stream and weights",
-    "jump_as_read": "what the last layer seems to add, read after the norm",
+    "jump_as_read": "what the last layer seems to add, read after the norm, ordinary tokens",
     "jump_raw": "what the last block adds, raw on both sides",
+}
+# Not in results of earlier versions.
+OF_SCRIPTS = {
+    "jump_of_scripts": "what it seems to add to scripts, which count BOS and sinks (naive)",
 }
 SWAPPED = {
     "norm into base": ("to_tuned", "the base model with the tuned model's norm"),
@@ -311,7 +326,8 @@ class NormResult(Result):
     `{base,tuned}_stream_{base,tuned}_norm`, and one block earlier `before_*`; the changes of each;
     the effects `stream`, `weights` (which add up to `change`) and `interaction`; the steps
     `rescaling` and `weighting` (`raw_change` + `rescaling` + `weighting` + `weights` = `change`);
-    `jump_as_read` and `jump_raw`, what the last layer seems to add and what it adds. Of `what`
+    `jump_as_read` and `jump_raw`, what the last layer seems to add and what it adds;
+    `jump_of_scripts`, what it seems to add over every token, by the naive ratio. Of `what`
     "decisions", over n texts: the metrics of `hyperlens.patching.outcomes.METRICS` where only the
     norm, or only the stream, of one model is put into the other.
 
@@ -352,11 +368,18 @@ class NormResult(Result):
                 "reading",
                 "Read after the final norm at the last layer and raw before it, as "
                 "hidden_states[-1] and [-2] are by default, the last block seems to add "
-                f"{interval(rows['jump_as_read'], DIMENSIONS)}; raw on both sides it adds "
-                f"{interval(rows['jump_raw'], DIMENSIONS)}.",
+                f"{interval(rows['jump_as_read'], DIMENSIONS)} over ordinary tokens; raw on both "
+                f"sides it adds {interval(rows['jump_raw'], DIMENSIONS)}." + self._of_scripts(),
             ),
             Verdict("decisions", self._of_decisions()),
         ]
+
+    def _of_scripts(self) -> str:
+        return "".join(
+            f" With BOS and attention sinks counted in, as scripts do, it seems to add "
+            f"{DIMENSIONS(row['value'])} (naive ratio): see compare for why."
+            for row in self.rows(what="dimension", name="jump_of_scripts")
+        )
 
     def _of_decisions(self) -> str:
         if not self.extras["changed"]:
@@ -401,9 +424,10 @@ class NormResult(Result):
         return Table(["dimension [95%]", "base stream", "tuned stream", "change"], rows, caption)
 
     def _steps(self) -> Table:
-        names = STEPS | EFFECTS
         rows = [
-            [words, interval(self.dimension(name), DIMENSIONS)] for name, words in names.items()
+            [words, interval(row, DIMENSIONS)]
+            for name, words in (STEPS | EFFECTS | OF_SCRIPTS).items()
+            for row in self.rows(what="dimension", name=name)
         ]
         return Table(["tuned - base, dimensions [95%]", self.tuned_name], rows, joins=True)
 
