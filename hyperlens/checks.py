@@ -75,13 +75,20 @@ def _plain(value: Any) -> Any:
 
 def check_field_types(record: Any) -> None:
     """`check_types` for the fields of a dataclass, called in its `__post_init__`."""
+    for name, (kind, is_shown) in _field_kinds(record.__class__).items():
+        check_type(name, getattr(record, name), kind, is_shown=is_shown)
+
+
+@functools.cache
+def _field_kinds(record: Any) -> dict[str, tuple[Any, bool]]:
+    """Of each field of a dataclass the type, and whether it is shown."""
     shown = {field.name: field.repr for field in fields(record)}
-    for owner in type(record).__mro__:
-        scope = vars(sys.modules[owner.__module__])
-        for name, annotation in inspect.get_annotations(owner).items():
-            if name in shown:
-                value, kind = getattr(record, name), _kind(annotation, scope)
-                check_type(name, value, kind, is_shown=shown[name])
+    return {
+        name: (_kind(annotation, vars(sys.modules[owner.__module__])), shown[name])
+        for owner in record.__mro__
+        for name, annotation in inspect.get_annotations(owner).items()
+        if name in shown
+    }
 
 
 def check_type(name: str, value: Any, kind: Any, *, is_shown: bool = True) -> None:

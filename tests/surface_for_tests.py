@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from functools import cache
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -91,7 +92,7 @@ def shared() -> dict[str, Any]:
     base = make_tiny("llama", num_hidden_layers=2)
     tuned, tokenizer = perturbed(base), words_tokenizer()
     rng = np.random.default_rng(0)
-    texts = [" ".join(f"w{i}" for i in rng.integers(3, D_VOCAB, 12)) for _ in range(8)]
+    texts = [" ".join(f"w{i}" for i in rng.integers(3, D_VOCAB, 12)) for _ in range(16)]
     pair = (base, tokenizer), (tuned, tokenizer)
     comparison = compare_models(*pair, texts, probes=["drift"], progress=False)
     comparison.save("saved")
@@ -169,6 +170,7 @@ def special() -> dict[tuple[str, str], Any]:
         ("compare_domains", "out"): None,
         ("judge_continuations", "pairs"): two,
         ("patch_blocks", "controls"): False,
+        ("patch_expansion", "n_texts"): 16,
         ("patch_hooks", "model"): hooked,
         ("patch_hooks", "activations"): {Site("resid_post", 1): torch.zeros(1, 4, 32)},
         ("record", "model"): hooked,
@@ -209,7 +211,8 @@ def good(name: str, function: Callable[..., Any]) -> dict[str, Any]:
 def call(function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
     """The function's answer; what it gives back for a `with` is entered and left."""
     answer = function(**arguments)
-    if isinstance(answer, AbstractContextManager):
+    # Before Python 3.13 a path has an `__enter__`, too.
+    if isinstance(answer, AbstractContextManager) and not isinstance(answer, Path):
         with answer:
             return None
     return answer

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping
 from functools import cached_property
 from typing import Any, ClassVar
 
-from ..checks import check_types
 from ..errors import ResultsError
 from ..render import charts
 from ..render.blocks import Axis, Block, Chart, Details, Grid, Heading, Role, Table, Text, Verdict
@@ -147,13 +146,11 @@ class Comparison(Result):
         """Number of blocks L of the compared models."""
         return int(self.meta["n_layers"])
 
-    @check_types
     def measured(self, probe: str, metric: str, view: str | None = None) -> list[Row]:
         """Rows of one metric in order of layer, in one view if given; none if not measured."""
         chosen = (row for row in self.long if (row.probe, row.metric) == (probe, metric))
         return sorted((r for r in chosen if view in (None, r.view)), key=lambda r: r.layer)
 
-    @check_types
     def select(  # type: ignore[override]
         self, probe: str, metric: str | None = None, view: str | None = None
     ) -> list[Row]:
@@ -170,7 +167,6 @@ class Comparison(Result):
         chosen = (r for r in self.long if r.probe == probe and metric in (None, r.metric))
         return sorted((r for r in chosen if view in (None, r.view)), key=lambda r: r.layer)
 
-    @check_types
     def at(  # type: ignore[override]
         self, probe: str, metric: str, layer: int, view: str
     ) -> Row:
@@ -189,7 +185,6 @@ class Comparison(Result):
             raise ResultsError(f"layer {layer} was not measured: expected one of {[*found]}")
         return found[wanted]
 
-    @check_types
     def value(  # type: ignore[override]
         self, probe: str, metric: str, layer: int, view: str
     ) -> float:

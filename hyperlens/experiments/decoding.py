@@ -53,7 +53,7 @@ from ..render.format import (
     interval,
     p_value,
 )
-from ..results.result import Result
+from ..results.result import Result, only
 from ..statistics import significance
 from .mauve import (
     SEEDS,
@@ -480,9 +480,12 @@ class DecodingResult(Result):
         return list(dict.fromkeys(row["metric"] for row in self.table))
 
     def about(self, model: str, method: str) -> Mapping[str, Any]:
-        """Parameter, number of samples and seconds of one method."""
-        facts: list[Mapping[str, Any]] = self.extras["methods"]
-        return next(one for one in facts if (one["model"], one["method"]) == (model, method))
+        """Parameter, number of samples and seconds of one method.
+
+        Raises:
+            ResultsError: if it was not run.
+        """
+        return only("method", self.extras["methods"], {"model": model, "method": method})
 
     def verdicts(self) -> list[Verdict]:
         """On which side of the tuned model's greedy text each method is."""

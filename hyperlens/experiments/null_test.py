@@ -22,7 +22,7 @@ from ..data.corpus import Corpus
 from ..decoding.diversity import REPETITION_METRICS
 from ..decoding.generate import GenerationRunner
 from ..decoding.prompts import check_room, choose_prompts
-from ..errors import HyperlensError, PairError
+from ..errors import HyperlensError, PairError, ResultsError
 from ..hooks.loading import LoadedModel, hook
 from ..models.sources import OpenedModel
 from ..models.weight_sharing import is_tied, merged, token_tables, untie, weight_sharing_copy
@@ -45,7 +45,7 @@ from ..render.format import (
     p_value,
     span,
 )
-from ..results.result import Result
+from ..results.result import Result, unknown
 from ..statistics.significance import estimate, holm
 from ..statistics.spectrum import orthogonal
 
@@ -501,7 +501,7 @@ class NullTestResult(Result):
     def last(self, metric: str, view: str, control: str | None = None) -> Mapping[str, Any] | None:
         """The row of the last layer, of the first kind of control; None if not measured."""
         wanted = {"metric": metric, "view": view, "layer": self.meta["n_layers"]}
-        rows = self.rows(**wanted, control=control or self.controls[0])
+        rows = self.rows(**wanted, control=self.controls[0] if control is None else control)
         return rows[0] if rows else None
 
     def share_of_change(
@@ -511,11 +511,17 @@ class NullTestResult(Result):
 
         The change is from the base's value at the last layer. NaN where nothing changed or was
         measured.
+
+        Raises:
+            ResultsError: if the null test has no such measure.
         """
         row = self.last(metric, view, control)
         if row is None:
             return math.nan, math.nan
-        base = self._of_base(next(m for m in MEASURES if (m.metric, m.view) == (metric, view)))
+        measures = {(one.metric, one.view): one for one in MEASURES}
+        if (metric, view) not in measures:
+            raise ResultsError(unknown("measure", (metric, view), list(measures)))
+        base = self._of_base(measures[metric, view])
         return share_of_change(base, row["tuned"], row["control_low"], row["control_high"])
 
     def _last_of_all(self, measure: Measure) -> dict[str, Mapping[str, Any]]:

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from ..checks import check_types
+from ..checks import check_field_types, check_types
 from ..errors import PatchError
 from ..models.structure import ROUNDINGS, misfit
 from .surface import HookedModel, Kind, evaluating, input_device, run_logits, site_hook
@@ -50,6 +50,7 @@ class Site:
     block: int | None = None
 
     def __post_init__(self) -> None:
+        check_field_types(self)
         check_kind(self.kind)
         if (self.block is None) != (self.kind == "final_norm"):
             raise PatchError(

@@ -78,7 +78,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         raise LoadingError(
             f"{path} is not readable JSON ({first_line(error)}): save the adapter again"
         ) from None
-    if not isinstance(config, dict) or config.get("peft_type") not in set(PeftType):
+    if not isinstance(config, dict) or config.get("peft_type") not in list(PeftType):
         raise LoadingError(
             f"{path} holds no adapter configuration that the installed peft knows: save the "
             "adapter again, or install the peft that wrote it"

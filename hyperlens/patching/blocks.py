@@ -17,10 +17,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..checks import check_counts, check_seed, check_types
+from ..checks import check_choice, check_counts, check_seed, check_types
 from ..data.corpus import Corpus, pad
 from ..decoding.diversity import REPETITION_METRICS as REPETITION
-from ..errors import PatchError
+from ..errors import PatchError, ResultsError
 from ..hooks.loading import LoadedModel
 from ..hooks.partial_forward import Activations, check_resumes, read, run_patched
 from ..hooks.patched_generation import check_takes_past, donating
@@ -535,7 +535,12 @@ class BlocksResult(Result):
         return [e for e in every if e["effect"] == effect and e["metric"] == metric]
 
     def beats_controls(self, direction: str, layer: int) -> bool | None:
-        """Whether the source activation does more than every control (corrected p < 0.05)."""
+        """Whether the source activation does more than every control (corrected p < 0.05).
+
+        Raises:
+            ResultsError: if there is no such direction.
+        """
+        check_choice("direction", direction, list(TOWARDS), ResultsError)
         rows = [c for c in self.contrasts(direction, TOWARDS[direction]) if c["layer"] == layer]
         if not rows or any(not math.isfinite(row["p"]) for row in rows):
             return None

@@ -193,9 +193,12 @@ class PositionsResult(Result):
     )
 
     def cell(self, direction: str, layer: int, offset: int, metric: str) -> Mapping[str, Any]:
-        """One cell of a map."""
-        (row,) = self.rows(direction=direction, layer=layer, offset=offset, metric=metric)
-        return row
+        """One cell of a map.
+
+        Raises:
+            ResultsError: if it was not measured.
+        """
+        return self.at(direction=direction, layer=layer, offset=offset, metric=metric)
 
     def column(self, direction: str, offset: int, metric: str) -> list[Mapping[str, Any]]:
         """One position along the layers."""

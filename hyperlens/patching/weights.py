@@ -26,7 +26,7 @@ from ..pair import open_inputs
 from ..passes.failures import explaining_out_of_memory
 from ..render.blocks import Axis, Block, Chart, Grid, Reference, Role, Table, Text, Verdict
 from ..render.format import FRACTION, PERCENT, count, ends, interval
-from ..results.result import Result
+from ..results.result import Result, only
 from ..results.rows import chosen_layers
 from ..statistics import significance
 from ..statistics.shares import all_alike, holm_p_values, p_value
@@ -401,9 +401,12 @@ class WeightsResult(Result):
         return [*others["embedding"], *blocks, *others["final_norm"], *others["unembedding"]]
 
     def smallest(self, direction: str, kind: str) -> Row:
-        """The smallest suffix of a direction and kind."""
-        every: list[Row] = self.extras["smallest"]
-        return next(s for s in every if s["direction"] == direction and s["kind"] == kind)
+        """The smallest suffix of a direction and kind.
+
+        Raises:
+            ResultsError: if there is no such direction or kind.
+        """
+        return only("suffix", self.extras["smallest"], {"direction": direction, "kind": kind})
 
     @property
     def depth(self) -> int:

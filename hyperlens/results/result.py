@@ -7,6 +7,7 @@ on (`evidence`); text, notebook display, page, figures and files come from those
 from __future__ import annotations
 
 import difflib
+import inspect
 import json
 import math
 from abc import ABC
@@ -35,6 +36,8 @@ FORMAT = 2
 # texts of people, which keep theirs.
 LABEL_KEYS = ("against", "effect", "cell")
 
+# So many values that there are stand in a message about one that there is not.
+LISTED = 24
 # What a cell of a table holds.
 CELL = str | float | bool | None
 
@@ -66,6 +69,12 @@ class Result(ABC):
     table: tuple[Mapping[str, Any], ...]
     extras: Mapping[str, Any] = field(default_factory=dict)
     meta: Mapping[str, Any] = field(default_factory=dict)
+
+    def __init_subclass__(cls) -> None:
+        """What people ask a result is checked as the arguments of functions are."""
+        for name, method in list(vars(cls).items()):
+            if inspect.isfunction(method) and not name.startswith("_"):
+                setattr(cls, name, check_types(method))
 
     def __post_init__(self) -> None:
         check_field_types(self)
@@ -175,8 +184,8 @@ class Result(ABC):
         found = self.select(**wanted)
         if len(found) != 1:
             raise ResultsError(
-                f"{len(found)} rows of {self.name} have {wanted}: name the columns that tell one "
-                f"row from the others, among {', '.join(self.columns)}"
+                f"{len(found)} rows of {self.name} have {shortened(wanted)}: name the columns that "
+                f"tell one row from the others, among {', '.join(self.columns)}"
             )
         return found[0]
 
@@ -299,11 +308,26 @@ def matching(
     return [row for row in rows if all(row[key] == value for key, value in wanted.items())]
 
 
+def only(
+    what: str, rows: Sequence[Mapping[str, Any]], wanted: Mapping[str, Any]
+) -> Mapping[str, Any]:
+    """The first row that has these values.
+
+    Raises:
+        ResultsError: if there is none, with the values of the others.
+    """
+    for row in matching(rows, wanted):
+        return row
+    known = list(dict.fromkeys(" ".join(str(row[key]) for key in wanted) for row in rows))
+    raise ResultsError(unknown(what, " ".join(map(str, wanted.values())), known))
+
+
 def unknown(what: str, given: Any, known: Sequence[Any]) -> str:
     """The message about a name that does not exist, with the nearest one that does."""
     near = difflib.get_close_matches(str(given), list(map(str, known)), n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    return f"no {what} {shortened(given)}: expected one of {', '.join(map(str, known))}{hint}"
+    listed = ", ".join(map(str, known[:LISTED])) + (", …" if known[LISTED:] else "")
+    return f"no {what} {shortened(given)}: expected one of {listed}{hint}"
 
 
 def _rename(value: Any, renamed: Mapping[str, str], labels: Collection[str], key: str = "") -> Any:
