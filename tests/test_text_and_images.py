@@ -179,5 +179,7 @@ def test_what_depends_on_the_images_cannot_be_used_alone(tmp_path: Path) -> None
     torch.manual_seed(0)
     whole = gemma3().eval()
     save_adapter(whole, peft.VeraConfig(r=4, target_modules=["q_proj"]), tmp_path)
-    with pytest.raises(LoadingError, match=r"only LoRA's part for the text .* give the whole model"):
+    with pytest.raises(
+        LoadingError, match=r"only LoRA's part for the text .* give the whole model"
+    ):
         open_source(tmp_path, base=open_source(language_model(whole)))
