@@ -14,6 +14,20 @@ from .weight_sharing import token_tables, weight_sharing_copy
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+# Initialisations of LoRA that change the base in a way that peft cannot repeat from a folder.
+LOST = {
+    "pissa_niter": "whose directions peft draws at random again at each load",
+    "corda": "which changes the base by what it saw in data that the folder does not have",
+    "lora_ga": "which changes the base by gradients that the folder does not have",
+}
+PROMPT_LEARNING = (
+    "prompt-learning adapters (prompt, prefix or P-tuning) add positions rather than change weights"
+)
+INCOMPARABLE = {
+    "POLY": "Poly adapters choose by a task that is given beside the tokens",
+    "SHADOW": "Shadow adapters run a second network beside the blocks",
+    "XLORA": "X-LoRA mixes several adapters by what it reads in a first pass",
+}
 # Fetched with an adapter from the hub, where they exist: it may come with a tokenizer of its own.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
@@ -88,13 +102,14 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         raise LoadingError(
             f"{path} names {shortened(named)} as the adapter's base: write a folder or hub id there"
         )
-    by = config.get("init_lora_weights")
-    if isinstance(by, str) and by.startswith("pissa_niter"):
+    by = str(config.get("init_lora_weights"))
+    lost = next((why for start, why in LOST.items() if by.startswith(start)), None)
+    if config["peft_type"] == PeftType.LORA and lost:
         raise LoadingError(
-            f"the adapter {folder} was initialised by {by}, whose directions peft draws at random "
-            "again at each load, so that it cannot be read as it was trained: save it as plain "
-            "LoRA with save_pretrained(…, path_initial_model_for_weight_conversion=…), or pass "
-            "the PeftModel itself"
+            f"the adapter {folder} was initialised by {by}, {lost}, so that it cannot be read as "
+            "it was trained: save it as plain LoRA with "
+            "save_pretrained(…, path_initial_model_for_weight_conversion=…), or pass the PeftModel "
+            "itself"
         )
     if not (folder / ADAPTER_WEIGHTS).exists():
         raise LoadingError(
@@ -143,20 +158,19 @@ def put_on(
     from peft import PeftConfig, PeftModel, get_peft_model_state_dict
     from safetensors import SafetensorError, safe_open
 
-    misfit = PairError(
-        f"adapter {folder} does not fit {base_name}: it was made for "
-        f"{named or 'another base'}; give that base"
-    )
+    made_for = f"it was made for {named or 'another base'}; give that base"
+    misfit = PairError(f"adapter {folder} does not fit {base_name}: {made_for}")
     try:
         shell = weight_sharing_copy(base)
         with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
             shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
         layout = layout_of(shell, shapes)
         config = layout.config(PeftConfig.from_pretrained(str(folder)), shell)
+        check_adapter_kind(config)
         placed = {layout.in_base(key): shape for key, shape in shapes.items()}
         stored = {key: shape for key, shape in placed.items() if key is not None}
         _check_vocabulary(shell, stored, folder, base_name)
-        _unshare_written(shell, set(stored))
+        _unshare_written(shell, set(stored), config)
         _unshare_initialised(shell, config)
         with warnings.catch_warnings():
             # Keys that do not match are an error here, not a warning.
@@ -164,7 +178,6 @@ def put_on(
             model = PeftModel.from_pretrained(
                 shell, str(folder), config=config, key_mapping=layout.key_mapping
             ).eval()
-            check_adapter_kind(model)
             # Told not to look for resized embeddings, peft does not ask the hub about the base.
             expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
     except (LoadingError, PairError):
@@ -174,9 +187,13 @@ def put_on(
             f"the adapter weights in {folder} are corrupt ({first_line(error)}): copy or "
             "download them again"
         ) from error
-    except (RuntimeError, ValueError, KeyError) as error:
+    except (RuntimeError, KeyError) as error:
         misfit.add_note(str(error))
         raise misfit from error
+    except ValueError as error:
+        raise PairError(
+            f"adapter {folder} does not fit {base_name} ({first_line(error)}): {made_for}"
+        ) from error
     except Exception as error:
         raise LoadingError(
             f"cannot read the adapter {folder} ({first_line(error)}): save it again with PEFT's "
@@ -207,13 +224,18 @@ def _unused_note(folder: Path, config: Any, unused: int) -> tuple[str, ...]:
     )
 
 
-def _unshare_written(shell: Any, stored: set[str]) -> None:
+def _unshare_written(shell: Any, stored: set[str], config: Any) -> None:
     """Give every weight of the base that an adapter file replaces storage of its own.
 
     Biases (`bias="all"`) and whole embeddings (`save_embedding_layers`) stand in the file beside
-    the adapter's own weights, and peft copies them into the model that it is given.
+    the adapter's own weights, and peft copies them into the model that it is given. Modules of
+    `modules_to_save` stand there too, but peft itself makes copies for them.
     """
+    copied = tuple(getattr(config, "modules_to_save", None) or ())
     replaced = {_in_base(key) for key in stored}
+    for module_name, _ in shell.named_modules():
+        if module_name.endswith(copied):  # as peft finds them
+            replaced -= {name for name in replaced if name.startswith(f"{module_name}.")}
     for name, parameter in shell.named_parameters(remove_duplicate=False):
         if name in replaced:
             parameter.data = parameter.data.clone()
@@ -224,16 +246,14 @@ def _unshare_written(shell: Any, stored: set[str]) -> None:
 
 
 def _unshare_initialised(shell: Any, config: Any) -> None:
-    """The same for weights that an adapter's initialisation changes, as OLoRA's does in place."""
+    """The same for weights that OLoRA's initialisation changes in place; others replace them."""
     from peft.tuners.tuners_utils import check_target_module_exists
 
-    by = getattr(config, "init_lora_weights", None)
-    if not isinstance(by, str) or by == "gaussian":
+    if config.peft_type != "LORA" or config.init_lora_weights != "olora":
         return
     for name, module in shell.named_modules():
-        if module._parameters and check_target_module_exists(config, name):
-            for parameter in module.parameters(recurse=False):
-                parameter.data = parameter.data.clone()
+        if "weight" in module._parameters and check_target_module_exists(config, name):
+            module.weight.data = module.weight.data.clone()
 
 
 def _in_base(key: str) -> str:
@@ -273,18 +293,33 @@ def _of_adapter(module: str, weight: str) -> tuple[str, str]:
     return module, kind
 
 
-def check_adapter_kind(model: Any) -> None:
-    """Raise for adapters that add positions.
+def check_adapter_kind(*configs: Any) -> None:
+    """Raise for adapters whose streams cannot be compared with the base's, text by text.
+
+    Args:
+        configs: of every adapter of a model.
 
     Raises:
-        LoadingError: if a PeftModel holds one.
+        LoadingError: saying why, and what to give instead.
     """
-    if any(config.is_prompt_learning for config in model.peft_config.values()):
-        raise LoadingError(
-            "prompt-learning adapters (prompt, prefix or P-tuning) add positions rather than "
-            "change weights, so streams cannot be compared token by token: give an adapter that "
-            "changes weights, such as LoRA"
-        )
+    for config in configs:
+        kind = config.peft_type.value
+        reason = PROMPT_LEARNING if config.is_prompt_learning else INCOMPARABLE.get(kind)
+        if reason is not None:
+            raise LoadingError(
+                f"{reason}, so streams cannot be compared token by token: give an adapter that "
+                "changes weights, such as LoRA"
+            )
+        if getattr(config, "sample_at_inference", False):
+            raise LoadingError(
+                f"this {kind} adapter draws at random whenever it is run: set sample_at_inference "
+                "to False in its configuration"
+            )
+        if getattr(config, "coft", False):
+            raise LoadingError(
+                f"this {kind} adapter changes its own weights whenever it is run (coft=True): fold "
+                "it into its base with peft's merge_and_unload, and give that model"
+            )
 
 
 def check_not_injected(model: Any) -> None:
