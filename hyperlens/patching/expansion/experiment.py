@@ -15,8 +15,9 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ...checks import check_counts
@@ -200,7 +201,8 @@ def _spread(
         CorpusError: if the first half has too few tokens for a covariance.
     """
     raw = ParticipationRatio(views=("raw",), layers=(-1,))
-    logits = ReadByHead(head_root(pair.tuned.hooked))
+    tokens = torch.from_numpy(np.unique(np.concatenate(corpus.sequences)))
+    logits = ReadByHead(head_root(pair.tuned.hooked, tokens))
     halves = TextHalves(is_read)
     result = run_pass(pair.base.hooked, pair.tuned.hooked, corpus, [raw, logits, halves], options)
     dimensions: list[Dimensions] = [
@@ -309,20 +311,28 @@ def _notes(fitted: Cloud, planned: Plan) -> Iterator[str]:
 # Readers of a streaming pass
 
 
-def head_root(model: HookedModel) -> Float[Tensor, "d_model d_model"]:
-    """R with R Rᵀ = W Wᵀ, W an unembedding without what is common to all tokens: x R has the
-    spectrum of x's logits, less their mean, in d_model numbers."""
+def head_root(
+    model: HookedModel, tokens: Int[Tensor, " chosen"]
+) -> Float[Tensor, "d_model d_model"]:
+    """R with R Rᵀ = W Wᵀ, W the unembedding of some tokens without what is common to all of them:
+    x R has the spectrum of x's logits, less their mean, in d_model numbers.
+
+    Args:
+        model: whose unembedding.
+        tokens: which; those that no text has would share one large direction of no consequence.
+    """
     one = torch.eye(model.cfg.d_model, device=input_device(model), dtype=model.cfg.dtype)
-    with evaluating(model), in_full_float32():
-        rows = (model.unembed(one[:, None])[:, 0] - model.unembed(0 * one[:1, None])[:, 0]).float()
-        rows = rows - rows.mean(1, keepdim=True)
-        values, axes = torch.linalg.eigh((rows @ rows.mT).cpu().double())
+    with evaluating(model):
+        rows = model.unembed(one[:, None])[:, 0] - model.unembed(0 * one[:1, None])[:, 0]
+    rows = rows[:, tokens.to(rows.device)].cpu().double()
+    rows = rows - rows.mean(1, keepdim=True)
+    values, axes = torch.linalg.eigh(rows @ rows.mT)
     return axes * values.clamp_min(0.0).sqrt()
 
 
 class ReadByHead(ParticipationRatio):
     """The participation ratio of the logits that the tuned model's final norm and unembedding make
-    of both streams: what an unembedding does not read does not count.
+    of both streams: what is not read does not count.
 
     Args:
         root: of the unembedding, see `head_root`.

@@ -9,8 +9,8 @@ expansion alone makes the base model decide as the tuned one does, more than its
    more than rounding, there is an expansion. Where it lies below the smallest effect of interest,
    as a share of the base model's dimension, there is none to be the cause: contradicts, whatever
    else. Otherwise it is unknown whether there is one: cannot tell. The same is asked of what the
-   tuned model's final norm and unembedding read of both streams (the dimension of the logits):
-   unless that grew too, the whole is not supported.
+   tuned model's final norm and unembedding read of both streams (the dimension of the logits of
+   the tokens that occur in the texts): unless that grew too, the whole is not supported.
 3. Only methods that change how the variance is spread decide (`DECIDING`): those that take along
    directions which grew without raising the dimension are evidence. A method counts if on the
    texts that decisions are read on it moves the dimension by at least half of the expansion. Its
@@ -252,7 +252,7 @@ SHORT = {
     "base_directions": "base directions kept",
     "new_directions": "grown directions removed",
     "base_spectrum": "base spectrum",
-    "expanding_directions": "expanding directions set back",
+    "expanding_directions": "expanding ones set back",
     "tuned_spectrum": "tuned spectrum",
     "tuned_covariance": "tuned covariance",
     "tuned_coordinates": "tuned coordinates",
@@ -277,6 +277,8 @@ SHARES = {
 }
 CLAIMS = {"needed": REMOVING, "enough": ADDING}
 CHANGE, CONTROL = "the change itself", "its random control"
+# Why a method does not count: it does not move the dimension, or there is nothing in its reach.
+NOT_COUNTED, CANNOT_DECIDE = "not counted", "cannot decide"
 RULES = (
     "Without a changed decision, or where it is unknown whether the dimension grew: cannot tell. "
     "Without an expansion: contradicted. Only changes of how the variance is spread decide; those "
@@ -412,9 +414,10 @@ class ExpansionResult(Result):
         base, change = (self.extras["read_by_head"][key] for key in ("base", "delta"))
         size = f"{NUMBER(base['value'])} dimensions in the base, {interval(change, DIMENSIONS)}"
         return {
-            True: f". What the unembedding reads expands too ({size})",
-            False: f". But what the unembedding reads does not expand ({size})",
-            None: f". But it is unknown whether what the unembedding reads expands ({size})",
+            True: f". What the unembedding reads of it, the logits, expands too ({size})",
+            False: f". But what the unembedding reads of it, the logits, does not expand ({size})",
+            None: ". But it is unknown whether what the unembedding reads of it, the logits, "
+            f"expands ({size})",
         }[self.extras["verdict"]["read"]]
 
     def _of_claim(self, claim: str) -> str:
@@ -446,15 +449,18 @@ class ExpansionResult(Result):
         )
 
     def _why_none_counts(self, claim: str) -> str:
-        evidence = self.extras["evidence"]
-        moved = any(
-            (evidence[method]["moved"] or 0.0) >= HALF
-            for method in CLAIMS[claim]
-            if method in self.extras["verdict"]["methods"]
-        )
-        if not moved:
+        deciding = self.extras["verdict"]["methods"]
+        reasons = {
+            method: self._not_counted(method) for method in CLAIMS[claim] if method in deciding
+        }
+        if set(reasons.values()) == {NOT_COUNTED}:
             return "no change that decides moved the dimension by half of the expansion"
-        return f"no change could do more than its control by {self._threshold}"
+        words = {
+            NOT_COUNTED: "it did not move the dimension by half of the expansion",
+            CANNOT_DECIDE: f"nothing of its kind does {self._threshold} more than its control",
+        }
+        each = "; ".join(f"{NAMES[method]}, {words[why]}" for method, why in reasons.items())
+        return f"no change counts ({each})"
 
     def _of_veto(self, direction: int) -> str:
         """Which single direction is needed though the dimension does not fall."""
@@ -625,8 +631,7 @@ class ExpansionResult(Result):
     def _not_counted(self, method: str) -> str:
         if method not in self.extras["verdict"]["methods"]:
             return "evidence only"
-        moved = (self.extras["evidence"][method]["moved"] or 0.0) >= HALF
-        return "cannot decide" if moved else "not counted"
+        return CANNOT_DECIDE if self.extras["evidence"][method]["moved"] >= HALF else NOT_COUNTED
 
     def _changes(self, methods: Sequence[str]) -> Iterator[tuple[str, int, str]]:
         """Every change, and what it is called in a chart."""
