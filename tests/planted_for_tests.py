@@ -1,4 +1,4 @@
-"""Tuned models whose only change is known: an affine map of what the last block puts out."""
+"""Tuned models whose only change is known: what the last block puts out is changed."""
 
 import copy
 
@@ -10,14 +10,12 @@ from hyperlens.pair import open_inputs
 from hyperlens.patching.engine import second_half
 
 
-class Mapped(nn.Module):
-    """A block whose output is moved: mean + matrix (output - mean)."""
+class Adding(nn.Module):
+    """A block to whose output a function of it is added."""
 
-    def __init__(self, block, mean, matrix):
+    def __init__(self, block, function):
         super().__init__()
-        self.block = block
-        self.register_buffer("mean", mean.float())
-        self.register_buffer("change", (matrix - torch.eye(len(mean))).float())
+        self.block, self.function = block, function
 
     def __getattr__(self, name):
         # Models ask their blocks for attributes of their own.
@@ -29,18 +27,51 @@ class Mapped(nn.Module):
     def forward(self, *args, **kwargs):
         made = self.block(*args, **kwargs)
         first = made if isinstance(made, torch.Tensor) else made[0]
-        new = first + (first - self.mean) @ self.change.mT
+        new = first + self.function(first)
         return new if isinstance(made, torch.Tensor) else (new, *made[1:])
 
 
-def mapped(model, mean, matrix):
-    """A copy of a model with its last block's output moved."""
+class Affine(nn.Module):
+    """What mean + matrix (x - mean) adds to x."""
+
+    def __init__(self, mean, matrix):
+        super().__init__()
+        self.register_buffer("mean", mean.float())
+        self.register_buffer("change", (matrix - torch.eye(len(mean))).float())
+
+    def forward(self, x):
+        return (x - self.mean) @ self.change.mT
+
+
+class Cosines(nn.Module):
+    """Cosines of the coordinates along `axes`, written along `into`: no affine map of x."""
+
+    def __init__(self, mean, axes, phase, offset, into):
+        super().__init__()
+        for name, value in {"mean": mean, "axes": axes, "phase": phase, "offset": offset,
+                            "into": into}.items():  # fmt: skip
+            self.register_buffer(name, value.float())
+
+    def features(self, x):
+        return torch.cos((x - self.mean) @ self.axes + self.phase)
+
+    def forward(self, x):
+        return (self.features(x) - self.offset) @ self.into
+
+
+def adding(model, function):
+    """A copy of a model with a function of its last block's output added to it."""
     tuned = copy.deepcopy(model)
     blocks = find_structure(tuned).blocks
     (stack,) = (m for m in tuned.modules() if isinstance(m, nn.ModuleList)
                 and len(m) == len(blocks) and m[-1] is blocks[-1])  # fmt: skip
-    stack[-1] = Mapped(blocks[-1], mean, matrix)
+    stack[-1] = Adding(blocks[-1], function)
     return tuned
+
+
+def mapped(model, mean, matrix):
+    """A copy of a model with its last block's output moved to mean + matrix (output - mean)."""
+    return adding(model, Affine(mean, matrix))
 
 
 def last_outputs(model, texts, seed=0):

@@ -5,13 +5,15 @@ import math
 import pytest
 import torch
 from conftest import make_tiny, perturbed, short, token_texts
-from planted_for_tests import last_outputs, mapped, spread
+from planted_for_tests import Cosines, adding, last_outputs, mapped, spread
 
 from hyperlens.compare import compare_models
 from hyperlens.models.structure import find_structure
 from hyperlens.pair import open_inputs
+from hyperlens.passes.streaming import PassOptions, run_pass
 from hyperlens.patching.engine import second_half, subset
 from hyperlens.patching.expansion import patch_expansion
+from hyperlens.patching.expansion.experiment import ReadByHead, head_root
 from hyperlens.patching.outcomes import METRICS
 
 TEXTS = token_texts(48, shortest=10, longest=24)
@@ -102,6 +104,150 @@ def test_an_expansion_beside_the_cause_is_told_from_it():
     assert verdict["overall"] != "supports"
 
 
+# Wider models, whose small axes can be planted on. Longer texts: four times the axes.
+LONGER = token_texts(64, shortest=16, longest=40)
+FEW = QUICK | {"n_directions": [8]}
+
+
+def wide(unread=0, head=0.0):
+    """A model of 64 directions and their spread, the final norm's weight in the unembedding.
+
+    Args:
+        unread: along how many of its smallest axes the unembedding is shrunk.
+        head: what is left of it there.
+    """
+    model = make_tiny("llama", hidden_size=64, intermediate_size=96)
+    mean, values, vectors = spread(last_outputs(model, LONGER)[0])
+    with torch.no_grad():
+        w = model.lm_head.weight.double() * model.model.norm.weight.double()
+        small = vectors[:, len(values) - unread :]
+        model.lm_head.weight.copy_(w - (1 - head) * (w @ small) @ small.mT)
+        model.model.norm.weight.fill_(1.0)
+    return model, mean, values, vectors
+
+
+def amplified(level, null, head=0.0):
+    """Tuned: one axis amplified; the 24 smallest axes, hardly read, raised to the largest."""
+    base, mean, values, vectors = wide(24, head)
+    gain = torch.ones(64).double()
+    gain[30] = (level * values[0] / values[30]).sqrt()
+    if null:
+        gain[40:] = (values[0] / values[40:]).sqrt()
+    return base, mapped(base, mean, (vectors * gain) @ vectors.mT)
+
+
+def written(level):
+    """Tuned: new features in 32 axes that the base hardly uses, and no other change.
+
+    Args:
+        level: the features' variance, as a share of the mean of the base's largest axes.
+    """
+    plain, mean, values, vectors = wide()
+    small = torch.ones(64).double()
+    small[32:] = 0.1
+    base = mapped(plain, mean, (vectors * small) @ vectors.mT)
+    generator = torch.Generator().manual_seed(3)
+    mixed = torch.randn(32, 32, generator=generator).double() * 4 / 32**0.5
+    into = torch.zeros(32, 64).double()
+    phase = 2 * math.pi * torch.rand(32, generator=generator).double()
+    axes = (vectors[:, :32] / values[:32].sqrt()) @ mixed
+    cosines = Cosines(mean, axes, phase, torch.zeros(32), into)
+    offset, variance, turn = spread(cosines.features(last_outputs(base, LONGER)[0].float()))
+    white = turn / variance.sqrt()
+    size = (level * values[:8].mean()).sqrt()
+    into = white.double() @ (vectors[:, 32:] * size).mT
+    return base, adding(base, Cosines(mean, axes, phase, offset, into))
+
+
+def verdict_of(pair, **options):
+    found = patch_expansion(*pair, LONGER, **(FEW | options))
+    assert found.extras["changed"] > 50
+    return found, found.extras["verdict"]
+
+
+@pytest.mark.parametrize(
+    ("level", "head"),
+    short([(3.0, 0.0), (1.0, 0.0), (3.0, 0.3), (1.5, 0.1), (1.0, 0.3)], (3.0, 0.0)),
+)
+def test_an_expansion_that_is_not_read_is_not_the_cause(level, head):
+    """One axis decides; what makes the dimension grow is not read, or hardly."""
+    found, verdict = verdict_of(amplified(level, null=True, head=head))
+    assert verdict["expansion"] is True
+    assert verdict["overall"] != "supports"
+    if head == 0.0:
+        # Decisions are those of the twin, whose dimension falls or hardly grows.
+        twin, _ = verdict_of(amplified(level, null=False), n_random=1)
+        assert twin.extras["changed"] == found.extras["changed"]
+    if level == 3.0:
+        assert verdict["read"] is False
+        # The axis that decides, set back by itself, returns decisions and the dimension rises.
+        place = ("single_direction", 1, "itself")
+        assert value_of(found, *place, "dimension") > value_of(
+            found, "none", 0, "tuned", "dimension"
+        )
+        assert verdict["veto"] == 1
+    if (level, head) == (3.0, 0.0):
+        assert value_of(found, *place, "to_base") > 0.8
+        assert value_of(found, "expanding_directions", 24, "itself", "to_tuned") > 0.99
+        assert verdict["overall"] == "contradicts"
+        assert "does not expand" in found.conclusions()[0]
+
+
+@pytest.mark.parametrize(
+    ("level", "overall"),
+    short(
+        [(0.25, "cannot tell"), (0.14, "supports"), (0.5, "cannot tell"), (0.1, "supports")],
+        *[(0.25, "cannot tell"), (0.14, "supports")],
+    ),
+)
+def test_an_expansion_that_no_affine_map_can_bring_about_is_not_contradicted(level, overall):
+    """The expansion is the only change, but new features are no affine map of old ones.
+
+    Where they vary more than what was there, giving the base's spectrum to the tuned model's axes
+    does not take just them away, and not all methods agree that the expansion is needed.
+    """
+    found, verdict = verdict_of(written(level))
+    assert (verdict["expansion"], verdict["read"]) == (True, True)
+    assert verdict["overall"] != "contradicts"
+    assert verdict["overall"] == overall
+    # Only the tuned model's own coordinates could bring it about, and they do.
+    assert verdict["methods"]["tuned_spectrum"] is None
+    assert (verdict["methods"]["tuned_coordinates"], verdict["enough"]) == ("supported",) * 2
+    assert found.judged("tuned_coordinates") == 32
+    power = [v.answer for v in found.verdicts() if v.topic == "power"]
+    assert "that change cannot decide" in power[0]
+    assert "cannot decide" not in power[1]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", range(8))
+def test_noise_in_the_weights_is_never_supported(seed):
+    base = make_tiny("llama", seed=seed)
+    found = patch_expansion(base, perturbed(base, 0.1, seed=seed + 1), TEXTS, **QUICK)
+    assert found.extras["verdict"]["overall"] != "supports"
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_what_the_unembedding_reads_is_the_dimension_of_the_logits(name):
+    """By hand: whole logits of the tokens that occur, before any soft cap."""
+    base = make_tiny(name)
+    tuned = perturbed(base, 0.1)
+    opened = open_inputs(base, tuned, TEXTS[:12], max_length=256)
+    models = [one.hooked for one in (opened.pair.base, opened.pair.tuned)]
+    occurring = torch.arange(1, 40)
+    probe = ReadByHead(head_root(models[1], occurring))
+    result = run_pass(*models, opened.corpus, [probe], PassOptions(4, 10.0, 0, False))
+    found = {row.metric: row.value for row in result.results[probe.name].rows}
+    structure = find_structure(tuned)
+    for side, model in (("base", base), ("tuned", tuned)):
+        x = torch.cat(last_outputs(model, TEXTS[:12])).float()
+        with torch.no_grad():
+            logits = structure.head(structure.final_norm(x))[:, occurring].double()
+        c = torch.cov((logits - logits.mean(1, keepdim=True)).mT, correction=0)
+        dimension = float(c.trace() ** 2 / c.square().sum())
+        assert found[f"{side}_naive"] == pytest.approx(dimension, rel=1e-3)
+
+
 def test_no_change_is_said_plainly(tmp_path):
     base = make_tiny("llama")
     found = patch_expansion(base, base, TEXTS, **QUICK)
@@ -127,6 +273,10 @@ def found():
         base, perturbed(base, 0.1), TEXTS, n_random=2, n_prompts=4, prompt_tokens=5,
         max_new_tokens=6, progress=False,
     )  # fmt: skip
+
+
+def test_noise_is_not_supported(found):
+    assert found.extras["verdict"]["overall"] != "supports"
 
 
 def test_all_directions_kept_is_exactly_no_effect(found):

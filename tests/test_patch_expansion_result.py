@@ -48,6 +48,7 @@ def test_what_is_written_follows_the_changes(found):
     assert written == {("none", "base"), ("none", "tuned")} | {
         (method, condition)
         for method in NAMES
+        if method != "tuned_coordinates"
         for condition in ("itself", VARIANCE_CONTROL[method])
     }
     sizes = {r["n_directions"] for r in found.select(method="new_directions", metric="ttr")}
@@ -63,7 +64,10 @@ def test_contrasts_are_paired_and_corrected(found):
                 c for c in found.extras["contrasts"]
                 if (c["method"], c["against"], c["metric"]) == (method, control, metric)
             ]  # fmt: skip
-            assert [row["n_directions"] for row in rows] == found.sizes(method)
+            sizes = found.sizes(method)
+            # All coordinates at once are the tuned model's output, which has no control.
+            sizes = [found.judged(method)] if method == "tuned_coordinates" else sizes
+            assert [row["n_directions"] for row in rows] == sizes
             for row in rows:
                 values = [
                     value_of(found, method, row["n_directions"], a, metric)
@@ -109,7 +113,7 @@ def test_the_summary_says_what_the_verdict_rests_on(found):
     assert "needed: supported, enough: supported." in text
     assert "supported, an effect's lower bound is above 10.0 points" in text
     assert "Directions fitted on 24 texts, decisions read on 24 others" in text
-    assert "! Only affine changes of the last block's output about its mean were tried" in text
+    assert "! Directions were fitted on some texts and decisions read on others" in text
     assert all(len(line) <= 105 for line in found.summary().splitlines())
     # What decides each claim, with its interval.
     for claim, metric in (("Needed?", "to_base"), ("Enough?", "to_tuned")):
@@ -123,14 +127,17 @@ def test_the_summary_says_what_the_verdict_rests_on(found):
 
 def test_every_change_stands_in_a_table_beside_its_controls(found):
     folded = [block for block in found.evidence() if isinstance(block, Details)]
-    for method, details in zip(METHODS, folded[:-1], strict=True):
+    *tables, rules = folded
+    for method, details in zip((*METHODS, "single_direction"), tables, strict=True):
         (table,) = details.blocks
-        conditions = {r["condition"] for r in found.rows(method=method, metric="to_tuned")}
-        assert len(table.rows) == len(found.sizes(method)) * len(conditions)
+        assert len(table.rows) == len(found.rows(method=method, metric="to_tuned"))
+        if method != "tuned_coordinates":
+            conditions = {r["condition"] for r in found.rows(method=method, metric="to_tuned")}
+            assert len(table.rows) == len(found.sizes(method)) * len(conditions)
         marked = {row[0] for row in table.rows if row[0].endswith("*")}
         assert marked == ({f"{found.judged(method)}*"} if method in BY_DIRECTIONS else set())
-    (rules,) = folded[-1].blocks
-    assert "A claim is supported if one change supports it" in rules.text
+    (rules,) = rules.blocks
+    assert "A claim is supported if all changes that count support it" in rules.text
     assert "Smallest effect of interest: 10.0 points" in rules.text
 
 
@@ -163,6 +170,26 @@ def test_a_result_returns_from_its_folder(found, tmp_path):
     assert shown in found.summary().replace("\n  ", " ")
 
 
+def test_a_result_of_an_earlier_version_says_that_its_rules_were_others(found, tmp_path):
+    """As version 0.2 left it: fewer methods, all of which were judged, and nothing of reading."""
+    new = ("expanding_directions", "tuned_coordinates", "single_direction", "affine_map")
+    extras = {name: value for name, value in found.extras.items() if name != "read_by_head"}
+    extras["matched"] = {k: v for k, v in extras["matched"].items() if k not in new}
+    extras["evidence"] = {k: v for k, v in extras["evidence"].items() if k not in new}
+    old = found.extras["verdict"]
+    methods = dict.fromkeys(extras["evidence"], "supported")
+    extras["verdict"] = {k: old[k] for k in ("overall", "expansion", "needed", "enough")}
+    extras["verdict"]["methods"] = methods
+    table = tuple(row for row in found.table if row["method"] not in new)
+    ExpansionResult(table, extras, found.meta).save(tmp_path / "old")
+    again = ExpansionResult.load(tmp_path / "old")
+    assert "Supported: that the expansion causes" in again.summary()
+    assert "Judged by the rules of an earlier version" in " ".join(again.summary().split())
+    assert "earlier version" not in found.summary()
+    assert len(charts(again)) == 3
+    assert again._repr_html_()
+
+
 def test_two_pairs_on_one_page(found, tmp_path):
     other = copy.copy(found)
     object.__setattr__(other, "meta", found.meta | {"base": {"name": "<b>other"}})
@@ -181,7 +208,8 @@ def test_charts_have_every_change_and_its_control(found):
     for chart, side in ((taken, "tuned"), (given, "base")):
         methods = [method for method in METHODS if side_of(method) == side]
         sizes = sum(len(found.sizes(method)) for method in methods)
-        assert len(chart.rows) == 2 * sizes
+        # All of the tuned model's coordinates are its own output, which has no control.
+        assert len(chart.rows) == 2 * sizes - (side == "base")
         assert len({row["change"] for row in chart.rows}) == sizes
     for chart in (taken, given, text):
         assert chart.x.scale == "share"

@@ -11,8 +11,10 @@ from hyperlens.patching.expansion.changes import (
     METHODS,
     VARIANCE_CONTROL,
     Cell,
+    Joint,
     generated_cells,
     plan,
+    set_back,
 )
 from hyperlens.statistics import spectrum
 from hyperlens.statistics.spectrum import Cloud
@@ -160,43 +162,111 @@ def test_directions_without_variance_are_left_alone():
     assert np.isnan(spectrum.participation(torch.zeros(3, 3).double()))
 
 
+def joint(d, seed):
+    """Outputs of two models at the same tokens, as vectors and as their moments."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(40 * d, 2 * d)) @ rng.normal(size=(2 * d, 2 * d))
+    x = torch.from_numpy(x * 10 ** rng.uniform(-1, 1, 2 * d))
+    mean, c = x.mean(0), torch.from_numpy(np.cov(x.numpy().T, bias=True))
+    base, tuned = slice(d), slice(d, None)
+    clouds = (Cloud(len(x), mean[one], c[one, one]) for one in (base, tuned))
+    return x[:, base], x[:, tuned], Joint(*clouds, c[base, tuned])
+
+
 @settings(max_examples=25)
 @given(st.integers(3, 10), seeds)
 def test_every_way_of_a_plan_does_what_it_says(d, seed):
-    base, tuned = cloud(d, seed), cloud(d, seed + 9)
-    planned = plan(base, tuned, None, n_random=2, seed=1)
-    clouds = {"base": base, "tuned": tuned}
-    wide = {name: ratio(one.covariance.numpy()) for name, one in clouds.items()}
-    left = planned.spread(clouds)
-    for cell, (basis, gain) in planned.changes.items():
-        q, c = planned.bases[basis], clouds[cell.side].covariance
+    base, tuned, outputs = joint(d, seed)
+    planned = plan(outputs, None, n_random=2, seed=1)
+    wide = {side: ratio(outputs.of(side).covariance.numpy()) for side in ("base", "tuned")}
+    left = planned.spread(outputs)
+    for cell, (basis, gain, into) in planned.changes.items():
+        q, c = planned.bases[basis], outputs.of(cell.side).covariance
         np.testing.assert_allclose(q.mT @ q, np.eye(d), atol=1e-9)
         brute = after(c, q, gain)
+        if into is not None:
+            put = base + ((tuned - base) @ q * gain) @ planned.bases[into].mT
+            brute = np.cov(put.numpy().T, bias=True)
         dimension, variance = left[cell]
         assert variance == pytest.approx(np.trace(brute) / np.trace(c.numpy()), abs=1e-9)
         if variance > 1e-9:
             assert dimension == pytest.approx(ratio(brute), rel=1e-5)
         itself = Cell(cell.method, cell.n_directions, ITSELF, -1)
-        if cell.condition == VARIANCE_CONTROL[cell.method]:
+        if cell.method != "tuned_coordinates" and cell.condition == VARIANCE_CONTROL.get(
+            cell.method
+        ):
             assert variance == pytest.approx(left[itself].variance, abs=1e-9)
     spectra = {"base_spectrum": "base", "tuned_spectrum": "tuned", "tuned_covariance": "tuned"}
     for method, model in spectra.items():
         assert left[Cell(method, 0, ITSELF, -1)].dimension == pytest.approx(wide[model], rel=1e-5)
     everything = Cell("base_directions", d, ITSELF, -1)
     assert torch.equal(planned.changes[everything].gain, torch.ones(d).double())
+    # The affine map leaves nothing of the tuned model that the base's outputs could tell.
+    rest = tuned - tuned.mean(0) - (base - base.mean(0)) @ planned.affine.mT
+    together = rest.mT @ (base - base.mean(0)) / len(base)
+    assert float(together.abs().max()) < 1e-6 * float(tuned.std(0).max() * base.std(0).max())
+
+
+@settings(max_examples=25)
+@given(st.integers(3, 10), seeds)
+def test_coordinates_are_put_in_beside_as_much_of_the_change_elsewhere(d, seed):
+    base, tuned, outputs = joint(d, seed)
+    planned = plan(outputs, None, n_random=2, seed=1)
+    size = planned.matched["tuned_coordinates"]
+    assert size == planned.matched["expanding_directions"]
+    if size is None:
+        return
+    difference = tuned - base - (tuned - base).mean(0)
+
+    def moved(cell):
+        basis, gain, into = planned.changes[cell]
+        return (difference @ planned.bases[basis] * gain) @ planned.bases[into].mT
+
+    itself = moved(Cell("tuned_coordinates", size, ITSELF, -1))
+    outside = float(difference.square().sum() - itself.square().sum())
+    for draw in range(2):
+        rotated = moved(Cell("tuned_coordinates", size, "rotated", draw))
+        assert float(rotated.square().sum()) == pytest.approx(float(itself.square().sum()))
+        same = moved(Cell("tuned_coordinates", size, "same_variance", draw))
+        # None of it along the directions themselves.
+        assert float((same * itself).sum(1).abs().max()) < 1e-6 * float(difference.square().max())
+        wanted = min(outside, float(itself.square().sum()))
+        assert float(same.square().sum()) == pytest.approx(wanted, abs=1e-6 * outside)
+
+
+@settings(max_examples=25)
+@given(st.integers(3, 10), seeds)
+def test_directions_that_expand_are_those_whose_undoing_lowers_the_dimension(d, seed):
+    _, _, (base, tuned, _) = joint(d, seed)
+    new = spectrum.new_axes(base.covariance, tuned.covariance)
+    grown = int((new.values > 0).sum())
+    gain, expanding = set_back(base.covariance, tuned.covariance, new, grown)
+    assert torch.all(gain[grown:] == 1)
+    assert torch.all((gain >= 0) & (gain <= 1))
+    wide = ratio(tuned.covariance.numpy())
+    for i in range(d):
+        alone = torch.ones(d).double()
+        alone[i] = gain[i]
+        lowers = ratio(after(tuned.covariance, new.basis, alone)) < wide * (1 - 1e-9)
+        assert bool(expanding[i]) == lowers
+    # A model of twice the scale has grown as little.
+    again, same = set_back(base.covariance, 4 * tuned.covariance, new, grown)
+    np.testing.assert_allclose(again, gain, rtol=1e-6)
+    assert torch.equal(same, expanding)
 
 
 def test_a_plan_has_its_matched_sizes_and_generates_under_few():
     wide, narrow = torch.linspace(1, 2, 16).double(), torch.linspace(1, 2, 16).double() ** 8
     basis = spectrum.random_basis(16, 0)
     clouds = [Cloud(99, torch.zeros(16).double(), (basis * v) @ basis.mT) for v in (narrow, wide)]
-    planned = plan(*clouds, n_directions=[2, 4, 99], n_random=3, seed=0)
+    outputs = Joint(*clouds, clouds[0].covariance)
+    planned = plan(outputs, n_directions=[2, 4, 99], n_random=3, seed=0)
     matched = planned.matched["base_directions"]
     assert planned.sizes("base_directions") == sorted({2, 4, 16, matched})
-    left = planned.spread({"base": clouds[0], "tuned": clouds[1]})
+    left = planned.spread(outputs)
     wanted = ratio(clouds[0].covariance.numpy())
     assert left[Cell("base_directions", matched, ITSELF, -1)].dimension <= wanted * (1 + 1e-8)
-    cells = generated_cells(plan(*clouds, n_directions=None, n_random=3, seed=0))
+    cells = generated_cells(plan(outputs, n_directions=None, n_random=3, seed=0))
     per_method = {
         method: len([c for c in cells if c.method == method and c.condition == ITSELF])
         for method in METHODS
@@ -205,10 +275,13 @@ def test_a_plan_has_its_matched_sizes_and_generates_under_few():
         "base_directions": 3,
         "new_directions": 3,
         "base_spectrum": 1,
+        "expanding_directions": 1,
         "tuned_spectrum": 1,
         "tuned_covariance": 1,
+        "tuned_coordinates": 0,
     }
     assert matched in {c.n_directions for c in cells if c.method == "base_directions"}
     # Without an expansion there is nothing to be removed.
-    none = plan(clouds[1], clouds[0], n_directions=None, n_random=1, seed=0)
-    assert none.matched == {"base_directions": 16, "new_directions": None}
+    turned = Joint(clouds[1], clouds[0], clouds[0].covariance)
+    none = plan(turned, n_directions=None, n_random=1, seed=0).matched
+    assert (none["base_directions"], none["new_directions"]) == (16, None)

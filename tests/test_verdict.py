@@ -6,6 +6,8 @@ import pytest
 
 from hyperlens.patching.expansion.result import (
     Evidence,
+    Expansion,
+    Single,
     expanded,
     jointly,
     judge,
@@ -25,16 +27,18 @@ def about(value, half=0.05):
     return Estimate(value, value - half, value + half, half / 2.093, 20)
 
 
-def one(moved=1.0, least=0.01, room=ROOM, **effects):
+def one(moved=1.0, least=0.01, room=ROOM, share=0.5, **effects):
     found = {name: about(value) for name, value in effects.items()}
-    return Evidence(moved, found, dict.fromkeys(found, least), room)
+    shares = {name: about(share) for name in found}
+    return Evidence(moved, found, dict.fromkeys(found, least), room, shares)
 
 
 STRONG, WEAK, UNSURE = one(lost=0.5), one(lost=0.0), one(lost=0.1)
 
 
-def whole(needed, enough, change=GROWN, n_changed=100):
-    return judge(change, 40.0, n_changed, needed, enough, 0.1)
+def whole(needed, enough, change=GROWN, n_changed=100, read=GROWN, singles=()):
+    raw, of_logits = Expansion(change, 40.0), Expansion(read, 40.0)
+    return judge(raw, of_logits, n_changed, needed, enough, singles, 0.1)
 
 
 @pytest.mark.parametrize(
@@ -54,6 +58,12 @@ def whole(needed, enough, change=GROWN, n_changed=100):
         (one(lost=0.5, least=-0.01), "cannot tell"),
         # The control has taken away nearly all there is: more could not be.
         (one(lost=0.0, room=Estimate(0.12, 0.05, 0.2, 0.04, 20)), "cannot tell"),
+        # Whatever is in reach is no more than the control does and the smallest effect.
+        (one(lost=0.0, room=Estimate(0.08, 0.05, 0.11, 0.01, 20)), None),
+        (one(lost=-0.2, room=Estimate(-0.1, -0.2, 0.0, 0.04, 20)), None),
+        # ... but nothing was lost at all, the control's part not subtracted.
+        (one(lost=-0.9, room=Estimate(0.02, 0.0, 0.04, 0.01, 20), share=0.02), "contradicted"),
+        (one(lost=-0.9, room=Estimate(0.02, 0.0, 0.04, 0.01, 20), share=0.08), None),
         # Less than the control does is no support either.
         (one(lost=-0.5), "contradicted"),
         (Evidence(1.0, {"lost": NONE}, {"lost": 0.5}, ROOM), "cannot tell"),
@@ -75,7 +85,9 @@ def test_a_small_effect_is_no_support_however_sure():
 @pytest.mark.parametrize(
     ("methods", "answer"),
     [
-        (["contradicted", "supported", None], "supported"),
+        (["contradicted", "supported", None], "cannot tell"),
+        (["supported", "supported", None], "supported"),
+        (["supported", "cannot tell"], "cannot tell"),
         (["contradicted", "contradicted", None], "contradicted"),
         (["contradicted", "cannot tell"], "cannot tell"),
         ([None, None], "cannot tell"),
@@ -111,6 +123,10 @@ def test_the_whole():
     # Whatever else: there is nothing that could be the cause.
     assert whole({"a": STRONG}, {"b": STRONG}, SHRUNK).overall == "contradicts"
     assert whole({"a": STRONG}, {"b": STRONG}, UNKNOWN).overall == "cannot tell"
+    # What spreads must be read.
+    for read in (SHRUNK, UNKNOWN):
+        assert whole({"a": STRONG}, {"b": STRONG}, read=read).overall == "cannot tell"
+        assert whole({"a": WEAK}, {"b": STRONG}, read=read).overall == "contradicts"
     # Nothing to be caused comes first.
     assert whole({"a": STRONG}, {"b": STRONG}, SHRUNK, n_changed=0).overall == "cannot tell"
     found = whole({"a": STRONG, "c": one(moved=0.0, lost=0.5)}, {"b": WEAK})
@@ -126,3 +142,31 @@ def test_more_ways_need_wider_intervals():
     three = jointly({"a": barely, "b": barely, "c": Evidence(math.nan, {}, {}, NOTHING)})
     assert three["a"].effects["lost"].low < barely.effects["lost"].low
     assert of_method(three["a"], 0.1) == "cannot tell"
+
+
+RETURNED = one(returned=0.6)
+
+
+@pytest.mark.parametrize(
+    ("single", "vetoes"),
+    [
+        (Single(3, 0.0, about(0.9)), True),
+        # The dimension rises.
+        (Single(3, -2.0, about(0.9)), True),
+        # It falls: the direction is part of the expansion.
+        (Single(3, 0.2, about(0.9)), False),
+        # Less than half of what the expansion returns, or of no interest.
+        (Single(3, 0.0, about(0.25)), False),
+        (Single(3, 0.0, about(0.14)), False),
+    ],
+)
+def test_a_single_direction_that_does_not_expand_vetoes_that_the_expansion_is_needed(
+    single, vetoes
+):
+    others = [Single(1, 0.0, about(0.0)), Single(2, 0.5, about(0.95))]
+    judged = whole({"a": RETURNED}, {"b": STRONG}, singles=[*others, single])
+    assert (judged.needed == "cannot tell") is vetoes
+    assert judged.veto == (3 if vetoes else None)
+    assert judged.overall == ("cannot tell" if vetoes else "supports")
+    # It cannot turn a contradiction into a doubt.
+    assert whole({"a": WEAK}, {"b": STRONG}, singles=[single]).needed == "contradicted"

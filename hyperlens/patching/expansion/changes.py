@@ -3,22 +3,26 @@
 A method changes the outputs of one model's last block about their mean, along the axes of a basis.
 Controls do as much along axes that mean nothing: a random subspace of the same dimension; random
 axes with the same variance, the last one partly, so that it is exact; or the same gains in a random
-order on the same axes, with the same total variance afterwards.
+order on the same axes, with the same total variance afterwards. One method puts the tuned model's
+own coordinates into the base: its controls put in as much of the change between the models along
+random axes at right angles to those (or all of it, where there is less), or the same coordinates
+along random axes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ...statistics.moments import in_full_float32
 from ...statistics.spectrum import (
     EMPTY,
+    Axes,
     Cloud,
     fewest_removed,
     in_basis,
@@ -36,14 +40,29 @@ from ...statistics.spectrum import (
 )
 from ..outcomes import Side
 
-REMOVING = ("base_directions", "new_directions", "base_spectrum")
-ADDING = ("tuned_spectrum", "tuned_covariance")
+REMOVING = ("base_directions", "new_directions", "base_spectrum", "expanding_directions")
+ADDING = ("tuned_spectrum", "tuned_covariance", "tuned_coordinates")
 METHODS = (*REMOVING, *ADDING)
-BY_DIRECTIONS = ("base_directions", "new_directions")
+BY_DIRECTIONS = ("base_directions", "new_directions", "expanding_directions", "tuned_coordinates")
 """The methods. Of the tuned model: its outputs projected onto the base's first principal axes
 (`n_directions` are kept); rid of the axes along which its variance has grown most (`n_directions`
-of them); its own axes with the base's spectrum. Of the base model: its own axes with the tuned
-model's spectrum; the tuned model's covariance as a whole."""
+of them); its own axes with the base's spectrum; its variance set back to the base's along the axes
+whose growth raises the dimension. Of the base model: its own axes with the tuned model's spectrum;
+the tuned model's covariance as a whole; the tuned model's own coordinates, token by token, along
+the axes whose growth raises the dimension."""
+
+DECIDING = ("base_spectrum", "expanding_directions", "tuned_spectrum", "tuned_coordinates")
+"""Methods that a verdict rests on. The others take along what does not expand (directions that
+grew without raising the dimension, the whole covariance), and are shown as evidence only."""
+
+SINGLE, AFFINE = "single_direction", "affine_map"
+"""Neither is judged as a method. `SINGLE` sets one of the axes that grew most back to the base's
+variance (`n_directions`: which one). `AFFINE` makes of the base's outputs the best affine
+prediction of the tuned model's: as far as a change of the base's spectrum can be expected to get.
+"""
+N_SINGLE = 8
+# A participation ratio that falls by a smaller share than this has not fallen.
+ROUNDING = 1e-9
 
 ITSELF = "itself"
 VARIANCE_CONTROL = {
@@ -56,8 +75,8 @@ class Cell(NamedTuple):
     """One change.
 
     Attributes:
-        method: one of `METHODS`.
-        n_directions: how many are kept or removed; 0 for methods that change the whole spectrum.
+        method: one of `METHODS`, `SINGLE` or `AFFINE`.
+        n_directions: how many are kept, removed or put in; 0 for changes of the whole spectrum.
         condition: "itself", or the name of a control.
         draw: the random draw of a control, from 0; -1 for the method itself.
     """
@@ -74,10 +93,27 @@ class Cell(NamedTuple):
 
 
 class Along(NamedTuple):
-    """A change: the name of a basis, and the gain of each of its axes."""
+    """A change: the name of a basis, and the gain of each of its axes.
+
+    Where `into` names a basis too, the change is no scaling: the difference between the tuned
+    model's coordinates and the base's, times these gains, is added along the axes of `into`.
+    """
 
     basis: str
     gain: Float[Tensor, " d_model"]
+    into: str | None = None
+
+
+class Joint(NamedTuple):
+    """Both models' outputs at the same tokens; `cross`: covariance of the base's with the tuned."""
+
+    base: Cloud
+    tuned: Cloud
+    cross: Float[Tensor, "d_model d_model"]
+
+    def of(self, side: Side) -> Cloud:
+        """One model's."""
+        return self.base if side == "base" else self.tuned
 
 
 class Spread(NamedTuple):
@@ -94,24 +130,31 @@ class Plan:
     Attributes:
         bases: orthonormal bases by name, float64; many changes share one.
         changes: what each cell does.
-        matched: per method of `BY_DIRECTIONS`, the number of directions that just brings the
-            participation ratio down to the base model's; None if none does.
+        matched: per method of `BY_DIRECTIONS`, the number of directions that is judged: the one
+            that just brings the participation ratio down to the base model's, or that of the axes
+            whose growth raises it; None if there is none.
+        affine: the best linear map from the base's outputs to the tuned model's, about the means.
         empty: per model, how many axes have too little variance to be scaled.
     """
 
     bases: dict[str, Float[Tensor, "d_model d_model"]]
     changes: dict[Cell, Along]
     matched: dict[str, int | None]
+    affine: Float[Tensor, "d_model d_model"]
     empty: dict[str, int]
 
-    def spread(self, clouds: Mapping[Side, Cloud]) -> dict[Cell, Spread]:
+    def spread(self, outputs: Joint) -> dict[Cell, Spread]:
         """What every change leaves of some outputs: exact, because a change is affine."""
         seen: dict[tuple[Side, str], list[Cell]] = {}
-        for cell, (basis, _) in self.changes.items():
-            seen.setdefault((cell.side, basis), []).append(cell)
         found = {}
+        for cell, along in self.changes.items():
+            if along.into is None:
+                seen.setdefault((cell.side, along.basis), []).append(cell)
+            else:
+                into = self.bases[along.into]
+                found[cell] = _put_in(outputs, (into * along.gain) @ self.bases[along.basis].mT)
         for (side, basis), cells in seen.items():
-            covariance = in_basis(clouds[side].covariance, self.bases[basis])
+            covariance = in_basis(outputs.of(side).covariance, self.bases[basis])
             for cell in cells:
                 gain = self.changes[cell].gain
                 left = float(gain.square() @ covariance.diagonal()) / float(covariance.trace())
@@ -127,22 +170,31 @@ class Plan:
         return self.matched.get(method, 0)
 
 
+def _put_in(outputs: Joint, change: Float[Tensor, "d d"]) -> Spread:
+    """What is left of base + change (tuned - base)."""
+    base, tuned, cross = outputs
+    kept = torch.eye(len(change), dtype=change.dtype) - change
+    mixed = kept @ cross @ change.mT
+    new = kept @ base.covariance @ kept.mT + change @ tuned.covariance @ change.mT
+    left = new + mixed + mixed.mT
+    return Spread(participation(left), float(left.trace() / base.covariance.trace()))
+
+
 def side_of(method: str) -> Side:
     """Whose outputs a method changes."""
-    return "tuned" if method in REMOVING else "base"
+    return "tuned" if method in (*REMOVING, SINGLE) else "base"
 
 
-def plan(
-    base: Cloud, tuned: Cloud, n_directions: Sequence[int] | None, n_random: int, seed: int
-) -> Plan:
+def plan(outputs: Joint, n_directions: Sequence[int] | None, n_random: int, seed: int) -> Plan:
     """Every change of a pair whose last-block outputs have these means and covariances.
 
     Args:
-        base, tuned: outputs of the last blocks.
+        outputs: of the last blocks.
         n_directions: numbers of axes; None for 1, 2, 4, ... up to all.
         n_random: how many random draws of every control.
         seed: of the first; the others count on from it.
     """
+    base, tuned, cross = outputs
     d = len(base.mean)
     axes = {"base": principal(base.covariance), "tuned": principal(tuned.covariance)}
     new = new_axes(base.covariance, tuned.covariance)
@@ -162,10 +214,19 @@ def plan(
     kept = sorted({*(m for m in grid if m <= d), matched["base_directions"] or d, d})
     gone = sorted({*(k for k in grid if k <= grown), *_if_any(matched["new_directions"])})
     variance = {name: in_basis(tuned.covariance, basis).diagonal() for name, basis in bases.items()}
+    back, expanding = set_back(base.covariance, tuned.covariance, new, grown)
+    n_expanding = int(expanding.sum())
+    for method in ("expanding_directions", "tuned_coordinates"):
+        matched[method] = n_expanding or None
     changes: dict[Cell, Along] = {}
     for method, basis, gains in (
         ("base_directions", "base", {m: keeping(m, d) for m in kept}),
         ("new_directions", "new", {k: removing(k, d) for k in gone}),
+        (
+            "expanding_directions",
+            "new",
+            {k: torch.where(expanding, back, 1.0) for k in _if_any(n_expanding or None)},
+        ),
     ):
         for size, gain in gains.items():
             lost = float(((1 - gain.square()) * variance[basis]).sum())
@@ -173,8 +234,16 @@ def plan(
             for i in range(n_random):
                 other = f"random {i}"
                 exact = removing_variance(variance[other], lost)
-                changes[Cell(method, size, "same_dimension", i)] = Along(other, gain)
+                if method != "expanding_directions":
+                    changes[Cell(method, size, "same_dimension", i)] = Along(other, gain)
                 changes[Cell(method, size, "same_variance", i)] = Along(other, exact)
+    for k in range(1, min(N_SINGLE, grown) + 1):
+        gain = torch.ones(d, dtype=torch.float64)
+        gain[k - 1] = back[k - 1]
+        changes[Cell(SINGLE, k, ITSELF, -1)] = Along("new", gain)
+    if n_expanding:
+        difference = base.covariance + tuned.covariance - cross - cross.mT
+        changes |= _putting_in(difference, bases, expanding, n_random, seed)
     values = {name: one.values for name, one in axes.items()}
     spread = in_basis(base.covariance, moved.basis).diagonal()
     for method, basis, gain, own in (
@@ -188,7 +257,76 @@ def plan(
                 basis, shuffled_gains(gain, own, seed + i)
             )
     empty = {name: int((v <= EMPTY * v.max()).sum()) for name, v in values.items()}
-    return Plan(bases, changes, matched, empty)
+    # Least squares, as far as the base's outputs have variance (rounding: that of float32 sums).
+    affine = cross.mT @ torch.linalg.pinv(base.covariance, rtol=EMPTY, hermitian=True)
+    return Plan(bases, changes, matched, affine, empty)
+
+
+def set_back(
+    base: Float[Tensor, "d d"], tuned: Float[Tensor, "d d"], new: Axes, grown: int
+) -> tuple[Float[Tensor, " d"], Bool[Tensor, " d"]]:
+    """Gains that undo the growth along each axis, and the axes whose growth raises the dimension.
+
+    Growth is relative to the axes that did not grow: a model of twice the scale has not expanded.
+
+    Args:
+        base, tuned: covariances.
+        new: the axes, those that grew most first.
+        grown: how many of them grew.
+    """
+    seen = in_basis(tuned, new.basis)
+    own, before = seen.diagonal(), in_basis(base, new.basis).diagonal()
+    scale = float(own[grown:].sum() / before[grown:].sum()) if grown < len(own) else 1.0
+    enough = own > EMPTY * own.max()
+    left = torch.where(enough, scale * before / torch.where(enough, own, 1.0), 1.0).clamp(0.0, 1.0)
+    left[grown:] = 1.0
+    # tr(C)² / ‖C‖² with the variance along one axis alone times `left`, for every axis at once.
+    total = own.sum() - (1 - left) * own
+    rest = seen.square().sum(1) - own.square()
+    squares = seen.square().sum() - 2 * (1 - left) * rest - (1 - left.square()) * own.square()
+    raises = (left < 1.0) & (total.square() / squares < participation(seen) * (1 - ROUNDING))
+    return left.sqrt(), raises
+
+
+def _putting_in(
+    difference: Float[Tensor, "d d"],
+    bases: dict[str, Float[Tensor, "d d"]],
+    expanding: Bool[Tensor, " d"],
+    n_random: int,
+    seed: int,
+) -> dict[Cell, Along]:
+    """The tuned model's coordinates along some of the "new" axes, with controls; and along all.
+
+    Adds the bases of the controls to `bases`.
+
+    Args:
+        difference: second moments of the difference between the models, about its mean.
+        bases: those there are.
+        expanding: which of the "new" axes are put in.
+        n_random: draws of every control.
+        seed: of the draws.
+    """
+    method, n = "tuned_coordinates", int(expanding.sum())
+    gain = expanding.double()
+    amount = float(in_basis(difference, bases["new"]).diagonal() @ gain)
+    others = bases["new"][:, ~expanding]
+    changes = {Cell(method, n, ITSELF, -1): Along("new", gain, "new")}
+    for i in range(n_random):
+        # Random axes of what is left, before the others: only the first are put in.
+        turned = others @ random_basis(others.shape[1], seed + i) if others.shape[1] else others
+        name, into = f"other {i}", f"random {i}"
+        bases[name] = torch.cat([turned, bases["new"][:, expanding]], 1)
+        along = in_basis(difference, bases[name]).diagonal().clone()
+        along[others.shape[1] :] = 0.0
+        left = removing_variance(along, min(amount, float(along.sum()))).square()
+        left[others.shape[1] :] = 1.0
+        # An axis put in with the gain g has g² of its part of the difference.
+        same = (1 - left).clamp_min(0.0).sqrt()
+        changes[Cell(method, n, "same_variance", i)] = Along(name, same, name)
+        changes[Cell(method, n, "rotated", i)] = Along("new", gain, into)
+    if n < len(gain):
+        changes[Cell(method, len(gain), ITSELF, -1)] = Along("new", torch.ones_like(gain), "new")
+    return changes
 
 
 def generated_cells(planned: Plan) -> list[Cell]:
@@ -196,6 +334,8 @@ def generated_cells(planned: Plan) -> list[Cell]:
     return [
         Cell(method, size, condition, draw)
         for method in METHODS
+        # Coordinates of the other model are not there where one model generates by itself.
+        if method != "tuned_coordinates"
         for size in _few(planned.sizes(method), planned.judged(method))
         for condition, draw in ((ITSELF, -1), (VARIANCE_CONTROL[method], 0))
     ]
@@ -254,7 +394,16 @@ class Frame:
         gain: Float[Tensor, " d_model"],
     ) -> Float[Tensor, "*rows d_model"]:
         """The outputs with every coordinate times its gain; those of gain 1 are left untouched."""
-        by = (gain - 1.0).float().to(x.device)
+        return self.added(x, coordinates, gain - 1.0)
+
+    def added(
+        self,
+        x: Float[Tensor, "*rows d_model"],
+        coordinates: Float[Tensor, "*rows d_model"],
+        gain: Float[Tensor, " d_model"],
+    ) -> Float[Tensor, "*rows d_model"]:
+        """The outputs and, along every axis, these coordinates times its gain."""
+        by = gain.float().to(x.device)
         with in_full_float32():
             change = (coordinates * by) @ self._basis.mT
         return (x.float() + change).to(x.dtype)
@@ -264,6 +413,6 @@ def change_of(
     planned: Plan, cell: Cell, mean: Float[Tensor, " d_model"], device: torch.device
 ) -> Callable[[Tensor], Tensor]:
     """One change as a function of a last block's output, for `hyperlens.patching.changing`."""
-    basis, gain = planned.changes[cell]
+    basis, gain, _ = planned.changes[cell]
     frame = Frame(mean, planned.bases[basis], device)
     return lambda x: frame.moved(x, frame.coordinates(x), gain)

@@ -11,12 +11,13 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ...checks import check_counts, check_seed, check_types
@@ -26,14 +27,14 @@ from ...errors import CorpusError, PatchError
 from ...hooks.loading import LoadedModel
 from ...hooks.patched_generation import changing
 from ...hooks.sites import Site
-from ...hooks.surface import check_finite
+from ...hooks.surface import HookedModel, check_finite, evaluating, input_device
 from ...pair import Pair, open_inputs
 from ...passes.streaming import PassOptions, run_pass
 from ...passes.streams import StreamPair, StreamSpec
 from ...probes import ParticipationRatio
 from ...results.rows import ProbeResult
 from ...statistics import significance
-from ...statistics.moments import moments_of
+from ...statistics.moments import in_full_float32, moments_of
 from ...statistics.shares import NOTHING, holm_p_values
 from ...statistics.significance import Estimate
 from ...statistics.spectrum import Cloud, participation
@@ -51,18 +52,22 @@ from ..engine import (
 from ..outcomes import METRICS, SIDES, Outcome, Side
 from .changes import (
     ADDING,
+    AFFINE,
+    DECIDING,
     ITSELF,
     METHODS,
-    REMOVING,
+    SINGLE,
     VARIANCE_CONTROL,
     Cell,
     Frame,
+    Joint,
     Plan,
     change_of,
     generated_cells,
     plan,
+    side_of,
 )
-from .result import Evidence, ExpansionResult, jointly, judge
+from .result import CLAIMS, Evidence, Expansion, ExpansionResult, Single, jointly, judge
 
 Row = dict[str, Any]
 
@@ -74,6 +79,7 @@ CONTRASTED = ("to_tuned", "to_base", "agreement_tuned", "agreement_base", "kl_tu
 SPREAD = ("dimension_fitted", "dimension", "variance")
 # The half of the texts that directions are fitted on, and the half that decisions are read on.
 FITTED, READ = 0, 1
+AFFINE_MAP = Cell(AFFINE, 0, ITSELF, -1)
 
 
 @check_types
@@ -145,10 +151,10 @@ def patch_expansion(
         seed=seed,
     )
     options = PassOptions(batch_size, SINK_THRESHOLD, seed, progress)
-    dimension, clouds = _spread(pair, corpus, is_read, options)
-    fitted = clouds[FITTED]
-    planned = plan(fitted["base"], fitted["tuned"], n_directions, n_random, seed)
-    means = {side: fitted[side].mean for side in SIDES}
+    dimension, read_by_head, halves = _spread(pair, corpus, is_read, options)
+    fitted = halves[FITTED]
+    planned = plan(fitted, n_directions, n_random, seed)
+    means = {side: fitted.of(side).mean for side in SIDES}
     reader = ExpansionReader(planned, means, read)
     run_pass(pair.base.hooked, pair.tuned.hooked, read, [reader], options)
     models: dict[Side, LoadedModel] = {"base": pair.base, "tuned": pair.tuned}
@@ -160,7 +166,7 @@ def patch_expansion(
         return loaded, changing(loaded.model, last_block, change)
 
     repetition = patched_repetition(generation, models, generated_cells(planned), patch, progress)
-    measured = Measured(planned, reader.outcomes(), fitted, clouds[READ], repetition)
+    measured = Measured(planned, reader.outcomes(), fitted, halves[READ], repetition)
     meta = inputs.metadata(
         seed=seed,
         options={
@@ -174,67 +180,87 @@ def patch_expansion(
             "max_new_tokens": max_new_tokens,
             "batch_size": batch_size,
         },
-        notes=list(_notes(fitted["base"], planned)),
+        notes=list(_notes(fitted.base, planned)),
     )
-    extras = _extras(measured, dimension, smallest_effect) | {
+    extras = _extras(measured, dimension, read_by_head, smallest_effect) | {
         "texts": {"fitted": int((~is_read).sum()), "read": int(is_read.sum())},
-        "tokens": {"fitted": fitted["base"].n, "read": clouds[READ]["base"].n},
+        "tokens": {"fitted": fitted.base.n, "read": halves[READ].base.n},
     }
     return ExpansionResult(tuple(table_rows(measured)), extras, meta)
 
 
+Dimensions = dict[str, Estimate]
+"""Of "base" and "tuned", and their difference "delta"."""
+
+
 def _spread(
     pair: Pair, corpus: Corpus, is_read: Bool[Tensor, " text"], options: PassOptions
-) -> tuple[dict[str, Estimate], dict[int, dict[Any, Cloud]]]:
-    """Both models' dimension over all texts, as `compare_models` has it, and clouds of each half.
+) -> tuple[Dimensions, Dimensions, dict[int, Joint]]:
+    """Dimensions over all texts, raw as `compare_models` has them and as the tuned model's head
+    reads them, and both models' outputs on each half.
 
     Raises:
         CorpusError: if the first half has too few tokens for a covariance.
     """
-    probe = ParticipationRatio(views=("raw",), layers=(-1,))
+    raw = ParticipationRatio(views=("raw",), layers=(-1,))
+    tokens = torch.from_numpy(np.unique(np.concatenate(corpus.sequences)))
+    logits = ReadByHead(head_root(pair.tuned.hooked, tokens))
     halves = TextHalves(is_read)
-    result = run_pass(pair.base.hooked, pair.tuned.hooked, corpus, [probe, halves], options)
-    dimension = {
-        row.metric: Estimate(row.value, row.low, row.high, math.nan, row.n)
-        for row in result.results[probe.name].rows
-        if row.metric in ("base", "tuned", "delta")
-    }
-    clouds = {half: {side: halves.cloud(half, side) for side in SIDES} for half in (FITTED, READ)}
-    n, d = clouds[FITTED]["base"].n, pair.base.hooked.cfg.d_model
+    result = run_pass(pair.base.hooked, pair.tuned.hooked, corpus, [raw, logits, halves], options)
+    dimensions: list[Dimensions] = [
+        {
+            row.metric: Estimate(row.value, row.low, row.high, math.nan, row.n)
+            for row in result.results[probe.name].rows
+            if row.metric in ("base", "tuned", "delta")
+        }
+        for probe in (raw, logits)
+    ]
+    joint = {half: halves.outputs(half) for half in (FITTED, READ)}
+    n, d = joint[FITTED].base.n, pair.base.hooked.cfg.d_model
     if n < FEWEST_TOKENS * d:
         raise CorpusError(
             f"half of the texts have {n} tokens, and a covariance of {d} directions needs "
             f"{FEWEST_TOKENS * d} at least: give more or longer texts, or raise n_texts or "
             "max_length"
         )
-    return dimension, clouds
+    return dimensions[0], dimensions[1], joint
 
 
 def _extras(
-    measured: Measured, dimension: Mapping[str, Estimate], smallest_effect: float
+    measured: Measured,
+    dimension: Dimensions,
+    read_by_head: Dimensions,
+    smallest_effect: float,
 ) -> dict[str, Any]:
     counts = measured.outcomes.models["base"].counts()
+    evidence = {
+        claim: {method: evidence_of(measured, method) for method in methods}
+        for claim, methods in CLAIMS.items()
+    }
     needed, enough = (
-        jointly({method: evidence_of(measured, method) for method in methods})
-        for methods in (REMOVING, ADDING)
+        jointly({method: one for method, one in each.items() if method in DECIDING})
+        for each in evidence.values()
     )
     judgement = judge(
-        dimension["delta"],
-        dimension["base"].value,
+        Expansion(dimension["delta"], dimension["base"].value),
+        Expansion(read_by_head["delta"], read_by_head["base"].value),
         counts["changed"],
         needed,
         enough,
+        [single_of(measured, k) for k in measured.planned.sizes(SINGLE)],
         smallest_effect,
     )
-    clouds = {"fitted": measured.fitted, "read": measured.read}
+    shown = {**evidence["needed"], **evidence["enough"], **needed, **enough}
+    outputs = {"fitted": measured.fitted, "read": measured.read}
     return counts | {
         "dimension": {name: estimate._asdict() for name, estimate in dimension.items()},
+        "read_by_head": {name: estimate._asdict() for name, estimate in read_by_head.items()},
         "naive": {
-            half: {side: participation(cloud.covariance) for side, cloud in both.items()}
-            for half, both in clouds.items()
+            half: {side: participation(both.of(side).covariance) for side in SIDES}
+            for half, both in outputs.items()
         },
         "matched": dict(measured.planned.matched),
-        "evidence": {method: _as_row(one) for method, one in {**needed, **enough}.items()},
+        "evidence": {method: _as_row(one) for method, one in shown.items()},
         "verdict": asdict(judgement),
         "contrasts": list(contrasts(measured)),
         "draws": list(draws(measured)),
@@ -287,8 +313,53 @@ def _notes(fitted: Cloud, planned: Plan) -> Iterator[str]:
 # Readers of a streaming pass
 
 
+def head_root(
+    model: HookedModel, tokens: Int[Tensor, " chosen"]
+) -> Float[Tensor, "d_model d_model"]:
+    """R with R Rᵀ = W Wᵀ, W the unembedding of some tokens without what is common to all of them:
+    x R has the spectrum of x's logits, less their mean, in d_model numbers.
+
+    Args:
+        model: whose unembedding.
+        tokens: which; those that no text has would share one large direction of no consequence.
+    """
+    one = torch.eye(model.cfg.d_model, device=input_device(model), dtype=model.cfg.dtype)
+    with evaluating(model):
+        rows = model.unembed(one[:, None])[:, 0] - model.unembed(0 * one[:1, None])[:, 0]
+    rows = rows[:, tokens.to(rows.device)].cpu().double()
+    rows = rows - rows.mean(1, keepdim=True)
+    values, axes = torch.linalg.eigh(rows @ rows.mT)
+    return axes * values.clamp_min(0.0).sqrt()
+
+
+class ReadByHead(ParticipationRatio):
+    """The participation ratio of the logits that the tuned model's final norm and unembedding make
+    of both streams: what is not read does not count.
+
+    Args:
+        root: of the unembedding, see `head_root`.
+    """
+
+    name = "read_by_head"
+
+    def __init__(self, root: Float[Tensor, "d_model d_model"]) -> None:
+        super().__init__(views=("final_norm",), layers=(-1,))
+        self._root = root.float()
+
+    def update(self, pair: StreamPair) -> None:
+        """Add one batch."""
+
+        def read(x: Tensor) -> Tensor:
+            normed = pair.tuned.final_norm(x).float()
+            with in_full_float32():
+                return normed @ self._root.to(normed.device)
+
+        streams = (replace(stream, final_norm=read) for stream in (pair.base, pair.tuned))
+        super().update(replace(pair, **dict(zip(SIDES, streams, strict=True))))
+
+
 class TextHalves:
-    """Mean and covariance of both models' last-block outputs, on each half of the texts.
+    """Mean and covariance of both models' last-block outputs together, on each half of the texts.
 
     Without BOS and attention sinks, like every measure of geometry. Runs in a pass over the whole
     corpus.
@@ -305,15 +376,14 @@ class TextHalves:
 
     def open(self, spec: StreamSpec) -> None:
         """Allocate."""
-        d = spec.d_model
+        both = 2 * spec.d_model
 
         def sums(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.float64, device=spec.device)
 
-        # By half, by model.
-        self._n = sums(2)
-        self._total, self._outer = sums(2, 2, d), sums(2, 2, d, d)
-        self._origin: dict[int, Tensor] = {}
+        # By half; a token's two outputs lie end to end, the base's first.
+        self._n, self._total, self._outer = sums(2), sums(2, both), sums(2, both, both)
+        self._origin: Tensor | None = None
 
     def update(self, pair: StreamPair) -> None:
         """Add one batch, which follows the one before in the corpus's order."""
@@ -326,32 +396,39 @@ class TextHalves:
             self._n[half] += len(index)
             if not len(index):
                 continue
-            for i, stream in enumerate((pair.base, pair.tuned)):
-                x = stream.vectors(last, "raw", index).to(pair.device)
-                # Sums are taken about a point near the data: less cancellation; any will do.
-                found = moments_of(x, self._origin.setdefault(i, x.mean(0)))
-                self._total[half, i] += found.total
-                self._outer[half, i] += found.outer
+            each = [stream.vectors(last, "raw", index) for stream in (pair.base, pair.tuned)]
+            x = torch.cat([one.to(pair.device) for one in each], 1)
+            # Sums are taken about a point near the data: less cancellation; any will do.
+            self._origin = x.mean(0) if self._origin is None else self._origin
+            found = moments_of(x, self._origin)
+            self._total[half] += found.total
+            self._outer[half] += found.outer
 
     def compute(self) -> ProbeResult:
-        """A pass asks for rows; `cloud` has the result instead."""
+        """A pass asks for rows; `outputs` has the result instead."""
         return ProbeResult(())
 
     def state_bytes(self, spec: StreamSpec) -> int:
         """Memory of the sums, and of the products that are added to them."""
-        return 5 * 8 * spec.d_model * (spec.d_model + 1)
+        return 3 * 8 * 2 * spec.d_model * (2 * spec.d_model + 1)
 
-    def cloud(self, half: int, side: Side) -> Cloud:
-        """One model's outputs on one half, on the CPU."""
-        i = SIDES.index(side)
+    def outputs(self, half: int) -> Joint:
+        """Both models' outputs on one half, on the CPU."""
         n = int(self._n[half])
-        if not n:
+        if not n or self._origin is None:
             raise CorpusError(
                 "half of the texts have nothing but BOS and attention sinks: give more texts"
             )
-        mean = (self._total[half, i] / n).cpu()
-        covariance = self._outer[half, i].cpu() / n - torch.outer(mean, mean)
-        return Cloud(n, mean + self._origin[i].cpu().double(), covariance)
+        mean = (self._total[half] / n).cpu()
+        covariance = self._outer[half].cpu() / n - torch.outer(mean, mean)
+        mean = mean + self._origin.cpu().double()
+        d = len(mean) // 2
+        base, tuned = slice(d), slice(d, None)
+        return Joint(
+            Cloud(n, mean[base], covariance[base, base]),
+            Cloud(n, mean[tuned], covariance[tuned, tuned]),
+            covariance[base, tuned],
+        )
 
 
 class ExpansionReader(OutputReader[Cell]):
@@ -376,8 +453,8 @@ class ExpansionReader(OutputReader[Cell]):
         """Group the changes by model and basis, and start to count."""
         super().open(spec)
         grouped: dict[tuple[Side, str], list[Cell]] = defaultdict(list)
-        for cell, (basis, _) in self._plan.changes.items():
-            grouped[cell.side, basis].append(cell)
+        for cell, along in self._plan.changes.items():
+            grouped[cell.side, along.basis].append(cell)
         self._grouped = dict(grouped)
         self._frames: dict[tuple[Side, str], Frame] = {}
 
@@ -390,9 +467,27 @@ class ExpansionReader(OutputReader[Cell]):
             frame = self._frame(side, basis, x.device)
             coordinates = frame.coordinates(x)
             for cell in cells:
-                new = frame.moved(x, coordinates, self._plan.changes[cell].gain)
-                check_finite(f"the {side} model ({cell.method}, {cell.condition})", new)
-                yield cell, ChangedOutput(new, side, side)
+                _, gain, into = self._plan.changes[cell]
+                if into is None:
+                    new = frame.moved(x, coordinates, gain)
+                else:
+                    difference = frame.coordinates(residuals["tuned"]) - coordinates
+                    new = self._frame(side, into, x.device).added(x, difference, gain)
+                yield cell, self._checked(cell, new)
+        yield AFFINE_MAP, self._checked(AFFINE_MAP, self._predicted(residuals["base"]))
+
+    def _checked(self, cell: Cell, new: Tensor) -> ChangedOutput:
+        check_finite(f"the {cell.side} model ({cell.method}, {cell.condition})", new)
+        return ChangedOutput(new, cell.side, cell.side)
+
+    def _predicted(self, x: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_model"]:
+        """The best affine prediction of the tuned model's outputs from the base's."""
+        base, tuned, matrix = (
+            one.float().to(x.device)
+            for one in (self._means["base"], self._means["tuned"], self._plan.affine)
+        )
+        with in_full_float32():
+            return (tuned + (x.float() - base) @ matrix.mT).to(x.dtype)
 
     def _frame(self, side: Side, basis: str, device: torch.device) -> Frame:
         if (side, basis) not in self._frames:
@@ -422,8 +517,8 @@ class Measured:
 
     planned: Plan
     outcomes: Outcomes[Cell]
-    fitted: Mapping[Side, Cloud]
-    read: Mapping[Side, Cloud]
+    fitted: Joint
+    read: Joint
     repetition: Mapping[Cell | Side, Repetition]
 
     def conditions(self, method: str, size: int) -> list[str]:
@@ -473,7 +568,11 @@ def table_rows(measured: Measured) -> Iterator[Row]:
         yield from (_row("none", 0, side, m, outcome.estimate(m)) for m in METRICS)
         yield from _spread_rows("none", 0, side, _spread_of(measured, side))
         yield from _repetition_rows("none", 0, side, measured.repetition.get(side))
-    for method in METHODS:
+    yield from (
+        _row(AFFINE, 0, ITSELF, m, measured.outcomes.patched[AFFINE_MAP].estimate(m))
+        for m in METRICS
+    )
+    for method in (*METHODS, SINGLE):
         for size in measured.planned.sizes(method):
             for condition in measured.conditions(method, size):
                 outcome = measured.outcome(method, size, condition)
@@ -493,6 +592,9 @@ def contrasts(measured: Measured) -> Iterator[Row]:
     """
     for method in METHODS:
         sizes = measured.planned.sizes(method)
+        if method == "tuned_coordinates":
+            # All coordinates at once are the tuned model's output, which has no control.
+            sizes = sizes[:1]
         for against in measured.conditions(method, sizes[0])[1:] if sizes else ():
             for metric in CONTRASTED:
                 each = [
@@ -525,7 +627,12 @@ def evidence_of(measured: Measured, method: str) -> Evidence:
     control = VARIANCE_CONTROL[method]
     itself = measured.outcome(method, size, ITSELF)
     mean = measured.outcome(method, size, control)
-    each = [measured.outcomes.patched[cell] for cell in measured.draws(method, size, control)]
+    conditions = {control, "rotated"} & set(measured.conditions(method, size))
+    each = [
+        measured.outcomes.patched[cell]
+        for condition in conditions
+        for cell in measured.draws(method, size, condition)
+    ]
     signs = {"brought": ("to_tuned", 1.0)} if method in ADDING else {
         "lost": ("to_tuned", -1.0),
         "returned": ("to_base", 1.0),
@@ -538,15 +645,33 @@ def evidence_of(measured: Measured, method: str) -> Evidence:
         name: min(sign * itself.difference(one, metric).value for one in each)
         for name, (metric, sign) in signs.items()
     }
-    left = mean.estimate("to_tuned")
-    room = left if method not in ADDING else _one_minus(left)
-    return Evidence(_moved(measured, method, size), effects, least, room)
+    room = mean.estimate("to_tuned")
+    shares = {name: itself.estimate(metric) for name, (metric, _) in signs.items()}
+    if method in ADDING:
+        room = _ceiling(measured, method).difference(mean, "to_tuned")
+        shares = shares if method == "tuned_coordinates" else {}
+    if "lost" in shares:
+        shares["lost"] = _one_minus(shares["lost"])
+    return Evidence(_moved(measured, method, size), effects, least, room, shares)
+
+
+def _ceiling(measured: Measured, method: str) -> Outcome:
+    """The most that changes of a kind can bring: the best affine map, or all coordinates."""
+    if method != "tuned_coordinates":
+        return measured.outcomes.patched[AFFINE_MAP]
+    return measured.outcome(method, measured.planned.sizes(method)[-1], ITSELF)
+
+
+def single_of(measured: Measured, k: int) -> Single:
+    """What setting one direction back to the base's variance does."""
+    returned = measured.outcome(SINGLE, k, ITSELF).estimate("to_base")
+    return Single(k, _moved(measured, SINGLE, k), returned)
 
 
 def _moved(measured: Measured, method: str, size: int) -> float:
     """By how much of the expansion the dimension moved, where decisions are read."""
-    own, other = (participation(measured.read[side].covariance) for side in SIDES)
-    if method not in ADDING:
+    own, other = (participation(measured.read.of(side).covariance) for side in SIDES)
+    if side_of(method) == "tuned":
         own, other = other, own
     (cell,) = measured.draws(method, size, ITSELF)
     return (measured.dimension(cell) - own) / (other - own) if other != own else math.nan
@@ -578,7 +703,7 @@ def _spread_rows(
 
 
 def _spread_of(measured: Measured, side: Side) -> dict[str, float]:
-    fitted, read = measured.fitted[side].covariance, measured.read[side].covariance
+    fitted, read = (half.of(side).covariance for half in (measured.fitted, measured.read))
     return dict(zip(SPREAD, (participation(fitted), participation(read), 1.0), strict=True))
 
 
