@@ -86,7 +86,7 @@ def check_texts(pair, texts: list[str]) -> None:
     )
 
 
-@settings(**FUZZ, max_examples=25)
+@settings(**FUZZ, max_examples=12)
 @example(["w5 " * 20_000])
 @given(st.lists(TEXTS, max_size=4))
 def test_texts(pair, texts: list[str]) -> None:
@@ -155,7 +155,7 @@ def check_file(folder: Path, content: bytes, suffix: str, zipped: bool, cut: flo
 FILES = (CONTENTS, st.sampled_from(SUFFIXES), st.booleans(), st.sampled_from([1.0, 1.0, 0.9, 0.5]))
 
 
-@settings(**FUZZ, max_examples=80)
+@settings(**FUZZ, max_examples=60)
 @given(*FILES)
 def test_files(tmp_path: Path, content: bytes, suffix: str, zipped: bool, cut: float) -> None:
     check_file(tmp_path, content, suffix, zipped, cut)
@@ -322,7 +322,7 @@ def test_results_cut_at_every_byte(saved: Path, tmp_path: Path) -> None:
         check_cut(saved, tmp_path, length)
 
 
-@settings(**FUZZ, max_examples=60)
+@settings(**FUZZ, max_examples=30)
 @given(st.data())
 def test_results_with_a_value_of_another_kind(saved: Path, tmp_path: Path, data) -> None:
     """What can be loaded can be shown, or the file is refused."""
@@ -339,7 +339,7 @@ def test_results_with_a_value_of_another_kind(saved: Path, tmp_path: Path, data)
     answered(lambda: Comparison.load(tmp_path))
 
 
-@settings(**FUZZ, max_examples=60)
+@settings(**FUZZ, max_examples=30)
 @example(b"[" * 100_000)
 @given(st.binary(max_size=60) | st.sampled_from(ODD_BYTES))
 def test_files_in_place_of_results(tmp_path: Path, content: bytes) -> None:
