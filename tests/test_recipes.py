@@ -234,7 +234,10 @@ def test_values_that_do_not_go_together_are_refused() -> None:
 def test_what_is_misspelt_is_answered_with_what_is_right() -> None:
     assert "did you mean learning_rate?" in refusal(learnin_rate=1.0)
     assert "did you mean learning_rate?" in refusal(lr=1.0)
-    for options, meant in (({"prefix_cach": False}, "prefix_cache"), ({"reciep": "demo"}, "recipe")):
+    for options, meant in (
+        ({"prefix_cach": False}, "prefix_cache"),
+        ({"reciep": "demo"}, "recipe"),
+    ):
         with pytest.raises(TrainingError, match=f"did you mean {meant}"):
             hyperfit("no/such-model", ["never read"], **options)
     with pytest.raises(TrainingError, match="li2026, carlsson2025, demo"):
