@@ -512,6 +512,7 @@ def test_killed_while_it_cleans_up_it_is_cleaned_up_by_the_next_call(
     llama_folder, ids_file, tmp_path, monkeypatch
 ):
     ids, out = json.loads(ids_file.read_text()), tmp_path / "run"
+    options = OPTIONS | {"epochs": 1, "record_every": 0}
 
     def killed(self):
         raise Interrupted
@@ -520,15 +521,15 @@ def test_killed_while_it_cleans_up_it_is_cleaned_up_by_the_next_call(
         with monkeypatch.context() as patch:
             patch.setattr(WorkingFolder, "remove", killed)
             with pytest.raises(Interrupted):
-                hyperfit(llama_folder, ids, out=out, **OPTIONS)
+                hyperfit(llama_folder, ids, out=out, **options)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "run.partial"]
         if is_there:
             with pytest.raises(ResultsError, match="already exists"):
-                hyperfit(llama_folder, ids, out=out, **OPTIONS)
+                hyperfit(llama_folder, ids, out=out, **options)
             assert [path.name for path in tmp_path.iterdir()] == ["run"]
         shutil.rmtree(out)
     # A finished run is no unfinished one with other options.
-    hyperfit(llama_folder, ids, out=out, **OPTIONS | {"epochs": 2})
+    hyperfit(llama_folder, ids, out=out, **options | {"epochs": 2})
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 

@@ -212,9 +212,9 @@ def _check_steps_are_not_rounded_away(model: nn.Module, recipe: Recipe) -> None:
     if share > LARGEST_STUCK_SHARE:
         dtype = str(trained[0].dtype).removeprefix("torch.")
         raise TrainingError(
-            f"{share:.0%} of the {dtype} weights are too coarse to change by steps of learning_rate "
-            f"{recipe.learning_rate:g}: leave dtype out, for float32 weights (bf16=True makes them "
-            "fast, too), or raise learning_rate"
+            f"{share:.0%} of the {dtype} weights are too coarse to change by a step of "
+            f"learning_rate {recipe.learning_rate:g}: leave dtype out, for float32 weights "
+            "(bf16=True makes them fast, too), or raise learning_rate"
         )
 
 

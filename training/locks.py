@@ -12,6 +12,8 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,8 @@ import psutil
 from ..errors import TrainingError
 from ..files import remedy
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+# Windows has none.
+fcntl: Any = import_module("fcntl") if find_spec("fcntl") else None
 
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 HELD = (errno.EWOULDBLOCK, errno.EACCES)

@@ -278,7 +278,7 @@ def preset(name: str, method: Method = "full", **changes: Any) -> Recipe:
     'yours'
     """
     if name not in PRESETS:
-        meant = nearest(name, PRESETS) if isinstance(name, str) else None
+        meant = nearest(name, PRESETS)
         hint = f"; did you mean {meant}?" if meant else ""
         raise TrainingError(f"no recipe {name!r}: choose one of {', '.join(PRESETS)}{hint}")
     values = dict(PRESETS[name])
