@@ -329,7 +329,8 @@ def head_root(
     rows = rows[:, tokens.to(rows.device)].cpu().double()
     rows = rows - rows.mean(1, keepdim=True)
     values, axes = torch.linalg.eigh(rows @ rows.mT)
-    return axes * values.clamp_min(0.0).sqrt()
+    root: Tensor = axes * values.clamp_min(0.0).sqrt()
+    return root
 
 
 class ReadByHead(ParticipationRatio):
@@ -354,8 +355,8 @@ class ReadByHead(ParticipationRatio):
             with in_full_float32():
                 return normed @ self._root.to(normed.device)
 
-        streams = (replace(stream, final_norm=read) for stream in (pair.base, pair.tuned))
-        super().update(replace(pair, **dict(zip(SIDES, streams, strict=True))))
+        base, tuned = (replace(stream, final_norm=read) for stream in (pair.base, pair.tuned))
+        super().update(replace(pair, base=base, tuned=tuned))
 
 
 class TextHalves:
