@@ -12,11 +12,14 @@ import torch
 from conftest import ARCHITECTURES, D_VOCAB, SIZES, make_tiny, perturbed, token_texts
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import optimize as scipy_optimize
+from scipy import special as scipy_special
 from scipy import stats as scipy_stats
 from torch import nn
 
 from hyperlens.cli import main
 from hyperlens.errors import CorpusError, LoadingError, ProbeError, ResultsError
+from hyperlens.experiments.fitted_bias import fit_biases
 from hyperlens.experiments.static_bias import (
     BIASES,
     CONTROL_BAND,
@@ -114,9 +117,91 @@ def test_a_planted_bias_is_recovered(name: str) -> None:
             bias="tuned", alpha=0.0, metric=metric
         )
     assert "base plus a bias" in result.summary()
+    assert result.gain("fitted", 1.0)["low"] > 0.1
     # The same numbers on other tokens do not get there, nor does one number for all.
     assert result.value(bias="shuffled", alpha=1.0, metric="agreement_tuned") < 0.9
     assert result.value(bias="constant", alpha=1.0, metric="agreement_tuned") < 0.9
+
+
+def test_a_bias_fitted_on_half_the_texts_predicts_the_other() -> None:
+    base, bias = biased_head("llama"), planted(3)
+    texts = token_texts(120, shortest=8, longest=20)
+    few = {"alphas": (1.0,), "n_prompts": 2, "max_new_tokens": 2}
+    result = inject_static_bias(base, with_bias(base, bias), texts, **(SMALL | few))
+    assert result.value(bias="none", alpha=0.0, metric="agreement_tuned") < 0.7
+    assert result.fitted["value"] > 0.97
+    assert result.value(bias="none", alpha=0.0, metric="kl_tuned") > 0.3
+    assert result.value(bias="fitted", alpha=1.0, metric="kl_tuned") < 0.005
+    assert result.kl_gain("fitted", 1.0)["high"] < -0.3
+    (answer,) = (v.answer for v in result.verdicts() if v.topic == "fitted bias")
+    assert "fitted on one half of the texts and read on the other" in answer
+
+
+def test_a_fitted_bias_is_the_least_divergent_of_all() -> None:
+    # Against scipy's own minimiser of the penalised KL on the other half of the texts.
+    base = make_tiny("llama")
+    tuned = perturbed(base, 0.2)
+    opened = open_inputs(base, tuned, TEXTS, max_length=256)
+    contexts = read_contexts(
+        opened.pair.base.hooked, opened.pair.tuned.hooked, opened.corpus, 4, False
+    )
+    fitted = fit_biases(contexts, False)
+    halves = contexts.text % 2
+    rows = [(base.double(), tuned.double()) for _, base, tuned in contexts.rows()]
+    a, b = (torch.cat(side) for side in zip(*rows, strict=True))
+    for half in (0, 1):
+        x, p = a[halves != half].numpy(), b[halves != half].softmax(-1).numpy()
+
+        def loss(bias, x=x, p=p):
+            kl = scipy_special.logsumexp(x + bias, axis=-1) - (p * (x + bias)).sum(-1)
+            slope = scipy_special.softmax(x + bias, axis=-1).mean(0) - p.mean(0)
+            return kl.mean() + (bias @ bias) / (18 * len(x)), slope + bias / (9 * len(x))
+
+        best = scipy_optimize.minimize(loss, np.zeros(D_VOCAB), jac=True, tol=1e-8).x
+        assert fitted[half].numpy() == pytest.approx(best, abs=0.03)
+
+
+def test_no_bias_helps_where_tuning_is_none() -> None:
+    base = make_tiny("llama", tie_word_embeddings=False)
+    tuned = copy.deepcopy(base)
+    with torch.no_grad():
+        tuned.model.norm.weight.neg_()  # the order of all tokens turns round in every context
+    result = inject_static_bias(base, tuned, TEXTS, **SMALL)
+    gain = result.gain("fitted", 1.0)
+    assert not gain["low"] > 0
+    assert result.fitted["value"] < 0.3
+    (answer,) = (v.answer for v in result.verdicts() if v.topic == "fitted bias")
+    assert answer.endswith("no clear gain in predictions.")
+
+
+def test_divergences_equal_a_loop_over_contexts(result) -> None:
+    base = make_tiny("llama")
+    tuned = perturbed(base, 0.1)
+    delta = shift_of(base, tuned).delta
+    for name, bias in (("none", torch.zeros(D_VOCAB)), ("all", delta)):
+        per_text = []
+        for ids in TEXTS:
+            with torch.no_grad():
+                a, b = (m(torch.tensor([ids])).logits[0].double() for m in (base, tuned))
+            kl = torch.nn.functional.kl_div(
+                (a + bias).log_softmax(-1), b.log_softmax(-1), reduction="none", log_target=True
+            )
+            per_text.append(float(kl.sum(-1)[torch.tensor(ids) != 1].mean()))
+        alpha = 1.0 if name == "all" else 0.0
+        found = result.value(bias=name, alpha=alpha, metric="kl_tuned")
+        assert found == pytest.approx(np.mean(per_text), abs=1e-5)
+    change = result.kl_gain("all", 1.0)["value"]
+    before = result.value(bias="none", alpha=0.0, metric="kl_tuned")
+    assert before + change == pytest.approx(found)
+
+
+def test_one_text_leaves_nothing_to_read_a_fitted_bias_on() -> None:
+    base = make_tiny("llama")
+    opened = open_inputs(base, perturbed(base), TEXTS[:1], max_length=256)
+    contexts = read_contexts(
+        opened.pair.base.hooked, opened.pair.tuned.hooked, opened.corpus, 4, False
+    )
+    assert fit_biases(contexts, False) is None
 
 
 def test_k_of_all_tokens_recovers_it_too() -> None:
@@ -413,10 +498,20 @@ def test_a_file_of_version_0_1_is_read(result, tmp_path) -> None:
     path = result.write(tmp_path)
     data = json.loads(path.read_text(encoding="utf-8")) | {"format": 1}
     data["meta"]["data"] = data["meta"].pop("corpus")
+    # It fitted no bias and measured no divergence.
+    data["table"] = [row for row in data["table"] if row["metric"] != "kl_tuned"]
+    data["table"] = [row for row in data["table"] if row["bias"] != "fitted"]
+    data["extras"]["gains"] = [r for r in data["extras"]["gains"] if r["bias"] != "fitted"]
+    del data["extras"]["kl_gains"]
     path.write_text(json.dumps(data), encoding="utf-8")
     again = StaticBiasResult.load(tmp_path)
     assert again.meta == result.meta
-    assert again.conclusions() == result.conclusions()
+    of_fitted = [v.answer for v in result.verdicts() if v.topic == "fitted bias"]
+    assert [*again.conclusions(), *of_fitted] == sorted(
+        result.conclusions(), key=lambda answer: answer in of_fitted
+    )
+    assert "fitted on other texts" in result.summary()
+    assert "fitted on other texts" not in again.summary()
 
 
 def test_two_pairs_on_one_page(result, tmp_path) -> None:

@@ -1,8 +1,9 @@
 """Is it just a fixed bias? The mean logit shift, added to the base model (arXiv 2605.22579, 3.5).
 
 The paper adds α times the mean shift of the 500 most promoted tokens to the base model's logits
-and finds that text only gets worse (Table 2). Here controls stand beside it, and the bias that the
-hypothesis is about: the shift of all tokens, at α = 1.
+and finds that text only gets worse (Table 2). Here controls stand beside it, the bias that the
+hypothesis is about (the shift of all tokens, at α = 1), and one fitted to the tuned model's
+predictions, read on texts that it was not fitted on: what a bias can do at most.
 
 Logits are centred first, context by context: a shift of all of them changes no prediction.
 """
@@ -10,6 +11,7 @@ Logits are centred first, context by context: a shift of all of them changes no 
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple
@@ -44,10 +46,13 @@ from ..render.blocks import (
 from ..render.format import (
     FRACTION,
     MISSING,
+    NATS,
+    NUMBER,
     PERCENT,
     POINTS,
     SIGNED,
     SIGNED_FRACTION,
+    SIGNED_NATS,
     count,
     ends,
     interval,
@@ -58,6 +63,7 @@ from ..results.result import Result, matching
 from ..statistics.distances import winner
 from ..statistics.rank_correlation import average_ranks
 from ..statistics.significance import difference, estimate, trend
+from .fitted_bias import fit_biases, halves
 
 EXAMPLES = (
     "hyperlens static-bias ./base ./tuned --texts held_out.txt --out static-bias",
@@ -68,11 +74,16 @@ EXAMPLES = (
 ALPHAS = (0.01, 0.05, 0.1, 0.2, 0.5, 1.0)
 CONTROLS = ("random", "shuffled", "constant")
 BIASES = ("promoted", "all", *CONTROLS)
+TESTED = ("promoted", "all")
+FITTED = ("fitted", 1.0)
 # How many of the most promoted tokens are listed in the result.
 LISTED = 30
 
 Condition = tuple[str, float]
 """A bias ("none" for the base as it is, "tuned" for the tuned model) and its α."""
+
+Biases = Mapping[Condition, Float[Tensor, "*half d_vocab"]]
+"""What each condition adds to the base's logits: the same everywhere, or one for either half."""
 
 Units = dict[tuple[str, float, str], list[float]]
 """Bias, α and metric to one value per text or prompt."""
@@ -101,7 +112,8 @@ def inject_static_bias(
     Table 2 of arXiv 2605.22579 for any pair, with controls: the mean shifts of random tokens, those
     of the promoted tokens shuffled among them, and one number for every token. Agreement with the
     tuned model is teacher-forced, in every context of the texts; repetition is that of greedy
-    continuations.
+    continuations. Beside these stands the bias over all tokens that brings the base nearest to the
+    tuned model (in KL), fitted on either half of the texts and read on the other.
 
     Args:
         base, tuned: what `compare_models` takes, but no hooked models; or an open `Pair` and the
@@ -143,7 +155,9 @@ def inject_static_bias(
     conditions: dict[Condition, Tensor] = {
         (name, alpha): alpha * bias[name] for name in BIASES for alpha in strengths
     }
-    units = _agreements(contexts, conditions, progress)
+    fitted = fit_biases(contexts, progress)
+    tested = conditions if fitted is None else {**conditions, FITTED: fitted}
+    units = _predictions(contexts, tested, progress)
     runner = GenerationRunner(prompts, max_new_tokens, batch_size, seed, progress)
     units |= dict(_repetitions(pair, conditions, runner))
     options = {
@@ -165,7 +179,8 @@ def inject_static_bias(
         ),
         extras={
             "static_share": shift.static_share,
-            "gains": _gains(units, conditions),
+            "gains": _gains(units, "agreement_tuned"),
+            "kl_gains": _gains(units, "kl_tuned"),
             "trends": _trends(units, strengths),
             "k_used": len(chosen),
             "promoted": _listed(pair, shift, chosen[:LISTED].tolist()),
@@ -323,24 +338,31 @@ class LogitBias(LogitsProcessor):
         return scores + self.bias.to(scores)
 
 
-def _agreements(
-    contexts: Contexts, conditions: Mapping[Condition, Float[Tensor, " d_vocab"]], progress: bool
-) -> Units:
-    """How often each condition's top-1 token is the tuned model's, or the base's, text by text."""
+def _predictions(contexts: Contexts, conditions: Biases, progress: bool) -> Units:
+    """How near each condition is to the tuned model and to the base, text by text.
+
+    How often its top-1 token is that of either, and for the biases that are no controls
+    KL(tuned ‖ condition) in nats.
+    """
     every: list[Condition] = [("none", 0.0), *conditions, ("tuned", 0.0)]
-    metrics = ("agreement_tuned", "agreement_base")
-    parts: dict[tuple[str, float, str], list[Tensor]] = {
-        (*condition, metric): [] for condition in every for metric in metrics
-    }
-    for _, base, tuned in contexts.rows("agreement", progress):
+    parts: dict[tuple[str, float, str], list[Tensor]] = defaultdict(list)
+    for rows, base, tuned in contexts.rows("agreement", progress):
         expected = {"agreement_tuned": winner(tuned), "agreement_base": winner(base)}
+        half = halves(contexts.text[rows])
+        tuned_p, log_z = tuned.softmax(-1), tuned.logsumexp(-1)
         for condition in every:
             logits = tuned if condition[0] == "tuned" else base
             if condition in conditions:
-                logits = base + conditions[condition].to(base)
+                bias = conditions[condition]
+                logits = base + (bias if bias.ndim == 1 else bias[half]).to(base)
             top1 = winner(logits)
-            for metric in metrics:
-                parts[*condition, metric].append((top1 == expected[metric]).double().cpu())
+            for metric, of in expected.items():
+                parts[*condition, metric].append((top1 == of).double().cpu())
+            if condition[0] in ("none", FITTED[0], *TESTED):
+                # A weighted sum of differences, so that equal rows give exactly 0.
+                shifts: Tensor = torch.linalg.vecdot(tuned - logits, tuned_p)
+                kl = (shifts + logits.logsumexp(-1) - log_z).clamp_min(0.0)
+                parts[*condition, "kl_tuned"].append(kl.double().cpu())
     return {key: contexts.per_text(torch.cat(values)) for key, values in parts.items()}
 
 
@@ -357,13 +379,12 @@ def _repetitions(
             yield (*condition, metric), generations.metrics[metric]
 
 
-def _gains(units: Units, conditions: Mapping[Condition, Any]) -> list[dict[str, Any]]:
-    """What each bias adds to the base's agreement with the tuned model, paired by text."""
-    without = units["none", 0.0, "agreement_tuned"]
+def _gains(units: Units, metric: str) -> list[dict[str, Any]]:
+    """What each bias adds to a metric of the base, paired by text."""
     return [
-        {"bias": bias, "alpha": alpha}
-        | difference(units[bias, alpha, "agreement_tuned"], without)._asdict()
-        for bias, alpha in conditions
+        {"bias": bias, "alpha": alpha} | difference(values, units["none", 0.0, metric])._asdict()
+        for (bias, alpha, measured), values in units.items()
+        if measured == metric and bias not in ("none", "tuned")
     ]
 
 
@@ -393,7 +414,10 @@ def _listed(pair: Pair, shift: Shift, ids: list[int]) -> list[dict[str, Any]]:
 
 
 def _notes(k: int, used: int, allowed: int, gains: Float[Tensor, " k"]) -> list[str]:
-    notes = ["δ is measured on the texts that agreement is judged on, which favours the bias"]
+    notes = [
+        "δ is measured on the texts that agreement is judged on, which favours the bias; the "
+        "fitted bias is judged on texts that it was not fitted on"
+    ]
     if used < k:
         notes.append(
             f"K = {k} is more than the {allowed} tokens that are not special: all of them get a "
@@ -416,12 +440,14 @@ WORDS = {
     "random": "random K",
     "shuffled": "shuffled δ",
     "constant": "constant",
+    "none": "none",
+    "fitted": "fitted on other texts",
     "ttr": "greedy TTR",
     "rep_2": "repeated bigrams, greedy",
     "agreement_tuned": "top-1 agreement with the tuned model",
+    "kl_tuned": "KL(tuned ‖ base + bias), nats",
 }
-FORMS = {"agreement_tuned": PERCENT}
-TESTED = ("promoted", "all")
+FORMS = {"agreement_tuned": PERCENT, "kl_tuned": NUMBER}
 # A cell of a table whose caption names the unit.
 CELL_POINTS = replace(POINTS, unit="")
 TOP = 8
@@ -433,11 +459,13 @@ class StaticBiasResult(Result):
 
     The table has a row per bias ("none", the base itself; "promoted", the paper's; "all";
     the controls "random", "shuffled" and "constant"; "tuned", the tuned model), α and metric
-    (`ttr`, `rep_2`, `rep_3`: means over prompts; `agreement_tuned`, `agreement_base`: means over
-    texts).
+    (`ttr`, `rep_2`, `rep_3`: means over prompts; `agreement_tuned`, `agreement_base`, and for the
+    biases that are no controls `kl_tuned`, KL(tuned ‖ base + bias) in nats: means over texts). The
+    bias "fitted" (α = 1) was fitted on one half of the texts and read on the other, both ways; no
+    text is generated with it.
 
-    Extras: the static share of the logit change, what each bias adds to agreement (`gains`), the
-    trends over α, the most promoted tokens.
+    Extras: the static share of the logit change, what each bias adds to agreement and to the KL
+    (`gains`, `kl_gains`), the trends over α, the most promoted tokens.
     """
 
     name: ClassVar[str] = "static_bias"
@@ -469,6 +497,20 @@ class StaticBiasResult(Result):
         """
         return self._extra("gains", bias=bias, alpha=alpha)
 
+    def kl_gain(self, bias: str, alpha: float) -> Mapping[str, Any]:
+        """What a bias adds to KL(tuned ‖ base), paired by text: below 0 where it brings it nearer.
+
+        Raises:
+            ResultsError: if it was not measured.
+        """
+        return self._extra("kl_gains", bias=bias, alpha=alpha)
+
+    @property
+    def fitted(self) -> Mapping[str, Any] | None:
+        """Agreement with the fitted bias; None if there is none, as in results of version 0.1."""
+        bias, alpha = FITTED
+        return next(iter(self.rows(bias=bias, alpha=alpha, metric="agreement_tuned")), None)
+
     def _extra(self, key: str, **wanted: Any) -> Mapping[str, Any]:
         for row in matching(self.extras[key], wanted):
             return dict(row)
@@ -492,6 +534,7 @@ class StaticBiasResult(Result):
         """How far the best bias gets in predictions, and what biases and controls do to text."""
         return [
             Verdict("predictions", self._predictions()),
+            *self._of_fitted(),
             Verdict("generated text", self._text()),
             Verdict(
                 "not to be concluded",
@@ -528,6 +571,31 @@ class StaticBiasResult(Result):
         explained = gain["value"] / (1 - base["value"])
         return f"{adds}: net, the bias accounts for {PERCENT(explained)} of what changed."
 
+    def _of_fitted(self) -> list[Verdict]:
+        base, fitted = self._reference("none", "agreement_tuned"), self.fitted
+        if fitted is None or base["value"] == 1.0:
+            return []
+        gain, nearer = self.gain(*FITTED), self.kl_gain(*FITTED)
+        before, after = (self.value(bias=bias, alpha=alpha, metric="kl_tuned")
+                         for bias, alpha in (("none", 0.0), FITTED))  # fmt: skip
+        found = (
+            "The bias that brings the base nearest to the tuned model, fitted on one half of the "
+            f"texts and read on the other, both ways: agreement {PERCENT(base['value'])} → "
+            f"{PERCENT(fitted['value'])} ({interval(gain, POINTS)}), KL(tuned ‖ base) "
+            f"{NATS(before)} → {NATS(after)} ({interval(nearer, SIGNED_NATS)})"
+        )
+        if fitted["value"] > 0.999:
+            end = "as far as top-1 predictions tell, the tuned model is the base plus this bias."
+        elif gain["low"] > 0:
+            explained = gain["value"] / (1 - base["value"])
+            end = (
+                f"net, it accounts for {PERCENT(explained)} of what changed. With more texts to "
+                "fit it on it may account for somewhat more."
+            )
+        else:
+            end = "no clear gain in predictions."
+        return [Verdict("fitted bias", f"{found}: {end}")]
+
     def _text(self) -> str:
         base, tuned = (self._reference(side, "ttr") for side in ("none", "tuned"))
         bias, control = (self._highest(of, "ttr") for of in (TESTED, CONTROLS))
@@ -544,6 +612,7 @@ class StaticBiasResult(Result):
             Text(self._method()),
             Heading("Predictions on the same texts"),
             self._gain_table(),
+            *self._nearest(),
             Heading("Generated text"),
             self._text_table(),
             Grid([self._chart(metric) for metric in ("ttr", "rep_2", "agreement_tuned")]),
@@ -581,6 +650,28 @@ class StaticBiasResult(Result):
             "interval is optimistic."
         )
         return Table(["", *(WORDS[bias] for bias in BIASES)], rows, caption)
+
+    def _nearest(self) -> list[Block]:
+        """The best α of either injected bias beside the fitted one."""
+        if self.fitted is None:
+            return []
+        best = [self._highest([bias], "agreement_tuned") for bias in TESTED]
+        tried = [("none", 0.0), *((row["bias"], row["alpha"]) for row in best), FITTED]
+        rows = [
+            [
+                f"{WORDS[bias]}{f', {_alpha(alpha)}' if bias in TESTED else ''}",
+                self._cell(bias, alpha, "agreement_tuned"),
+                self._cell(bias, alpha, "kl_tuned"),
+            ]
+            for bias, alpha in tried
+        ]
+        caption = (
+            "mean over texts [95% interval]; α with the highest agreement. The fitted bias is the "
+            "one of least KL, with a Gaussian prior (σ = 3 nats), each text read with the bias "
+            "of the half that it is not in"
+        )
+        head = ["bias", WORDS["agreement_tuned"], WORDS["kl_tuned"]]
+        return [Table(head, rows, caption)]
 
     def _text_table(self) -> Table:
         """TTR of the biases, and the range of the controls."""

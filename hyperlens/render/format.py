@@ -111,6 +111,7 @@ class Form:
 NUMBER = Form(number)
 NATS = Form(number, lowest=0.0, unit="nats")
 SIGNED = Form(signed)
+SIGNED_NATS = Form(signed, unit="nats")
 DIMENSIONS = Form(decimal)
 FRACTION = Form(fraction, 0.0, 1.0)
 COSINE = Form(fraction, -1.0, 1.0)
