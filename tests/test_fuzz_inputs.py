@@ -2,6 +2,7 @@
 
 import copy
 import gzip
+import itertools
 import json
 import shutil
 from collections.abc import Callable
@@ -16,12 +17,12 @@ from conftest import lora, make_tiny, perturbed
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from surface_for_tests import words_tokenizer
+from surface_for_tests import TRAINING, words_tokenizer
 
 from hyperlens import Comparison, compare_models, load_hooked, open_pair, read_results
 from hyperlens.data.texts import read_texts
 from hyperlens.errors import HyperlensError
-from hyperlens.training import read_history
+from hyperlens.training import hyperfit, read_history
 
 # The same cases at every run; each test says how many more `make test-long` tries.
 FUZZ = {"derandomize": True, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
@@ -320,6 +321,48 @@ def test_results_cut_anywhere(saved: Path, tmp_path: Path) -> None:
 def test_results_cut_at_every_byte(saved: Path, tmp_path: Path) -> None:
     for length in range((saved / "comparison.json").stat().st_size):
         check_cut(saved, tmp_path, length)
+
+
+def begun(out: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working folder of a run that was interrupted after its first checkpoint."""
+    step = torch.optim.AdamW.step
+
+    def interrupted(*args: Any, **options: Any) -> Any:
+        if (out.with_name(f"{out.name}.partial") / "checkpoint").exists():
+            raise KeyboardInterrupt
+        return step(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            training(out)
+    return out.with_name(f"{out.name}.partial")
+
+
+def training(out: Path) -> Any:
+    return hyperfit(
+        (make_tiny("llama", num_hidden_layers=2), words_tokenizer()),
+        WORDS * 3,
+        recipe="demo",
+        out=out,
+        checkpoint_minutes=0,
+        progress=False,
+        **(TRAINING | {"epochs": 3}),
+    )
+
+
+@pytest.mark.long
+def test_unfinished_runs_cut_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Resumed, or refused in one line."""
+    whole = begun(tmp_path / "run", monkeypatch)
+    files = [path.relative_to(whole) for path in whole.rglob("*") if path.is_file()]
+    assert len(files) > 5
+    for number, (file, share) in enumerate(itertools.product(files, (0.0, 0.5, 0.99))):
+        folder = tmp_path / f"{number}.partial"
+        shutil.copytree(whole, folder)
+        content = (folder / file).read_bytes()
+        (folder / file).write_bytes(content[: int(len(content) * share)])
+        answered(lambda number=number: training(tmp_path / str(number)))
 
 
 @settings(**FUZZ, max_examples=30)

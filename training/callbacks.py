@@ -101,6 +101,16 @@ class Progress:
         self.seconds = saved["seconds"]
 
 
+class Begun(TrainerCallback):
+    """Whether a step was begun: what fails before comes of the checkpoint that is resumed from."""
+
+    has_begun = False
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A batch is about to be read."""
+        self.has_begun = True
+
+
 class EpochLosses(TrainerCallback):
     """Closes each epoch; comes before whatever reads the epoch's loss."""
 

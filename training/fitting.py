@@ -31,6 +31,7 @@ from .adapters import (
     with_adapter,
 )
 from .callbacks import (
+    Begun,
     Checkpoints,
     EpochLosses,
     Interrupts,
@@ -303,6 +304,7 @@ def train(
     if working.can_resume:
         interrupts = Interrupts()
         checkpoints = Checkpoints(working, progress, options.checkpoint_minutes, interrupts)
+    begun = Begun()
     # The order matters: see `callbacks`.
     parts: Sequence[TrainerCallback | None] = (
         EpochLosses(progress),
@@ -311,6 +313,7 @@ def train(
         Pruning(recording) if recording and checkpoints else None,
         interrupts,
         display,
+        begun,
     )
     callbacks = [part for part in parts if part is not None]
     trainer = _trainer(
@@ -319,20 +322,27 @@ def train(
     if recording is not None and options.report_to:
         recording.log = trainer.log_record
     checkpoint = working.checkpoint if working.can_resume else None
-    if checkpoint is not None:
-        saved = json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8"))
-        progress.restore(saved)
-        if is_ended(checkpoint):
-            load_trained_weights(model, checkpoint / WEIGHTS)
-            model.eval()
-            return progress, Ending(**saved["ending"])
     try:
+        if checkpoint is not None:
+            saved = json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8"))
+            progress.restore(saved)
+            if is_ended(checkpoint):
+                load_trained_weights(model, checkpoint / WEIGHTS)
+                model.eval()
+                return progress, Ending(**saved["ending"])
         with restored_forward(model), interrupts or contextlib.nullcontext():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except torch.OutOfMemoryError as error:
         raise TrainingError(
             f"out of memory on {device}: lower batch_size (now {recipe.batch_size}), set "
             "gradient_checkpointing=True, or train an adapter with 'late_lora'"
+        ) from error
+    except Exception as error:
+        if checkpoint is None or begun.has_begun:
+            raise
+        raise TrainingError(
+            f"the checkpoint {checkpoint} is damaged ({type(error).__name__}: "
+            f"{first_line(error)}): remove {working.folder}, and the run starts anew"
         ) from error
     finally:
         if display is not None:
