@@ -98,15 +98,17 @@ def test_how_two_jumps_are_compared(before: float, last: float, words: str) -> N
 def test_both_readings_are_in_one_chart() -> None:
     for comparison, n in ((example(), 23), (keep_rows(example(), lambda r: r.layer > 20), 2)):
         by_title = {chart.title: chart for chart in charts(comparison)}
-        ours, read = "gpt2-tuned, raw, ordinary tokens", "as scripts read it"
-        for title in ("Δ effective dimension in two readings", "L2 distance in two readings"):
-            assert by_title[title].series == [ours, read]
-            assert len(by_title[title].rows) == 2 * n
-        rows = by_title["Δ effective dimension in two readings"].rows
+        ours, read = "gpt2-tuned", "gpt2-tuned, as scripts read it"
+        for quantity in ("Δ effective dimension", "L2 distance"):
+            chart = by_title[f"{quantity}: raw, ordinary tokens, and as scripts read it"]
+            assert chart.series == [ours, read]
+            assert len(chart.rows) == 2 * n
+        title = "Δ effective dimension: raw, ordinary tokens, and as scripts read it"
+        rows = by_title[title].rows
         values = {(row["series"], row["layer"]): row["value"] for row in rows}
         assert [values[read, layer] for layer in (21, 22)] == [-30.5, 4.8]
         assert [values[ours, layer] for layer in (21, 22)] == [-1.5, 3.1]
-    assert "two readings" in str(example().plot().to_dict())
+        assert title in str(comparison.plot().to_dict())
 
 
 def test_results_of_earlier_versions_are_told_without_the_layers_they_lack() -> None:

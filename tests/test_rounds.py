@@ -14,6 +14,7 @@ from hyperlens import compare_models
 from hyperlens.data.corpus import build_corpus
 from hyperlens.errors import ResourceError
 from hyperlens.hooks.loading import load_hooked
+from hyperlens.pair import open_inputs
 from hyperlens.passes import memory, multi_pass
 from hyperlens.passes import streaming as runner
 from hyperlens.passes.multi_pass import run_passes
@@ -40,10 +41,10 @@ def work():
 
 
 def room_for(monkeypatch, work, n_layers):
-    """Just enough memory for all probes, the participation ratio at some layers only."""
+    """Just enough memory for all probes, the participation ratio at the last layers only."""
     probes = default_probes()
     (ratio,) = (probe for probe in probes if isinstance(probe, ParticipationRatio))
-    ratio.layers = tuple(range(n_layers))
+    ratio.layers = tuple(range(5 - n_layers, 5))
     allowed = pass_memory(work[0], work[2], probes, OPTIONS).total
     for module in (runner, multi_pass):
         monkeypatch.setattr(module, "free_bytes", lambda device: allowed)
@@ -105,6 +106,20 @@ def test_the_reader_is_told(monkeypatch, work):
     base = make_tiny("llama", num_hidden_layers=4)
     comparison = compare_models(base, perturbed(base), token_texts(), batch_size=4, progress=False)
     assert "read 2 times: the sums of all layers did not fit in memory" in comparison.meta["notes"]
+
+
+def test_room_for_the_first_layers_need_not_be_enough_for_the_last(monkeypatch):
+    """Of the last layer more is kept: two of the first layers fit at once, the last two do not."""
+    base = make_tiny("llama")
+    probes = default_probes()
+    (ratio,) = (probe for probe in probes if isinstance(probe, ParticipationRatio))
+    ratio.layers = (0, 1)
+    inputs = open_inputs(base, perturbed(base), token_texts(), max_length=64)
+    models = inputs.pair.base.hooked, inputs.pair.tuned.hooked
+    allowed = pass_memory(models[0], inputs.corpus, probes, OPTIONS).total
+    for module in (runner, multi_pass):
+        monkeypatch.setattr(module, "free_bytes", lambda device: allowed)
+    assert run_passes(*models, inputs.corpus, default_probes(), OPTIONS).n_passes == 4
 
 
 @pytest.mark.parametrize("n_layers", range(1, 9))

@@ -416,17 +416,18 @@ class Comparison(Result):
 
     def _readings_chart(self, one: Decomposition) -> Chart:
         """Both readings along the layers."""
-        ours = f"{self.tuned_name}, raw, ordinary tokens"
+        # A page draws several comparisons into one chart: each has its own two names.
+        ours, script = self.tuned_name, f"{self.tuned_name}, {AS_READ}"
         rows = [
             {"series": name, "layer": at.layer, "value": getattr(at, attribute)}
-            for name, attribute in ((ours, "blocks"), (AS_READ, "as_read"))
+            for name, attribute in ((ours, "blocks"), (script, "as_read"))
             for at in one.layers
         ]
         ends = "; ".join(f"{at.as_read:.3g} and {at.blocks:.3g} raw" for at in one.layers[-2:])
-        title = f"{_quantity(one)} in two readings"
+        title = f"{_quantity(one)}: raw, ordinary tokens, and {AS_READ}"
         words = f"{title}, by layer; at the last layers {ends}"
         y = Axis("value", _quantity(one), "zero")
-        roles: dict[str, Role] = {ours: "tuned", AS_READ: "other"}
+        roles: dict[str, Role] = {ours: "tuned", script: "other"}
         return Chart("lines", title, words, rows, LAYER, y, roles)
 
     def _ranks(self) -> list[Block]:

@@ -26,7 +26,7 @@ class SplitsByLayers(RunsInAPass, Protocol):
     """A probe whose layers can be measured apart."""
 
     def split(self, spec: StreamSpec, n: int) -> Sequence[RunsInAPass]:
-        """At most n probes, the largest first, whose rows in turn are this one's."""
+        """At most n probes whose rows in turn are this one's."""
 
 
 def run_passes(
@@ -66,7 +66,8 @@ def _plan_passes(
     spec, free = stream_spec(base, corpus, device), free_bytes(device)
     passes = [list(probes)]
     for n in range(2, len(spec.layers) + 1):
-        if pass_memory(base, corpus, passes[0], options).total <= free:
+        # Not the first alone: the last layer may take more than others.
+        if max(pass_memory(base, corpus, chosen, options).total for chosen in passes) <= free:
             break
         parts = (
             run_probe_step(probe, "split", spec, n)
