@@ -2,7 +2,7 @@
 
 import copy
 import math
-import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +21,7 @@ from hyperlens.patching import BlocksResult, patch_blocks, patch_expansion, patc
 from hyperlens.patching.blocks import Cell, Sweep, run_sweep
 from hyperlens.patching.outcomes import INTO_BASE, INTO_TUNED, METRICS
 from hyperlens.render.blocks import Chart, flat
+from hyperlens.render.format import PERCENT, interval
 
 TEXTS = token_texts(14, shortest=6, longest=20)
 LONG = pytest.mark.long
@@ -234,19 +235,103 @@ def test_it_comes_back_from_disk_and_draws(tmp_path: Path) -> None:
     assert all(chart.y.scale == "share" for chart in kinds if "2 x 2" not in chart.title)
     page = (folder / "report.html").read_text()
     assert 'data-section="patch_blocks"' in page
-    assert "last block and head on the base's incoming residual" in found.conclusions()[0]
+    assert "the head (final norm and unembedding)" in found.conclusions()[0]
     metrics = {row["metric"] for row in found.table}
     assert metrics == {*METRICS, "ttr", "rep_2", "rep_3"}
 
 
-def test_an_unembedding_alone_is_not_called_a_block() -> None:
-    base = make_tiny("llama", tie_word_embeddings=False)
+def unembedding_changed(base):
     tuned = copy.deepcopy(base)
     torch.manual_seed(0)
     with torch.no_grad():
         tuned.lm_head.weight += 0.3 * torch.randn_like(tuned.lm_head.weight)
+    return tuned
+
+
+def test_an_unembedding_alone_is_not_called_a_block() -> None:
+    base = make_tiny("llama", tie_word_embeddings=False)
+    tuned = unembedding_changed(base)
     found = patch_blocks(base, tuned, TEXTS, **SHORT)
-    assert "final norm and unembedding: 100.0% [" in found.conclusions()[0]
+    assert found.parts()["head"]["value"] == 1.0
+    assert found.parts()["last_block"]["value"] == 0.0
+    assert "head alone (final norm and unembedding)" in found.conclusions()[0]
+    assert "brings about 100.0% [" in found.conclusions()[0]
+    said = " ".join(v.answer for v in found.verdicts() if v.topic in ("cause", "interaction"))
+    assert "last block" not in said
+    moved = patch_weights(base, tuned, TEXTS, enough=0.5, **QUICK).conclusions()
+    assert "no block at all is needed (100.0% [" in moved[0]
+    assert "the head (final norm and unembedding) alone 100.0% [" in " ".join(moved)
+    assert "last block" not in " ".join(moved)
+
+
+def test_blocks_that_cancel_out_beside_a_changed_unembedding_are_no_interaction() -> None:
+    base = make_tiny("llama", tie_word_embeddings=False).double()
+    tuned = unembedding_changed(base)
+    # Both models add a vector in one block and take it away in the next; the tuned model's is
+    # another one.
+    for model, scale in ((base, 0.0), (tuned, 3.0)):
+        torch.manual_seed(5)
+        vector = scale * torch.randn(32, dtype=torch.float64)
+        for block, sign in ((1, 1.0), (2, -1.0)):
+            down = model.model.layers[block].mlp.down_proj
+            bias = torch.nn.Parameter(sign * vector)
+            down.register_parameter("bias", bias)
+    # The last block must not react to what it takes away.
+    with torch.no_grad():
+        for model in (base, tuned):
+            for name in ("self_attn.o_proj", "mlp.down_proj"):
+                model.model.layers[2].get_submodule(name).weight.zero_()
+    found = patch_blocks(base, tuned, TEXTS, **QUICK)
+    assert found.extras["changed"] > 5
+    cut = {e["layer"]: e for e in found.effect("interaction")}
+    assert cut[2]["low"] > 0.2  # what was taken for an interaction of blocks
+    assert cut[3]["value"] == 0
+    assert found.parts()["head"]["value"] == 1.0
+    topics = [verdict.topic for verdict in found.verdicts()]
+    assert topics.count("cause") == 1
+    assert "interaction" not in topics
+    assert "no block is needed" in found.conclusions()[0]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
+def test_the_last_block_and_the_head_alone_are_what_patch_weights_moves(name) -> None:
+    base = make_tiny(name, tie_word_embeddings=False)
+    tuned = perturbed(base, 0.15)
+    parts = patch_blocks(base, tuned, TEXTS, controls=False, **QUICK).parts()
+    moved = patch_weights(base, tuned, TEXTS, **QUICK)
+    place = {"direction": INTO_BASE, "metric": "to_tuned"}
+    block = moved.value(kind="block", number=2, **place)
+    head = moved.value(kind="suffix_and_head", number=0, **place)
+    assert 0 < block < 1
+    assert 0 < head < 1
+    assert parts["last_block"]["value"] == pytest.approx(block)
+    assert parts["head"]["value"] == pytest.approx(head)
+    shares = [parts[part]["value"] for part in ("incoming_residual", "last_block", "head")]
+    assert parts["beyond_parts"]["value"] == pytest.approx(1 - sum(shares))
+    (said,) = (v.answer for v in moved.verdicts() if v.topic == "one part alone")
+    for part in ("last_block", "head"):
+        assert interval(parts[part], PERCENT) in said
+
+
+@pytest.mark.parametrize("block", [1, 2])
+def test_a_change_before_or_in_the_last_block_is_named_for_what_it_is(block) -> None:
+    base = make_tiny("llama")
+    tuned = blocks_perturbed(base, [block], scale=0.3)
+    found = patch_blocks(base, tuned, token_texts(24, shortest=8, longest=20), **QUICK)
+    part = "the last block" if block == 2 else "what enters the last block"
+    assert f"By itself {part} does most" in found.conclusions()[0]
+    assert "interaction" not in [verdict.topic for verdict in found.verdicts()]
+
+
+def test_a_result_that_did_not_tell_block_and_head_apart_says_so(tmp_path: Path) -> None:
+    base = make_tiny("llama")
+    found = patch_blocks(base, perturbed(base, 0.15), TEXTS, controls=False, **QUICK)
+    extras = {key: value for key, value in found.extras.items() if key != "parts"}
+    replace(found, extras=extras).write(tmp_path)
+    old = BlocksResult.load(tmp_path)
+    assert old.parts() == {}
+    assert "last block and head together on the base's incoming residual" in old.conclusions()[0]
+    assert "interaction" not in [verdict.topic for verdict in old.verdicts()]
 
 
 @pytest.mark.parametrize("n_layers", [1, 3])
@@ -261,11 +346,8 @@ def test_the_last_cut_is_the_same_whichever_end_of_a_block_is_patched(n_layers):
         name: [text for text in found.conclusions() if "Generated text" not in text]
         for name, found in (("post", post), ("pre", pre))
     }
-    # After the last block there is nothing to enter: its cut tells what the head does by itself.
-    with_head = re.compile(r" \(its head alone, final norm and unembedding: [^)]*\)")
-    assert with_head.search(said["post"][0])
-    assert said["pre"] == [with_head.sub("", text) for text in said["post"]]
-    assert "last block and head on the base's incoming residual" in said["pre"][0]
+    assert said["pre"] == said["post"]
+    assert "the head (final norm and unembedding)" in said["pre"][0]
     # What enters the last block is the layer before the last.
     answers = [" ".join(found.conclusions()) for found in (pre, post)]
     assert f"tuned into base at layer {n_layers - 1}:" in answers[0]

@@ -125,7 +125,7 @@ def test_a_change_in_one_block_is_found_there(name, block):
             assert found.smallest(direction, kind)["number"] == 3 - block
     (alone,) = (v.answer for v in found.verdicts() if v.topic == "one part alone")
     for direction in TOWARDS:
-        assert f"{direction}, block {block} does most (100.0%" in alone
+        assert f"{direction}, block {block} has the highest share (100.0%" in alone
 
 
 def tuned_in(base, part):
@@ -160,10 +160,10 @@ def test_a_change_of_norm_or_unembedding_is_found_there(name, part):
     answers = [verdict.answer for verdict in found.verdicts()]
     for answer, direction in zip(answers, TOWARDS, strict=False):
         assert answer.startswith(direction.capitalize())
-        assert "without final norm and unembedding, no suffix of blocks suffices" in answer
+        assert "without final norm and unembedding, no suffix of blocks does anything" in answer
         assert "with final norm and unembedding, no block at all is needed (100.0%" in answer
         assert "lower bound above 50.0% of the changed decisions" in answer
-        assert f"{direction}, {part.replace('_', ' ')} does most (100.0%" in answers[2]
+        assert f"{direction}, {part.replace('_', ' ')} has the highest share (100.0%" in answers[2]
 
 
 def test_a_tied_table_takes_both_of_its_ends():

@@ -6,6 +6,7 @@ blocks of the tuned model bring about its decisions, and does the base's undo th
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -22,7 +23,7 @@ from ..data.corpus import Corpus, pad
 from ..decoding.diversity import REPETITION_METRICS as REPETITION
 from ..errors import PatchError, ResultsError
 from ..hooks.loading import LoadedModel
-from ..hooks.partial_forward import Activations, check_resumes, read, run_patched
+from ..hooks.partial_forward import Activations, check_resumes, read, resume, run_patched
 from ..hooks.patched_generation import check_takes_past, donating
 from ..hooks.sites import (
     Positions,
@@ -33,7 +34,15 @@ from ..hooks.sites import (
     mask_of_existing,
     positions_mask,
 )
-from ..hooks.surface import HookedModel, check_finite, check_stream, float_logits, input_device
+from ..hooks.surface import (
+    HookedModel,
+    check_finite,
+    check_stream,
+    evaluating,
+    final_norm,
+    float_logits,
+    input_device,
+)
 from ..pair import Pair, open_inputs
 from ..passes.failures import explaining_out_of_memory
 from ..render.blocks import (
@@ -81,6 +90,7 @@ from .engine import (
 from .outcomes import (
     BROUGHT,
     DIRECTIONS,
+    INTO_BASE,
     METRICS,
     SIDES,
     SOURCE,
@@ -89,7 +99,7 @@ from .outcomes import (
     Side,
 )
 from .outcomes import RENAMED as RENAMED_METRICS
-from .two_by_two import Cut, cut_cells, cut_effects
+from .two_by_two import BEYOND, PARTS, Cut, cut_cells, cut_effects, part_effects
 
 SOURCE_ACTIVATION = "source"
 
@@ -180,7 +190,7 @@ def patch_blocks(
     repetition = patched_repetition(
         generation, models, _generated_cells(sweep), _generation_patch(models, sweep), progress
     )
-    cuts = _cuts(outcomes, sweep.sites) if positions is None and site.startswith("resid") else []
+    cuts = _cuts(outcomes, sweep.sites) if sweep.has_cuts else []
     meta = inputs.metadata(
         seed=seed,
         options={
@@ -198,6 +208,7 @@ def patch_blocks(
         "contrasts": [*_contrasts(outcomes, sweep), *_repetition_contrasts(repetition, sweep)],
         "two_by_two": list(cut_cells(cuts)),
         "effects": list(cut_effects(cuts)),
+        "parts": list(_parts(outcomes, cuts, pair.base.hooked.cfg.n_layers - 1)),
     }
     return BlocksResult((*_rows(outcomes), *_repetition_rows(repetition)), extras, meta)
 
@@ -219,7 +230,7 @@ class Cell(NamedTuple):
     Attributes:
         direction: whose activation goes into whom.
         site: where.
-        activation: "source", or the name of a control.
+        activation: "source", the name of a control, or that of a part of the last cut.
     """
 
     direction: str
@@ -247,6 +258,11 @@ class Sweep:
     def activations(self) -> tuple[str, ...]:
         """What is put in, the source activation first."""
         return (SOURCE_ACTIVATION, *(CONTROLS if self.with_controls else ()))
+
+    @property
+    def has_cuts(self) -> bool:
+        """Whether a patch is the one model's residual entering the other's late blocks."""
+        return self.positions is None and self.sites[0].kind.startswith("resid")
 
 
 class _ModelReading(NamedTuple):
@@ -293,7 +309,8 @@ def _outputs(
                 check_resumes(reading.model, batch.tokens, batch.mask, reading.stream)
         last = {side: reading.stream[-1][batch.counted] for side, reading in readings.items()}
         patched = _patched(readings, batch, others, sweep, rotation, corpus.max_length)
-        yield BatchOutputs(batch, last, patched)
+        alone = _parts_alone(readings, batch) if sweep.has_cuts else ()
+        yield BatchOutputs(batch, last, itertools.chain(patched, alone))
 
 
 def _other_texts(corpus: Corpus, batch: Batch) -> _OtherTexts:
@@ -345,12 +362,34 @@ def _patched(
                 yield PatchedOutput(normed, {Cell(direction, site, activation): logits})
 
 
+def _parts_alone(
+    readings: Mapping[Side, _ModelReading], batch: Batch
+) -> Iterator[PatchedOutput[Cell]]:
+    """The base with the tuned model's last block, and the base with its head."""
+    base, tuned = readings["base"], readings["tuned"]
+    last = len(base.stream) - 2
+    entering = base.stream[last].to(tuned.stream[last])
+    block = resume(tuned.model, batch.tokens, batch.mask, last, entering)
+    for part, reading, residual in (
+        ("last_block", base, block),
+        ("head", tuned, base.stream[-1]),
+    ):
+        with evaluating(reading.model):
+            normed = final_norm(reading.model, residual[batch.counted].to(reading.stream[-1]))
+        check_finite(f"the base model with the tuned model's {part.replace('_', ' ')}", normed)
+        yield PatchedOutput(normed, {_part_cell(part, last): partial(float_logits, reading.model)})
+
+
+def _part_cell(part: str, last: int) -> Cell:
+    return Cell(INTO_BASE, Site("resid_pre", last), part)
+
+
 def _rows(outcomes: Outcomes[Cell]) -> Iterator[Row]:
     for side, outcome in outcomes.models.items():
         for metric in METRICS:
             yield _row("unpatched", None, side, metric, outcome.estimate(metric))
     for cell, outcome in outcomes.patched.items():
-        for metric in METRICS:
+        for metric in METRICS if cell.activation not in PARTS else ():
             yield _row(cell.direction, cell.site, cell.activation, metric, outcome.estimate(metric))
 
 
@@ -409,6 +448,15 @@ def _cuts(outcomes: Outcomes[Cell], sites: Sequence[Site]) -> list[Cut]:
         )
         cuts.append(Cut(site.layer, base, late, residual, tuned))
     return cuts
+
+
+def _parts(outcomes: Outcomes[Cell], cuts: Sequence[Cut], last: int) -> Iterator[Row]:
+    """The three parts of the cut before the last block, each alone in the base."""
+    for cut in cuts:
+        if cut.layer == last:
+            parts = {part: outcomes.patched[_part_cell(part, last)] for part in PARTS[1:]}
+            parts[PARTS[0]] = cut.tuned_incoming_residual
+            yield from part_effects(cut.base, cut.tuned, parts)
 
 
 # Free-running generation
@@ -485,7 +533,8 @@ class BlocksResult(Result):
 
     Extras: `decisions` and how many tuning `changed`; `contrasts`, source less control (or less
     the unpatched target, for generated text), paired, p corrected over the sites by Holm;
-    `two_by_two` and `effects`, for every cut between blocks.
+    `two_by_two` and `effects`, for every cut between blocks; `parts`, what enters the last block,
+    the last block and the head, each alone in the base.
     """
 
     name = "patch_blocks"
@@ -534,6 +583,14 @@ class BlocksResult(Result):
         every = self.extras["effects"]
         return [e for e in every if e["effect"] == effect and e["metric"] == metric]
 
+    def parts(self, metric: str = "to_tuned") -> dict[str, Mapping[str, Any]]:
+        """Each part of the last cut alone in the base, "one - other", and "beyond_parts".
+
+        Nothing where there are no cuts, and in results of version 0.1.
+        """
+        every = self.extras.get("parts", [])
+        return {row["part"]: row for row in every if row["metric"] == metric}
+
     def beats_controls(self, direction: str, layer: int) -> bool | None:
         """Whether the source activation does more than every control (corrected p < 0.05).
 
@@ -557,40 +614,65 @@ class BlocksResult(Result):
         return [*self._of_the_cut(), *self._of_generation(), Verdict("reading", caution, True)]
 
     def _of_the_cut(self) -> list[Verdict]:
-        cut = self.meta["n_layers"] - 1
-        if cut not in {effect["layer"] for effect in self.extras["effects"]}:
-            return []
-        cells = {
-            (cell["layer"], cell["cell"]): interval(cell, PERCENT)
-            for cell in self.extras["two_by_two"]
-            if cell["metric"] == "to_tuned"
-        }
-        # A cut after the last block leaves nothing but the head behind it.
-        head = cells.get((cut + 1, "tuned_late_blocks"))
-        alone = f" (its head alone, final norm and unembedding: {head})" if head else ""
-        (difference,) = (
-            e for e in self.effect("late_blocks - incoming_residual") if e["layer"] == cut
-        )
-        (both,) = (e for e in self.effect("interaction") if e["layer"] == cut)
-        found = [
-            Verdict(
-                "cause",
-                f"Of the {count(self.extras['changed'], 'decision')} that tuning changed (of "
-                f"{self.extras['decisions']:,}), the tuned model's last block and head on the "
-                f"base's incoming residual bring about {cells[cut, 'tuned_late_blocks']}{alone}; "
-                "the tuned model's residual entering the base's last block and head brings about "
-                f"{cells[cut, 'tuned_incoming_residual']}. By itself {_larger(difference)} "
-                f"(difference {interval(difference, POINTS)}).",
-            )
-        ]
-        if both["low"] > 0 or both["high"] < 0:
-            how = "more" if both["low"] > 0 else "less"
+        parts = self.parts()
+        if not parts:
+            return self._of_the_cut_alone()
+        of = f"Of {self._changed_decisions()}, "
+        if parts["head"]["value"] == 1.0:
             answer = (
-                f"Together the two do {how} than the sum of what each does alone (interaction "
-                f"{interval(both, POINTS)}): neither share is all of its part."
+                f"{of}the tuned model's head alone (final norm and unembedding) on the base's "
+                f"last residual brings about {interval(parts['head'], PERCENT)}: no block is "
+                "needed for them."
             )
-            found.append(Verdict("interaction", answer))
+            return [Verdict("cause", answer)]
+        shares = ", ".join(f"{PART_NAMES[p]} {interval(parts[p], PERCENT)}" for p in PARTS)
+        answer = (
+            f"{of}one part of the tuned model alone in the base brings about: {shares}. "
+            f"{_most(parts)}"
+        )
+        beyond = parts[BEYOND]
+        found = [Verdict("cause", answer)]
+        if beyond["low"] > 0:
+            found.append(
+                Verdict(
+                    "interaction",
+                    "All three together bring about all of them, "
+                    f"{interval(beyond, POINTS)} beyond the sum of what each does alone: they "
+                    "depend on each other, and no share is all of its part.",
+                )
+            )
+        elif beyond["high"] < 0:
+            found.append(
+                Verdict(
+                    "interaction",
+                    "The three shares overlap: their sum is more than all "
+                    f"({interval(beyond, POINTS)}). What one part brings about alone another "
+                    "does, too, or undoes.",
+                )
+            )
         return found
+
+    def _of_the_cut_alone(self) -> list[Verdict]:
+        """What can be said of results in which the last block and the head were not told apart."""
+        cut = self.meta["n_layers"] - 1
+        cells = {
+            cell["cell"]: interval(cell, PERCENT)
+            for cell in self.extras["two_by_two"]
+            if (cell["layer"], cell["metric"]) == (cut, "to_tuned")
+        }
+        if not cells:
+            return []
+        answer = (
+            f"Of {self._changed_decisions()}, the tuned model's last block and head together on "
+            f"the base's incoming residual bring about {cells['tuned_late_blocks']}; the tuned "
+            "model's residual entering the base's last block and head brings about "
+            f"{cells['tuned_incoming_residual']}."
+        )
+        return [Verdict("cause", answer)]
+
+    def _changed_decisions(self) -> str:
+        changed, decisions = self.extras["changed"], self.extras["decisions"]
+        return f"the {count(changed, 'decision')} that tuning changed (of {decisions:,})"
 
     def _of_generation(self) -> list[Verdict]:
         found = []
@@ -708,7 +790,11 @@ class BlocksResult(Result):
             [str(same[0]["layer"]), *(interval(row, POINTS) for row in same)]
             for same in chosen_rows(list(zip(*columns, strict=True)))
         ]
-        caption = "effects on the share of changed decisions that are the tuned model's"
+        caption = (
+            "effects on the share of changed decisions that are the tuned model's; the late blocks "
+            "of every cut, and so its interaction, have the head (final norm and unembedding) in "
+            "them: the last cut has nothing else"
+        )
         return Table(["cut at layer", *EFFECTS.values()], rows, caption)
 
     def _two_by_two(self) -> Table:
@@ -750,6 +836,11 @@ CELLS = {
     "tuned_incoming_residual": "tuned residual, base blocks",
     "tuned": "tuned residual, tuned blocks",
 }
+PART_NAMES = {
+    "incoming_residual": "what enters the last block",
+    "last_block": "the last block",
+    "head": "the head (final norm and unembedding)",
+}
 CONTROL_NAMES = {
     OTHER_TEXT: "that of another text",
     RANDOM_DIRECTION: "as far at random",
@@ -757,12 +848,15 @@ CONTROL_NAMES = {
 }
 
 
-def _larger(difference: Mapping[str, Any]) -> str:
-    if difference["low"] > 0:
-        return "the last block with the head does more"
-    if difference["high"] < 0:
-        return "what happens before the last block does more"
-    return "neither can be told to do more"
+def _most(parts: Mapping[str, Mapping[str, Any]]) -> str:
+    first, second, _ = sorted(PARTS, key=lambda part: -parts[part]["value"])
+    difference = parts[f"{first} - {second}"]
+    if not difference["low"] > 0:
+        return "None can be told to do most by itself."
+    return (
+        f"By itself {PART_NAMES[first]} does most ({interval(difference, POINTS)} more than "
+        f"{PART_NAMES[second]})."
+    )
 
 
 def place(row: Mapping[str, Any]) -> str:

@@ -4,10 +4,14 @@ Cut a model before block c. What reaches the cut is the incoming residual; what 
 (blocks, final norm, unembedding) are the late blocks. Both may be the base's or the tuned model's.
 If late blocks look sufficient with one incoming residual only, they are not: the effect is an
 interaction.
+
+The late blocks of a cut have the head behind them (final norm and unembedding), which may do all of
+it. So at the last cut its three parts are also put into the base one at a time.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -72,3 +76,26 @@ def cut_cells(cuts: Sequence[Cut]) -> Iterator[Row]:
             for name, estimate in cut.cells(metric).items():
                 row = {"layer": cut.layer, "cell": name, "metric": metric}
                 yield row | estimate._asdict()
+
+
+# What is put into the base alone at the last cut.
+PARTS = ("incoming_residual", "last_block", "head")
+BEYOND = "beyond_parts"
+
+
+def part_effects(base: Outcome, tuned: Outcome, parts: Mapping[str, Outcome]) -> Iterator[Row]:
+    """What each part does alone, the difference of any two, and what all do beyond their sum.
+
+    Args:
+        base, tuned: the unpatched models.
+        parts: the base with one of `PARTS` from the tuned model.
+    """
+    for metric in CUT_METRICS:
+        found = {part: parts[part].estimate(metric) for part in PARTS}
+        for one, other in itertools.permutations(PARTS, 2):
+            found[f"{one} - {other}"] = parts[one].difference(parts[other], metric)
+        # (tuned - base) less every (part - base).
+        terms = [(1.0, tuned), (2.0, base), *((-1.0, parts[part]) for part in PARTS)]
+        found[BEYOND] = combination(terms, metric)
+        for name, estimate in found.items():
+            yield {"part": name, "metric": metric} | estimate._asdict()

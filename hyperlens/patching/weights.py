@@ -456,6 +456,8 @@ class WeightsResult(Result):
             verb = ("is needed", "suffices", "suffice")[min(number, 2)]
             return f"{words}, {_last(number, self.depth)} {verb} ({interval(row, PERCENT)})"
         most = max(reversed(rows), key=lambda row: row["value"])
+        if most["value"] == 0:
+            return f"{words}, no suffix of blocks does anything ({interval(most, PERCENT)})"
         other_text = any(row["low"] > self._enough for row in rows)
         return (
             f"{words}, no suffix of blocks suffices (the most: {_last(most['number'], self.depth)},"
@@ -466,8 +468,23 @@ class WeightsResult(Result):
         found = []
         for direction, metric in TOWARDS.items():
             name, row = max(self.alone(direction, metric), key=lambda pair: pair[1]["value"])
-            found.append(f"{direction}, {name} does most ({interval(row, PERCENT)})")
-        return f"Of parts that move alone: {'; '.join(found)}."
+            found.append(f"{direction}, {name} has the highest share ({interval(row, PERCENT)})")
+        return f"Of parts that move alone: {'; '.join(found)}.{self._late_parts()}"
+
+    def _late_parts(self) -> str:
+        """The last block and the head in the base, one without the other, as in patch_blocks."""
+        changed, last = set(self.extras["changed_parts"]), self.depth - 1
+        parts = (
+            ("the last block", "block", last, {str(last)}),
+            ("the head (final norm and unembedding)", "suffix_and_head", 0, {*NAMED[1:]}),
+        )
+        found = [
+            f"{name} alone {interval(row, PERCENT)}"
+            for name, kind, number, members in parts
+            if members & changed
+            for row in self.rows(direction=INTO_BASE, kind=kind, number=number, metric="to_tuned")
+        ]
+        return f" Tuned into base, {', '.join(found)}." if found else ""
 
     @property
     def _enough(self) -> float:
