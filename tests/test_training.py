@@ -655,7 +655,7 @@ def test_a_saved_adapter_opens_everywhere(
     assert torch.equal(hooked(torch.tensor(texts())), expected)
 
 
-@pytest.mark.parametrize("method", ["full", "late_lora"])
+@pytest.mark.parametrize("method", ["full", "lora"])
 def test_the_card_says_what_was_trained_and_how_to_open_it(
     base_folder: Path, tmp_path: Path, method: str
 ) -> None:

@@ -100,7 +100,8 @@ def hyperfit(
     token, all dropout of the model off. On a CPU the same seed gives bit-identical weights.
 
     With `out`, the run keeps checkpoints in `<out>.partial`. If it is killed at any moment, the
-    same call continues from the last one and ends with the same weights.
+    same call continues from the last one and ends with the same weights. SIGTERM ends it with a
+    checkpoint and `SystemExit`.
 
     Args:
         model: hub id, local folder, adapter folder, `PreTrainedModel`, `PeftModel` (merged
@@ -121,8 +122,8 @@ def hyperfit(
         checkpoint_minutes: between two checkpoints; 0 for one after every step.
         report_to: loggers of transformers' Trainer, such as "tensorboard" or "wandb".
             TensorBoard's files are saved in `out` as "runs", or where TENSORBOARD_LOGGING_DIR says.
-        progress: show a progress bar on a terminal or in a notebook, and elsewhere a line on
-            stderr every half minute and at each record.
+        progress: show a progress bar and each record on a terminal or in a notebook, and
+            elsewhere a line on stderr for each epoch and each record.
         overrides: other values for fields of `Recipe`, such as `epochs=20`.
 
     Returns:
@@ -130,11 +131,12 @@ def hyperfit(
 
     Raises:
         TrainingError: if the recipe, the model or the texts do not fit together, an override has
-            no effect with the method, the loss becomes NaN or infinite, or an unfinished run with
-            other options is in the way.
+            no effect with the method, the loss becomes NaN or infinite, or another process or an
+            unfinished run with other options is in the way.
         LoadingError: if the model cannot be opened.
         CorpusError: if the texts cannot be read.
-        ResourceError: if the prefix cache fits neither in memory nor on the disk.
+        ResourceError: if the prefix cache fits neither in memory nor on the disk, or the disk has
+            no room for a checkpoint and the result.
         ResultsError: if `out` is not a new folder, or cannot be written.
 
     Example::
