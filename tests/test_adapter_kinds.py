@@ -195,7 +195,8 @@ for folder in folders:
     held = forget_peak()
     adapter = open_source(folder, base=opened)
     most = peak() - held
-    own = {weight.untyped_storage().data_ptr(): weight.nbytes for weight in adapter.model.parameters()}
+    weights = adapter.model.parameters()
+    own = {weight.untyped_storage().data_ptr(): weight.nbytes for weight in weights}
     with open(folder + "/adapter_model.safetensors", "rb") as file:
         stored = len(file.read())
     print(most, sum(size for place, size in own.items() if place not in shared), stored)
