@@ -161,7 +161,7 @@ def test_a_tie_that_an_adapter_breaks_is_broken_everywhere(tmp_path: Path) -> No
 
 
 MEMORY = """
-import copy, sys, tempfile, warnings
+import copy, os, sys, tempfile, warnings
 sys.path.insert(0, sys.argv[1])
 import peft, torch
 from conftest import make_tiny
@@ -195,10 +195,8 @@ for folder in folders:
     held = forget_peak()
     adapter = open_source(folder, base=opened)
     most = peak() - held
-    weights = adapter.model.parameters()
-    own = {weight.untyped_storage().data_ptr(): weight.nbytes for weight in weights}
-    with open(folder + "/adapter_model.safetensors", "rb") as file:
-        stored = len(file.read())
+    own = {w.untyped_storage().data_ptr(): w.nbytes for w in adapter.model.parameters()}
+    stored = os.path.getsize(folder + "/adapter_model.safetensors")
     print(most, sum(size for place, size in own.items() if place not in shared), stored)
     del adapter
 """

@@ -387,15 +387,18 @@ def _outcome(cell: Cell) -> dict[str, str]:
         wanted = torch.zeros(0)
     if not bool(wanted.isfinite().all()):
         return {"unmade": "its logits are not finite"}
-    model_before = state(model)
     opening, merging = TOLERANCE[cell.dtype]
     with tempfile.TemporaryDirectory() as home:
         folder = Path(home, "adapter")
-        found = {"object": opened_as(lambda: open_source(model), wanted, opening, model)}
+        saving = ""
         try:
             model.save_pretrained(folder, save_embedding_layers=False)
         except Exception as error:
-            return found | {"unmade": f"saving: {type(error).__name__}: {error}"}
+            saving = f"saving: {type(error).__name__}: {error}"
+        model_before = state(model)
+        found = {"object": opened_as(lambda: open_source(model), wanted, opening, model)}
+        if saving:
+            return found | {"unmade": saving}
         found["folder"] = opened_as(
             lambda: open_source(folder, base=open_source(base)), wanted, opening, base
         )

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..checks import check_types
-from ..errors import LoadingError, TrainingError
+from ..errors import LoadingError, TrainingError, first_line
 from ..files import check_new_folder
 from ..hooks.loading import parse_dtype
 from ..hooks.parity import gap_and_span
@@ -96,7 +96,7 @@ def _check_same(adapted: Any, folder: Path) -> None:
     float32, one model after the other, so that only the weights are rounded.
 
     Raises:
-        LoadingError: if they are another model's.
+        LoadingError: if they are another model's, or one of the two does not run.
     """
     with torch.no_grad():
         plain = open_source(folder, device=torch.device("cpu"))
@@ -140,7 +140,13 @@ def _wide(model: Any) -> torch.dtype | None:
 
 def _logits(model: Any, tokens: Int[Tensor, "text pos"]) -> Float[Tensor, "text pos d_vocab"]:
     device = next(model.parameters()).device
-    logits: Tensor = model(input_ids=tokens.to(device), use_cache=False).logits
+    try:
+        logits: Tensor = model(input_ids=tokens.to(device), use_cache=False).logits
+    except Exception as error:
+        raise LoadingError(
+            f"{type(model).__name__} fails when a few tokens are run to check the merged folder "
+            f"({type(error).__name__}: {first_line(error)}): give an adapter that runs in peft"
+        ) from error
     return logits.float().cpu()
 
 

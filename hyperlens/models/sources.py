@@ -146,7 +146,8 @@ def _open_object(
     headless = plain.get_output_embeddings() is None
     check_causal(config, kind, [kind] if headless or "Masked" in kind else [])
     if is_peft(model):
-        check_adapter_kind(*model.peft_config.values())
+        configs: Any = model.peft_config
+        check_adapter_kind(*configs.values())
     else:
         check_not_injected(model)
     check_has_values(plain)
