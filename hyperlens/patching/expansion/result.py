@@ -431,7 +431,7 @@ class ExpansionResult(Result):
         effects = [row for row in self._effects(claim) if row["answer"] is not None]
         if not effects:
             return f"{question}: {answer}, {self._why_none_counts(claim)}."
-        if claim == "needed" and verdict.get("veto") is not None:
+        if (claim, answer) == ("needed", "cannot tell") and verdict.get("veto") is not None:
             return f"{question}: {answer}. {self._of_veto(verdict['veto'])}"
         decided = [row for row in effects if row["answer"] == answer]
         if not decided:
