@@ -251,7 +251,7 @@ def unembedding_changed(base):
 def test_an_unembedding_alone_is_not_called_a_block() -> None:
     base = make_tiny("llama", tie_word_embeddings=False)
     tuned = unembedding_changed(base)
-    found = patch_blocks(base, tuned, TEXTS, **SHORT)
+    found = patch_blocks(base, tuned, TEXTS, controls=False, **QUICK)
     assert found.parts()["head"]["value"] == 1.0
     assert found.parts()["last_block"]["value"] == 0.0
     assert "head alone (final norm and unembedding)" in found.conclusions()[0]
@@ -281,7 +281,7 @@ def test_blocks_that_cancel_out_beside_a_changed_unembedding_are_no_interaction(
         for model in (base, tuned):
             for name in ("self_attn.o_proj", "mlp.down_proj"):
                 model.model.layers[2].get_submodule(name).weight.zero_()
-    found = patch_blocks(base, tuned, TEXTS, **QUICK)
+    found = patch_blocks(base, tuned, TEXTS, controls=False, **QUICK)
     assert found.extras["changed"] > 5
     cut = {e["layer"]: e for e in found.effect("interaction")}
     assert cut[2]["low"] > 0.2  # what was taken for an interaction of blocks
@@ -293,7 +293,9 @@ def test_blocks_that_cancel_out_beside_a_changed_unembedding_are_no_interaction(
     assert "no block is needed" in found.conclusions()[0]
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
+@pytest.mark.parametrize(
+    "name", ["llama", *(pytest.param(name, marks=LONG) for name in ("gpt2", "gemma2"))]
+)
 def test_the_last_block_and_the_head_alone_are_what_patch_weights_moves(name) -> None:
     base = make_tiny(name, tie_word_embeddings=False)
     tuned = perturbed(base, 0.15)
@@ -317,7 +319,8 @@ def test_the_last_block_and_the_head_alone_are_what_patch_weights_moves(name) ->
 def test_a_change_before_or_in_the_last_block_is_named_for_what_it_is(block) -> None:
     base = make_tiny("llama")
     tuned = blocks_perturbed(base, [block], scale=0.3)
-    found = patch_blocks(base, tuned, token_texts(24, shortest=8, longest=20), **QUICK)
+    texts = token_texts(24, shortest=8, longest=20)
+    found = patch_blocks(base, tuned, texts, controls=False, **QUICK)
     part = "the last block" if block == 2 else "what enters the last block"
     assert f"By itself {part} does most" in found.conclusions()[0]
     assert "interaction" not in [verdict.topic for verdict in found.verdicts()]

@@ -2,6 +2,7 @@
 
 import copy
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,8 +14,10 @@ from hyperlens.errors import ActivationError, HyperlensError, PatchError
 from hyperlens.hooks.residual import ResidualModel
 from hyperlens.hooks.surface import run_logits, unembed
 from hyperlens.patching import Site, patch_hooks
+from hyperlens.patching.earlier_tokens import earlier_tokens
 from hyperlens.patching.position_cells import (
     EVERY,
+    MapCells,
     check_continues,
     patched_everywhere,
     patched_singly,
@@ -111,6 +114,126 @@ def test_what_acts_through_an_earlier_token_starts_there_and_arrives_at_the_last
             assert first == pytest.approx(float(offset == back), abs=1e-4)
             assert last == pytest.approx(float(offset == 0), abs=1e-4)
     assert found.arrival(INTO_BASE) is not None
+
+
+def earlier_sentence(found, way):
+    """What is said of earlier tokens."""
+    answers = [a for a in found.conclusions() if a.startswith(way.capitalize())]
+    return answers[1]
+
+
+@pytest.fixture(scope="module")
+def only_position_5():
+    """A pair that differs in what it adds to position 5, and its result."""
+    base = make_tiny("gpt2")
+    tuned = copy.deepcopy(base)
+    with torch.no_grad():
+        torch.manual_seed(1)
+        tuned.transformer.wpe.weight[5] += 20 * torch.randn(32)
+    texts = [ids[:11] for ids in token_texts(40, shortest=8, longest=11)]
+    return patch_positions(base, tuned, texts, offsets=6, n_texts=32, progress=False)
+
+
+def test_a_position_that_has_no_fixed_offset_is_found(only_position_5):
+    found = only_position_5
+    for way in WAYS:
+        # No single offset: in each text another number of tokens follows position 5.
+        said = earlier_sentence(found, way)
+        assert "no fixed offset before the last token moves the decision" in said
+        position = found.earlier(way, "position", "moved")
+        assert [(one["label"], one["layer"]) for one in position["chosen"]] == [(5, 0)] * 2
+        assert position["value"] == pytest.approx(1.0, abs=1e-3)
+        assert position["n"] >= 12
+        assert position["p"] < 0.001
+        assert found.earlier(way, "position", "recovered")["value"] == 1.0
+        assert "position 5 at layer 0 (+1" in said
+        # Where it is not the last token itself, it is each text's own best.
+        assert found.earlier(way, "own", "recovered")["n"] == found.extras["decisions"]
+    page = " ".join(found.summary().split())
+    assert "each text's own best" in page
+
+
+def test_a_token_that_has_no_fixed_place_is_found():
+    base = make_tiny("llama", tie_word_embeddings=False)
+    tuned = copy.deepcopy(base)
+    special = 7
+    with torch.no_grad():
+        torch.manual_seed(1)
+        tuned.model.embed_tokens.weight[special] += 20 * torch.randn(32)
+    rng = np.random.default_rng(0)
+    texts = rng.integers(10, D_VOCAB, (60, 9))
+    texts[np.arange(60), rng.integers(3, 9, 60)] = special
+    found = patch_positions(base, tuned, texts.tolist(), offsets=6, n_texts=32, progress=False)
+    for way in WAYS:
+        token = found.earlier(way, "token", "moved")
+        assert [(one["label"], one["layer"]) for one in token["chosen"]] == [(special, 0)] * 2
+        assert token["chosen"][0]["token"] == "7"
+        assert token["value"] == pytest.approx(1.0, abs=1e-3)
+        assert token["p"] < 0.001
+        assert "token '7' at layer 0 (+1" in earlier_sentence(found, way)
+
+
+def test_nothing_acts_through_earlier_tokens_where_the_last_block_changed():
+    base = make_tiny("llama")
+    found = patch_positions(base, blocks_perturbed(base, [2], 0.3), TEXTS, **FEW)
+    for way in WAYS:
+        for kind in ("position", "token"):
+            row = found.earlier(way, kind, "moved")
+            assert row["chosen"] == []
+            assert row["n"] == 0
+        assert found.earlier(way, "own", "moved")["value"] == 0
+        said = earlier_sentence(found, way)
+        assert "no fixed offset before the last token" in said
+        assert "No fixed position and no fixed token" in said
+
+
+def noise(seed, planted=None):
+    """Cells of 24 texts that move at random; with `planted`, that token moves them all the way."""
+    rng = np.random.default_rng(seed)
+    texts = [rng.integers(0, 20, rng.integers(8, 30)) for _ in range(24)]
+    shape = (24, 4, 7)
+    moved = torch.from_numpy(rng.normal(size=shape) * rng.lognormal(size=(24, 1, 1)))
+    if planted is not None:
+        moved *= 0.1
+        for i, ids in enumerate(texts):
+            for offset in range(1, 6):
+                if ids[len(ids) - 1 - offset] == planted:
+                    moved[i, 1, offset] += 2.0
+    zero, one = torch.zeros(24, dtype=torch.long), torch.ones(24, dtype=torch.long)
+    unpatched = {"base": -one.double(), "tuned": one.double()}
+    differences = {INTO_BASE: moved - 1, INTO_TUNED: 1 - moved}
+    top_1 = dict.fromkeys(WAYS, torch.zeros(shape, dtype=torch.long))
+    offsets = (*range(6), EVERY)
+    return MapCells(offsets, zero, one, unpatched, top_1, differences), texts
+
+
+@pytest.mark.parametrize("rounds", [20, pytest.param(400, marks=pytest.mark.long)])
+def test_the_best_of_many_tokens_is_no_finding_where_all_move_at_random(rounds):
+    alarms = 0
+    for seed in range(rounds):
+        rows = list(earlier_tokens(*noise(seed)))
+        assert {row["kind"] for row in rows} == {"position", "token", "own"}
+        alarms += any(row["p"] < 0.05 for row in rows)
+    # At 5%, more than this has a probability below 0.001.
+    assert alarms <= {20: 5, 400: 35}[rounds]
+
+
+def test_a_token_that_moves_beyond_the_noise_is_found():
+    found = 0
+    for seed in range(10):
+        rows = earlier_tokens(*noise(seed, planted=3))
+        (row,) = (r for r in rows if r["kind"] == "token" and r["direction"] == INTO_BASE
+                  and r["metric"] == "moved")  # fmt: skip
+        chosen = {(one["label"], one["layer"]) for one in row["chosen"]}
+        found += chosen == {(3, 1)} and row["value"] > 0.5
+    assert found >= 5
+
+
+def test_a_map_without_earlier_tokens_says_nothing_of_them():
+    base = make_tiny("llama")
+    found = patch_positions(base, perturbed(base, 0.1), TEXTS, offsets=1, n_texts=4, progress=False)
+    assert found.earlier(INTO_BASE, "own", "moved")["n"] == 0
+    assert found.summary()
 
 
 def test_one_text_is_shown_with_its_tokens_cell_by_cell():
@@ -213,6 +336,10 @@ def test_it_comes_back_from_its_folder_and_has_a_section(tmp_path):
     found = patch_positions(base, perturbed(base, 0.1), TEXTS, **FEW)
     folder = found.save(tmp_path / "out")
     assert PositionsResult.load(folder) == found
+    # Of version 0.1, which looked at offsets only.
+    old = replace(found, extras={k: v for k, v in found.extras.items() if k != "earlier"})
+    assert "a token that matters in one text stands elsewhere" in earlier_sentence(old, INTO_BASE)
+    assert "each text's own best" not in old.summary()
     page = (folder / "report.html").read_text()
     assert 'data-section="patch_positions"' in page
     assert "From which token does a changed decision come?" in page

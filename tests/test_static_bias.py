@@ -125,7 +125,7 @@ def test_a_planted_bias_is_recovered(name: str) -> None:
 
 def test_a_bias_fitted_on_half_the_texts_predicts_the_other() -> None:
     base, bias = biased_head("llama"), planted(3)
-    texts = token_texts(120, shortest=8, longest=20)
+    texts = token_texts(90, shortest=8, longest=20)
     few = {"alphas": (1.0,), "n_prompts": 2, "max_new_tokens": 2}
     result = inject_static_bias(base, with_bias(base, bias), texts, **(SMALL | few))
     assert result.value(bias="none", alpha=0.0, metric="agreement_tuned") < 0.7

@@ -3,6 +3,9 @@
 A heat map of layers x positions for two models: at one decision that tuning changed, the residual
 of one model at one token and layer is put into the other. Where it moves the decision is where
 the effect of tuning sits on its way from the earlier tokens to the last one.
+
+Means over texts are by offset from the decision. A token that stands elsewhere in each text is
+looked for by its position and by what token it is (`earlier_tokens`).
 """
 
 from __future__ import annotations
@@ -20,11 +23,12 @@ from ..models.tokenizers import token_names
 from ..pair import open_inputs
 from ..passes.failures import explaining_out_of_memory
 from ..render.blocks import Axis, Block, Chart, Details, Grid, Table, Text, Verdict
-from ..render.format import PERCENT, SIGNED, count, ends, interval, one_line
-from ..results.result import Result
+from ..render.format import PERCENT, SIGNED, count, ends, interval, one_line, p_value
+from ..results.result import Result, matching
 from ..results.rows import chosen_layers
 from ..statistics.shares import holm_p_values, ratio
 from ..statistics.significance import Estimate, wilson
+from .earlier_tokens import KINDS, OWN, POSITION, TOKEN, earlier_tokens
 from .outcomes import BROUGHT, DIRECTIONS, INTO_BASE, SOURCE, TOWARDS
 from .position_cells import EVERY, DrawnDecisions, MapCells, draw_changed, map_positions
 
@@ -103,6 +107,7 @@ def patch_positions(
         "too_short": drawn.n_short,
         "unchanged": drawn.n_same,
         "example": _example(cells, drawn, pair.tokenizer),
+        "earlier": [_named(row, pair.tokenizer) for row in earlier_tokens(cells, drawn.texts)],
     }
     return PositionsResult(tuple(_rows(cells)), extras, meta)
 
@@ -123,6 +128,15 @@ def _rows(cells: MapCells) -> Iterator[dict[str, Any]]:
                 layer, column = place
                 row = {"direction": direction, "layer": layer, "offset": cells.offsets[column]}
                 yield row | {"metric": metric} | estimate._asdict() | {"p": its_p}
+
+
+def _named(row: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
+    """The same row with the chosen tokens by name."""
+    if row["kind"] != TOKEN:
+        return row
+    names = token_names(tokenizer, [choice["label"] for choice in row["chosen"]])
+    chosen = [choice | {"token": name} for choice, name in zip(row["chosen"], names, strict=True)]
+    return row | {"chosen": chosen}
 
 
 def _share(hits: int, n: int) -> Estimate:
@@ -177,7 +191,9 @@ class PositionsResult(Result):
     corrected over the cells of a direction (Holm), NaN for "recovered".
 
     Extras: how many `decisions`; how many texts were `looked_at` to find them, and how many of
-    these were `too_short` or had none (`unchanged`); `example`, one text with its tokens.
+    these were `too_short` or had none (`unchanged`); `example`, one text with its tokens;
+    `earlier`, what the best position, the best token and each text's own best earlier token do
+    where they were not chosen (see `hyperlens.patching.earlier_tokens`).
     """
 
     name = "patch_positions"
@@ -222,6 +238,11 @@ class PositionsResult(Result):
         return max((row for row in rows if row["value"] == row["value"]),
                    key=lambda row: abs(row["value"]), default=None)  # fmt: skip
 
+    def earlier(self, direction: str, kind: str, metric: str) -> Mapping[str, Any] | None:
+        """The best "position" or "token", or each text's "own" best; None in version 0.1."""
+        wanted = {"direction": direction, "kind": kind, "metric": metric}
+        return next(iter(matching(self.extras.get("earlier", []), wanted)), None)
+
     def arrival(self, direction: str) -> int | None:
         """The first layer from which on the last token alone carries over half (lower bounds)."""
         found = None
@@ -259,18 +280,46 @@ class PositionsResult(Result):
     def _of_earlier_tokens(self, direction: str) -> str:
         cells = [r for r in self.rows(direction=direction, metric="moved") if r["offset"] > 0]
         below = [row for row in cells if row["p"] < 0.05]
-        if not below:
-            return (
-                f"{direction.capitalize()}: no fixed offset before the last token moves the "
-                "decision at a corrected p below 0.05. Effects are means over texts by offset: a "
-                "token that matters in one text stands elsewhere in another."
+        if below:
+            best = max(below, key=lambda row: abs(row["value"]))
+            found = (
+                f"of the offsets before the last token, {count(len(below), 'cell')} of "
+                f"{len(cells)} move the decision at a corrected p below 0.05; the furthest is "
+                f"{best['offset']} before the last at layer {best['layer']}, "
+                f"{interval(best, SIGNED)} of the way."
             )
-        best = max(below, key=lambda row: abs(row["value"]))
+        else:
+            found = (
+                "no fixed offset before the last token moves the decision at a corrected p below "
+                "0.05."
+            )
+        return f"{direction.capitalize()}: {found} {self._elsewhere(direction)}"
+
+    def _elsewhere(self, direction: str) -> str:
+        """What a token that stands elsewhere in each text does."""
+        rows = {kind: self.earlier(direction, kind, "moved") for kind in KINDS}
+        fixed = [row for kind in (POSITION, TOKEN) if (row := rows[kind]) is not None]
+        own, share = rows[OWN], self.earlier(direction, OWN, "recovered")
+        if own is None or share is None:
+            return (
+                "Effects are means over texts by offset: a token that matters in one text stands "
+                "elsewhere in another."
+            )
+        split = "chosen on one half of the texts and read on the other"
+        said = [f"{_chosen(r)} ({_reach(r)})" for r in fixed if r["p"] < 0.05]
+        found = (
+            f"Wherever it stands, {split}, {' and '.join(said)} does."
+            if said
+            else f"No fixed position and no fixed token, {split}, does."
+        )
+        back = self.meta["options"]["offsets"] - 1
+        if not own["n"]:
+            return found
         return (
-            f"{direction.capitalize()}: of the offsets before the last token, "
-            f"{count(len(below), 'cell')} of {len(cells)} move the decision at a corrected p below "
-            f"0.05; the furthest is {best['offset']} before the last at layer {best['layer']}, "
-            f"{interval(best, SIGNED)} of the way."
+            f"{found} Each text's own best of the last {back} before it, chosen by the opposite "
+            f"patch, moves it {interval(own, SIGNED)} of the way and makes "
+            f"{interval(share, PERCENT)} of the decisions the {SOURCE[direction]} model's; tokens "
+            "further back were not patched one by one."
         )
 
     def evidence(self) -> list[Block]:
@@ -286,6 +335,7 @@ class PositionsResult(Result):
             ),
             Grid([self._map(direction) for direction in TOWARDS]),
             *(self._table(direction) for direction in TOWARDS),
+            *([self._earlier_table()] if self.extras.get("earlier") else []),
         ]
         return [*blocks, self._example()]
 
@@ -325,6 +375,23 @@ class PositionsResult(Result):
         ]
         head = ["layer", "last token alone", "moved", "an earlier one, at most", "all positions"]
         caption = f"{direction}: {BROUGHT[direction]}, 95% over texts"
+        return Table(head, rows, caption)
+
+    def _earlier_table(self) -> Table:
+        """Tokens that stand elsewhere in each text."""
+        rows = []
+        for direction in TOWARDS:
+            for kind in KINDS:
+                moved, share = (self.earlier(direction, kind, m) for m in ("moved", "recovered"))
+                if moved is not None and share is not None:
+                    cells = [interval(moved, SIGNED), interval(share, PERCENT), str(moved["n"])]
+                    rows.append([direction, _chosen(moved), *cells, p_value(moved["p"])])
+        head = ["direction", "an earlier token", "moved", "become the source's", "texts", "p"]
+        caption = (
+            "position and token: chosen on one half of the texts and read on the other, both ways, "
+            "where it is among the patched ones, p Holm-corrected over these; a text's own best: "
+            "chosen by the opposite patch, a mean of largest effects and so not tested against 0"
+        )
         return Table(head, rows, caption)
 
     def _furthest(self, direction: str, layer: int) -> str:
@@ -370,6 +437,22 @@ MAX_ROWS = 14
 
 def _heatmap(title: str, alt: str, rows: list[dict[str, Any]], x: str) -> Chart:
     return Chart("heatmap", title, alt, rows, Axis("position", x), Axis("layer", "layer"))
+
+
+def _chosen(row: Mapping[str, Any]) -> str:
+    """What was chosen on either half, in words."""
+    if row["kind"] == OWN:
+        return "each text's own best"
+    words = [
+        f"{row['kind']} {repr(one['token']) if row['kind'] == TOKEN else one['label']} at layer "
+        f"{one['layer']}"
+        for one in row["chosen"]
+    ]
+    return " or ".join(dict.fromkeys(words)) or f"no {row['kind']}"
+
+
+def _reach(row: Mapping[str, Any]) -> str:
+    return f"{interval(row, SIGNED)} of the way, {count(row['n'], 'text')}, {p_value(row['p'])}"
 
 
 def direction_name(direction: str) -> str:
