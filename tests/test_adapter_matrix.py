@@ -294,6 +294,7 @@ def trained(base: Any, config: Any) -> Any:
     with torch.no_grad():
         for weight in model.parameters():
             if weight.requires_grad:
+                weight.nan_to_num_(0).clamp_(-99, 99)  # TinyLoRA may leave memory as it was
                 weight += 0.1 * torch.randn_like(weight)
     return model.eval()
 
