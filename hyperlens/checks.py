@@ -57,20 +57,28 @@ def check_types(function: Callable[P, R]) -> Callable[P, R]:
         except TypeError as error:
             raise ArgumentError(f"{function.__name__}: {error}") from None
         for name, value in bound.arguments.items():
-            check_type(name, value, kinds()[name])
-            bound.arguments[name] = _plain(value)
+            kind = kinds()[name]
+            check_type(name, value, kind)
+            # What may be anything, such as texts, is the function's own to read.
+            bound.arguments[name] = value if kind is Any else _plain(value)
         return function(*bound.args, **bound.kwargs)
 
     return checked
 
 
 def _plain(value: Any) -> Any:
-    """A number of numpy's as Python's own, which JSON knows."""
+    """A number or an array of numpy's as Python's own, which JSON knows."""
+    if _is_array(value):
+        return value.tolist()
     if isinstance(value, int | float):
         return value
     if isinstance(value, Integral):
         return int(value)
     return float(value) if isinstance(value, Real) else value
+
+
+def _is_array(value: Any) -> bool:
+    return type(value).__module__ == "numpy" and getattr(value, "ndim", 0) > 0
 
 
 def check_field_types(record: Any) -> None:
@@ -136,8 +144,8 @@ def _is(value: Any, kind: Any) -> bool:
     if kind in (int, float):
         return is_number(value, kind)
     if origin in LISTS:
-        kind_of_list = Iterable if origin is Iterable else Sequence
-        return isinstance(value, kind_of_list) and _is_list_of(value, inner[0])
+        is_one = origin is Iterable or isinstance(value, Sequence) or _is_array(value)
+        return is_one and _is_list_of(value, inner[0])
     if origin is Mapping:
         return isinstance(value, Mapping) and all(
             _is(key, inner[0]) and _is(one, inner[1]) for key, one in value.items()

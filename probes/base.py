@@ -15,7 +15,6 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from ..checks import check_types
 from ..errors import ProbeError
 from ..passes.logits_reader import LogitChunk, read_logits
 from ..passes.streams import (
@@ -139,12 +138,11 @@ class TokenMeans(Probe):
     token_set: TokenSet = "geometry"
     layers: tuple[int, ...] | None = None
 
-    @check_types
     def __init__(
         self, layers: Sequence[int] | None = None, token_set: TokenSet | None = None
     ) -> None:
         self.layers = checked_layers(layers) or self.layers
-        self.token_set = checked_token_set(token_set or self.token_set)
+        self.token_set = checked_token_set(self.token_set if token_set is None else token_set)
 
     def sum_shapes(self, spec: StreamSpec) -> dict[str, tuple[int, ...]]:
         """Per-sequence sums y of every metric and their second moments; n counts tokens.

@@ -12,7 +12,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ..checks import check_types
 from ..errors import ProbeError
 from ..passes.streams import (
     VIEWS,
@@ -73,7 +72,6 @@ class ParticipationRatio(Probe):
     # float32 changes them in the seventh digit, and takes half the memory.
     float32_sums = frozenset({"sample", "excluded_outer"})
 
-    @check_types
     def __init__(
         self,
         views: Sequence[View] = VIEWS,

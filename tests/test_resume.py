@@ -21,7 +21,7 @@ from transformers import TrainerCallback
 from transformers.integrations import integration_utils
 
 from hyperlens.errors import ResourceError, ResultsError, TrainingError
-from hyperlens.training import hyperfit, hyperfitting
+from hyperlens.training import callbacks, hyperfit, hyperfitting
 from hyperlens.training.callbacks import Recording
 from hyperlens.training.folders import WorkingFolder
 
@@ -425,7 +425,7 @@ def test_a_full_disk_is_said_and_spares_the_last_checkpoint(
 
 
 def full_disk(monkeypatch, module, name):
-    """Let `module.name` meet a disk on which nothing fits, by a limit on the size of files."""
+    """Let `module.name` meet a full disk, by a limit on the size of files."""
     function = getattr(module, name)
 
     def on_full_disk(*args, **kwargs):
@@ -447,10 +447,14 @@ def test_a_disk_that_is_full_at_the_end_costs_nothing(
     """Before the first checkpoint that was due; the same call saves, and trains nothing."""
     from hyperlens.training.trainer import TokenTrainer
 
+    def no_space(*args):  # nor for the table of records
+        raise ResultsError("cannot write history.csv (No space left on device): free some space")
+
     ids, out = json.loads(ids_file.read_text()), tmp_path / "run"
     options = OPTIONS | {"checkpoint_minutes": 60.0, "stop_at_plateau": True, "near_zero_loss": 9.0}
     with monkeypatch.context() as patch:
         full_disk(patch, hyperfitting, "save")
+        patch.setattr(callbacks, "history", SimpleNamespace(write=no_space))
         with pytest.raises(ResultsError, match=r"free some space.*saves the trained weights, kept"):
             hyperfit(llama_folder, ids, out=out, **options)
     assert [path.name for path in tmp_path.iterdir()] == ["run.partial"]
@@ -469,7 +473,7 @@ def test_every_error_of_writing_says_how_to_go_on(
     llama_folder, ids_file, tmp_path, monkeypatch, writer
 ):
     """The best weights; the last checkpoint, without which the result can still be saved."""
-    from hyperlens.training import callbacks, fitting
+    from hyperlens.training import fitting
 
     ids, out = json.loads(ids_file.read_text()), tmp_path / "run"
     options = OPTIONS | {"stop_at_plateau": True, "near_zero_loss": 100.0}

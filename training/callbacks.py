@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -22,6 +23,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
+from ..errors import ResultsError
 from . import history, processes
 from .folders import WorkingFolder
 from .history import Record
@@ -149,8 +151,8 @@ class Recording(TrainerCallback):
         """Record the base; in a resumed run, write the checkpoint's records as a table again."""
         if not self._progress.records:
             self._measure(0, 0, float("nan"))
-        elif processes.is_first():
-            history.write(self._working.history, self._progress.records)
+        else:
+            self._write_table()
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Record; save the weights if they are the best so far; stop at a plateau."""
@@ -187,11 +189,16 @@ class Recording(TrainerCallback):
         # All processes measure the same weights; they share the first one's numbers, which decide
         # when to stop.
         self._progress.records.append(processes.from_first(record))
-        if processes.is_first():
-            history.write(self._working.history, self._progress.records)
+        self._write_table()
         if self.log is not None:
             self.log(self._progress.records[-1])
         self._progress.start_clock()
+
+    def _write_table(self) -> None:
+        # A full disk must not end the run for it: the table is written again with the result.
+        if processes.is_first():
+            with suppress(ResultsError):
+                history.write(self._working.history, self._progress.records)
 
 
 class Pruning(TrainerCallback):

@@ -17,7 +17,7 @@ from ..hooks.loading import load_hooked, parse_device, parse_dtype
 from ..models.kinds import Backend
 from ..models.sources import OpenedModel, open_source
 from ..results.fingerprint import versions, weights_sha256
-from . import processes
+from . import history, processes
 from .data import TrainingData, training_data
 from .folders import check_out, save, working_folder
 from .recipes import HELP, Method, Recipe, changed, nearest, preset
@@ -184,6 +184,8 @@ def hyperfit(
             folder=folder,
         )
         if folder is not None and processes.is_first():
+            if run.records:
+                history.write(working.history, run.records)
             tables = (working.history, working.logs)
             save(working.finished, run.model, run.tokenizer, run_to_json(run), *tables)
             working.publish(folder)

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from ..checks import is_list
 from ..errors import ProbeError
 from ..statistics import distances
 
@@ -39,9 +40,10 @@ def checked_views(views: Any) -> tuple[View, ...]:
     Raises:
         ProbeError: if there are none, or others than `VIEWS`.
     """
-    if isinstance(views, str) or len(views) == 0 or not set(views) <= set(VIEWS):
+    given = list(views) if is_list(views) else []
+    if not given or not all(view in VIEWS for view in given):
         raise ProbeError(f"views must be some of {VIEWS}, got {views!r}")
-    return tuple(views)
+    return tuple(given)
 
 
 def checked_token_set(token_set: Any) -> TokenSet:
@@ -63,7 +65,7 @@ def checked_layers(layers: Any) -> tuple[int, ...] | None:
     """
     if layers is None:
         return None
-    given = list(layers) if isinstance(layers, Iterable) else []
+    given = list(layers) if is_list(layers) else []
     if not given or not all(isinstance(layer, Integral) for layer in given):
         raise ProbeError(f"layers must be whole numbers, as in (0, -1), or None; got {layers!r}")
     return tuple(int(layer) for layer in given)
