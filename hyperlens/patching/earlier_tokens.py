@@ -111,7 +111,7 @@ def choose(
     Choice(label=5, layer=0)
     """
     best, most = None, 0.0
-    for label in labels.unique().tolist():
+    for label in sorted(set(labels.flatten().tolist())):
         offset = _offset_of(label, labels)
         has = offset >= 0
         total = moved[has].gather(-1, offset[has, None, None].expand(-1, moved.shape[1], 1)).sum(0)
