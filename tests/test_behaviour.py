@@ -19,7 +19,7 @@ from hyperlens.decoding.diversity import type_token_ratio
 from hyperlens.decoding.generate import GenerationRunner, Generations, continuations
 from hyperlens.decoding.prompts import choose_examples
 from hyperlens.embedded import embedded_base, embedded_tales
-from hyperlens.errors import CorpusError, LoadingError, ResultsError
+from hyperlens.errors import HyperlensError, LoadingError, ResultsError
 from hyperlens.experiments.behaviour import WORDS, BehaviourResult
 from hyperlens.render.blocks import Chart, Details, Table
 from hyperlens.render.format import FRACTION, interval
@@ -189,18 +189,18 @@ def test_one_prompt_is_too_few_to_tell(tiny) -> None:
 
 def test_refusals_say_what_to_do(tiny) -> None:
     for options, said in (
-        ({"strategies": "greedy"}, "list of greedy and sample"),
+        ({"strategies": "greedy"}, "strategies must be a list"),
         ({"strategies": ["beam"]}, "list of greedy and sample"),
         ({"strategies": ["greedy", "greedy"]}, "each once at most"),
         ({"n_examples": -1}, "n_examples must be at least 0"),
         ({"seed": -1}, "seed must be a whole number from 0"),
         ({"seed": 2**64}, "seed must be a whole number from 0"),
-        ({"seed": True}, "seed must be a whole number from 0"),
+        ({"seed": True}, "seed must be a whole number"),
         ({"max_new_tokens": 0}, "max_new_tokens"),
         ({"max_new_tokens": 90}, "context"),
         ({"prompt_tokens": 30}, "longer texts"),
     ):
-        with pytest.raises(CorpusError, match=said):
+        with pytest.raises(HyperlensError, match=said):
             measure_behaviour(tiny, tiny, TEXTS, **(SHORT | options))
     with pytest.raises(LoadingError, match="hooked"):
         measure_behaviour(load_hooked(tiny, backend="residual"), tiny, TEXTS, **SHORT)
