@@ -116,6 +116,8 @@ def check_type(name: str, value: Any, kind: Any, *, is_shown: bool = True) -> No
         items = value if isinstance(value, Sequence) else [value]
         uncalled = next((one.__name__ for one in items if isinstance(one, type)), None)
         hint = f": write {uncalled}() rather than {uncalled}" if uncalled else ""
+        if isinstance(value, int) and abs(value) >= LARGEST_INT:
+            hint = ": numbers are below 2^64"
         raise ArgumentError(f"{name} must be {_in_words(kind)}, got {came}{hint}")
 
 

@@ -459,7 +459,7 @@ def test_an_existing_folder_is_refused_before_any_work(
         ({"--batch-size": "0"}, "batch_size must be at least 1"),
         ({"--max-length": "1"}, "max_length must be at least 2"),
         ({"--sink-threshold": "-1"}, "sink_threshold must be"),
-        ({"--seed": "-1"}, "seed must be a whole number and not negative, got -1"),
+        ({"--seed": "-1"}, "seed must be a whole number from 0 to 9223372036854775807, got -1"),
         ({"--device": "gpu"}, "device 'gpu' cannot be used here"),
         ({"--probes": "drift,drift"}, "two probes are named 'drift'"),
         ({"--probes": "drift,ranks"}, "no probe 'ranks': expected one of drift, part"),

@@ -23,7 +23,13 @@ from hyperlens.decoding.generate import continuations
 from hyperlens.decoding.guard import Guard
 from hyperlens.decoding.prompts import choose_examples
 from hyperlens.embedded import embedded_base, embedded_tales
-from hyperlens.errors import CorpusError, DecodingError, HyperlensError, LoadingError
+from hyperlens.errors import (
+    ArgumentError,
+    CorpusError,
+    DecodingError,
+    HyperlensError,
+    LoadingError,
+)
 from hyperlens.experiments.decoding import (
     DRAWN,
     METHODS,
@@ -226,7 +232,7 @@ def test_an_adapter_is_read_as_one() -> None:
         ({"methods": []}, DecodingError, "methods must be some of greedy"),
         ({"methods": ["beam"]}, DecodingError, "methods must be some of greedy"),
         ({"methods": ["greedy", "greedy"]}, DecodingError, "once"),
-        ({"methods": "greedy"}, DecodingError, "as a list"),
+        ({"methods": "greedy"}, ArgumentError, "must be a list"),
         ({"n_examples": -1}, CorpusError, "n_examples must be at least 0"),
         ({"seed": -1}, CorpusError, "seed must be"),
         ({"temperature": 0.0}, DecodingError, "temperature"),

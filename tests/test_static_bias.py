@@ -388,7 +388,7 @@ def test_the_same_seed_gives_the_same_result(result) -> None:
     [
         ({"k": 0}, CorpusError, "k must be at least 1"),
         ({"alphas": ()}, ProbeError, "alphas"),
-        ({"seed": 2**64}, CorpusError, "seed must be"),
+        ({"seed": 2**63}, CorpusError, "seed must be"),
         ({"alphas": (0.1, 0.1)}, ProbeError, "alphas"),
         ({"alphas": (0.0, 0.1)}, ProbeError, "alphas"),
         ({"alphas": (math.nan,)}, ProbeError, "alphas"),
