@@ -25,10 +25,11 @@ from hyperlens.results.rows import COLUMNS
 
 TEXTS = token_texts()
 METRICS = {
-    "drift": {"cosine", "l2", "relative_l2"},
+    "drift": {"cosine", "l2", "relative_l2", "l2_with_sinks", "l2_with_sinks_and_bos"},
     "participation_ratio": {
         "base", "tuned", "delta", "base_row", "tuned_row", "delta_row",
-        "base_naive", "tuned_naive", "delta_naive",
+        *(f"{of}_naive{words}" for of in ("base", "tuned", "delta")
+          for words in ("", "_with_sinks", "_with_sinks_and_bos")),
     },
     "logit_lens": {"top1_agreement", "kl", "base_entropy", "tuned_entropy", "median_base_rank"},
     "rank_reordering": {
