@@ -46,7 +46,7 @@ def test_the_snippets_do_what_they_say(ran: dict) -> None:
     assert ran["null"].meta["options"]["n_controls"] == 2
     assert ran["model"].cfg.n_layers == 10
     assert ran["lora"].n_layers == 10
-    for name in ("layers.svg", "report.html", "adapter"):
+    for name in ("layers.svg", "report.html", "lora"):
         assert (ran["folder"] / name).exists()
 
 
