@@ -24,8 +24,8 @@ class ResidualDrift(MeanProbe):
         relative_l2: ‖h' - h‖ / ‖h‖, dimensionless.
 
     With the tokens that are left out counted in (`with_excluded`), at every layer raw and at the
-    last one after the final norm too, without intervals:
-        l2_with_sinks, l2_with_sinks_and_bos: the mean L2 distance again.
+    last one after the final norm too, without intervals: `l2_with_sinks` and
+    `l2_with_sinks_and_bos`, the mean L2 distance again.
     """
 
     name = "drift"

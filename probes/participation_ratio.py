@@ -56,9 +56,9 @@ class ParticipationRatio(Probe):
             low for few tokens.
 
     With the tokens that are left out counted in (`with_excluded`), at every layer raw and at the
-    last one after the final norm too:
-        *_naive_with_sinks: from the sample covariance, attention sinks counted in.
-        *_naive_with_sinks_and_bos: BOS counted in as well: every token, as most code has it.
+    last one after the final norm too: `base_naive_with_sinks` and so on, from the sample covariance
+    with attention sinks counted in, and `base_naive_with_sinks_and_bos` and so on, with BOS as
+    well: every token, as most code has it.
 
     Only the first three have intervals: of the ratio of the distribution the texts come from. With
     less than 5 texts there are none.
