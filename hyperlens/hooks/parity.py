@@ -52,7 +52,7 @@ def check_parity(model: HookedModel, plain: Any | None) -> None:
         lens = surface.unembed(model, surface.final_norm(model, last))
         what = "the logit lens at the last layer"
         _difference(what, lens, logits[mask.bool()], tolerance, advice)
-        _check_causal(model, tokens, mask, logits)
+        _check_causal(model, tokens, mask, logits, tolerance)
         _check_output(residuals, logits, mask)
 
 
@@ -135,7 +135,7 @@ def _difference(
 
 
 def _differ(
-    got: Float[Tensor, "n d_vocab"], expected: Float[Tensor, "n d_vocab"], tolerance: float
+    got: Float[Tensor, "*rows d_vocab"], expected: Float[Tensor, "*rows d_vocab"], tolerance: float
 ) -> bool:
     gap, span = gap_and_span(got, expected)
     return not gap <= tolerance * max(span, 1e-6)
@@ -162,6 +162,7 @@ def _check_causal(
     tokens: Int[Tensor, "batch pos"],
     mask: Int[Tensor, "batch pos"],
     logits: Float[Tensor, "batch pos d_vocab"],
+    tolerance: float,
 ) -> None:
     """Raise if a later token changes earlier outputs, as in an encoder.
 
@@ -171,11 +172,9 @@ def _check_causal(
     """
     first, last = (_with_other_token(tokens, at, model.cfg.d_vocab) for at in (0, -1))
     before, after = logits[:1, :-1], surface.run_logits(model, last, mask)[:1, :-1]
-    gap, span = gap_and_span(after, before)
     ahead = _mean_gap(after, before)
     behind = _mean_gap(surface.run_logits(model, first, mask)[:1, 1:], logits[:1, 1:])
-    allowed = TOLERANCE.get(model.cfg.dtype, HALF_TOLERANCE) * max(span, 1e-6)
-    if not gap <= allowed or ahead > 0.5 * behind > 0:
+    if _differ(after, before, tolerance) or ahead > 0.5 * behind > 0:
         raise LoadingError(
             "the model looks ahead (a later token changes earlier outputs): expected a causal "
             "language model, not an encoder"

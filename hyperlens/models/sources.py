@@ -134,7 +134,7 @@ def _open_object(
     if backend_of(model) is not None:
         name = getattr(model.cfg, "model_name", None) or type(model).__name__
         return OpenedModel(model, getattr(model, "tokenizer", None), str(name), "hooked")
-    plain: Any = plain_model(model)
+    plain = plain_model(model)
     kind = type(plain).__name__
     config = getattr(plain, "config", None)
     if not hasattr(config, "get_text_config"):
