@@ -102,7 +102,7 @@ def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
         with new_folder(tmp_path / "out"):
             raise OSError(28, "No space left on device")
 
-    fails(fill, "cannot write", "No space left on device", "choose another folder")
+    fails(fill, "cannot write", "No space left on device", "free some space")
     assert os.listdir(tmp_path) == []
 
 

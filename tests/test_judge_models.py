@@ -128,7 +128,7 @@ def test_two_adapters_are_each_put_on_their_own_base(tmp_path: Path) -> None:
 
 
 def test_what_is_no_option_is_said_before_anything_is_written(tiny) -> None:
-    for options in ({"seed": -1}, {"seed": 2**64}, {"n_examples": -1}):
+    for options in ({"seed": -1}, {"seed": 2**63}, {"n_examples": -1}):
         with pytest.raises(CorpusError, match=f"{next(iter(options))} must be") as caught:
             judge_models(tiny, tiny, TEXTS, judge=longer, **options, **SHORT)
         assert "\n" not in str(caught.value)
