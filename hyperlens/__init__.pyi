@@ -3,6 +3,7 @@ from . import experiments as experiments
 from . import judging as judging
 from . import patching as patching
 from . import probes as probes
+from . import reproduction as reproduction
 from . import training as training
 from .compare import Comparison as Comparison
 from .compare import compare_models as compare_models
@@ -18,5 +19,6 @@ from .pair import open_pair as open_pair
 from .patching import patch_blocks as patch_blocks
 from .questions import read_results as read_results
 from .render.page import write_report as write_report
+from .reproduction import reproduce as reproduce
 
 __version__: str

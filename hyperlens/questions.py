@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from importlib import import_module
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from .checks import check_types
 from .errors import ResultsError
+from .training.history import RUN_FILE
 
 
 class Question(NamedTuple):
@@ -51,8 +53,13 @@ QUESTIONS = (
     Question("static_bias", "experiments.static_bias", "inject_static_bias", "StaticBiasResult"),
     Question("decoding", "experiments.decoding", "compare_decoding", "DecodingResult"),
     Question("cross_domain", "experiments.cross_domain", "compare_domains", "CrossDomainResult"),
+    Question("variants", "experiments.variants", "compare_variants", "VariantsResult"),
+    Question("training", "training.course", "compare_training", "TrainingResult"),
     Question("mauve", "experiments.mauve", "measure_mauve", "MauveResult"),
     Question("judge", "judging.judge", "judge_models", "JudgeResult", command="cli.judge"),
+    Question(
+        "reproduction", "reproduction", "reproduce", "ReproductionResult", command="cli.reproduce"
+    ),
     _patch("patch_blocks", "blocks", "BlocksResult", ("patching",)),
     _patch("patch_positions", "positions", "PositionsResult", ()),
     _patch("patch_weights", "weights", "WeightsResult", ("transplant",)),
@@ -73,12 +80,22 @@ def read_results(folders: Sequence[str | Path]) -> list[Any]:
     Raises:
         ResultsError: if a folder does not exist or holds none, or a result cannot be read.
     """
-    found = [one for folder in folders for one in _in_folder(Path(folder).expanduser())]
+    found: list[Any] = []
+    runs: list[Path] = []
+    for folder in folders:
+        results, runs_here = _in_folder(Path(folder).expanduser())
+        found, runs = found + results, runs + runs_here
+    # Runs of training are read as they are, unless a saved result shows them already.
+    if runs and not any(result.name == "training" for result in found):
+        from .training.course import compare_training
+
+        found.append(compare_training(named_runs(runs)))
     order = {question.name: place for place, question in enumerate(QUESTIONS)}
     return sorted(found, key=lambda result: order[result.name])
 
 
-def _in_folder(folder: Path) -> list[Any]:
+def _in_folder(folder: Path) -> tuple[list[Any], list[Path]]:
+    """The results in a folder, and the runs of `hyperfit`; itself may be one."""
     if not folder.is_dir():
         raise ResultsError(f"no folder {folder}: give one that --out of a command wrote")
     by_file = {name: one for one in QUESTIONS for name in (one.name, *one.old_names)}
@@ -87,10 +104,26 @@ def _in_folder(folder: Path) -> list[Any]:
         for path in sorted(folder.rglob("*.json"))
         if path.stem in by_file and _is_result(path)
     ]
-    if not found:
+    runs = sorted(path.parent for path in folder.rglob(RUN_FILE))
+    if not found and not runs:
         raise ResultsError(
-            f"no results in {folder}: expected comparison.json or the JSON file of an experiment"
+            f"no results in {folder}: expected comparison.json, the JSON file of an experiment, "
+            "or a run of hyperfit"
         )
+    return found, runs
+
+
+def named_runs(folders: Sequence[Path]) -> dict[str, Path]:
+    """Runs by the names of their folders, numbered where several share one.
+
+    >>> list(named_runs([Path("a/full"), Path("b/full")]))
+    ['full', 'full (2)']
+    """
+    found: dict[str, Path] = {}
+    for folder in folders:
+        name = folder.absolute().name
+        numbered = (f"{name} ({n})" for n in count(2))
+        found[next(one for one in chain([name], numbered) if one not in found)] = folder
     return found
 
 

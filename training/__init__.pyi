@@ -1,6 +1,8 @@
 # Only names of this package can be loaded lazily: TrainingError is imported in __init__.py.
 import hyperlens.errors
 
+from .course import TrainingResult as TrainingResult
+from .course import compare_training as compare_training
 from .history import Record as Record
 from .history import plot_history as plot_history
 from .history import read_history as read_history

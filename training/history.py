@@ -219,13 +219,13 @@ def plot_history(runs: Any, labels: Sequence[str] | None = None) -> altair.TopLe
     if names and len(names) != len(sources):
         raise TrainingError(f"{len(names)} labels for {len(sources)} runs: give one for each")
     courses = [
-        _course(run, str(names[i]) if names else "", f"run {i + 1}")
+        course_of(run, str(names[i]) if names else "", f"run {i + 1}")
         for i, run in enumerate(sources)
     ]
     title = courses[0].label if names and not several else ""
     if not several and not courses[0].records:
         title = f"{title}: no records were kept (record_every)".removeprefix(": ")
-    drawn = charts.figure(_losses_of(courses) if several else _history_of(courses[0]), title)
+    drawn = charts.figure(losses_of(courses) if several else _history_of(courses[0]), title)
     if drawn is None:
         raise TrainingError("there is nothing to draw: no run has a loss above 0 or a record")
     return drawn
@@ -234,8 +234,10 @@ def plot_history(runs: Any, labels: Sequence[str] | None = None) -> altair.TopLe
 def _history_of(course: Course) -> list[Block]:
     """The charts of one run, those that have no finite value left out."""
     likelihood = [
-        _chart("Training loss", "nats per token", "zero", {"training loss": course.losses}),
-        _chart(
+        chart_over_epochs(
+            "Training loss", "nats per token", "zero", {"training loss": course.losses}
+        ),
+        chart_over_epochs(
             "Perplexity of held-out text",
             "perplexity, log scale",
             "log",
@@ -243,7 +245,7 @@ def _history_of(course: Course) -> list[Block]:
         ),
     ]
     decisions = [
-        _chart(
+        chart_over_epochs(
             "Diversity and error",
             "share of tokens",
             "share",
@@ -252,7 +254,7 @@ def _history_of(course: Course) -> list[Block]:
                 "top-1 error, held-out text": course.over_epochs("top1_error"),
             },
         ),
-        _chart(
+        chart_over_epochs(
             "Base rank of the model's top-1 predictions",
             "share of next-token decisions",
             "share",
@@ -263,18 +265,20 @@ def _history_of(course: Course) -> list[Block]:
     return [Grid(row) for row in rows if row]
 
 
-def _losses_of(courses: Sequence[Course]) -> list[Block]:
+def losses_of(courses: Sequence[Course]) -> list[Block]:
     """The training losses of several runs in one chart; runs of one name get a number."""
     losses: dict[str, Points] = {}
     for course in courses:
         numbered = (f"{course.label} ({n})" for n in count(2))
         label = next(name for name in chain([course.label], numbered) if name not in losses)
         losses[label] = course.losses
-    chart = _chart("Training loss", "nats per token, log scale", "log", losses, role="tuned")
+    chart = chart_over_epochs(
+        "Training loss", "nats per token, log scale", "log", losses, role="tuned"
+    )
     return [chart] if chart.rows else []
 
 
-def _chart(
+def chart_over_epochs(
     title: str, unit: str, scale: Scale, series: Mapping[str, Points], role: Role = "other"
 ) -> Chart:
     """Series over epochs; values that the axis cannot show are left out."""
@@ -291,7 +295,7 @@ def _chart(
     )
 
 
-def _course(run: Any, label: str, otherwise: str) -> Course:
+def course_of(run: Any, label: str, otherwise: str) -> Course:
     """A run from whatever it was given as.
 
     Args:
@@ -303,7 +307,7 @@ def _course(run: Any, label: str, otherwise: str) -> Course:
     if isinstance(run, str | Path):
         path = Path(run).expanduser()
         name = path.name if path.name != FILE else path.absolute().parent.name
-        saved = _saved(path / RUN_FILE if path.is_dir() else path.with_name(RUN_FILE))
+        saved = read_run(path if path.is_dir() else path.parent)
         method, losses = saved.get("recipe", {}).get("method"), saved.get("history")
         has_records = losses is None or (path / FILE if path.is_dir() else path).exists()
         records = list(_records_of(read_history(path))) if has_records else []
@@ -330,9 +334,10 @@ def _records_of(table: pd.DataFrame) -> Iterator[dict[str, Any]]:
         yield dict(zip(COLUMNS, values, strict=True))
 
 
-def _saved(file: Path) -> dict[str, Any]:
+def read_run(folder: Path) -> dict[str, Any]:
+    """What `hyperfit` wrote about the run in a folder; empty where it wrote nothing readable."""
     try:
-        saved = json.loads(file.read_text(encoding="utf-8"))
+        saved = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):  # not every table lies beside a finished run
         return {}
     return saved if isinstance(saved, dict) else {}

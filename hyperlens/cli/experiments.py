@@ -8,9 +8,20 @@ from importlib import import_module
 from typing import Any
 
 from ..errors import CorpusError, HyperlensError, PairError
-from ..files import check_new_folder
-from ..questions import Question
-from .options import add_how_to_read, add_out, add_pair, add_running, given, read, saved, texts_for
+from ..files import check_new_folder, expand_user
+from ..questions import Question, named_runs
+from .options import (
+    add_debug,
+    add_how_to_read,
+    add_out,
+    add_pair,
+    add_reading,
+    add_running,
+    given,
+    read,
+    saved,
+    texts_for,
+)
 from .signatures import add_command, add_options, option_names, read_signature
 
 
@@ -31,8 +42,9 @@ def add(commands: Any, question: Question) -> None:
     own = [one for one in found.options if one.name != "out"]
     parser.set_defaults(run=lambda args: run(question, option_names(own), args))
     add_sources(parser)
-    add_options(parser.add_argument_group("what is measured"), own)
-    add_running(parser, "the checkpoint's own")
+    if own:
+        add_options(parser.add_argument_group("what is measured"), own)
+        add_running(parser, "the checkpoint's own")
 
 
 def _function(question: Question) -> Any:
@@ -111,10 +123,52 @@ def _compare_domains(question: Question, own: list[str], args: argparse.Namespac
     return f"{result}\n\nsaved in {args.out}"
 
 
+def _add_variants(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("base", metavar="BASE", help="the model before: a folder or hub id")
+    parser.add_argument(
+        "--variant",
+        dest="variants",
+        nargs=2,
+        action="append",
+        required=True,
+        metavar=("NAME", "TUNED"),
+        help="what to call a variant, and the model: a folder, hub id or adapter folder; once for "
+        "each variant",
+    )
+    add_reading(parser)
+    add_out(parser, "the results (default: print only)")
+
+
+def _compare_variants(question: Question, own: list[str], args: argparse.Namespace) -> str:
+    _check_names([name for name, _ in args.variants], PairError)
+    texts = texts_for(args)
+    result = _function(question)(args.base, dict(args.variants), texts, **given(args, *own))
+    return saved(result, args)
+
+
+def _add_runs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        type=expand_user,
+        metavar="RUN",
+        help="the folder of a run that `hyperlens hyperfit` saved; speed-ups are relative to the "
+        "first",
+    )
+    add_out(parser, "the results (default: print only)")
+    add_debug(parser)
+
+
+def _compare_runs(question: Question, own: list[str], args: argparse.Namespace) -> str:
+    if args.out is not None:
+        check_new_folder(args.out)
+    return saved(_function(question)(named_runs(args.runs)), args)
+
+
 def _check_names(names: Sequence[str], error: type[HyperlensError]) -> None:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise error(f"{twice[0]!r} is given twice: each pair and each corpus needs its own name")
+        raise error(f"{twice[0]!r} is given twice: each needs its own name")
 
 
 def _interrupted(args: argparse.Namespace) -> str:
@@ -127,4 +181,6 @@ def _interrupted(args: argparse.Namespace) -> str:
 SPECIAL = {
     "cross_domain": (_add_pairs_and_corpora, _compare_domains),
     "mauve": (_add_mauve_texts, _compare_texts),
+    "training": (_add_runs, _compare_runs),
+    "variants": (_add_variants, _compare_variants),
 }

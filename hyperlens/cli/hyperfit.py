@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import shlex
 import types
 from dataclasses import fields
@@ -202,14 +203,19 @@ def _defaults(name: str) -> str:
 
 
 def _value(recipe: str, name: str) -> str:
-    full, lora = (_shown(getattr(preset(recipe, method), name)) for method in ("full", "lora"))
+    full, lora = (_shown(getattr(_preset(recipe, method), name)) for method in ("full", "lora"))
     return full if name == "method" or full == lora else f"{full}, with LoRA {lora}"
 
 
 def _whose(recipe: str, name: str) -> str:
     """Whose choice a field's value is, in the first method that uses the field."""
     method = next(m for m in METHODS if name in relevant_fields(m))
-    return {"paper": "the paper's", "ours": "ours"}[preset(recipe, method).origins()[name]]
+    return {"paper": "the paper's", "ours": "ours"}[_preset(recipe, method).origins()[name]]
+
+
+@functools.cache
+def _preset(recipe: str, method: Method) -> Recipe:
+    return preset(recipe, method)
 
 
 def _shown(value: Any) -> str:

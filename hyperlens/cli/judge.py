@@ -58,7 +58,13 @@ def add(commands: Any) -> None:
         "context, a and b (default: none)",
     )
     add_out(parser, "the results (default: print only)")
-    _add_judge(parser)
+    add_judge(parser)
+    parser.add_argument(
+        "--cache",
+        type=expand_user,
+        metavar="FOLDER",
+        help="where answers are kept (default: the folder of --out with .answers added)",
+    )
     options = {
         one.name: one for one in read_signature("hyperlens.judging.judge", "judge_models").options
     }
@@ -69,9 +75,10 @@ def add(commands: Any) -> None:
     add_running(parser, "the checkpoint's own")
 
 
-def _add_judge(parser: argparse.ArgumentParser) -> None:
+def add_judge(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    """Who judges, and how it is asked."""
     group = parser.add_argument_group("judge (one of --judge-url, --judge-folder, --judge-rule)")
-    one_of = group.add_mutually_exclusive_group(required=True)
+    one_of = group.add_mutually_exclusive_group(required=required)
     one_of.add_argument(
         "--judge-url",
         metavar="URL",
@@ -111,12 +118,6 @@ def _add_judge(parser: argparse.ArgumentParser) -> None:
         group.add_argument(
             option, type=kind, default=default, metavar="N", help=f"{text} (default: {default:g})"
         )
-    group.add_argument(
-        "--cache",
-        type=expand_user,
-        metavar="FOLDER",
-        help="where answers are kept (default: the folder of --out with .answers added)",
-    )
 
 
 def run(args: argparse.Namespace) -> str:
@@ -128,7 +129,7 @@ def run(args: argparse.Namespace) -> str:
     from ..judging.judge import judge_continuations, judge_models
 
     shared: dict[str, Any] = {
-        "judge": _judge(args),
+        "judge": judge_of(args),
         **{name: getattr(args, name) for name in ASKING},
         "cache": _cache(args),
         "device": args.device,
@@ -180,7 +181,8 @@ def _generation_options(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in GENERATION if name in args}
 
 
-def _judge(args: argparse.Namespace) -> Any:
+def judge_of(args: argparse.Namespace) -> Any:
+    """The judge that the options of `add_judge` name; there must be one."""
     if args.judge_rule:
         from ..judging.judges import FewerRepeatedBigrams
 

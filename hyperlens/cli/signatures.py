@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import functools
 import re
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -46,6 +47,7 @@ class Option(NamedTuple):
     text: str
 
 
+@functools.cache
 def read_signature(module: str, function: str) -> Signature:
     """Read a function's signature from the source of its module.
 

@@ -5,9 +5,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
+from torch import nn
 from tqdm.auto import tqdm
 
 from ..checks import check_positive, check_seed, check_types
@@ -18,6 +22,8 @@ from ..hooks.surface import evaluating
 from ..models.kinds import plain_model
 from ..passes.failures import explaining_out_of_memory
 from ..randomness import own_randomness
+from ..results.fingerprint import versions, weights_sha256
+from ..results.resume import KeptRecords
 from .diversity import repetition, type_token_ratio
 from .prompts import batches, check_prompts, eos_ids
 
@@ -74,9 +80,18 @@ def continuations(
     check_seed(seed)
     check_sampling(temperature=temperature, top_p=top_p, min_p=min_p)
     eos = eos_ids(model, tokenizer) if stop_at_eos else []
-    settings = _settings(
-        max_new_tokens, eos, do_sample=do_sample, temperature=temperature, top_p=top_p, min_p=min_p
-    )
+    sampling = {"temperature": temperature, "top_p": top_p, "min_p": min_p}
+    settings = _settings(max_new_tokens, eos, do_sample=do_sample, **sampling)
+    store = None if logits_processors else _kept.get()
+    identity = {
+        "prompts": [list(prompt) for prompt in prompts],
+        "max_new_tokens": max_new_tokens,
+        "eos": eos,
+        # Sampled tokens depend on how prompts share batches.
+        "sampling": {**sampling, "batch_size": batch_size, "seed": seed} if do_sample else None,
+    }
+    if store is not None and (found := store.find(model, identity)) is not None:
+        return found
     generated: list[list[int]] = [[] for _ in prompts]
     bar = tqdm(total=len(prompts), desc="generating", unit="text", disable=not progress)
     device = next(model.parameters()).device
@@ -104,7 +119,49 @@ def continuations(
                 ends = [place for place, token in enumerate(row) if token in eos]
                 generated[i] = row[: ends[0]] if ends else row
             bar.update(len(batch))
+    if store is not None:
+        store.keep(model, identity, generated)
     return generated
+
+
+class _Kept:
+    """What models wrote, on disk, found again by everything that decides it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.records = KeptRecords(folder)
+        # Hashing the weights of a large model takes seconds: once for each model.
+        self.hashes: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+
+    def find(self, model: nn.Module, identity: dict[str, Any]) -> list[list[int]] | None:
+        record = self.records.find(self._whole(model, identity))
+        return None if record is None else record["tokens"]
+
+    def keep(self, model: nn.Module, identity: dict[str, Any], generated: list[list[int]]) -> None:
+        self.records.keep(self._whole(model, identity), {"tokens": generated})
+
+    def _whole(self, model: nn.Module, identity: dict[str, Any]) -> dict[str, Any]:
+        if model not in self.hashes:
+            self.hashes[model] = weights_sha256(model)
+        device = str(next(model.parameters()).device)
+        about = {"weights": self.hashes[model], "device": device, "versions": versions()}
+        return {**identity, **about}
+
+
+_kept: ContextVar[_Kept | None] = ContextVar("kept continuations", default=None)
+
+
+@contextmanager
+def keeping_continuations(folder: Path | None) -> Iterator[None]:
+    """Inside, what a model has written once is not generated again, by whichever experiment.
+
+    Args:
+        folder: where the tokens are kept; None generates everything anew, for measuring times.
+    """
+    token = _kept.set(None if folder is None else _Kept(folder))
+    try:
+        yield
+    finally:
+        _kept.reset(token)
 
 
 def check_sampling(*, temperature: float, top_p: float, min_p: float | None) -> None:

@@ -16,7 +16,7 @@ import torch
 from ..checks import check_counts, check_seed, check_types
 from ..decoding.contrastive import Adaptive, adaptive_contrastive_search
 from ..decoding.diversity import MEASURES, distinct_by_text, is_ttr_again
-from ..decoding.generate import check_sampling, continuations
+from ..decoding.generate import check_sampling, continuations, keeping_continuations
 from ..decoding.guard import Guard
 from ..decoding.prompts import (
     check_room,
@@ -272,8 +272,9 @@ class MethodRunner:
         # The first call of a process takes longer, whatever it does.
         model, tokenizer = loaded.model, loaded.tokenizer
         continuations(model, tokenizer, self.prompts[:1], max_new_tokens=1, progress=False)
-        start = time.perf_counter()
-        samples = [self._once(loaded, method, seed) for seed in runs]
+        with keeping_continuations(None):
+            start = time.perf_counter()
+            samples = [self._once(loaded, method, seed) for seed in runs]
         return Generated(samples, (time.perf_counter() - start) / len(runs))
 
     def _once(self, loaded: LoadedModel, method: str, seed: int) -> list[list[int]]:
