@@ -36,7 +36,7 @@ test-tl3: .venv-tl3/.installed ## run what touches TransformerLens on 3.9
 	.venv-tl3/bin/python -m pytest -m "transformer_lens and not long" $(PYTEST_ARGS)
 
 test-long: .venv/.installed ## run the long forms of tests, which `make test` leaves out
-	.venv/bin/python -m pytest -m long $(PYTEST_ARGS)
+	HYPERLENS_EXAMPLES=300 .venv/bin/python -m pytest -m "long or hypothesis" $(PYTEST_ARGS)
 
 tutorials: .venv/.installed ## run every tutorial on fewer and shorter texts
 	.venv/bin/python -m pytest -m tutorial tests/test_tutorials.py $(PYTEST_ARGS)

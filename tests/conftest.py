@@ -16,7 +16,9 @@ import hypothesis
 import pytest
 
 # Time limits per example measure the machine, and are not what is tested here.
-hypothesis.settings.register_profile("hyperlens", deadline=None)
+# `make test-long` tries more examples.
+EXAMPLES = int(os.environ.get("HYPERLENS_EXAMPLES", "50"))
+hypothesis.settings.register_profile("hyperlens", deadline=None, max_examples=EXAMPLES)
 hypothesis.settings.load_profile("hyperlens")
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import D_VOCAB, make_tiny, short
+from conftest import D_VOCAB, make_tiny, short, unchecked
 from peft import PeftModel
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -194,7 +194,7 @@ def late(base: Any, **options: Any) -> Any:
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    short(PAIRS, ("llama", "gaussian"), ("llama", "pissa"), *PAIRS[-4:]),
+    short(PAIRS, ("llama", "gaussian"), ("gpt2", "dora-rslora"), ("phi3", "pissa-rslora")),
 )
 def test_every_kind_opens_right_everywhere(
     name: str, kind: str, bases: Path, tmp_path: Path
@@ -221,7 +221,10 @@ def test_every_kind_opens_right_everywhere(
     assert drift[3] > 0
 
 
-@pytest.mark.parametrize(("name", "kind"), PAIRS)
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    short(PAIRS, ("llama", "gaussian"), ("gpt2", "dora-rslora"), ("phi3", "pissa-rslora")),
+)
 def test_every_kind_leaves_the_base_alone_and_starts_from_it(name: str, kind: str) -> None:
     base = make_tiny(name)
     before = weights(base)
@@ -249,7 +252,7 @@ def test_every_kind_learns(kind: str) -> None:
     assert run.history[-1] < run.history[0] - 1
 
 
-@pytest.mark.parametrize("kind", short(KINDS, "dora-rslora", "pissa-rslora"))
+@pytest.mark.parametrize("kind", short(KINDS, "pissa-rslora"))
 def test_the_seed_decides_every_bit(kind: str) -> None:
     first, again = (weights(late(make_tiny("llama"), **KINDS[kind]).model) for _ in range(2))
     assert first.keys() == again.keys()
@@ -258,7 +261,8 @@ def test_the_seed_decides_every_bit(kind: str) -> None:
 
 def test_kinds_are_what_they_say(bases: Path, tmp_path: Path) -> None:
     for kind, options in KINDS.items():
-        late(bases / "llama", out=tmp_path / kind, device="cpu", **options)
+        with unchecked():
+            late(bases / "llama", out=tmp_path / kind, device="cpu", **options)
         config = json.loads((tmp_path / kind / "adapter_config.json").read_text())
         assert config["use_dora"] == ("dora" in kind)
         assert config["use_rslora"] == ("rslora" in kind)

@@ -5,7 +5,7 @@ import re
 import shutil
 
 import pytest
-from conftest import ROOT, lora, perturbed
+from conftest import ROOT, lora, perturbed, unchecked
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hyperlens.embedded import embedded_base, embedded_tales
@@ -28,7 +28,8 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> dict:
     for name in ("texts.txt", "stories.txt"):
         (folder / name).write_text(tales, encoding="utf-8")
     names: dict = {}
-    with contextlib.chdir(folder), contextlib.redirect_stdout(None):
+    # Whether shapes and types fit is tested function by function.
+    with contextlib.chdir(folder), contextlib.redirect_stdout(None), unchecked():
         for snippet in SNIPPETS:
             exec(compile(snippet, "README.md", "exec"), names)
     names["folder"] = folder

@@ -24,7 +24,10 @@ from hyperlens.experiments.static_bias import (
     BIASES,
     CONTROL_BAND,
     CONTROLS,
+    TESTED,
+    WORDS,
     LogitBias,
+    Shift,
     StaticBiasResult,
     biases,
     check_alphas,
@@ -107,6 +110,7 @@ def test_a_planted_bias_is_recovered(name: str) -> None:
     tuned = with_bias(base, bias)
     shift = shift_of(base, tuned)
     assert shift.delta == pytest.approx((bias - bias.mean()).double(), abs=1e-4)
+    assert shift.level == pytest.approx(float(bias.mean()), abs=1e-4)
     assert shift.static_share == pytest.approx(1.0, abs=1e-4)
     result = inject_static_bias(base, tuned, TEXTS, **(SMALL | {"k": D_VOCAB}))
     assert result.value(bias="none", alpha=0.0, metric="agreement_tuned") < 0.9
@@ -280,7 +284,8 @@ def test_controls() -> None:
     allowed = torch.ones(D_VOCAB, dtype=torch.bool)
     allowed[:3] = False
     chosen = torch.arange(10, 30)
-    found = biases(delta, chosen, allowed, 0)
+    shift = Shift(delta, delta, 2.0, 0.0)
+    found = biases(shift, chosen, allowed, 0)
     assert set(found) == set(BIASES)
     outside = torch.ones(D_VOCAB, dtype=torch.bool)
     outside[chosen] = False
@@ -294,7 +299,9 @@ def test_controls() -> None:
     assert not drawn[:3].any()
     assert torch.equal(found["random"][drawn], delta[drawn])
     assert found["constant"].unique().tolist() == [float(delta[chosen].mean())]
-    again, other = biases(delta, chosen, allowed, 0), biases(delta, chosen, allowed, 1)
+    assert torch.equal(found["uncentred"][chosen], delta[chosen] + 2.0)
+    assert (found["uncentred"][outside] == 0).all()
+    again, other = biases(shift, chosen, allowed, 0), biases(shift, chosen, allowed, 1)
     assert torch.equal(again["random"], found["random"])
     assert not torch.equal(other["random"], found["random"])
 
@@ -425,7 +432,7 @@ def test_text_answers_first_in_a_screenful(result) -> None:
         assert old not in words
     best = result.best()
     assert interval(result.gain(best["bias"], best["alpha"]), POINTS) in result.conclusions()[0]
-    assert "The best of 6 biases tried" in result.conclusions()[0]
+    assert "The best of 9 biases tried" in result.conclusions()[0]
     assert result.verdicts()[-1].caution
 
 
@@ -434,7 +441,7 @@ def test_charts_show_biases_base_and_tuned_and_the_range_of_controls(result) -> 
     metrics = ("ttr", "rep_2", "agreement_tuned")
     for chart, metric in zip(charts, metrics, strict=True):
         assert chart.y.scale == "share"
-        assert chart.series == ["top K", "all tokens", CONTROL_BAND]
+        assert chart.series == ["top K", "top K, uncentred", "all tokens", CONTROL_BAND]
         assert chart.roles[CONTROL_BAND] == "control"
         for row in chart.rows:
             if row["series"] == CONTROL_BAND:
@@ -443,7 +450,7 @@ def test_charts_show_biases_base_and_tuned_and_the_range_of_controls(result) -> 
                 ]
                 assert (row["low"], row["high"]) == (min(values), max(values))
             else:
-                bias = {"top K": "promoted", "all tokens": "all"}[row["series"]]
+                (bias,) = (name for name in TESTED if WORDS[name] == row["series"])
                 assert row["value"] == result.value(bias=bias, alpha=row["alpha"], metric=metric)
         assert [line.value for line in chart.references] == [
             result.value(bias=side, alpha=0.0, metric=metric) for side in ("none", "tuned")

@@ -73,8 +73,8 @@ EXAMPLES = (
 # The paper's, and 1: where a tuned model that is base + bias would be reproduced exactly.
 ALPHAS = (0.01, 0.05, 0.1, 0.2, 0.5, 1.0)
 CONTROLS = ("random", "shuffled", "constant")
-BIASES = ("promoted", "all", *CONTROLS)
-TESTED = ("promoted", "all")
+BIASES = ("promoted", "uncentred", "all", *CONTROLS)
+TESTED = ("promoted", "uncentred", "all")
 FITTED = ("fitted", 1.0)
 # How many of the most promoted tokens are listed in the result.
 LISTED = 30
@@ -151,7 +151,7 @@ def inject_static_bias(
     shift = mean_shift(contexts, progress)
     allowed = _allowed(pair, len(shift.delta))
     chosen = promoted(shift.rank_gain, allowed, k)
-    bias = biases(shift.delta, chosen, allowed, seed)
+    bias = biases(shift, chosen, allowed, seed)
     conditions: dict[Condition, Tensor] = {
         (name, alpha): alpha * bias[name] for name in BIASES for alpha in strengths
     }
@@ -218,6 +218,7 @@ class Shift(NamedTuple):
     Attributes:
         delta: mean shift of its centred logit.
         rank_gain: mean number of places that it rises.
+        level: mean shift of the mean logit, which centring takes away.
         static_share: share of the mean squared shift that all contexts have in common, 1 for a
             constant bias and about 0 for shifts that cancel out. The squared mean is estimated
             by the product of two halves of the texts, or noise would count as common to all; so
@@ -226,6 +227,7 @@ class Shift(NamedTuple):
 
     delta: Float[Tensor, " d_vocab"]
     rank_gain: Float[Tensor, " d_vocab"]
+    level: float
     static_share: float
 
 
@@ -233,18 +235,19 @@ def mean_shift(contexts: Contexts, progress: bool) -> Shift:
     """The mean shift from base to tuned over all contexts."""
     halves = torch.zeros(2, contexts.d_vocab, dtype=torch.float64)
     gain = torch.zeros_like(halves[0])
-    counts, square = torch.zeros(2, dtype=torch.float64), 0.0
+    counts, square, level = torch.zeros(2, dtype=torch.float64), 0.0, 0.0
     for rows, base, tuned in contexts.rows("logit shift", progress):
         shift = centred(tuned) - centred(base)
         half = (contexts.text[rows] % 2).to(shift.device)
         halves += torch.stack([shift[half == i].sum(0) for i in (0, 1)]).cpu()
         counts += torch.bincount(half.cpu(), minlength=2)
         square += float(shift.square().sum())
+        level += float((tuned.double().mean(-1) - base.double().mean(-1)).sum())
         gain += (average_ranks(tuned).double() - average_ranks(base).double()).sum(0).cpu()
     n = counts.sum()
     product = float((halves[0] / counts[0]) @ (halves[1] / counts[1]))
     share = product / (square / float(n)) if square else float("nan")
-    return Shift(halves.sum(0) / n, gain / n, share)
+    return Shift(halves.sum(0) / n, gain / n, level / float(n), share)
 
 
 def centred(logits: Float[Tensor, "n d_vocab"]) -> Float[Tensor, "n d_vocab"]:
@@ -278,26 +281,32 @@ def promoted(
 
 
 def biases(
-    delta: Float[Tensor, " d_vocab"],
+    shift: Shift,
     chosen: Int[Tensor, " k"],
     allowed: Bool[Tensor, " d_vocab"],
     seed: int,
 ) -> dict[str, Float[Tensor, " d_vocab"]]:
-    """The paper's bias, the largest static bias, and three controls.
+    """The paper's bias in two forms, the largest static bias, and three controls.
+
+    Softmax does not see a constant that is added to all logits, so a model's own level of logits
+    means nothing. The paper's δ is not centred: added to some tokens only, that level counts.
 
     Returns:
-        promoted: δ of the chosen tokens, 0 elsewhere.
+        promoted: δ of the chosen tokens, centred, 0 elsewhere.
+        uncentred: the same with the level left in, as the paper has it.
         all: δ of every token: what the hypothesis of a static bias says.
         random: δ of as many tokens drawn from the allowed ones.
         shuffled: the δ of the chosen tokens, permuted among them.
         constant: the mean of the chosen δ, the same for every token: no effect at all.
     """
+    delta = shift.delta
     generator = torch.Generator().manual_seed(seed)
     ids = allowed.nonzero()[:, 0]
     drawn = ids[torch.randperm(len(ids), generator=generator)[: len(chosen)]]
     permuted = chosen[torch.randperm(len(chosen), generator=generator)]
     return {
         "promoted": _only(chosen, delta[chosen], len(delta)),
+        "uncentred": _only(chosen, delta[chosen] + shift.level, len(delta)),
         "all": delta,
         "random": _only(drawn, delta[drawn], len(delta)),
         "shuffled": _only(chosen, delta[permuted], len(delta)),
@@ -436,6 +445,7 @@ def _notes(k: int, used: int, allowed: int, gains: Float[Tensor, " k"]) -> list[
 
 WORDS = {
     "promoted": "top K",
+    "uncentred": "top K, uncentred",
     "all": "all tokens",
     "random": "random K",
     "shuffled": "shuffled δ",
@@ -457,12 +467,12 @@ CONTROL_BAND = "controls, lowest to highest mean"
 class StaticBiasResult(Result):
     """The base model with a fixed bias on its logits, beside controls and the tuned model.
 
-    The table has a row per bias ("none", the base itself; "promoted", the paper's; "all";
-    the controls "random", "shuffled" and "constant"; "tuned", the tuned model), α and metric
-    (`ttr`, `rep_2`, `rep_3`: means over prompts; `agreement_tuned`, `agreement_base`, and for the
-    biases that are no controls `kl_tuned`, KL(tuned ‖ base + bias) in nats: means over texts). The
-    bias "fitted" (α = 1) was fitted on one half of the texts and read on the other, both ways; no
-    text is generated with it.
+    The table has a row per bias ("none", the base itself; "promoted", the paper's with δ centred;
+    "uncentred", as the paper has it; "all"; the controls "random", "shuffled" and "constant";
+    "tuned", the tuned model), α and metric (`ttr`, `rep_2`, `rep_3`: means over prompts;
+    `agreement_tuned`, `agreement_base`, and for the biases that are no controls `kl_tuned`,
+    KL(tuned ‖ base + bias) in nats: means over texts). The bias "fitted" (α = 1) was fitted on one
+    half of the texts and read on the other, both ways; no text is generated with it.
 
     Extras: the static share of the logit change, what each bias adds to agreement and to the KL
     (`gains`, `kl_gains`), the trends over α, the most promoted tokens.
@@ -474,6 +484,17 @@ class StaticBiasResult(Result):
         *("bias", "alpha", "metric"),
         *("value", "low", "high", "se", "n"),
     )
+
+    @property
+    def biases(self) -> list[str]:
+        """The biases that were tried; results of earlier versions lack "uncentred"."""
+        found = {row["bias"] for row in self.table}
+        return [bias for bias in BIASES if bias in found]
+
+    @property
+    def tested(self) -> list[str]:
+        """Those that are no controls."""
+        return [bias for bias in self.biases if bias in TESTED]
 
     @property
     def alphas(self) -> list[float]:
@@ -515,13 +536,13 @@ class StaticBiasResult(Result):
         for row in matching(self.extras[key], wanted):
             return dict(row)
         raise ResultsError(
-            f"no {key} of {wanted}: biases are {', '.join(BIASES)}, alphas "
+            f"no {key} of {wanted}: biases are {', '.join(self.biases)}, alphas "
             f"{', '.join(map(str, self.alphas))} and metrics {', '.join(REPETITION_METRICS)}"
         )
 
     def best(self) -> Mapping[str, Any]:
         """The bias, controls left out, whose top-1 tokens agree most with the tuned model's."""
-        return self._highest(TESTED, "agreement_tuned")
+        return self._highest(self.tested, "agreement_tuned")
 
     def _highest(self, of: Sequence[str], metric: str) -> Mapping[str, Any]:
         rows = [self.at(bias=bias, alpha=a, metric=metric) for bias in of for a in self.alphas]
@@ -561,9 +582,10 @@ class StaticBiasResult(Result):
             )
         control = self._highest(CONTROLS, "agreement_tuned")
         adds = (
-            f"The best of {len(TESTED) * len(self.alphas)} biases tried ({_condition(best)}) adds "
-            f"{interval(gain, POINTS)} to the {PERCENT(base['value'])} of top-1 predictions that "
-            f"agree with the tuned model's without one, the best control ({_condition(control)}) "
+            f"The best of {len(self.tested) * len(self.alphas)} biases tried ({_condition(best)}) "
+            f"adds {interval(gain, POINTS)} to the {PERCENT(base['value'])} of top-1 predictions "
+            "that agree with the tuned model's without one, the best control "
+            f"({_condition(control)}) "
             f"{interval(self.gain(control['bias'], control['alpha']), POINTS)}"
         )
         if not gain["low"] > 0:
@@ -598,7 +620,7 @@ class StaticBiasResult(Result):
 
     def _text(self) -> str:
         base, tuned = (self._reference(side, "ttr") for side in ("none", "tuned"))
-        bias, control = (self._highest(of, "ttr") for of in (TESTED, CONTROLS))
+        bias, control = (self._highest(of, "ttr") for of in (self.tested, CONTROLS))
         return (
             f"Greedy TTR is {FRACTION(base['value'])} for the base and {FRACTION(tuned['value'])} "
             f"for the tuned model. The most diverse bias tried ({_condition(bias)}) reaches "
@@ -639,7 +661,10 @@ class StaticBiasResult(Result):
 
     def _gain_table(self) -> Table:
         rows = [
-            [_alpha(alpha), *(interval(self.gain(bias, alpha), CELL_POINTS) for bias in BIASES)]
+            [
+                _alpha(alpha),
+                *(interval(self.gain(bias, alpha), CELL_POINTS) for bias in self.biases),
+            ]
             for alpha in self.alphas
         ]
         base = self._reference("none", "agreement_tuned")
@@ -649,17 +674,17 @@ class StaticBiasResult(Result):
             f"{interval(base, PERCENT)}. Of many biases one is highest by chance: the best one's "
             "interval is optimistic."
         )
-        return Table(["", *(WORDS[bias] for bias in BIASES)], rows, caption)
+        return Table(["", *(WORDS[bias] for bias in self.biases)], rows, caption)
 
     def _nearest(self) -> list[Block]:
         """The best α of either injected bias beside the fitted one."""
         if self.fitted is None:
             return []
-        best = [self._highest([bias], "agreement_tuned") for bias in TESTED]
+        best = [self._highest([bias], "agreement_tuned") for bias in self.tested]
         tried = [("none", 0.0), *((row["bias"], row["alpha"]) for row in best), FITTED]
         rows = [
             [
-                f"{WORDS[bias]}{f', {_alpha(alpha)}' if bias in TESTED else ''}",
+                f"{WORDS[bias]}{f', {_alpha(alpha)}' if bias in self.tested else ''}",
                 self._cell(bias, alpha, "agreement_tuned"),
                 self._cell(bias, alpha, "kl_tuned"),
             ]
@@ -679,7 +704,7 @@ class StaticBiasResult(Result):
         rows = [
             [
                 _alpha(alpha),
-                *(self._cell(bias, alpha, "ttr") for bias in TESTED),
+                *(self._cell(bias, alpha, "ttr") for bias in self.tested),
                 span(*self._control_range(alpha, "ttr"), FRACTION),
             ]
             for alpha in self.alphas
@@ -689,7 +714,7 @@ class StaticBiasResult(Result):
             f"interval]; {self.base_name} {interval(base, FRACTION)}, {self.tuned_name} "
             f"{interval(tuned, FRACTION)}"
         )
-        return Table(["", *(WORDS[bias] for bias in TESTED), CONTROL_BAND], rows, caption)
+        return Table(["", *(WORDS[bias] for bias in self.tested), CONTROL_BAND], rows, caption)
 
     def _cell(self, bias: str, alpha: float, metric: str) -> str:
         return interval(self.at(bias=bias, alpha=alpha, metric=metric), FORMS.get(metric, FRACTION))
@@ -702,7 +727,7 @@ class StaticBiasResult(Result):
         """A metric over α: both biases, the range of the controls, base and tuned model."""
         rows = [
             {"series": WORDS[bias], "alpha": alpha, **ends(row), "n": row["n"]}
-            for bias in TESTED
+            for bias in self.tested
             for alpha in self.alphas
             for row in [self.at(bias=bias, alpha=alpha, metric=metric)]
         ]
@@ -712,7 +737,7 @@ class StaticBiasResult(Result):
             band = {"value": middle, "low": low, "high": high}
             rows.append({"series": CONTROL_BAND, "alpha": alpha, **band, "n": len(CONTROLS)})
         roles: dict[str, Role] = {CONTROL_BAND: "control"}
-        roles |= {WORDS[bias]: "other" for bias in TESTED}
+        roles |= {WORDS[bias]: "other" for bias in self.tested}
         scale: Scale = "log" if min(self.alphas) > 0 else "data"
         x = Axis("alpha", "α, strength of the bias", scale)
         title = f"{WORDS[metric]} [95%]"
@@ -732,17 +757,17 @@ class StaticBiasResult(Result):
 
     def _full_table(self, metric: str) -> Table:
         rows = [
-            [_alpha(alpha), *(self._cell(bias, alpha, metric) for bias in BIASES)]
+            [_alpha(alpha), *(self._cell(bias, alpha, metric) for bias in self.biases)]
             for alpha in self.alphas
         ]
         base, tuned = (self._cell(side, 0.0, metric) for side in ("none", "tuned"))
         caption = (
             f"{WORDS[metric]} [95% interval]; {self.base_name} {base}, {self.tuned_name} {tuned}"
         )
-        return Table(["", *(WORDS[bias] for bias in BIASES)], rows, caption)
+        return Table(["", *(WORDS[bias] for bias in self.biases)], rows, caption)
 
     def _trend_table(self, metric: str) -> Table:
-        trends = [self.trend(bias, metric) for bias in BIASES]
+        trends = [self.trend(bias, metric) for bias in self.biases]
         rows = [
             ["ρ of the means with α", *map(_trend, trends)],
             [
@@ -755,7 +780,7 @@ class StaticBiasResult(Result):
             "counts all orders of the means; it ignores how much prompts differ, so that such a "
             "trend alone is weak evidence."
         )
-        return Table(["", *(WORDS[bias] for bias in BIASES)], rows, caption)
+        return Table(["", *(WORDS[bias] for bias in self.biases)], rows, caption)
 
     def _promoted_table(self) -> Table:
         rows = [

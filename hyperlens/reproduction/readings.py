@@ -90,12 +90,13 @@ def pooled_p(a: Mapping[str, Any], b: Mapping[str, Any]) -> float:
 
 def _static_bias(result: Any) -> Found:
     sides = [("none", 0.0, "original"), ("tuned", 0.0, "tuned")]
-    sides += [("promoted", alpha, f"{alpha:g}") for alpha in result.alphas]
+    # Not centred, as the paper has it.
+    sides += [("uncentred", alpha, f"{alpha:g}") for alpha in result.alphas]
     for bias, alpha, name in sides:
         for metric in REPETITION_METRICS:
             row = result.at(bias=bias, alpha=alpha, metric=metric)
             yield f"static_bias/{name}/{metric}", _of(row)
-    trend = result.trend("promoted", "ttr")
+    trend = result.trend("uncentred", "ttr")
     yield "static_bias/trend/rho", Reading(trend["rho"])
     yield "static_bias/trend/p", Reading(trend["p"])
 
