@@ -42,6 +42,7 @@ ROOMS = (
     ("decoding",),
     ("training",),
     ("compare", "experiments", "patching", "judging", "embedded"),
+    ("reproduction",),
     ("questions",),
     ("demo",),
     ("cli",),

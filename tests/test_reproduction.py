@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,10 +19,11 @@ from surface_for_tests import words_tokenizer
 
 from hyperlens import cli, measure_behaviour, open_pair, read_results, reproduce
 from hyperlens.decoding.generate import keeping_continuations
-from hyperlens.errors import CorpusError, HyperlensError, ResultsError
+from hyperlens.errors import CorpusError, HyperlensError, LoadingError, ResultsError
 from hyperlens.reproduction import ReproductionResult, paper_numbers, protocol_for
 from hyperlens.reproduction.claims import RULES, by_interval, judge_claims
 from hyperlens.reproduction.paper import CONTRADICTIONS, NOT_MEASURED, exhibits, stages_of
+from hyperlens.reproduction.plan import plan
 from hyperlens.reproduction.protocol import SCALES, Protocol
 from hyperlens.reproduction.readings import pooled_p
 from hyperlens.reproduction.reproduce import STAGES
@@ -472,3 +474,46 @@ def test_a_folder_of_something_else_is_left_alone(base, tmp_path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
     with pytest.raises(CorpusError, match="at least one"):
         reproduce(base, {}, out=tmp_path / "new", scale="smoke", progress=False)
+
+
+# The plan
+
+
+def test_a_plan_needs_a_configuration_only(base, tmp_path) -> None:
+    config = json.loads((Path(base) / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    protocol = protocol_for("smoke")
+    found = plan(str(tmp_path), TEXTS["FS"], protocol=protocol, device="cpu")
+    weights = sum(p.numel() for p in make_tiny("llama").parameters())
+    assert found.model.endswith(f"({weights / 1e6:,.1f}M parameters, 3 blocks)")
+    stages = {stage.name: stage for stage in found.stages}
+    assert list(stages)[:3] == ["training full", "training lora", "training late_lora"]
+    tokens = protocol.epochs * protocol.n_train * protocol.sequence_length
+    assert stages["training full"].tokens == tokens
+    # Weights, gradients and both moments of Adam, in float32.
+    assert stages["training full"].memory == 16 * weights
+    assert stages["training late_lora"].flops < stages["training lora"].flops
+    assert found.seconds == sum(stage.seconds for stage in found.stages) > 0
+    assert "all" in str(found)
+
+
+def test_a_plan_follows_the_protocol(base) -> None:
+    def tokens(**options):
+        found = plan(base, TEXTS, device="cpu", **options)
+        return {stage.name: stage.tokens for stage in found.stages}
+
+    once = tokens(protocol=protocol_for("smoke"))
+    twice = tokens(protocol=protocol_for("smoke", epochs=4))
+    assert twice["training full"] == 2 * once["training full"]
+    only = tokens(protocol=protocol_for("smoke"), only=["Figure 4"])
+    assert list(only) == ["training full", "provenance"]
+    given = tokens(protocol=protocol_for("smoke"), only=["Figure 4"], trained={"full": base})
+    assert list(given) == ["provenance"]
+
+
+def test_a_plan_of_no_model_is_refused(tmp_path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "t5"}')
+    for folder in (tmp_path / "none", tmp_path):
+        with pytest.raises(LoadingError) as caught:
+            plan(str(folder), TEXTS, device="cpu")
+        assert len(str(caught.value).splitlines()) == 1

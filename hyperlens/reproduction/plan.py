@@ -30,8 +30,8 @@ from .protocol import METHODS, Protocol, protocol_for
 
 # Blocks of the two models that are timed.
 FEW, MORE = 1, 3
-TOKENS, GENERATED = 64, 8
-REPEATS = 3
+TOKENS, GENERATED = 32, 8
+REPEATS = 2
 # Passes over all logits that the experiments make besides the models' own: rank correlations sort
 # the whole vocabulary, entropy matching and fitted biases iterate. In forward passes of the head.
 LOGIT_PASSES = {
@@ -262,7 +262,7 @@ def measure_speed(config: Any, device: torch.device) -> Speed:
 def _times(model: Any, device: torch.device) -> tuple[float, float, float]:
     """Seconds per token of reading, training and writing with a small model."""
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    batch = 8
+    batch = 4
     ids = torch.randint(vocabulary, (batch, TOKENS), device=device)
     mask = torch.ones_like(ids)
 

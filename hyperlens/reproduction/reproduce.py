@@ -23,15 +23,18 @@ from ..decoding.generate import keeping_continuations
 from ..errors import CorpusError, HyperlensError, ResultsError
 from ..experiments.cross_domain import CrossDomainResult, compare_domains
 from ..experiments.decoding import DecodingResult, compare_decoding
-from ..experiments.mauve import Featurizer
+from ..experiments.mauve import Featurizer, check_mauve
 from ..experiments.null_test import NullTestResult, run_null_test
 from ..experiments.provenance import ProvenanceResult, trace_provenance
 from ..experiments.static_bias import StaticBiasResult, inject_static_bias
 from ..experiments.temperature import TemperatureResult, match_temperature
 from ..experiments.variants import VariantsResult, compare_variants
 from ..files import expand_user, write_text
+from ..hooks.loading import parse_device, parse_dtype
 from ..judging.judge import JudgeResult, judge_models
-from ..pair import Pair, open_pair
+from ..judging.judges import as_judge
+from ..models.sources import check_source
+from ..pair import Pair, check_generates, open_pair
 from ..render.page import write_report
 from ..results.fingerprint import texts_sha256, versions
 from ..results.result import Result
@@ -40,7 +43,7 @@ from ..training.course import TrainingResult, compare_training
 from ..training.hyperfitting import hyperfit
 from .claims import judge_claims
 from .paper import exhibits, stages_of
-from .protocol import METHODS, Protocol, Scale, protocol_for
+from .protocol import METHODS, SCALES, Protocol, Scale, protocol_for
 from .readings import readings
 from .result import ReproductionResult, side_by_side
 
@@ -101,11 +104,20 @@ def reproduce(
         HyperlensError: if a source cannot be opened, texts do not suffice, or the folder is in use
             by something else.
     """
+    check_choice("scale", scale, tuple(SCALES), HyperlensError)
     settings = protocol or protocol_for(scale)
     wanted = _wanted(only)
     given = dict(trained or {})
-    for method in given:
+    for method, source in given.items():
         check_choice("trained", method, METHODS, HyperlensError)
+        check_source(source)
+    check_generates(base, base)
+    check_source(base)
+    parse_device(device)
+    parse_dtype(dtype)
+    if mauve_features is not None:
+        check_mauve(mauve_features)
+    asked = None if judge is None else as_judge(judge, device)
     domains = _domains(texts, settings.n_held_out)
     run = _Run(
         base=base,
@@ -113,7 +125,7 @@ def reproduce(
         folder=expand_user(out),
         protocol=settings,
         trained=given,
-        judge=judge,
+        judge=asked,
         mauve_features=mauve_features,
         device=device,
         dtype=dtype,
