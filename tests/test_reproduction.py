@@ -517,3 +517,12 @@ def test_a_plan_of_no_model_is_refused(tmp_path) -> None:
         with pytest.raises(LoadingError) as caught:
             plan(str(folder), TEXTS, device="cpu")
         assert len(str(caught.value).splitlines()) == 1
+
+
+def test_what_does_not_fit_the_model_is_said_before_training(base, tmp_path) -> None:
+    said = []
+    with pytest.raises(CorpusError, match="64 positions, and the protocol needs 288"):
+        reproduce(base, TEXTS, out=tmp_path / "r", protocol=protocol_for("smoke", prompt_tokens=32,
+                  max_length=64, max_new_tokens=256), progress=False, say=said.append)  # fmt: skip
+    assert said == []
+    assert not (tmp_path / "r").exists()

@@ -51,7 +51,8 @@ def add(commands: Any) -> None:
         action="append",
         metavar="SOURCE",
         help="a .txt, .jsonl, .csv or .parquet file or a hub dataset; for several domains NAME "
-        "SOURCE, once for each (the paper's are FS, WP and AG)",
+        "SOURCE, once for each; the paper's are FS, WP and AG (default: the embedded tales, at the "
+        "scales demo and smoke)",
     )
     add_how_to_read(texts)
     add_out(parser, "models, results and report, or that of an earlier run", required=True)
@@ -96,7 +97,8 @@ def _add_protocol(parser: argparse.ArgumentParser) -> None:
     readers = {"int": (int, "N"), "float": (float, "X"), "str": (str, "NAME")}
     for one in fields(Protocol):
         option = f"--{one.name.replace('_', '-')}"
-        text = f"{HELP[one.name]} (default: {_shown(one.default)})".replace("%", "%%")
+        whose = f"the paper's, {place}" if (place := one.metadata["place"]) else "ours"
+        text = f"{HELP[one.name]} (default: {_shown(one.default)}, {whose})".replace("%", "%%")
         if one.type == "bool":
             action = argparse.BooleanOptionalAction
             group.add_argument(option, action=action, default=None, help=text)
@@ -106,11 +108,9 @@ def _add_protocol(parser: argparse.ArgumentParser) -> None:
 
 
 def _shown(value: Any) -> str:
-    if isinstance(value, tuple):
-        return ",".join(map(str, value))
-    return (
-        {True: "yes", False: "no"}.get(value, str(value)) if isinstance(value, bool) else f"{value}"
-    )
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def run(args: argparse.Namespace) -> str:

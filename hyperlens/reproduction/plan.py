@@ -148,7 +148,7 @@ def plan(
         LoadingError: if there is no configuration of a causal language model.
     """
     settings = protocol or protocol_for("paper")
-    config = _config(base)
+    config = config_of(base)
     where = parse_device(device) or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     size = _size(config)
     speed = measure_speed(config, where)
@@ -193,11 +193,18 @@ class Speed:
     write: tuple[float, float]
 
 
-def _config(base: Any) -> Any:
+def config_of(base: Any) -> Any:
+    """The configuration of a model, its folder or hub id.
+
+    Raises:
+        LoadingError: if there is none.
+    """
     from transformers import AutoConfig, PretrainedConfig
 
     if isinstance(base, PretrainedConfig):
         return base
+    if isinstance(base, tuple) and base:
+        return config_of(base[0])
     if isinstance(base, nn.Module):
         return plain_model(base).config
     try:

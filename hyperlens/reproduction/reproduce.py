@@ -40,9 +40,11 @@ from ..results.fingerprint import texts_sha256, versions
 from ..results.result import Result
 from ..results.resume import WorkFolder, source_identity
 from ..training.course import TrainingResult, compare_training
+from ..training.history import read_run
 from ..training.hyperfitting import hyperfit
 from .claims import judge_claims
 from .paper import exhibits, stages_of
+from .plan import config_of
 from .protocol import METHODS, SCALES, Protocol, Scale, protocol_for
 from .readings import readings
 from .result import ReproductionResult, side_by_side
@@ -93,7 +95,9 @@ def reproduce(
             that is trained already.
         judge: what `judge_models` takes, for Table 5; None leaves it out.
         mauve_features: a model that reads texts, for MAUVE in Tables 6 and 7; None leaves it out.
-        device, dtype: as in `compare_models`.
+        device: as in `compare_models`.
+        dtype: of measurements and of the frozen weights under LoRA; all weights are trained in
+            float32.
         progress: show progress bars.
         say: told each stage before it begins.
 
@@ -119,6 +123,7 @@ def reproduce(
         check_mauve(mauve_features)
     asked = None if judge is None else as_judge(judge, device)
     domains = _domains(texts, settings.n_held_out)
+    _check_context(base, settings)
     run = _Run(
         base=base,
         domains=domains,
@@ -136,6 +141,17 @@ def reproduce(
     with keeping_continuations(run.folder / "written"):
         results, not_run = run.measure(wanted)
     return _finish(run, results, not_run)
+
+
+def _check_context(base: Any, protocol: Protocol) -> None:
+    """Raise before any training where what is generated or trained on would not fit the model."""
+    context = getattr(config_of(base).get_text_config(), "max_position_embeddings", None)
+    longest = max(protocol.prompt_tokens + protocol.max_new_tokens, protocol.sequence_length)
+    if isinstance(context, int) and 0 < context < longest:
+        raise CorpusError(
+            f"the model has {context} positions, and the protocol needs {longest}: lower "
+            "max_new_tokens, prompt_tokens or sequence_length"
+        )
 
 
 def _wanted(only: Sequence[str] | None) -> tuple[str, ...]:
@@ -242,13 +258,8 @@ class _Run:
 
     def model(self, method: str, domain: Domain | None = None) -> Path:
         """The folder of a trained variant, trained first where there is none yet."""
-        first = self.domains[0]
-        domain = domain or first
-        if domain is first and method in self.trained:
-            return expand_user(self.trained[method])
-        folder = (
-            self.folder / "models" / f"{self._label(method, domain)}-{self._key(method, domain)}"
-        )
+        domain = domain or self.domains[0]
+        folder = self.folder_of(method, domain)
         if not folder.is_dir():
             self.say(f"training {METHOD_WORDS[method]}{f' on {domain.name}' * bool(domain.name)}")
             hyperfit(
@@ -256,14 +267,25 @@ class _Run:
                 domain.train,
                 method,  # type: ignore[arg-type]  # checked to be one of METHODS
                 recipe=self.protocol.recipe,
-                validation=domain.held_out,
+                validation=domain.held_out if self.protocol.record_every else None,
                 out=folder,
                 device=self.device,
-                dtype=self.dtype,
+                dtype=self._training_dtype(method),
                 progress=self.progress,
                 **self.protocol.recipe_changes(method),
             )
         return folder
+
+    def _training_dtype(self, method: str) -> Any:
+        """Of the weights in training: small steps of all weights vanish in half precision."""
+        return None if method == "full" else self.dtype
+
+    def folder_of(self, method: str, domain: Domain) -> Path:
+        """Where a trained variant is or will be."""
+        if domain is self.domains[0] and method in self.trained:
+            return expand_user(self.trained[method])
+        name = f"{self._label(method, domain)}-{self._key(method, domain)}"
+        return self.folder / "models" / name
 
     def _label(self, stage: str, domain: Domain) -> str:
         name = "".join(c if c.isalnum() or c in "-_." else "-" for c in domain.name)
@@ -278,10 +300,16 @@ class _Run:
                 "base": source_identity(self.base),
                 "texts": [texts_sha256(domain.train), texts_sha256(domain.held_out)],
                 "recipe": [self.protocol.recipe, self.protocol.recipe_changes(method), method],
-                "where": [str(self.device), str(self.dtype)],
-                "versions": versions(),
+                "where": [str(self.device), str(self._training_dtype(method))],
+                # No versions: what was trained stays what it is when a library is updated.
             }
         )
+
+    def notes_on(self, method: str) -> list[str]:
+        """What was noted when a variant of the first domain was trained, if it was."""
+        folder = self.folder_of(method, self.domains[0])
+        notes = read_run(folder).get("manifest", {}).get("notes", [])
+        return [f"training {METHOD_WORDS[method]}: {note}" for note in notes]
 
     # Measurements
 
@@ -510,7 +538,7 @@ def _finish(
         },
         "versions": first.meta["versions"],
         "small": _small(results),
-        "notes": [],
+        "notes": [note for method in METHODS for note in run.notes_on(method)],
     }
     extras = {
         "claims": [claim._asdict() for claim in judge_claims(results)],
