@@ -1,5 +1,6 @@
 """The paper's numbers, and the run that puts a model's own beside them."""
 
+import inspect
 import json
 import math
 import os
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +22,7 @@ from surface_for_tests import words_tokenizer
 from hyperlens import cli, measure_behaviour, open_pair, read_results, reproduce
 from hyperlens.decoding.generate import keeping_continuations
 from hyperlens.errors import CorpusError, HyperlensError, LoadingError, ResultsError
+from hyperlens.questions import QUESTIONS
 from hyperlens.reproduction import ReproductionResult, paper_numbers, protocol_for
 from hyperlens.reproduction.claims import RULES, by_interval, judge_claims
 from hyperlens.reproduction.paper import CONTRADICTIONS, NOT_MEASURED, exhibits, stages_of
@@ -526,3 +529,20 @@ def test_what_does_not_fit_the_model_is_said_before_training(base, tmp_path) -> 
                   max_length=64, max_new_tokens=256), progress=False, say=said.append)  # fmt: skip
     assert said == []
     assert not (tmp_path / "r").exists()
+
+
+def test_the_same_option_has_the_same_default_in_every_command() -> None:
+    defaults: dict = {}
+    for question in QUESTIONS:
+        module = import_module(f"hyperlens.{question.module}")
+        for one in inspect.signature(getattr(module, question.function)).parameters.values():
+            if one.name in ("n_prompts", "prompt_tokens", "max_new_tokens", "max_length", "seed"):
+                defaults.setdefault(one.name, {}).setdefault(one.default, set()).add(question.name)
+    # Patching runs every text once for each block: shorter ones. MAUVE's is its authors'.
+    assert defaults.pop("max_length").keys() == {256, 128, 1024}
+    assert {name: list(values) for name, values in defaults.items()} == {
+        "n_prompts": [32],
+        "prompt_tokens": [17],
+        "max_new_tokens": [96],
+        "seed": [0],
+    }
