@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ..errors import ProbeError
+from ..passes.streaming import MAX_SAMPLED_SEQUENCES
 from ..passes.streams import (
     VIEWS,
     WIDER_SETS,
@@ -38,8 +39,6 @@ from .base import WITH_EXCLUDED, Probe, views_with_excluded
 
 MOMENTS = tuple(f.name for f in fields(Moments) if f.name != "n")
 MODELS = ("base", "tuned")
-# So many groups at most are drawn anew for an interval; of more, it is linearised.
-MOST_RESAMPLED = 128
 
 
 class ParticipationRatio(Probe):
@@ -348,7 +347,7 @@ class ParticipationRatio(Probe):
             return None
         length, sum_nn = s["sample_length"][i], float(s["nn"][i])
         if self.spec.grouped:
-            all_sampled, sum_nn = n_sampled <= MOST_RESAMPLED, float(length.square().sum())
+            all_sampled, sum_nn = n_sampled <= MAX_SAMPLED_SEQUENCES, float(length.square().sum())
         else:
             all_sampled = n_sampled == int(s["sequences"][i])
         ratios = []

@@ -27,6 +27,7 @@ from .streams import ModelStream, StreamPair, StreamSpec, TokenSample
 # Tokens are kept for intervals in at most this many bytes per layer, view and model, or in as
 # many as the moments of that stream take.
 SAMPLE_BYTES = 2 * 2**20
+# So many groups at most are drawn anew for an interval; of more, it is linearised.
 MAX_SAMPLED_SEQUENCES = 128
 MAX_SAMPLED_TOKENS = 8192
 # All pairs of tokens of a text or group are held at once.
