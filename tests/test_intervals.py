@@ -87,7 +87,7 @@ SLACK = 2 * math.sqrt(0.95 * 0.05 / REPEATS)
     ("n_sequences", "resemblance", "correlation", "sampled"),
     [
         pytest.param(64, 0.2, 0.5, LENGTH, id="topics", marks=pytest.mark.long),
-        pytest.param(64, 0.2, 0.5, 12, id="topics, half the tokens"),
+        pytest.param(64, 0.2, 0.5, 12, id="topics, half the tokens", marks=pytest.mark.long),
         pytest.param(48, 0.4, 0.8, LENGTH, id="strong topics"),
         pytest.param(128, 0.3, 0.5, 12, id="many sequences", marks=pytest.mark.long),
     ],

@@ -245,7 +245,7 @@ def test_every_kind_leaves_the_base_alone_and_starts_from_it(name: str, kind: st
         assert all(torch.equal(own[key], before[key]) for key in own)
 
 
-@pytest.mark.parametrize("kind", short(KINDS, "dora-rslora", "pissa-rslora"))
+@pytest.mark.parametrize("kind", short(KINDS, "dora-rslora"))
 def test_every_kind_learns(kind: str) -> None:
     options = {"lora_r": 4, "lora_alpha": 4.0, "learning_rate": 2e-2} | FEW | {"epochs": 40}
     run = hyperfit(make_tiny("llama"), ids(), "lora", **options, **KINDS[kind])

@@ -251,9 +251,9 @@ def test_the_batch_size_does_not_show() -> None:
     tales = embedded_tales()
     values = [
         measure_mauve(tales[:30], tales[30:], embedded_base(), batch_size=size, progress=False).mean
-        for size in (1, 7, 64)
+        for size in (7, 64)
     ]
-    assert values == pytest.approx([values[0]] * 3, abs=1e-6)
+    assert values == pytest.approx([values[0]] * 2, abs=1e-6)
 
 
 @real

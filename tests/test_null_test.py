@@ -167,6 +167,7 @@ def test_the_tuned_column_is_what_compare_models_says() -> None:
             assert row["control_low"] <= row["control_mean"] <= row["control_high"]
 
 
+@pytest.mark.long  # by default the nulls of `validate` ask the same
 def test_a_random_change_is_not_beyond_other_random_changes() -> None:
     """The tuned model is itself a random change: it must look like a control on the whole."""
     base = make_tiny("llama")

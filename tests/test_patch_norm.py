@@ -222,10 +222,8 @@ WEIGHTS = (np.linspace(1.0, 0.7, D_MODEL), np.linspace(1.0, 1.5, D_MODEL))
 STRETCHED = SPECTRUM * (np.linspace(1.0, 1.6, D_MODEL) + 0.01)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("n_sequences", "resemblance"), [(64, 0.2), pytest.param(128, 0.3, marks=pytest.mark.long)]
-)
+@pytest.mark.long
+@pytest.mark.parametrize(("n_sequences", "resemblance"), [(64, 0.2), (128, 0.3)])
 def test_intervals_of_effects_cover(n_sequences, resemblance):
     """Known truth: norms that only weigh directions, streams with known spectra, topics."""
     bb, bt, tb, tt = (true_ratio(s * w**2) for s in (SPECTRUM, STRETCHED) for w in WEIGHTS)
