@@ -4,6 +4,7 @@ from . import judging as judging
 from . import patching as patching
 from . import probes as probes
 from . import training as training
+from . import validation as validation
 from .compare import Comparison as Comparison
 from .compare import compare_models as compare_models
 from .errors import HyperlensError as HyperlensError

@@ -43,7 +43,7 @@ ROOMS = (
     ("training",),
     ("compare", "experiments", "patching", "judging", "embedded"),
     ("questions",),
-    ("demo",),
+    ("demo", "validation"),
     ("cli",),
 )
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
