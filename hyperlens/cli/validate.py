@@ -11,7 +11,7 @@ DESCRIPTION = """\
 Run every experiment on planted pairs and count false alarms and truths that are named.
 
 Pairs are small random models and copies with one known change, made without training and without
-any download. The default takes about five minutes; before a release, run it with --nulls 200."""
+any download. The default takes a few minutes; before a release, run it with --nulls 200."""
 
 EXAMPLES = """\
 Examples:

@@ -59,13 +59,14 @@ class Kind(NamedTuple):
         words: what was planted, for tables.
         plant: makes the pair of a seed.
         is_null: whether there is nothing to find; what is said then is a false alarm.
-        with_null_test: whether the null test is run on it: only where its answer is known.
+        null_test_every: how many pairs there are for each null test, which takes as long as all
+            else several times over; 0 for none, where its answer is not known.
     """
 
     words: str
     plant: Callable[[int], PlantedPair]
     is_null: bool = False
-    with_null_test: bool = False
+    null_test_every: int = 0
 
 
 def random_llama(seed: int, width: int = 32) -> Any:
@@ -119,6 +120,7 @@ BLOCKS = ("what enters the last block", "the last block")
 HEADS = ("mostly the head", "the head alone")
 EARLIER = ("position 5", "a position", "a token", "an offset")
 ANY_CHANGE = ("grew", "fell")
+OTHER_DIMENSION: Said = {"dimension": ANY_CHANGE, "dimension after the norm": ANY_CHANGE}
 IS_TEMPERATURE: Said = {"temperature": ("temperature",)}
 IS_BIAS: Said = {"bias": ("the base plus a bias",)}
 IS_EXPANSION: Said = {"expansion": ("supported",)}
@@ -157,7 +159,7 @@ def _same(seed: int) -> PlantedPair:
         "picks": ("the base's own",), "greedy text": ("the same",),
     }  # fmt: skip
     wrong = {
-        **SOME_DECISION, **OTHER_TEXTS, "change": ("changed",), "dimension": ANY_CHANGE,
+        **SOME_DECISION, **OTHER_TEXTS, **OTHER_DIMENSION, "change": ("changed",),
         "picks": ("others",), "random changes": ("beyond", "not beyond"),
     }  # fmt: skip
     return PlantedPair(base, copy.deepcopy(base), random_texts(seed), right, wrong)
@@ -174,7 +176,7 @@ def _noise(seed: int) -> PlantedPair:
 def _two_draws(seed: int) -> PlantedPair:
     base = random_llama(seed)
     wrong = {
-        **IS_TEMPERATURE, **IS_BIAS, **IS_EXPANSION, **OTHER_TEXTS, "dimension": ANY_CHANGE
+        **IS_TEMPERATURE, **IS_BIAS, **IS_EXPANSION, **OTHER_TEXTS, **OTHER_DIMENSION
     }  # fmt: skip
     tuned = make.relabelled(base, seed, FIRST_TOKEN)
     return PlantedPair(base, tuned, random_texts(seed), {}, wrong)
@@ -191,7 +193,7 @@ def _temperature(seed: int) -> PlantedPair:
     }  # fmt: skip
     wrong = {
         **SOME_DECISION, **_all_but({"temperature": ("temperature",)}), "change": NOTHING,
-        "dimension": ANY_CHANGE, "picks": ("others",),
+        **OTHER_DIMENSION, "picks": ("others",),
         "greedy text": OTHER_TEXTS["greedy text"], "text at equal entropy": ("different",),
     }  # fmt: skip
     return PlantedPair(base, tuned, random_texts(seed), right, wrong)
@@ -334,10 +336,10 @@ def _rotated(seed: int) -> PlantedPair:
 
 
 KINDS: dict[str, Kind] = {
-    "noise": Kind("Gaussian noise in all weights", _noise, True, True),
+    "noise": Kind("Gaussian noise in all weights", _noise, True, null_test_every=5),
     "two_draws": Kind("tokens relabelled: another draw of the same model", _two_draws, True),
-    "same": Kind("nothing: the same weights", _same, with_null_test=True),
-    "temperature": Kind("a temperature", _temperature, with_null_test=True),
+    "same": Kind("nothing: the same weights", _same, null_test_every=1),
+    "temperature": Kind("a temperature", _temperature, null_test_every=2),
     "bias": Kind("a bias on the logits", _bias),
     "block": Kind("one block", _block),
     "attention_head": Kind("one attention head", _attention_head),

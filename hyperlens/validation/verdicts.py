@@ -23,6 +23,7 @@ ENOUGH_ALIKE = 0.999
 ANSWERS: dict[str, tuple[str, ...]] = {
     "change": ("changed", NOTHING),
     "dimension": ("grew", "fell", "unclear"),
+    "dimension after the norm": ("grew", "fell", "unclear"),
     "greedy text": ("more diverse", "less diverse", "the same", "unclear"),
     "sampled text": ("more diverse", "less diverse", "the same", "unclear"),
     "picks": ("the base's own", "others"),
@@ -118,8 +119,11 @@ def _sign(row: Mapping[str, Any]) -> str:
 
 def _comparison(pair: Any, texts: Texts, seed: int) -> Answers:
     from ..compare import compare_models
+    from ..probes import LogitLens, ParticipationRatio, RankReordering, ResidualDrift
 
-    result = compare_models(pair, texts, seed=seed, progress=False)
+    # A temperature changes no stream and no rank: only the entropy of the last layer's logits.
+    probes = [ResidualDrift(), ParticipationRatio(), RankReordering(), LogitLens(layers=(-1,))]
+    result = compare_models(pair, texts, probes=probes, batch_size=48, seed=seed, progress=False)
     topics = {verdict.topic for verdict in result.verdicts()}
     (delta,) = (
         row
@@ -136,7 +140,7 @@ def _behaviour(pair: Any, texts: Texts, seed: int) -> Answers:
     from ..experiments.behaviour import measure_behaviour
 
     result = measure_behaviour(
-        pair, texts, n_prompts=24, prompt_tokens=6, max_new_tokens=24, n_examples=0,
+        pair, texts, n_prompts=24, prompt_tokens=6, max_new_tokens=12, n_examples=0,
         batch_size=24, seed=seed, progress=False,
     )  # fmt: skip
     known = {
@@ -167,7 +171,7 @@ def _temperature(pair: Any, texts: Texts, seed: int) -> Answers:
     from ..experiments.temperature import match_temperature
 
     result = match_temperature(
-        pair, texts, n_prompts=24, prompt_tokens=6, max_new_tokens=24, batch_size=48,
+        pair, texts, n_prompts=24, prompt_tokens=6, max_new_tokens=12, batch_size=48,
         seed=seed, progress=False,
     )  # fmt: skip
     of_predictions = {
@@ -216,9 +220,8 @@ def _null_test(pair: Any, texts: Texts, seed: int) -> Answers:
 
     try:
         result = run_null_test(
-            pair, texts[:16], controls=["rows_and_columns"], n_controls=N_CONTROLS,
-            n_prompts=8, prompt_tokens=4, max_new_tokens=8, batch_size=16, seed=seed,
-            progress=False,
+            pair, texts[:4], controls=["rows_and_columns"], n_controls=N_CONTROLS, n_prompts=4,
+            prompt_tokens=4, max_new_tokens=4, seed=seed, progress=False,
         )  # fmt: skip
     except PairError as error:
         return {"random changes": _refused(error, "the same weights")}
@@ -350,11 +353,12 @@ def _norm(pair: Any, texts: Texts, seed: int) -> Answers:
     from ..patching.norm import patch_norm
 
     result = patch_norm(pair, texts, batch_size=48, seed=seed, progress=False)
+    after = {"dimension after the norm": _sign(result.dimension("change"))}
     known = {"Tuning changed no decision": NOTHING, "what the norm's weights change": ""}
     if phrase(result, "decisions", known) == NOTHING:
-        return {"norm": NOTHING}
+        return {**after, "norm": NOTHING}
     share = result.decided("norm into base", "to_tuned")["value"]
-    return {"norm": {0.0: "none", 1.0: "all"}.get(share, "some")}
+    return {**after, "norm": {0.0: "none", 1.0: "all"}.get(share, "some")}
 
 
 EXPERIMENTS = (
