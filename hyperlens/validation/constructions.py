@@ -186,6 +186,9 @@ class Adding(nn.Module):
 class Affine(nn.Module):
     """What mean + matrix (x - mean) adds to x."""
 
+    mean: Tensor
+    change: Tensor
+
     def __init__(
         self, mean: Float[Tensor, " d_model"], matrix: Float[Tensor, "d_model d_model"]
     ) -> None:
@@ -200,6 +203,12 @@ class Affine(nn.Module):
 
 class Cosines(nn.Module):
     """Cosines of the coordinates along `axes`, written along `into`: no affine map of x."""
+
+    mean: Tensor
+    axes: Tensor
+    phase: Tensor
+    offset: Tensor
+    into: Tensor
 
     def __init__(
         self,

@@ -74,11 +74,10 @@ def validate(
     identities = {job: _identity(*job, seed) for job in jobs}
     done: dict[Job, Record] = {}
     for job in tqdm(jobs, desc="validation", unit="pair", disable=not progress):
-        found = records.find(identities[job])
-        if found is None:
-            found = _record(*job, seed)
-            records.keep(identities[job], found)
-        done[job] = found
+        kept = records.find(identities[job])
+        done[job] = _record(*job, seed) if kept is None else kept
+        if kept is None:
+            records.keep(identities[job], done[job])
     result = _result(done, kinds, seed, {"n_nulls": n_nulls, "n_planted": n_planted})
     if out is not None:
         result.save(expand_user(out))

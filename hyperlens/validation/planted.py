@@ -21,7 +21,7 @@ from .verdicts import ANSWERS
 
 D_VOCAB = 61
 N_BLOCKS = 3
-SIZES = {
+SIZES: dict[str, Any] = {
     "vocab_size": D_VOCAB,
     "bos_token_id": make.BOS,
     "eos_token_id": 2,
