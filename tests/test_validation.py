@@ -147,7 +147,11 @@ def test_an_expansion_rule_that_is_always_for_it_is_found_out(monkeypatch):
     monkeypatch.setattr(expansion_rules.ExpansionResult, "verdicts", believing)
     result = one_of("two_draws")
     assert result.false_alarms("two_draws", "expansion").hits == 1
-    assert "more than 5% of pairs have an alarm in expansion (two_draws" in result.conclusions()[0]
+    # Of one pair more cannot be said.
+    assert "above 5%, but not told from it: expansion (two_draws, 1 of 1" in result.conclusions()[0]
+    table = [{**row, "pair": pair} for row in result.table for pair in range(4)]
+    more = replace(result, table=tuple(table)).conclusions()[0]
+    assert "an alarm, by the lower bound, in expansion (two_draws, 4 of 4" in more
 
 
 def test_a_sentence_that_nobody_knows_is_an_error_and_no_miss(monkeypatch):

@@ -120,16 +120,22 @@ class ValidationResult(Result):
     def _of_nulls(self) -> str:
         families = [(self.false_alarms(kind, verdict), verdict, kind)
                     for kind in self.nulls for verdict in self.verdicts_of(kind)]  # fmt: skip
-        many = [f"{verdict} ({kind}, {share})" for share, verdict, kind in families
-                if share.value > LEVEL]  # fmt: skip
-        most, verdict, kind = max(families, key=lambda one: one[0].value)
+        families.sort(key=lambda one: -one[0].value)
+        named = [f"{verdict} ({kind}, {share})" for share, verdict, kind in families]
+        sure = [words for words, (share, *_) in zip(named, families, strict=True)
+                if share.low > LEVEL]  # fmt: skip
+        unsure = [words for words, (share, *_) in zip(named, families, strict=True)
+                  if share.value > LEVEL >= share.low]  # fmt: skip
         n = count(len(families), "verdict")
-        if many:
-            return f"Of {n} on null pairs, more than 5% of pairs have an alarm in {listed(many)}."
-        most_words = f"{verdict} ({kind}), {most}" if most.hits else f"none has any, {most}"
-        return (
-            f"Of {n} on null pairs, none has alarms in more than 5% of pairs; most: {most_words}."
-        )
+        if sure:
+            found = f"more than 5% of pairs have an alarm, by the lower bound, in {listed(sure)}"
+        else:
+            found = "none has alarms in more than 5% of pairs by its lower bound"
+        if unsure:
+            found += f"; above 5%, but not told from it: {listed(unsure)}"
+        elif not sure:
+            found += f"; most: {named[0]}" if families[0][0].hits else "; none has any at all"
+        return f"Of {n} on null pairs, {found}."
 
     def _of_planted(self) -> str:
         kinds = [kind for kind in self.kinds if kind not in self.nulls]

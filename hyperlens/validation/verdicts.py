@@ -19,7 +19,6 @@ NOTHING = "nothing changed"
 N_CONTROLS = 99
 ENOUGH_ALIKE = 0.999
 
-# Every answer that is read, by the name of the verdict.
 ANSWERS: dict[str, tuple[str, ...]] = {
     "change": ("changed", NOTHING),
     "dimension": ("grew", "fell", "unclear"),
@@ -47,6 +46,7 @@ ANSWERS: dict[str, tuple[str, ...]] = {
     "expansion": ("supported", "contradicted", "cannot tell", NOTHING),
     "norm": ("all", "some", "none", NOTHING),
 }
+"""Every answer that is read, by the name of the verdict."""
 
 Answers = dict[str, str]
 """The name of a verdict to what it says."""
@@ -478,6 +478,7 @@ CONTRADICTIONS = (
         ("random changes", (NOTHING,)), ("change", ("changed",)),
     ),
 )  # fmt: skip
+"""All of them, whatever was planted."""
 
 
 def contradictions(answers: Mapping[str, str]) -> Iterator[str]:
