@@ -189,7 +189,7 @@ def planted(kind):
 
 
 # Expansions take a second each, and are planted in much the same way.
-SLOW = ("unread_expansion", "stretched", "rotated")
+SLOW = ("unread_expansion", "stretched", "new_features")
 
 
 @pytest.mark.parametrize(
