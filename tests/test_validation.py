@@ -282,7 +282,7 @@ def test_an_interrupted_run_goes_on_and_a_saved_one_comes_back(tmp_path, monkeyp
     assert loaded.false_alarms("norm", "part alone").hits == 1
     assert loaded.detections("norm").hits == loaded.detections("unembedding").hits == 0
     assert len(loaded.extras["contradictions"]) == 2
-    assert loaded.to_frame().shape == (len(loaded.table), 5)
+    assert loaded.to_frame().shape == (len(loaded.table), 6)
     assert json.loads((out / "validation.json").read_text())["name"] == "validation"
     assert 'data-section="validation"' in (out / "report.html").read_text("utf-8")
 
@@ -307,6 +307,22 @@ def test_refusals_say_what_to_do(tmp_path, capsys):
         validate(out=tmp_path / "there", progress=False)
     assert cli.main(["validate", "--only", "biass"]) == cli.FAILED
     assert "bias" in capsys.readouterr().err
+
+
+def test_only_what_there_is_to_name_of_a_pair_counts_for_it(monkeypatch):
+    """Of a last block that earlier tokens do nothing is a truth; of another block it is none."""
+    answers = {name: said[0] for name, said in KINDS["block"].plant(2).right.items()}
+
+    def named(base, tuned, texts, seed, with_null_test):
+        parts = {"part alone": f"block {seed}"}
+        if seed < 2:
+            parts |= {"blocks": "what enters the last block", "positions": "a token"}
+        return answers | parts
+
+    monkeypatch.setattr("hyperlens.validation.experiment.answers_of", named)
+    result = validate(only=["block"], n_planted=3, progress=False)
+    assert (result.detections("block").hits, result.detections("block").n) == (3, 3)
+    assert result.detections("block", "positions").n == 1
 
 
 def test_intervals_are_exact():

@@ -118,10 +118,14 @@ def _record(kind: str, number: int, seed: int) -> Record:
     answers = answers_of(*pair, seed=seed + number, with_null_test=with_null_test)
     return {
         "verdicts": [
-            {"verdict": name, "answer": answer, "outcome": _outcome(planted, name, answer)}
+            {
+                "verdict": name,
+                "answer": answer,
+                "outcome": _outcome(planted, name, answer),
+                "due": name in planted.right,
+            }
             for name, answer in answers.items()
         ],
-        "due": [name for name in answers if name in planted.right],
         "contradictions": list(contradictions(answers)),
     }
 
@@ -150,8 +154,6 @@ def _result(
     ]
     extras = {
         "contradictions": found,
-        "due": {kind: sorted({name for job in jobs if job[0] == kind
-                              for name in done[job]["due"]}) for kind in kinds},
         "kinds": {kind: KINDS[kind].words for kind in kinds},
         "nulls": [kind for kind in kinds if KINDS[kind].is_null],
     }  # fmt: skip

@@ -49,10 +49,10 @@ def share_of(rows: Sequence[bool]) -> Share:
 class ValidationResult(Result):
     """What every experiment said of every planted pair.
 
-    The table has a row per kind of pair, number of the pair and verdict: its answer, and the
-    outcome: "right" names what was planted, "wrong" is false of it (a false alarm), "undecided" is
-    any other answer where there was something to name (a miss), or something false to be said
-    that was not said; "open" is an answer that could go either way.
+    The table has a row per kind of pair, number of the pair and verdict: its answer, whether there
+    was a truth to name (`due`), and the outcome: "right" names what was planted, "wrong" is false
+    of it (a false alarm), "undecided" is any other answer where something was to be named (a miss)
+    or something false could have been said; "open" is an answer that could go either way.
 
     Extras: `contradictions`, the pairs of verdicts on one pair that cannot both be true; `kinds`,
     what was planted, in words; `nulls`, the kinds where nothing was.
@@ -60,7 +60,7 @@ class ValidationResult(Result):
 
     name: ClassVar[str] = "validation"
     title: ClassVar[str] = "Do the experiments name what was planted?"
-    columns: ClassVar[tuple[str, ...]] = ("kind", "pair", "verdict", "answer", "outcome")
+    columns: ClassVar[tuple[str, ...]] = ("kind", "pair", "verdict", "answer", "outcome", "due")
 
     @property
     def kinds(self) -> list[str]:
@@ -90,8 +90,7 @@ class ValidationResult(Result):
 
         Only verdicts count that had something to name.
         """
-        due = self.extras["due"].get(kind, [])
-        rows = [row for row in self.rows(kind=kind) if row["verdict"] in due]
+        rows = self.rows(kind=kind, due=True)
         return _of_pairs(rows, verdict, lambda found: all(one == RIGHT for one in found))
 
     def verdicts_of(self, kind: str) -> list[str]:
@@ -221,11 +220,10 @@ class ValidationResult(Result):
 
     def _missed(self, kind: str) -> Iterator[str]:
         """Answers that did not name the truth, by how often they were given."""
-        due = self.extras["due"].get(kind, [])
         found = Counter(
             f"{row['verdict']}: {row['answer']}"
             for row in self.rows(kind=kind)
-            if row["outcome"] == WRONG or (row["outcome"] == UNDECIDED and row["verdict"] in due)
+            if row["outcome"] == WRONG or (row["outcome"] == UNDECIDED and row["due"])
         )
         for words, n in found.most_common():
             yield f"{words} ({n})"
