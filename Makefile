@@ -15,13 +15,14 @@ PIP := -m pip --disable-pip-version-check --no-input
 # Two processes share the tests; torch is told to use one thread in each.
 PYTEST_ARGS ?= -n 2 --dist worksteal --durations=20
 DEMO_ARGS ?=
+VALIDATE_ARGS ?= --nulls 200 --planted 20 --out build/validation
 
 # Without compiled files every process compiles what it imports anew: half of a tutorial's time.
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help env env-tl3 test test-tl3 test-long tutorials lint format types docs demo coverage lock clean
+.PHONY: help env env-tl3 test test-tl3 test-long tutorials lint format types docs demo validate coverage lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -59,6 +60,9 @@ docs: .venv/.installed ## build the API reference, warnings are errors
 
 demo: .venv/.installed ## hyperfit the embedded model, compare, write the report
 	.venv/bin/hyperlens demo $(DEMO_ARGS)
+
+validate: .venv/.installed ## every experiment on planted pairs whose truth is known (see docs/validation.md)
+	.venv/bin/hyperlens validate $(VALIDATE_ARGS)
 
 # A pair and texts: make coverage COVERAGE_ARGS="BASE TUNED TEXTS..."
 COVERAGE_ARGS ?=

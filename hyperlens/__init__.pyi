@@ -5,6 +5,7 @@ from . import patching as patching
 from . import probes as probes
 from . import reproduction as reproduction
 from . import training as training
+from . import validation as validation
 from .compare import Comparison as Comparison
 from .compare import compare_models as compare_models
 from .errors import HyperlensError as HyperlensError

@@ -784,7 +784,7 @@ def test_every_question_has_a_command() -> None:
     }
     made = {command_of(question) for question in QUESTIONS if not question.command}
     assert made >= {"compare", "behaviour", "null-test", "temperature", "cross-domain", "mauve"}
-    assert set(COMMANDS) == made | own | {"demo", "hyperfit", "merge", "report"}
+    assert set(COMMANDS) == made | own | {"demo", "hyperfit", "merge", "report", "validate"}
 
 
 @pytest.mark.parametrize("command", [(), *((name,) for name in COMMANDS)], ids=str)

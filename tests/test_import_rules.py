@@ -44,7 +44,7 @@ ROOMS = (
     ("compare", "experiments", "patching", "judging", "embedded"),
     ("reproduction",),
     ("questions",),
-    ("demo",),
+    ("demo", "validation"),
     ("cli",),
 )
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}

@@ -22,6 +22,7 @@ from hyperlens.patching.blocks import Cell, Sweep, run_sweep
 from hyperlens.patching.outcomes import INTO_BASE, INTO_TUNED, METRICS
 from hyperlens.render.blocks import Chart, flat
 from hyperlens.render.format import PERCENT, interval
+from hyperlens.validation.constructions import with_cancelling_blocks, with_noise_in_unembedding
 
 TEXTS = token_texts(14, shortest=6, longest=20)
 LONG = pytest.mark.long
@@ -240,17 +241,9 @@ def test_it_comes_back_from_disk_and_draws(tmp_path: Path) -> None:
     assert metrics == {*METRICS, "ttr", "rep_2", "rep_3"}
 
 
-def unembedding_changed(base):
-    tuned = copy.deepcopy(base)
-    torch.manual_seed(0)
-    with torch.no_grad():
-        tuned.lm_head.weight += 0.3 * torch.randn_like(tuned.lm_head.weight)
-    return tuned
-
-
 def test_an_unembedding_alone_is_not_called_a_block() -> None:
     base = make_tiny("llama", tie_word_embeddings=False)
-    tuned = unembedding_changed(base)
+    tuned = with_noise_in_unembedding(base, 0.3, seed=0)
     found = patch_blocks(base, tuned, TEXTS, controls=False, **QUICK)
     assert found.parts()["head"]["value"] == 1.0
     assert found.parts()["last_block"]["value"] == 0.0
@@ -265,22 +258,9 @@ def test_an_unembedding_alone_is_not_called_a_block() -> None:
 
 
 def test_blocks_that_cancel_out_beside_a_changed_unembedding_are_no_interaction() -> None:
-    base = make_tiny("llama", tie_word_embeddings=False).double()
-    tuned = unembedding_changed(base)
-    # Both models add a vector in one block and take it away in the next; the tuned model's is
-    # another one.
-    for model, scale in ((base, 0.0), (tuned, 3.0)):
-        torch.manual_seed(5)
-        vector = scale * torch.randn(32, dtype=torch.float64)
-        for block, sign in ((1, 1.0), (2, -1.0)):
-            down = model.model.layers[block].mlp.down_proj
-            bias = torch.nn.Parameter(sign * vector)
-            down.register_parameter("bias", bias)
-    # The last block must not react to what it takes away.
-    with torch.no_grad():
-        for model in (base, tuned):
-            for name in ("self_attn.o_proj", "mlp.down_proj"):
-                model.model.layers[2].get_submodule(name).weight.zero_()
+    plain = make_tiny("llama", tie_word_embeddings=False).double()
+    base, shifted = with_cancelling_blocks(plain, 3.0, seed=5)
+    tuned = with_noise_in_unembedding(shifted, 0.3, seed=0)
     found = patch_blocks(base, tuned, TEXTS, controls=False, **QUICK)
     assert found.extras["changed"] > 5
     cut = {e["layer"]: e for e in found.effect("interaction")}

@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 from conftest import make_tiny, perturbed, short, token_texts
-from planted_for_tests import Cosines, adding, last_outputs, mapped, spread
 
 from hyperlens.compare import compare_models
 from hyperlens.models.structure import find_structure
@@ -15,26 +14,27 @@ from hyperlens.patching.engine import second_half, subset
 from hyperlens.patching.expansion import patch_expansion
 from hyperlens.patching.expansion.experiment import ReadByHead, head_root
 from hyperlens.patching.outcomes import METRICS
+from hyperlens.validation.constructions import (
+    last_outputs,
+    mapped,
+    rotated,
+    spread,
+    stretched,
+    with_new_features,
+    with_unread_expansion,
+)
 
 TEXTS = token_texts(48, shortest=10, longest=24)
 QUICK = {"n_random": 2, "n_directions": [4, 16], "max_new_tokens": 0, "progress": False}
 ARCHITECTURES = ("llama", "gpt2", "gemma2", "gpt_neox")
 
 
-def rescaled(model, power):
-    """Tuned as the base with its directions' standard deviations drawn together: an expansion."""
-    mean, values, vectors = spread(last_outputs(model, TEXTS)[0])
-    gain = (values[0] / values.clamp_min(1e-9 * values[0])) ** power
-    return mapped(model, mean, (vectors * gain) @ vectors.mT)
-
-
 def turned(model, how, angle=1.2):
     """Tuned as the base with its directions turned about the mean; the spectrum stays."""
+    if how == "anywhere":
+        return rotated(model, TEXTS, seed=7)
     mean, values, vectors = spread(last_outputs(model, TEXTS)[0])
     d = len(values)
-    if how == "anywhere":
-        square = torch.randn(d, d, generator=torch.Generator().manual_seed(7)).double()
-        return mapped(model, mean, torch.linalg.qr(square).Q)
     turn = torch.eye(d).double()
     for i in range(0, d, 2):
         turn[i, i] = turn[i + 1, i + 1] = math.cos(angle)
@@ -53,7 +53,7 @@ def value_of(found, *place):
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_planted_expansion_is_found_out(name):
     base = make_tiny(name)
-    found = patch_expansion(base, rescaled(base, 0.35), TEXTS, **QUICK)
+    found = patch_expansion(base, stretched(base, TEXTS, 0.35), TEXTS, **QUICK)
     assert found.extras["changed"] > 20
     # Taken away, the base is left; brought about, the tuned model is there.
     assert value_of(found, "base_spectrum", 0, "itself", "to_base") > 0.97
@@ -109,54 +109,8 @@ LONGER = token_texts(64, shortest=16, longest=40)
 FEW = QUICK | {"n_directions": [8]}
 
 
-def wide(unread=0, head=0.0):
-    """A model of 64 directions and their spread, the final norm's weight in the unembedding.
-
-    Args:
-        unread: along how many of its smallest axes the unembedding is shrunk.
-        head: what is left of it there.
-    """
-    model = make_tiny("llama", hidden_size=64, intermediate_size=96)
-    mean, values, vectors = spread(last_outputs(model, LONGER)[0])
-    with torch.no_grad():
-        w = model.lm_head.weight.double() * model.model.norm.weight.double()
-        small = vectors[:, len(values) - unread :]
-        model.lm_head.weight.copy_(w - (1 - head) * (w @ small) @ small.mT)
-        model.model.norm.weight.fill_(1.0)
-    return model, mean, values, vectors
-
-
-def amplified(level, null, head=0.0):
-    """Tuned: one axis amplified; the 24 smallest axes, hardly read, raised to the largest."""
-    base, mean, values, vectors = wide(24, head)
-    gain = torch.ones(64).double()
-    gain[30] = (level * values[0] / values[30]).sqrt()
-    if null:
-        gain[40:] = (values[0] / values[40:]).sqrt()
-    return base, mapped(base, mean, (vectors * gain) @ vectors.mT)
-
-
-def written(level):
-    """Tuned: new features in 32 axes that the base hardly uses, and no other change.
-
-    Args:
-        level: the features' variance, as a share of the mean of the base's largest axes.
-    """
-    plain, mean, values, vectors = wide()
-    small = torch.ones(64).double()
-    small[32:] = 0.1
-    base = mapped(plain, mean, (vectors * small) @ vectors.mT)
-    generator = torch.Generator().manual_seed(3)
-    mixed = torch.randn(32, 32, generator=generator).double() * 4 / 32**0.5
-    into = torch.zeros(32, 64).double()
-    phase = 2 * math.pi * torch.rand(32, generator=generator).double()
-    axes = (vectors[:, :32] / values[:32].sqrt()) @ mixed
-    cosines = Cosines(mean, axes, phase, torch.zeros(32), into)
-    offset, variance, turn = spread(cosines.features(last_outputs(base, LONGER)[0].float()))
-    white = turn / variance.sqrt()
-    size = (level * values[:8].mean()).sqrt()
-    into = white.double() @ (vectors[:, 32:] * size).mT
-    return base, adding(base, Cosines(mean, axes, phase, offset, into))
+def wide():
+    return make_tiny("llama", hidden_size=64, intermediate_size=96)
 
 
 def verdict_of(pair, **options):
@@ -171,12 +125,13 @@ def verdict_of(pair, **options):
 )
 def test_an_expansion_that_is_not_read_is_not_the_cause(level, head):
     """One axis decides; what makes the dimension grow is not read, or hardly."""
-    found, verdict = verdict_of(amplified(level, null=True, head=head))
+    found, verdict = verdict_of(with_unread_expansion(wide(), LONGER, level, left=head))
     assert verdict["expansion"] is True
     assert verdict["overall"] != "supports"
     if head == 0.0:
         # Decisions are those of the twin, whose dimension falls or hardly grows.
-        twin, _ = verdict_of(amplified(level, null=False), n_random=1)
+        pair = with_unread_expansion(wide(), LONGER, level, expands=False)
+        twin, _ = verdict_of(pair, n_random=1)
         assert twin.extras["changed"] == found.extras["changed"]
     if level == 3.0:
         assert verdict["read"] is False
@@ -206,7 +161,7 @@ def test_an_expansion_that_no_affine_map_can_bring_about_is_not_contradicted(lev
     Where they vary more than what was there, giving the base's spectrum to the tuned model's axes
     does not take just them away, and not all methods agree that the expansion is needed.
     """
-    found, verdict = verdict_of(written(level))
+    found, verdict = verdict_of(with_new_features(wide(), LONGER, level))
     assert (verdict["expansion"], verdict["read"]) == (True, True)
     assert verdict["overall"] != "contradicts"
     assert verdict["overall"] == overall

@@ -26,6 +26,7 @@ from hyperlens.hooks.residual import ResidualModel
 from hyperlens.hooks.sites import positions_mask
 from hyperlens.hooks.surface import resid_post, resid_pre, site_hook
 from hyperlens.patching import Site, changing, donating, in_blocks, patch_hooks, record
+from hyperlens.validation.constructions import with_noise_in_blocks
 
 pytestmark = pytest.mark.transformer_lens
 
@@ -48,14 +49,7 @@ IN_A_BLOCK = ("resid_pre", "attn_out", "mlp_out", "resid_post")
 
 def blocks_perturbed(model, blocks=range(3), scale=0.1, seed=5):
     """A copy that differs in these blocks only."""
-    tuned = copy.deepcopy(model)
-    torch.manual_seed(seed)
-    stack = ResidualModel(tuned).structure.blocks
-    with torch.no_grad():
-        for block in blocks:
-            for parameter in stack[block].parameters():
-                parameter += scale * torch.randn_like(parameter)
-    return tuned
+    return with_noise_in_blocks(model, blocks, scale, seed)
 
 
 def overflowing_together():

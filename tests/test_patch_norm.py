@@ -20,6 +20,7 @@ from hyperlens.patching.norm import CrossedNorms, NormResult, patch_norm, quanti
 from hyperlens.probes import ParticipationRatio
 from hyperlens.questions import QUESTIONS, result_class
 from hyperlens.render.page import write_report
+from hyperlens.validation.constructions import with_noise_in_blocks, with_noise_in_norm
 
 TEXTS = token_texts(24, shortest=8, longest=20)
 ARCHITECTURES = ("llama", "gpt2", "gemma2", "gpt_neox")
@@ -27,15 +28,9 @@ ARCHITECTURES = ("llama", "gpt2", "gemma2", "gpt_neox")
 
 def changed(model, part, scale=0.3):
     """A copy that differs in its final norm, or its last block, alone."""
-    tuned = copy.deepcopy(model)
-    structure = find_structure(tuned)
-    torch.manual_seed(4)
-    with torch.no_grad():
-        for parameter in (
-            structure.final_norm if part == "norm" else structure.blocks[-1]
-        ).parameters():
-            parameter += scale * torch.randn_like(parameter)
-    return tuned
+    if part == "norm":
+        return with_noise_in_norm(model, scale, seed=4)
+    return with_noise_in_blocks(model, [-1], scale, seed=4)
 
 
 def ask(base, tuned, **options):

@@ -24,6 +24,7 @@ from hyperlens.patching.position_cells import (
     read_endings,
 )
 from hyperlens.patching.positions import PositionsResult, patch_positions
+from hyperlens.validation.constructions import with_position
 
 INTO_BASE, INTO_TUNED = "tuned into base", "base into tuned"
 WAYS = (INTO_BASE, INTO_TUNED)
@@ -126,10 +127,7 @@ def earlier_sentence(found, way):
 def only_position_5():
     """A pair that differs in what it adds to position 5, and its result."""
     base = make_tiny("gpt2")
-    tuned = copy.deepcopy(base)
-    with torch.no_grad():
-        torch.manual_seed(1)
-        tuned.transformer.wpe.weight[5] += 20 * torch.randn(32)
+    tuned = with_position(base, 5, 20.0, seed=1)
     texts = [ids[:11] for ids in token_texts(40, shortest=8, longest=11)]
     return patch_positions(base, tuned, texts, offsets=6, n_texts=32, progress=False)
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_tiny, token_texts
-from planted_for_tests import last_outputs, mapped, spread
 
 from hyperlens.compare import compare_models
 from hyperlens.compare.audit import audit
+from hyperlens.validation.constructions import last_outputs, mapped, spread
 
 TEXTS = token_texts(24, shortest=8, longest=20)
 BOS, MARK = 1, 60

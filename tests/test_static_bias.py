@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from scipy import optimize as scipy_optimize
 from scipy import special as scipy_special
 from scipy import stats as scipy_stats
-from torch import nn
 
 from hyperlens.cli import main
 from hyperlens.errors import CorpusError, LoadingError, ProbeError, ResultsError
@@ -42,6 +41,7 @@ from hyperlens.render.blocks import Chart, flat
 from hyperlens.render.format import POINTS, interval
 from hyperlens.render.page import write_report
 from hyperlens.statistics.significance import exact_p, rho_and_p, trend
+from hyperlens.validation.constructions import with_bias, with_head_bias
 
 TEXTS = token_texts(10, shortest=8, longest=20)
 SMALL = {
@@ -61,21 +61,7 @@ def biased_head(name: str):
     if name == "phi":  # has one by itself
         torch.manual_seed(0)
         return transformers.PhiForCausalLM(transformers.PhiConfig(**SIZES)).eval()
-    model = make_tiny(name, tie_word_embeddings=False)
-    old = model.get_output_embeddings()
-    head = nn.Linear(old.in_features, old.out_features)
-    with torch.no_grad():
-        head.weight.copy_(old.weight)
-    model.set_output_embeddings(head)
-    return model
-
-
-def with_bias(model, bias):
-    """The same model with a constant added to every row of its logits."""
-    tuned = copy.deepcopy(model)
-    with torch.no_grad():
-        tuned.get_output_embeddings().bias += bias
-    return tuned
+    return with_head_bias(make_tiny(name, tie_word_embeddings=False))
 
 
 def planted(seed: int = 0, scale: float = 1.0):

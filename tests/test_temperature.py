@@ -24,20 +24,10 @@ from hyperlens.render.blocks import Chart, Details, Table, flat
 from hyperlens.render.format import NATS, PERCENT, interval, number
 from hyperlens.render.page import write_report
 from hyperlens.statistics import significance
+from hyperlens.validation.constructions import at_temperature
 
 TEXTS = token_texts(10, shortest=8, longest=20)
 SMALL = {"n_prompts": 6, "prompt_tokens": 5, "max_new_tokens": 10, "progress": False}
-
-
-def at_temperature(model, t: float):
-    """The same model with its logits divided by t."""
-    tuned = copy.deepcopy(model)
-    with torch.no_grad():
-        head = tuned.get_output_embeddings()
-        head.weight /= t
-        if head.bias is not None:
-            head.bias /= t
-    return tuned
 
 
 @pytest.fixture(scope="module")

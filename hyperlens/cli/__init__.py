@@ -22,7 +22,7 @@ from .. import __version__
 from ..errors import HyperlensError
 from ..questions import QUESTIONS
 from ..training.recipes import nearest
-from . import demo, experiments, hyperfit, merge, report
+from . import demo, experiments, hyperfit, merge, report, validate
 from .options import DEBUG, STYLE
 
 DESCRIPTION = """\
@@ -87,7 +87,7 @@ def build_parser() -> argparse.ArgumentParser:
     own = dict.fromkeys(question.command for question in QUESTIONS if question.command)
     for module in own:
         import_module(f"hyperlens.{module}").add(commands)
-    for command in (hyperfit, merge, report):
+    for command in (hyperfit, merge, report, validate):
         command.add(commands)
     for name, one in commands.choices.items():
         one.set_defaults(parser=one, command=name)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -310,7 +310,7 @@ class PositionsResult(Result):
         found = (
             f"Wherever it stands, {split}, {' and '.join(said)} does."
             if said
-            else f"No fixed position and no fixed token, {split}, does."
+            else f"No fixed position and no fixed token, {split} ({_few(fixed)}), does."
         )
         back = self.meta["options"]["offsets"] - 1
         if not own["n"]:
@@ -449,6 +449,11 @@ def _chosen(row: Mapping[str, Any]) -> str:
         for one in row["chosen"]
     ]
     return " or ".join(dict.fromkeys(words)) or f"no {row['kind']}"
+
+
+def _few(rows: Sequence[Mapping[str, Any]]) -> str:
+    """In how many texts what was chosen stands at all: where in few, nothing could be found."""
+    return f"{' and '.join(count(row['n'], 'text') for row in rows)} that have it"
 
 
 def _reach(row: Mapping[str, Any]) -> str:

@@ -170,6 +170,18 @@ def wilson(successes: int, trials: int) -> tuple[float, float]:
     return float(interval.low), float(interval.high)
 
 
+def clopper_pearson(successes: int, trials: int) -> tuple[float, float]:
+    """The exact 95% interval of a share; NaN without trials. Never too narrow, wide where few.
+
+    >>> [round(end, 3) for end in clopper_pearson(0, 20)]
+    [0.0, 0.168]
+    """
+    if trials == 0:
+        return math.nan, math.nan
+    interval = stats.binomtest(successes, trials).proportion_ci(CONFIDENCE, method="exact")
+    return float(interval.low), float(interval.high)
+
+
 def binomial_p(successes: int, trials: int) -> float:
     """Two-sided p of the exact binomial test against one half; NaN without trials.
 

@@ -1,0 +1,2 @@
+from .experiment import validate as validate
+from .result import ValidationResult as ValidationResult
