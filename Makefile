@@ -21,7 +21,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help env env-tl3 test test-tl3 test-long tutorials lint format types docs demo coverage lock clean
+.PHONY: help env env-tl3 test test-tl3 test-long tutorials lint format types docs demo bench coverage lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -57,6 +57,10 @@ docs: .venv/.installed ## build the API reference, warnings are errors
 
 demo: .venv/.installed ## hyperfit the embedded model, compare, write the report
 	.venv/bin/hyperlens demo $(DEMO_ARGS)
+
+BENCH_ARGS ?= --vocab 4096,32000,128256 --d-model 256 --sequences 16 --length 64 --rounds 2 --threads 1
+bench: .venv/.installed ## how fast late-stage LoRA trains at vocabularies of real models, and in how much memory
+	.venv/bin/python benchmarks/train_speed.py $(BENCH_ARGS)
 
 # A pair and texts: make coverage COVERAGE_ARGS="BASE TUNED TEXTS..."
 COVERAGE_ARGS ?=

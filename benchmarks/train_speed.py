@@ -1,6 +1,7 @@
 """Late-stage LoRA with the frozen-prefix cache against what people run today, one run.
 
     python benchmarks/train_speed.py [--layers 24 --d-model 512 --last-k 5 ...]
+    python benchmarks/train_speed.py --vocab 4096,32000,128256  # or: make bench
 
 All sides train the same random Llama on the same sequences with AdamW, batches of 8, float32:
 
@@ -10,21 +11,25 @@ All sides train the same random Llama on the same sequences with AdamW, batches 
 - the suffix alone: k blocks, norm and unembedding, forward + backward + step in a bare loop on
   residuals that are already there. Nothing that trains these blocks can be faster.
 
-Seconds per epoch, the median over epochs after the first (which fills the cache); the sides take
-turns, so that a change of the machine's mood meets all of them.
+Seconds per epoch, the median over epochs after the first; the cache is filled before it. Memory is
+the peak of what the process holds above what it held before the side began, model included. The
+sides take turns, so that a change of the machine's mood meets all of them.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import logging
+import os
 import statistics
 import tempfile
 import time
 import warnings
 
+import psutil
 import torch
-from compare_speed import llama_config, processor
+from compare_speed import llama_config, peak_bytes, processor
 from peft import LoraConfig, get_peft_model
 from torch.nn import functional
 from torch.utils.data import Dataset
@@ -34,6 +39,7 @@ from hyperlens.training import hyperfit
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 BATCH = 8
+OURS = "hyperfit late_lora"
 
 
 def llama(args):
@@ -163,42 +169,74 @@ def suffix_alone(args, tokens):
     return seconds
 
 
+def sides_of(args, tokens):
+    late = list(range(args.layers - args.last_k, args.layers))
+    return {
+        "full LoRA, Trainer + peft": lambda: plain_peft(args, tokens, list(range(args.layers))),
+        "late-stage LoRA, Trainer + peft": lambda: plain_peft(args, tokens, late),
+        "hyperfit late_lora, no cache": lambda: ours(args, tokens, False),
+        OURS: lambda: ours(args, tokens, True),
+        "the suffix alone, bare loop": lambda: suffix_alone(args, tokens),
+    }
+
+
+def measured(run):
+    """Seconds of each epoch after the first, and the bytes that the side took at most."""
+    gc.collect()
+    held = psutil.Process().memory_info().rss
+    peak_bytes(forget=True)
+    seconds = run()[1:]
+    return seconds, peak_bytes() - held
+
+
+def compare(args):
+    """Print the table of one vocabulary."""
+    torch.manual_seed(1)
+    tokens = torch.randint(args.vocab, (args.sequences, args.length))
+    sides = sides_of(args, tokens)
+    seconds = {side: [] for side in sides}
+    memory = {side: [] for side in sides}
+    for _ in range(args.rounds):
+        for side, run in sides.items():
+            epochs, n_bytes = measured(run)
+            seconds[side] += epochs
+            memory[side].append(n_bytes / 2**20)
+    own = statistics.median(seconds[OURS])
+    print(f"vocabulary {args.vocab:<23,}{'s / epoch':>10}{'times':>8}{'MiB':>9}")
+    for side, values in seconds.items():
+        value = statistics.median(values)
+        print(
+            f"{side:34}{value:10.2f}{value / own:7.2f}x{statistics.median(memory[side]):9,.0f}",
+            flush=True,
+        )
+
+
+def vocabularies(text):
+    return [int(number) for number in text.split(",")]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name, default in (
-        ("layers", 24), ("d-model", 512), ("vocab", 4096), ("sequences", 32), ("length", 128),
+        ("layers", 24), ("d-model", 512), ("sequences", 32), ("length", 128),
         ("last-k", 5), ("epochs", 4), ("rounds", 3), ("threads", 2),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--vocab", type=vocabularies, default=[4096], help="one or several: N,N")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
-    torch.manual_seed(1)
-    tokens = torch.randint(args.vocab, (args.sequences, args.length))
-    late = list(range(args.layers - args.last_k, args.layers))
-    sides = {
-        "full LoRA, Trainer + peft": lambda: plain_peft(args, tokens, list(range(args.layers))),
-        "late-stage LoRA, Trainer + peft": lambda: plain_peft(args, tokens, late),
-        "hyperfit late_lora, no cache": lambda: ours(args, tokens, False),
-        "hyperfit late_lora": lambda: ours(args, tokens, True),
-        "the suffix alone, bare loop": lambda: suffix_alone(args, tokens),
-    }
-    measured = {side: [] for side in sides}
-    for _ in range(args.rounds):
-        for side, run in sides.items():
-            measured[side] += run()[1:]
-    seconds = {side: statistics.median(values) for side, values in measured.items()}
-    own = seconds["hyperfit late_lora"]
     print(
-        f"Llama of {args.layers} blocks, d_model {args.d_model}, vocabulary {args.vocab}, last "
-        f"{args.last_k} trained, {args.sequences} x {args.length} tokens, batch {BATCH}, float32, "
-        f"{args.threads} threads, {processor()}, torch {torch.__version__}; median of "
-        f"{args.rounds} x {args.epochs - 1} epochs"
+        f"Llama of {args.layers} blocks, d_model {args.d_model}, last {args.last_k} trained, "
+        f"{args.sequences} x {args.length} tokens, batch {BATCH}, float32, {args.threads} "
+        f"threads, {processor()}, torch {torch.__version__}; median of {args.rounds} x "
+        f"{args.epochs - 1} epochs; load {', '.join(f'{n:.1f}' for n in os.getloadavg())} before",
+        flush=True,
     )
-    print(f"{'':34}{'s / epoch':>10}{'times':>8}")
-    for side, value in seconds.items():
-        print(f"{side:34}{value:10.2f}{value / own:7.2f}x")
+    for vocab in args.vocab:
+        compare(argparse.Namespace(**{**vars(args), "vocab": vocab}))
+    print(f"load {', '.join(f'{n:.1f}' for n in os.getloadavg())} after")
 
 
 if __name__ == "__main__":

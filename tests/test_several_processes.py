@@ -33,9 +33,24 @@ SCRIPT = """
 import json, os, sys, torch
 torch.set_num_threads(1)
 from hyperlens.training import hyperfit
+from hyperlens.training.trainer import TokenTrainer
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+# Which blocks run in the steps of training: none of those that the cache replaces.
+ran, compute, forward = [], TokenTrainer.compute_loss, LlamaDecoderLayer.forward
+def counting(block, *args, **kwargs):
+    ran.append(block.self_attn.layer_idx)
+    return forward(block, *args, **kwargs)
+def computing(*args, **kwargs):
+    LlamaDecoderLayer.forward = counting
+    try:
+        return compute(*args, **kwargs)
+    finally:
+        LlamaDecoderLayer.forward = forward
+TokenTrainer.compute_loss = computing
 llama_folder, ids_file, out, method, options = sys.argv[1:]
 run = hyperfit(llama_folder, json.load(open(ids_file)), method, out=out, **json.loads(options))
 print(f"rank {os.environ.get('RANK', '0')}", json.dumps(run.history), flush=True)
+print("ran", json.dumps(sorted(ran)), flush=True)
 """
 
 
@@ -77,11 +92,16 @@ def test_two_processes_give_the_losses_of_one(llama_folder, ids_file, tmp_path, 
     assert done.returncode == 0, done.stderr
     # Both processes return the same run.
     assert len({line.split(" ", 2)[2] for line in done.stdout.splitlines() if "rank" in line}) == 1
+    if method == "late_lora":
+        # Of 3 blocks the last is trained: 4 epochs of 2 batches in each process.
+        ran = [json.loads(line[4:]) for line in done.stdout.splitlines() if line[:4] == "ran "]
+        assert ran == [[2] * 8] * 2
     one, two = record(tmp_path / "1"), record(tmp_path / "2")
     assert two["history"] == pytest.approx(one["history"], abs=1e-5)
     assert len(two["records"]) == len(one["records"])
     for mine, other in zip(one["records"], two["records"], strict=True):
         assert other["validation_loss"] == pytest.approx(mine["validation_loss"], abs=1e-5)
+        assert other["ttr_per_prompt"] == pytest.approx(mine["ttr_per_prompt"])
     a, b = (load_file(next((tmp_path / n).glob("*.safetensors"))) for n in "12")
     for name in a:
         torch.testing.assert_close(b[name], a[name], atol=1e-4, rtol=1e-3)
