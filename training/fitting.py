@@ -432,7 +432,7 @@ def _trainer(
     progress: Progress,
     working: WorkingFolder,
     prefix: PrefixCache | None,
-    callbacks: list[TrainerCallback],
+    callbacks: list[Any],
 ) -> TokenTrainer:
     trained = [p for p in model.parameters() if p.requires_grad]
     # One parameter group: as in PyTorch's default, decay applies to every weight, norms and biases

@@ -151,13 +151,14 @@ class PrefixCache:
         shape = (len(tokens), *first.shape[1:])
         if self.plan.place == "memory":
             self._residuals = torch.empty(shape, dtype=first.dtype)
-            self._fill(model, batches, 0, 1)
+            self._fill(model, batches, first, range(len(batches)))
             return
         about = {**(identity or {}), "rows": rows, "shape": shape, "dtype": str(first.dtype)}
         file = ResidualFile.named(self.plan.folder, about)
         self._residuals, is_complete = file.open(shape, first, keep=self.plan.keep)
         if not is_complete:
-            self._fill(model, batches, processes.number_here(), processes.on_this_machine())
+            own = range(processes.number_here(), len(batches), processes.on_this_machine())
+            self._fill(model, batches, first, own)
             file.close(self._residuals, keep=self.plan.keep)
 
     def close(self) -> None:
@@ -165,13 +166,18 @@ class PrefixCache:
         self._residuals = None
 
     def _fill(
-        self, model: nn.Module, batches: tuple[Tensor, ...], number: int, sharing: int
+        self,
+        model: nn.Module,
+        batches: tuple[Tensor, ...],
+        first: Float[Tensor, "rows pos d_model"],
+        own: range,
     ) -> None:
-        """Every batch whose turn it is in this process."""
+        """Compute the batches that are this process's; the first one is there already."""
         assert self._residuals is not None  # noqa: S101
-        for i in range(number, len(batches), sharing):
-            start = i * len(batches[0])
-            self._residuals[start : start + len(batches[i])] = self._compute(model, batches[i])
+        for i in own:
+            start = i * len(first)
+            residuals = first if i == 0 else self._compute(model, batches[i])
+            self._residuals[start : start + len(residuals)] = residuals
 
     def _compute(
         self, model: nn.Module, tokens: Int[Tensor, "batch pos"]
