@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -54,19 +56,25 @@ print("ran", json.dumps(sorted(ran)), flush=True)
 """
 
 
-def run(processes: int, llama_folder: Path, ids_file: Path, out: Path, method: str, **options):
+def start(processes: int, llama_folder: Path, ids_file: Path, out: Path, method: str, **options):
     script = out.parent / "script.py"
     script.write_text(SCRIPT)
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     arguments = [str(llama_folder), str(ids_file), str(out), method, json.dumps(OPTIONS | options)]
-    return subprocess.run(
+    return subprocess.Popen(
         [sys.executable, *launcher, str(script), *arguments],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=300,
     )
+
+
+def run(*args, **options):
+    process = start(*args, **options)
+    out, err = process.communicate(timeout=300)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
 def record(out: Path) -> dict:
@@ -106,6 +114,29 @@ def test_two_processes_give_the_losses_of_one(llama_folder, ids_file, tmp_path, 
     for name in a:
         torch.testing.assert_close(b[name], a[name], atol=1e-4, rtol=1e-3)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "2", "script.py"]
+
+
+@pytest.mark.long
+def test_two_processes_answer_sigterm_and_hold_one_lock(llama_folder, ids_file, tmp_path):
+    """As Slurm ends a job: both leave after a step, with a checkpoint to go on from."""
+    out, ids = tmp_path / "run", json.loads(ids_file.read_text())
+    options = {"epochs": 400, "checkpoint_minutes": 60.0, "record_every": 0}
+    process = start(2, llama_folder, ids_file, out, "late_lora", last_k=1, **options)
+    cache = tmp_path / "run.partial"
+    while not list(cache.glob("prefix-cache-*.bin")) and process.poll() is None:
+        time.sleep(0.01)
+    with pytest.raises(TrainingError, match="is working in"):
+        hyperfit(llama_folder, ids, "late_lora", out=out, **OPTIONS)
+    time.sleep(1.0)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=100)
+    assert err.count("ended by SIGTERM after step") == 1, err
+    assert not (cache / "lock.json").exists()
+    done = run(2, llama_folder, ids_file, out, "late_lora", last_k=1, **options)
+    assert done.returncode == 0, done.stderr
+    whole = run(2, llama_folder, ids_file, tmp_path / "whole", "late_lora", last_k=1, **options)
+    assert whole.returncode == 0, whole.stderr
+    assert record(out)["history"] == record(tmp_path / "whole")["history"]
 
 
 @pytest.mark.parametrize(

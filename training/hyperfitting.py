@@ -123,8 +123,8 @@ def hyperfit(
         checkpoint_minutes: between two checkpoints; 0 for one after every step.
         report_to: loggers of transformers' Trainer, such as "tensorboard" or "wandb".
             TensorBoard's files are saved in `out` as "runs", or where TENSORBOARD_LOGGING_DIR says.
-        callbacks: `TrainerCallback` objects or classes of transformers, called after hyperfit's own.
-            A resumed run does not ask whether they are the same.
+        callbacks: objects or classes of transformers' `TrainerCallback`, called after hyperfit's
+            own. A resumed run does not ask whether they are the same.
         progress: show a progress bar and each record on a terminal or in a notebook, and
             elsewhere a line on stderr for each epoch and each record.
         overrides: other values for fields of `Recipe`, such as `epochs=20`.
@@ -176,7 +176,9 @@ def hyperfit(
     with working_folder(folder, _identity(final_recipe, manifest)) as working:
         with trainers_randomness(final_recipe.seed, train_device):
             sha256 = manifest["base"]["sha256"]
-            fitted = fit(trainee, opened, data, final_recipe, train_device, working, options, sha256)
+            fitted = fit(
+                trainee, opened, data, final_recipe, train_device, working, options, sha256
+            )
         manifest |= fitted.scope
         manifest["notes"] += fitted.notes
         run = HyperfitRun(
