@@ -58,7 +58,7 @@ docs: .venv/.installed ## build the API reference, warnings are errors
 demo: .venv/.installed ## hyperfit the embedded model, compare, write the report
 	.venv/bin/hyperlens demo $(DEMO_ARGS)
 
-BENCH_ARGS ?= --vocab 4096,32000,128256 --d-model 256 --sequences 16 --length 64 --rounds 1 --threads 1
+BENCH_ARGS ?= --vocab 4096,32000,128256 --d-model 256 --sequences 8 --length 64 --epochs 3 --rounds 1 --threads 1
 bench: .venv/.installed ## how fast late-stage LoRA trains at vocabularies of real models, and in how much memory
 	.venv/bin/python benchmarks/train_speed.py $(BENCH_ARGS)
 

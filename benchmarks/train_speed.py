@@ -5,24 +5,27 @@
 
 All sides train the same random Llama on the same sequences with AdamW, batches of 8, float32:
 
-- full LoRA: transformers' Trainer and peft, adapters on every block;
-- late-stage LoRA: the same, adapters on the last k blocks (peft's layers_to_transform);
+- "full LoRA": transformers' Trainer and peft, adapters on every block;
+- "late-stage LoRA": the same, adapters on the last k blocks (peft's layers_to_transform);
 - hyperfit(method="late_lora"): with the cache and, for comparison, without;
 - the suffix alone: k blocks, norm and unembedding, forward + backward + step in a bare loop on
   residuals that are already there. Nothing that trains these blocks can be faster.
 
-Seconds per epoch, the median over epochs after the first; the cache is filled before it. Memory is
-the peak of what the process holds above what it held before the side began, model included. The
-sides take turns, so that a change of the machine's mood meets all of them.
+Seconds of the processor per epoch, which other work on the machine lengthens less than those of a
+clock: the median over epochs after the first; the cache is filled before it. Each side runs in a
+process of its own; memory is the peak of what it holds above what it held before the model was
+made. The sides take turns, so that a change of the machine's mood meets all of them.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
+import json
 import logging
 import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 import warnings
@@ -65,10 +68,10 @@ class Clock(TrainerCallback):
         self.seconds = []
 
     def on_epoch_begin(self, *args, **kwargs):
-        self.start = time.perf_counter()
+        self.start = time.process_time()
 
     def on_epoch_end(self, *args, **kwargs):
-        self.seconds.append(time.perf_counter() - self.start)
+        self.seconds.append(time.process_time() - self.start)
 
 
 def plain_peft(args, tokens, blocks):
@@ -151,7 +154,7 @@ def suffix_alone(args, tokens):
     places = core.rotary_emb(hidden[:BATCH], torch.arange(args.length)[None])
     seconds = []
     for _ in range(args.epochs):
-        begun = time.perf_counter()
+        begun = time.process_time()
         order = torch.randperm(len(tokens))
         for start in range(0, len(tokens), BATCH):
             rows = order[start : start + BATCH]
@@ -165,54 +168,68 @@ def suffix_alone(args, tokens):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        seconds.append(time.perf_counter() - begun)
+        seconds.append(time.process_time() - begun)
     return seconds
 
 
+def late(args):
+    return list(range(args.layers - args.last_k, args.layers))
+
+
 def sides_of(args, tokens):
-    late = list(range(args.layers - args.last_k, args.layers))
     return {
-        "full LoRA, Trainer + peft": lambda: plain_peft(args, tokens, list(range(args.layers))),
-        "late-stage LoRA, Trainer + peft": lambda: plain_peft(args, tokens, late),
-        "hyperfit late_lora, no cache": lambda: ours(args, tokens, False),
+        "full LoRA": lambda: plain_peft(args, tokens, list(range(args.layers))),
+        "late-stage LoRA": lambda: plain_peft(args, tokens, late(args)),
+        "hyperfit, no cache": lambda: ours(args, tokens, False),
         OURS: lambda: ours(args, tokens, True),
-        "the suffix alone, bare loop": lambda: suffix_alone(args, tokens),
+        "the suffix alone": lambda: suffix_alone(args, tokens),
     }
 
 
-def measured(run):
-    """Seconds of each epoch after the first, and the bytes that the side took at most."""
-    gc.collect()
+def one_side(args):
+    """Run one side in this process; print its seconds per epoch and its MiB as JSON."""
+    torch.set_num_threads(args.threads)
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+    torch.manual_seed(1)
+    tokens = torch.randint(args.vocab[0], (args.sequences, args.length))
+    args.vocab = args.vocab[0]
     held = psutil.Process().memory_info().rss
     peak_bytes(forget=True)
-    seconds = run()[1:]
-    return seconds, peak_bytes() - held
+    seconds = sides_of(args, tokens)[args.side]()
+    print(json.dumps({"seconds": seconds[1:], "mib": (peak_bytes() - held) / 2**20}))
 
 
-def compare(args):
+def measured(side, vocab):
+    """The same in another process."""
+    command = [sys.executable, *sys.argv, "--side", side, "--vocab", str(vocab)]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def compare(args, vocab):
     """Print the table of one vocabulary."""
-    torch.manual_seed(1)
-    tokens = torch.randint(args.vocab, (args.sequences, args.length))
-    sides = sides_of(args, tokens)
-    seconds = {side: [] for side in sides}
-    memory = {side: [] for side in sides}
+    runs = {side: [] for side in args.sides}
     for _ in range(args.rounds):
-        for side, run in sides.items():
-            epochs, n_bytes = measured(run)
-            seconds[side] += epochs
-            memory[side].append(n_bytes / 2**20)
-    own = statistics.median(seconds[OURS])
-    print(f"vocabulary {args.vocab:<23,}{'s / epoch':>10}{'times':>8}{'MiB':>9}")
-    for side, values in seconds.items():
-        value = statistics.median(values)
-        print(
-            f"{side:34}{value:10.2f}{value / own:7.2f}x{statistics.median(memory[side]):9,.0f}",
-            flush=True,
-        )
+        for side in args.sides:
+            runs[side].append(measured(side, vocab))
+    seconds = {
+        side: statistics.median(value for run in done for value in run["seconds"])
+        for side, done in runs.items()
+    }
+    print(f"vocabulary {vocab:<23,}{'s / epoch':>10}{'times':>8}{'MiB':>9}")
+    for side, done in runs.items():
+        times = seconds[side] / seconds[OURS]
+        mib = statistics.median(run["mib"] for run in done)
+        print(f"{side:34}{seconds[side]:10.2f}{times:7.2f}x{mib:9,.0f}", flush=True)
 
 
 def vocabularies(text):
     return [int(number) for number in text.split(",")]
+
+
+def names(text):
+    return text.split(",")
 
 
 def main():
@@ -223,20 +240,26 @@ def main():
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--vocab", type=vocabularies, default=[4096], help="one or several: N,N")
+    parser.add_argument("--sides", type=names, default=list(sides_of(None, None)), help="a,b")
+    parser.add_argument("--side", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    logging.disable(logging.WARNING)
-    warnings.simplefilter("ignore")
+    if args.side:
+        one_side(args)
+        return
     print(
         f"Llama of {args.layers} blocks, d_model {args.d_model}, last {args.last_k} trained, "
         f"{args.sequences} x {args.length} tokens, batch {BATCH}, float32, {args.threads} "
         f"threads, {processor()}, torch {torch.__version__}; median of {args.rounds} x "
-        f"{args.epochs - 1} epochs; load {', '.join(f'{n:.1f}' for n in os.getloadavg())} before",
+        f"{args.epochs - 1} epochs; {load()} before",
         flush=True,
     )
     for vocab in args.vocab:
-        compare(argparse.Namespace(**{**vars(args), "vocab": vocab}))
-    print(f"load {', '.join(f'{n:.1f}' for n in os.getloadavg())} after")
+        compare(args, vocab)
+    print(f"{load()} after")
+
+
+def load():
+    return f"load {', '.join(f'{number:.1f}' for number in os.getloadavg())}"
 
 
 if __name__ == "__main__":

@@ -242,6 +242,7 @@ def test_a_file_comes_first_where_it_is_of_use(monkeypatch, tmp_path):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert place() == "disk"
     # Without room for a file, each of four processes has its own in memory.
+    monkeypatch.setattr(prefix_module, "SPARE_DISK_SHARE", 0.0)
     monkeypatch.setattr(prefix_module, "DISK_SHARE", 0.0)
     assert place(keep=True) == "memory"
     set_free_memory(monkeypatch, 8 * size - 2)
@@ -316,8 +317,8 @@ def test_a_file_that_is_not_kept_has_no_name(tmp_path):
 def test_what_fits_nowhere_is_refused_before_training(tiny, monkeypatch):
     with pytest.raises(ResourceError, match=r"lower n_sequences .*--no-prefix-cache"):
         plan((10**9, 1024, 4096), torch.float32, Path("/"))
-    monkeypatch.setattr(prefix_module, "MEMORY_SHARE", 0.0)
-    monkeypatch.setattr(prefix_module, "DISK_SHARE", 0.0)
+    for share in ("MEMORY_SHARE", "DISK_SHARE", "SPARE_DISK_SHARE"):
+        monkeypatch.setattr(prefix_module, share, 0.0)
     with pytest.raises(ResourceError, match="prefix cache needs"):
         hyperfit(tiny, sequences(), "late_lora", last_k=1, **OPTIONS)
     hyperfit(tiny, sequences(), "late_lora", last_k=1, prefix_cache=False, **OPTIONS)

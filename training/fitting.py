@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, TrainerCallback
 
-from ..errors import ResultsError, TrainingError, first_line
+from ..errors import ResourceError, ResultsError, TrainingError, first_line
 from ..models.sources import OpenedModel
 from ..results.fingerprint import versions
 from . import pissa, processes
@@ -387,6 +387,8 @@ def train(
             f"out of memory on {device}: lower batch_size (now {recipe.batch_size}), set "
             "gradient_checkpointing=True, or train an adapter with 'late_lora'"
         ) from error
+    except ResourceError:  # there is no room for the prefix cache
+        raise
     except Exception as error:
         if checkpoint is None or begun.has_begun:
             raise

@@ -37,6 +37,8 @@ Place = Literal["memory", "disk"]
 # The share of free memory or disk space that the cache may take: training needs some, too.
 MEMORY_SHARE = 0.5
 DISK_SHARE = 0.9
+# Up to this share of it, a file is taken where memory would do.
+SPARE_DISK_SHARE = 0.5
 # Prefix of the names of memory-mapped files.
 MAPPED = "prefix-cache-"
 
@@ -85,14 +87,12 @@ def plan(
     memory = int(psutil.virtual_memory().available)
     disk = shutil.disk_usage(folder).free
     sharing = processes.on_this_machine()
-    fits: dict[Place, bool] = {
-        "memory": n_bytes * sharing <= MEMORY_SHARE * memory,
-        "disk": n_bytes <= DISK_SHARE * disk,
-    }
-    order: tuple[Place, ...] = ("memory", "disk")
-    for place in reversed(order) if keep or sharing > 1 else order:
-        if fits[place]:
-            return Plan(n_bytes, place, folder, keep)
+    if (keep or sharing > 1) and n_bytes <= SPARE_DISK_SHARE * disk:
+        return Plan(n_bytes, "disk", folder, keep)
+    if n_bytes * sharing <= MEMORY_SHARE * memory:
+        return Plan(n_bytes, "memory", folder)
+    if n_bytes <= DISK_SHARE * disk:
+        return Plan(n_bytes, "disk", folder, keep)
     raise ResourceError(
         f"the prefix cache needs {n_bytes / 2**30:.1f} GiB for {sequences} x {pos} tokens of "
         f"{d_model} numbers; {memory / 2**30:.1f} GiB of memory and {disk / 2**30:.1f} GiB under "
