@@ -283,7 +283,8 @@ def _cache_folder(working: WorkingFolder) -> tuple[Path, bool]:
     # Other machines than the first may not see its folder.
     is_here = working.folder.is_dir()
     folder = working.folder if is_here else Path(tempfile.gettempdir())
-    return processes.from_first_here((folder, is_here and working.can_resume))
+    place: tuple[Path, bool] = processes.from_first_here((folder, is_here and working.can_resume))
+    return place
 
 
 def _rows(recipe: Recipe) -> int:

@@ -54,7 +54,7 @@ def _reserve(cache: Any, n: int) -> None:
     layers = getattr(cache, "layers", [])
     for i, layer in enumerate(layers):
         if type(layer) is DynamicLayer and layer.is_initialized:
-            layers[i] = _RoomyLayer(layer, n)
+            layers[i] = _RoomyLayer(layer.keys, layer.values, n)
 
 
 class _RoomyLayer(DynamicLayer):
@@ -64,12 +64,17 @@ class _RoomyLayer(DynamicLayer):
     model. What attention sees is the same.
     """
 
-    def __init__(self, layer: DynamicLayer, n: int) -> None:
-        super().__init__()
-        self.lazy_initialization(layer.keys, layer.values)
-        self._length = layer.keys.shape[-2]
-        self._all_keys = _with_room(layer.keys, n)
-        self._all_values = _with_room(layer.values, n)
+    def __init__(
+        self,
+        keys: Float[Tensor, "batch heads pos d_key"],
+        values: Float[Tensor, "batch heads pos d_value"],
+        n: int,
+    ) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.lazy_initialization(keys, values)
+        self._length = keys.shape[-2]
+        self._all_keys = _with_room(keys, n)
+        self._all_values = _with_room(values, n)
         self._show()
 
     def update(
