@@ -53,7 +53,9 @@ def _reserve(cache: Any, n: int) -> None:
     """Give plain layers of a cache room for `n` more tokens; others stay as they are."""
     layers = getattr(cache, "layers", [])
     for i, layer in enumerate(layers):
-        if type(layer) is DynamicLayer and layer.is_initialized:
+        if type(layer) is not DynamicLayer:
+            continue
+        if layer.keys is not None and layer.values is not None:
             layers[i] = _RoomyLayer(layer.keys, layer.values, n)
 
 

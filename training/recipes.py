@@ -58,8 +58,8 @@ _CARLSSON2025 = {
     "new_tokens": 224,
 }
 
-# Shows hyperfitting on a small model and two CPU cores within a minute or two. All ours. Few records:
-# five of them take about a seventh of the time of late-stage training, which is quick.
+# Shows hyperfitting on a small model and two CPU cores within a minute or two. All ours. Few
+# records: five of them take about a seventh as long as the late-stage training that they watch.
 _DEMO = {
     "n_sequences": 32,
     "sequence_length": 192,
