@@ -22,7 +22,8 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help env env-tl3 test test-tl3 test-long tutorials lint format types docs demo validate coverage lock clean
+.PHONY: help env env-tl3 test test-tl3 test-long tutorials lint format types docs
+.PHONY: demo validate bench coverage lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -63,6 +64,10 @@ demo: .venv/.installed ## hyperfit the embedded model, compare, write the report
 
 validate: .venv/.installed ## every experiment on planted pairs whose truth is known (see docs/validation.md)
 	.venv/bin/hyperlens validate $(VALIDATE_ARGS)
+
+BENCH_ARGS ?= --vocab 4096,32000,128256 --d-model 256 --sequences 8 --length 64 --epochs 3 --rounds 1 --threads 1
+bench: .venv/.installed ## how fast late-stage LoRA trains at vocabularies of real models, and in how much memory
+	.venv/bin/python benchmarks/train_speed.py $(BENCH_ARGS)
 
 # A pair and texts: make coverage COVERAGE_ARGS="BASE TUNED TEXTS..."
 COVERAGE_ARGS ?=

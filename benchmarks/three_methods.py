@@ -69,6 +69,7 @@ def main():
             **late,
             n_validation=64,
             n_prompts=64,
+            record_every=5,
             progress=False,
             device="cpu",
         )
@@ -91,6 +92,7 @@ def main():
             **late,
             n_validation=64,
             n_prompts=64,
+            record_every=5,
             progress=False,
             stop_at_plateau=True,
             device="cpu",

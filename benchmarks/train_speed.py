@@ -1,30 +1,38 @@
 """Late-stage LoRA with the frozen-prefix cache against what people run today, one run.
 
     python benchmarks/train_speed.py [--layers 24 --d-model 512 --last-k 5 ...]
+    python benchmarks/train_speed.py --vocab 4096,32000,128256  # or: make bench
 
 All sides train the same random Llama on the same sequences with AdamW, batches of 8, float32:
 
-- full LoRA: transformers' Trainer and peft, adapters on every block;
-- late-stage LoRA: the same, adapters on the last k blocks (peft's layers_to_transform);
+- "full LoRA": transformers' Trainer and peft, adapters on every block;
+- "late-stage LoRA": the same, adapters on the last k blocks (peft's layers_to_transform);
 - hyperfit(method="late_lora"): with the cache and, for comparison, without;
 - the suffix alone: k blocks, norm and unembedding, forward + backward + step in a bare loop on
   residuals that are already there. Nothing that trains these blocks can be faster.
 
-Seconds per epoch, the median over epochs after the first (which fills the cache); the sides take
-turns, so that a change of the machine's mood meets all of them.
+Seconds of the processor per epoch, which other work on the machine lengthens less than those of a
+clock: the median over epochs after the first; the cache is filled before it. Each side runs in a
+process of its own; memory is the peak of what it holds above what it held before the model was
+made. The sides take turns, so that a change of the machine's mood meets all of them.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import logging
+import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 import warnings
 
+import psutil
 import torch
-from compare_speed import llama_config, processor
+from compare_speed import llama_config, peak_bytes, processor
 from peft import LoraConfig, get_peft_model
 from torch.nn import functional
 from torch.utils.data import Dataset
@@ -34,6 +42,7 @@ from hyperlens.training import hyperfit
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 BATCH = 8
+OURS = "hyperfit late_lora"
 
 
 def llama(args):
@@ -59,10 +68,10 @@ class Clock(TrainerCallback):
         self.seconds = []
 
     def on_epoch_begin(self, *args, **kwargs):
-        self.start = time.perf_counter()
+        self.start = time.process_time()
 
     def on_epoch_end(self, *args, **kwargs):
-        self.seconds.append(time.perf_counter() - self.start)
+        self.seconds.append(time.process_time() - self.start)
 
 
 def plain_peft(args, tokens, blocks):
@@ -145,7 +154,7 @@ def suffix_alone(args, tokens):
     places = core.rotary_emb(hidden[:BATCH], torch.arange(args.length)[None])
     seconds = []
     for _ in range(args.epochs):
-        begun = time.perf_counter()
+        begun = time.process_time()
         order = torch.randperm(len(tokens))
         for start in range(0, len(tokens), BATCH):
             rows = order[start : start + BATCH]
@@ -159,46 +168,98 @@ def suffix_alone(args, tokens):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        seconds.append(time.perf_counter() - begun)
+        seconds.append(time.process_time() - begun)
     return seconds
+
+
+def late(args):
+    return list(range(args.layers - args.last_k, args.layers))
+
+
+def sides_of(args, tokens):
+    return {
+        "full LoRA": lambda: plain_peft(args, tokens, list(range(args.layers))),
+        "late-stage LoRA": lambda: plain_peft(args, tokens, late(args)),
+        "hyperfit, no cache": lambda: ours(args, tokens, False),
+        OURS: lambda: ours(args, tokens, True),
+        "the suffix alone": lambda: suffix_alone(args, tokens),
+    }
+
+
+def one_side(args):
+    """Run one side in this process; print its seconds per epoch and its MiB as JSON."""
+    torch.set_num_threads(args.threads)
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+    torch.manual_seed(1)
+    tokens = torch.randint(args.vocab[0], (args.sequences, args.length))
+    args.vocab = args.vocab[0]
+    held = psutil.Process().memory_info().rss
+    peak_bytes(forget=True)
+    seconds = sides_of(args, tokens)[args.side]()
+    print(json.dumps({"seconds": seconds[1:], "mib": (peak_bytes() - held) / 2**20}))
+
+
+def measured(side, vocab):
+    """The same in another process."""
+    command = [sys.executable, *sys.argv, "--side", side, "--vocab", str(vocab)]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def compare(args, vocab):
+    """Print the table of one vocabulary."""
+    runs = {side: [] for side in args.sides}
+    for _ in range(args.rounds):
+        for side in args.sides:
+            runs[side].append(measured(side, vocab))
+    seconds = {
+        side: statistics.median(value for run in done for value in run["seconds"])
+        for side, done in runs.items()
+    }
+    print(f"vocabulary {vocab:<23,}{'s / epoch':>10}{'times':>8}{'MiB':>9}")
+    for side, done in runs.items():
+        times = seconds[side] / seconds[OURS]
+        mib = statistics.median(run["mib"] for run in done)
+        print(f"{side:34}{seconds[side]:10.2f}{times:7.2f}x{mib:9,.0f}", flush=True)
+
+
+def vocabularies(text):
+    return [int(number) for number in text.split(",")]
+
+
+def names(text):
+    return text.split(",")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name, default in (
-        ("layers", 24), ("d-model", 512), ("vocab", 4096), ("sequences", 32), ("length", 128),
+        ("layers", 24), ("d-model", 512), ("sequences", 32), ("length", 128),
         ("last-k", 5), ("epochs", 4), ("rounds", 3), ("threads", 2),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--vocab", type=vocabularies, default=[4096], help="one or several: N,N")
+    parser.add_argument("--sides", type=names, default=list(sides_of(None, None)), help="a,b")
+    parser.add_argument("--side", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    logging.disable(logging.WARNING)
-    warnings.simplefilter("ignore")
-    torch.manual_seed(1)
-    tokens = torch.randint(args.vocab, (args.sequences, args.length))
-    late = list(range(args.layers - args.last_k, args.layers))
-    sides = {
-        "full LoRA, Trainer + peft": lambda: plain_peft(args, tokens, list(range(args.layers))),
-        "late-stage LoRA, Trainer + peft": lambda: plain_peft(args, tokens, late),
-        "hyperfit late_lora, no cache": lambda: ours(args, tokens, False),
-        "hyperfit late_lora": lambda: ours(args, tokens, True),
-        "the suffix alone, bare loop": lambda: suffix_alone(args, tokens),
-    }
-    measured = {side: [] for side in sides}
-    for _ in range(args.rounds):
-        for side, run in sides.items():
-            measured[side] += run()[1:]
-    seconds = {side: statistics.median(values) for side, values in measured.items()}
-    own = seconds["hyperfit late_lora"]
+    if args.side:
+        one_side(args)
+        return
     print(
-        f"Llama of {args.layers} blocks, d_model {args.d_model}, vocabulary {args.vocab}, last "
-        f"{args.last_k} trained, {args.sequences} x {args.length} tokens, batch {BATCH}, float32, "
-        f"{args.threads} threads, {processor()}, torch {torch.__version__}; median of "
-        f"{args.rounds} x {args.epochs - 1} epochs"
+        f"Llama of {args.layers} blocks, d_model {args.d_model}, last {args.last_k} trained, "
+        f"{args.sequences} x {args.length} tokens, batch {BATCH}, float32, {args.threads} "
+        f"threads, {processor()}, torch {torch.__version__}; median of {args.rounds} x "
+        f"{args.epochs - 1} epochs; {load()} before",
+        flush=True,
     )
-    print(f"{'':34}{'s / epoch':>10}{'times':>8}")
-    for side, value in seconds.items():
-        print(f"{side:34}{value:10.2f}{value / own:7.2f}x")
+    for vocab in args.vocab:
+        compare(args, vocab)
+    print(f"{load()} after")
+
+
+def load():
+    return f"load {', '.join(f'{number:.1f}' for number in os.getloadavg())}"
 
 
 if __name__ == "__main__":

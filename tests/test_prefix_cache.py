@@ -2,20 +2,18 @@
 
 from functools import partial
 from pathlib import Path
-from threading import Thread
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from conftest import D_VOCAB, make_tiny, short
-from transformers import MixtralConfig, MixtralForCausalLM
+from transformers import MixtralConfig, MixtralForCausalLM, TrainerCallback
 
 from hyperlens.errors import ResourceError
 from hyperlens.training import hyperfit
 from hyperlens.training import prefix as prefix_module
-from hyperlens.training.adapters import find_block_list
-from hyperlens.training.prefix import PrefixCache, is_exact, plan
+from hyperlens.training.prefix import PrefixCache, ResidualFile, is_exact, plan
 
 LENGTH = 12
 MEMORY = prefix_module.Plan(0, "memory", Path())
@@ -138,10 +136,10 @@ def test_the_frozen_blocks_run_once_per_sequence(tiny, monkeypatch):
 
     monkeypatch.setattr(block, "forward", counting)
     hyperfit(tiny, sequences(), "late_lora", last_k=1, **OPTIONS)
-    # Of 4 epochs of 3 batches the frozen blocks run in the first; once before it, the cache serves
-    # a batch to see that it is exact.
-    assert seen.count(0) == seen.count(1) < 12
-    assert seen.count(2) - seen.count(0) == 9 + 1
+    # The frozen blocks run on 3 batches before the first of 4 epochs of 3 batches, which the later
+    # block runs on; all run on one batch to see that the cache is exact, and to find the blocks.
+    assert seen.count(0) == seen.count(1)
+    assert seen.count(2) - seen.count(0) == 12 - 3
 
 
 @pytest.mark.parametrize("missed", [0.0, None], ids=["silently", "with an error"])
@@ -162,7 +160,7 @@ def test_a_model_that_passes_on_more_than_the_residual_is_not_cached(tiny, misse
 
     first.forward, last.forward = writes, reads
     tokens = torch.tensor(sequences())
-    cache = PrefixCache(find_block_list(tiny).blocks, 2, len(tokens), MEMORY)
+    cache = PrefixCache(tiny, 2, MEMORY)
     assert not is_exact(tiny, cache, tokens[:3])
 
 
@@ -177,7 +175,7 @@ def test_frozen_blocks_that_draw_random_numbers_are_not_cached(tiny):
 
     first.forward = jittered
     tokens = torch.tensor(sequences())
-    cache = PrefixCache(find_block_list(tiny).blocks, 2, len(tokens), MEMORY)
+    cache = PrefixCache(tiny, 2, MEMORY)
     assert not is_exact(tiny, cache, tokens[:3])
 
 
@@ -205,7 +203,7 @@ def test_exactness_leaves_the_model_as_it_was(tiny):
     tiny.model.layers[1].eval()
     before = [module.training for module in tiny.modules()]
     tokens = torch.tensor(sequences())
-    cache = PrefixCache(find_block_list(tiny).blocks, 2, len(tokens), MEMORY)
+    cache = PrefixCache(tiny, 2, MEMORY)
     assert is_exact(tiny, cache, tokens[:3])
     assert [module.training for module in tiny.modules()] == before
     assert not any("forward" in vars(module) for module in tiny.modules())
@@ -230,67 +228,104 @@ def test_the_size_is_known_beforehand_and_decides_the_place(monkeypatch, tmp_pat
     assert str(tmp_path) in str(tight)
 
 
-def test_processes_share_what_is_free_on_their_machine(monkeypatch, tmp_path):
+def test_a_file_comes_first_where_it_is_of_use(monkeypatch, tmp_path):
+    """For several processes, which share it, and for a run that can be resumed."""
     size = 1000 * 256 * 64 * 2
+
+    def place(**options):
+        return plan((1000, 256, 64), torch.bfloat16, tmp_path, **options).place
+
+    set_free_memory(monkeypatch, 8 * size)
+    assert place() == "memory"
+    assert place(keep=True) == "disk"
     monkeypatch.setenv("WORLD_SIZE", "8")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    for memory, place in ((8 * size, "memory"), (8 * size - 2, "disk")):
-        set_free_memory(monkeypatch, memory)
-        made = plan((1000, 256, 64), torch.bfloat16, tmp_path)
-        assert (made.n_bytes, made.place) == (size, place)
+    assert place() == "disk"
+    # Without room for a file, each of four processes has its own in memory.
+    monkeypatch.setattr(prefix_module, "SPARE_DISK_SHARE", 0.0)
     monkeypatch.setattr(prefix_module, "DISK_SHARE", 0.0)
-    set_free_memory(monkeypatch, size)
-    with pytest.raises(ResourceError, match="in each of 4 processes"):
-        plan((1000, 256, 64), torch.bfloat16, tmp_path)
+    assert place(keep=True) == "memory"
+    set_free_memory(monkeypatch, 8 * size - 2)
+    with pytest.raises(ResourceError, match="lower n_sequences"):
+        place()
 
 
-def test_two_caches_in_one_folder_do_not_meet(tmp_path, monkeypatch):
-    """Both files are there at once: neither is taken for, nor removed with, the other."""
-    mapped = prefix_module._mapped
-    seen = []
+def test_a_resumed_run_finds_the_file_again(tiny, tmp_path, monkeypatch):
+    class Breaks(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 5:
+                raise InterruptedError
 
-    def slowly(path, *args):
-        seen.append(path)
-        if len(seen) == 1:
-            other = Thread(target=lambda: cache()._allocate(torch.zeros(1, 2, 3)))
-            other.start()
-            other.join()
-        return mapped(path, *args)
+    options = OPTIONS | {"last_k": 1, "checkpoint_minutes": 0.0}
+    whole = hyperfit(tiny, sequences(), "late_lora", **options)
+    run = partial(hyperfit, tiny, sequences(), "late_lora", out=tmp_path / "run", **options)
+    with pytest.raises(InterruptedError):
+        run(callbacks=[Breaks()])
+    (file,) = (tmp_path / "run.partial").glob("prefix-cache-*")
+    assert file.suffix == ".bin"
+    with monkeypatch.context() as patch:
+        patch.setattr(PrefixCache, "_fill", lambda *args: pytest.fail("filled again"))
+        resumed = run()
+    assert resumed.history == whole.history
+    assert same_weights(resumed.model, whole.model)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
-    def cache():
-        block = torch.nn.Identity()
-        return PrefixCache([block, block], 1, 4, prefix_module.Plan(0, "disk", tmp_path))
 
-    monkeypatch.setattr(prefix_module, "_mapped", slowly)
-    kept = cache()._allocate(torch.zeros(1, 2, 3))
-    assert kept.shape == (4, 2, 3)
-    assert len(set(seen)) == 2
+def residual_file(folder: Path, **identity) -> ResidualFile:
+    return ResidualFile.named(folder, {"base": "a"} | identity)
+
+
+def filled(file: ResidualFile, residuals: torch.Tensor) -> None:
+    stored, is_complete = file.open(tuple(residuals.shape), residuals[:1], keep=True)
+    assert not is_complete
+    stored.copy_(residuals)
+    file.close(stored, keep=True)
+
+
+def test_only_a_complete_file_of_the_same_residuals_is_found_again(tmp_path):
+    residuals = torch.randn(4, 2, 3)
+    shape = tuple(residuals.shape)
+    filled(residual_file(tmp_path), residuals)
+    found, is_complete = residual_file(tmp_path).open(shape, residuals[:1], keep=True)
+    assert is_complete
+    assert torch.equal(found, residuals)
+    # Rounded otherwise, as by another machine; of another base; not filled to the end.
+    assert not residual_file(tmp_path).open(shape, residuals[:1] + 1e-6, keep=True)[1]
+    filled(residual_file(tmp_path), residuals)
+    assert not residual_file(tmp_path, base="b").open(shape, residuals[:1], keep=True)[1]
+    assert not residual_file(tmp_path, base="b").open(shape, residuals[:1], keep=True)[1]
+    # What is of no use any more is deleted.
+    assert [path.suffix for path in tmp_path.iterdir()] == [".unfinished"]
+
+
+def test_machines_that_share_a_folder_have_files_of_their_own(tmp_path, monkeypatch):
+    residuals = torch.randn(4, 2, 3)
+    for machine in ("0", "1"):
+        monkeypatch.setenv("GROUP_RANK", machine)
+        filled(residual_file(tmp_path), residuals)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_file_that_is_not_kept_has_no_name(tmp_path):
+    residuals = torch.randn(4, 2, 3)
+    stored, _ = residual_file(tmp_path).open(tuple(residuals.shape), residuals[:1], keep=False)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_file_that_is_gone_already_is_no_error(tmp_path, monkeypatch):
-    from_file = torch.from_file
-
-    def removing(name, **options):
-        made = from_file(name, **options)
-        Path(name).unlink()
-        return made
-
-    monkeypatch.setattr(torch, "from_file", removing)
-    assert prefix_module._mapped(tmp_path / "cache", (2, 3), torch.float32).shape == (2, 3)
+    stored.copy_(residuals)
+    assert torch.equal(stored, residuals)
 
 
 def test_what_fits_nowhere_is_refused_before_training(tiny, monkeypatch):
     with pytest.raises(ResourceError, match=r"lower n_sequences .*--no-prefix-cache"):
         plan((10**9, 1024, 4096), torch.float32, Path("/"))
-    monkeypatch.setattr(prefix_module, "MEMORY_SHARE", 0.0)
-    monkeypatch.setattr(prefix_module, "DISK_SHARE", 0.0)
+    for share in ("MEMORY_SHARE", "DISK_SHARE", "SPARE_DISK_SHARE"):
+        monkeypatch.setattr(prefix_module, share, 0.0)
     with pytest.raises(ResourceError, match="prefix cache needs"):
         hyperfit(tiny, sequences(), "late_lora", last_k=1, **OPTIONS)
     hyperfit(tiny, sequences(), "late_lora", last_k=1, prefix_cache=False, **OPTIONS)
 
 
 def test_a_file_that_cannot_grow_is_one_clear_error(tmp_path):
-    with pytest.raises(ResourceError, match="cannot store the prefix cache"):
-        prefix_module._mapped(tmp_path / "cache", (2**50,), torch.float32)
+    with pytest.raises(ResourceError, match="cannot store the prefix cache") as caught:
+        residual_file(tmp_path).open((2**50, 1, 1), torch.zeros(1, 1, 1), keep=True)
+    assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []

@@ -21,9 +21,12 @@ from scipy.special import log_softmax
 from scipy.stats import rankdata
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, MambaConfig
+from transformers.cache_utils import DynamicLayer
 
 from hyperlens.errors import ResultsError, TrainingError
+from hyperlens.models.structure import find_structure
 from hyperlens.training import history, read_history, record
+from hyperlens.training.greedy import cache_bytes
 from hyperlens.training.history import Record
 from hyperlens.training.recipes import Recipe
 from hyperlens.training.record import Recorder, greedy
@@ -168,6 +171,21 @@ def test_the_base_is_its_own_first_choice(name: str, dtype: torch.dtype) -> None
     found = Recorder(make_tiny(name).to(dtype), held_out(), SMALL).measure(0, 0, math.nan, 0.0)
     assert (found.rank_1, found.rank_2_10, found.rank_gt_10) == (1.0, 0.0, 0.0)
     assert math.isnan(found.train_loss)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
+def test_a_frozen_prefix_from_the_cache_gives_the_same_numbers(name: str) -> None:
+    model, tokens = make_tiny(name), held_out()
+    blocks = find_structure(model).blocks
+    cached, plain = (Recorder(model, tokens, SMALL, frozen) for frozen in (2, 0))
+    shake(blocks[2])
+    expected = plain.measure(1, 1, 1.0, 1.0)
+    assert expected.rank_1 < 1.0
+    assert cached.measure(1, 1, 1.0, 1.0) == expected
+    # The cache does not see a change before block 2, and the other recorder does.
+    shake(blocks[0])
+    losses = [one.measure(1, 1, 1.0, 1.0).validation_loss for one in (cached, plain)]
+    assert losses[0] == expected.validation_loss != losses[1]
 
 
 def test_shares_and_means_hang_together() -> None:
@@ -381,6 +399,37 @@ def test_greedy_is_transformers_greedy(name: str) -> None:
     with torch.no_grad():
         made = greedy(model, prompts, 40)
     assert made.tolist() == generated(model, prompts, 40).tolist()
+
+
+def test_greedy_copies_no_keys_and_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the prompt: transformers' own layer would make new ones of all of them each time."""
+    model, prompts = make_tiny("llama"), held_out(length=PROMPT)
+    calls: list[int] = []
+    update = DynamicLayer.update
+
+    def counting(self: Any, keys: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        calls.append(keys.shape[-2])
+        return update(self, keys, *args, **kwargs)
+
+    monkeypatch.setattr(DynamicLayer, "update", counting)
+    with torch.no_grad():
+        greedy(model, prompts, 8)
+    assert calls == [PROMPT] * 3
+
+
+def test_as_many_prompts_share_a_batch_as_memory_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokens = make_tiny("llama"), held_out(20)
+
+    def at_once(**changes: Any) -> int:
+        return Recorder(model, tokens, replace(SMALL, **changes))._prompts_at_once()
+
+    # 4 x 24 tokens are a batch: of prompts of 5 tokens, 19.
+    assert at_once() == 19
+    monkeypatch.setattr(record, "CACHE_BYTES", 10 * cache_bytes(model, PROMPT + NEW))
+    assert at_once() == 10
+    monkeypatch.setattr(record, "CACHE_BYTES", 0)
+    assert at_once() == 3
+    assert at_once(batch_size=1) == 1
 
 
 def test_greedy_without_a_key_value_cache_reads_everything_again() -> None:

@@ -25,6 +25,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     Trainer,
+    TrainerCallback,
     set_seed,
 )
 
@@ -751,3 +752,27 @@ def test_a_real_model_learns_passages_by_heart(tmp_path: Path) -> None:
     assert run.manifest["data"]["n_sequences"] == 8
     hooked = load_hooked(tmp_path / "run", backend="residual", device="cpu")
     assert hooked.tokenizer is not None
+
+
+class EndsAtStepFive(TrainerCallback):
+    """In the middle of the third epoch."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.steps += 1
+        control.should_training_stop = state.global_step == 5
+
+
+def test_callbacks_of_the_caller_see_every_step_and_can_end_the_run() -> None:
+    options: dict[str, Any] = {"epochs": 6, **FEW}
+    ends = EndsAtStepFive()
+    run = hyperfit(llama(), texts(), callbacks=[ends], **options)
+    assert ends.steps == 5
+    assert len(run.history) == 3
+    assert run.manifest["ending"] == "a callback ended it in epoch 3"
+    whole = hyperfit(llama(), texts(), callbacks=(TrainerCallback,), **options)
+    assert whole.history[:2] == run.history[:2]
+    line = refusal(llama(), texts(), callbacks=["print"])
+    assert "TrainerCallback objects of transformers, got str" in line

@@ -46,6 +46,7 @@ class Progress:
         total: summed loss of the unfinished epoch, nats.
         n: its tokens.
         seconds: time spent training, without recording.
+        recording_seconds: time spent recording.
     """
 
     losses: list[float] = field(default_factory=list)
@@ -53,6 +54,7 @@ class Progress:
     total: float = 0.0
     n: int = 0
     seconds: float = 0.0
+    recording_seconds: float = 0.0
     _since: float = field(default_factory=time.perf_counter)
 
     def add(self, total: float, n: int) -> None:
@@ -81,6 +83,12 @@ class Progress:
         self.seconds += now - self._since
         self._since = now
 
+    def recorded(self) -> None:
+        """Count the time since the clock was stopped as recording, and start it again."""
+        stopped = self._since
+        self.start_clock()
+        self.recording_seconds += self._since - stopped
+
     def to_json(self) -> dict[str, Any]:
         """Everything as JSON values; floats survive exactly."""
         self.stop_clock()
@@ -90,6 +98,7 @@ class Progress:
             "total": self.total,
             "n": self.n,
             "seconds": self.seconds,
+            "recording_seconds": self.recording_seconds,
         }
 
     def restore(self, saved: dict[str, Any]) -> None:
@@ -101,6 +110,8 @@ class Progress:
         if processes.is_first():
             self.total, self.n = saved["total"], saved["n"]
         self.seconds = saved["seconds"]
+        # Version 0.1 did not count it.
+        self.recording_seconds = saved.get("recording_seconds", 0.0)
 
 
 class Begun(TrainerCallback):
@@ -192,7 +203,7 @@ class Recording(TrainerCallback):
         self._write_table()
         if self.log is not None:
             self.log(self._progress.records[-1])
-        self._progress.start_clock()
+        self._progress.recorded()
 
     def _write_table(self) -> None:
         # A full disk must not end the run for it: the table is written again with the result.

@@ -7,8 +7,10 @@ import json
 import math
 import shutil
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -18,8 +20,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, TrainerCallback
 
-from ..errors import ResultsError, TrainingError, first_line
+from ..errors import ResourceError, ResultsError, TrainingError, first_line
 from ..models.sources import OpenedModel
+from ..results.fingerprint import versions
 from . import pissa, processes
 from .adapters import (
     BlockList,
@@ -54,6 +57,7 @@ from .weights import (
     restored_forward,
     restored_use_cache,
     save_trained_weights,
+    training_mode,
     without_dropout,
 )
 
@@ -65,19 +69,21 @@ LARGEST_STUCK_SHARE = 0.5
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How a run is carried out. The result is bit-identical whatever they are.
+    """How a run is carried out. The result is bit-identical whatever they are, callbacks aside.
 
     Attributes:
         checkpoint_minutes: between two checkpoints.
         report_to: loggers of the Trainer ("tensorboard", "wandb", ...).
         progress: show a bar or lines with epoch, loss and remaining time.
         prefix_cache: compute what the frozen first blocks return only once per sequence.
+        callbacks: of the Trainer, the caller's own.
     """
 
     checkpoint_minutes: float
     report_to: tuple[str, ...]
     progress: bool
     prefix_cache: bool
+    callbacks: tuple[Any, ...]
 
 
 @dataclass(frozen=True)
@@ -117,8 +123,19 @@ def fit(
     device: torch.device,
     working: WorkingFolder,
     options: RunOptions,
+    base_sha256: str,
 ) -> Fitted:
     """Train `model` in place, or an adapter on it.
+
+    Args:
+        model: a private copy of the base.
+        opened: where it came from.
+        data: what to train and measure on.
+        recipe: how to train.
+        device: the device to train on.
+        working: where checkpoints and records are kept.
+        options: how the run is carried out.
+        base_sha256: of the base's weights.
 
     Raises:
         TrainingError: if the recipe does not fit the model, or the loss becomes NaN or infinite.
@@ -134,26 +151,30 @@ def fit(
         _check_steps_are_not_rounded_away(trained, recipe)
         if working.can_resume and working.checkpoint is None and processes.is_first():
             working.reserve(_bytes_to_save(trained, recipe))
-        recorder = None
-        if len(data.held_out) and recipe.record_every:
-            recorder = Recorder(trained, data.held_out, recipe)
         with gradient_checkpointing(model, recipe.gradient_checkpointing):
             prefix = None
             if options.prefix_cache and _prefix_is_frozen(trained, block_list, blocks[0]):
-                prefix = _prefix_cache(trained, data, recipe, block_list, blocks[0], working, notes)
+                prefix = _prefix_cache(trained, data, recipe, blocks[0], working, notes)
+            recorder = None
+            if len(data.held_out) and recipe.record_every:
+                frozen = blocks[0] if prefix else 0
+                recorder = Recorder(trained, data.held_out, recipe, frozen)
             scope["prefix_cache"] = str(prefix.plan) if prefix else None
             if options.progress and processes.is_first():
                 _announce(scope)
+            identity = {"base": base_sha256, "texts": data.manifest["sha256"], "first": blocks[0]}
             try:
                 progress, ending = train(
-                    trained, data.tokens, recipe, device, working, options, recorder, prefix
+                    *(trained, data.tokens, recipe, device, working, options),
+                    *(recorder, prefix, identity),
                 )
             finally:
                 if prefix is not None:
                     prefix.close()
         if recipe.method != "full":
             pissa.join(trained)
-    scope |= {"seconds": round(progress.seconds, 3)}
+    scope["seconds"] = round(progress.seconds, 3)
+    scope["recording_seconds"] = round(progress.recording_seconds, 3)
     scope |= {"ending": ending.reason, "kept_epoch": ending.kept_epoch}
     return Fitted(trained, progress, scope, tuple(notes))
 
@@ -238,26 +259,50 @@ def _prefix_cache(
     model: nn.Module,
     data: TrainingData,
     recipe: Recipe,
-    block_list: BlockList,
     first: int,
     working: WorkingFolder,
     notes: list[str],
 ) -> PrefixCache | None:
-    """A cache that was checked to leave the logits unchanged, or None."""
+    """An empty cache that was checked to leave the logits unchanged, or None."""
     embedding = model.get_input_embeddings().weight  # type: ignore[operator]
     shape = (*data.tokens.shape, embedding.shape[1])
-    cache = PrefixCache(
-        block_list.blocks, first, len(data.tokens), plan(shape, embedding.dtype, working.folder)
-    )
-    rows = min(len(data.tokens), recipe.batch_size // processes.count())
-    if is_exact(model, cache, data.tokens[:rows].to(embedding.device)):
+    folder, keep = _cache_folder(working)
+    cache = PrefixCache(model, first, plan(shape, embedding.dtype, folder, keep=keep))
+    tokens = data.tokens[: _rows(recipe)]
+    if is_exact(model, cache, tokens.to(embedding.device)):
         return cache
-    cache.close()
     notes.append(
         "the frozen blocks of this architecture pass on more than the residual stream, or draw "
         "random numbers: the prefix cache was not used"
     )
     return None
+
+
+def _cache_folder(working: WorkingFolder) -> tuple[Path, bool]:
+    """Where all processes of this machine find a file, and whether a resumed run would, too."""
+    # Other machines than the first may not see its folder.
+    is_here = working.folder.is_dir()
+    folder = working.folder if is_here else Path(tempfile.gettempdir())
+    place: tuple[Path, bool] = processes.from_first_here((folder, is_here and working.can_resume))
+    return place
+
+
+def _rows(recipe: Recipe) -> int:
+    """Sequences per forward pass in this process."""
+    return recipe.batch_size // processes.count()
+
+
+def _fill(
+    prefix: PrefixCache,
+    trainer: TokenTrainer,
+    tokens: Int[Tensor, "sequences pos"],
+    recipe: Recipe,
+    identity: dict[str, Any],
+) -> None:
+    """Compute what the frozen blocks return, as training would."""
+    identity = identity | {"bf16": recipe.bf16, "device": trainer.args.device.type}
+    with training_mode(trainer.model), trainer.accelerator.autocast():
+        prefix.fill(trainer.model, tokens, _rows(recipe), identity | {"versions": versions()})
 
 
 def _announce(scope: dict[str, Any]) -> None:
@@ -276,6 +321,7 @@ def train(
     options: RunOptions,
     recorder: Recorder | None,
     prefix: PrefixCache | None,
+    identity: dict[str, Any],
 ) -> tuple[Progress, Ending]:
     """Train the weights that require gradients, in place, from the checkpoint if there is one.
 
@@ -288,6 +334,7 @@ def train(
         options: how the run is carried out.
         recorder: measures loss, ranks and quality; None for no records.
         prefix: replaces the frozen blocks; None runs them every time.
+        identity: the base, the texts and the first trained block, for the file of `prefix`.
 
     Returns:
         Losses, records and seconds; and how it ended.
@@ -315,7 +362,7 @@ def train(
         display,
         begun,
     )
-    callbacks = [part for part in parts if part is not None]
+    callbacks = [*(part for part in parts if part is not None), *options.callbacks]
     trainer = _trainer(
         model, tokens, recipe, trainer_arguments, progress, working, prefix, callbacks
     )
@@ -330,6 +377,10 @@ def train(
                 load_trained_weights(model, checkpoint / WEIGHTS)
                 model.eval()
                 return progress, Ending(**saved["ending"])
+        if prefix is not None:
+            progress.start_clock()
+            _fill(prefix, trainer, tokens, recipe, identity)
+            progress.stop_clock()
         with restored_forward(model), interrupts or contextlib.nullcontext():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except torch.OutOfMemoryError as error:
@@ -337,6 +388,8 @@ def train(
             f"out of memory on {device}: lower batch_size (now {recipe.batch_size}), set "
             "gradient_checkpointing=True, or train an adapter with 'late_lora'"
         ) from error
+    except ResourceError:  # there is no room for the prefix cache
+        raise
     except Exception as error:
         if checkpoint is None or begun.has_begun:
             raise
@@ -382,7 +435,7 @@ def _trainer(
     progress: Progress,
     working: WorkingFolder,
     prefix: PrefixCache | None,
-    callbacks: list[TrainerCallback],
+    callbacks: list[Any],
 ) -> TokenTrainer:
     trained = [p for p in model.parameters() if p.requires_grad]
     # One parameter group: as in PyTorch's default, decay applies to every weight, norms and biases
@@ -417,6 +470,8 @@ def _end(
 ) -> Ending:
     """Put the best weights back, if the recipe stops at a plateau, and say how the run ended."""
     if recording is None or not recipe.stop_at_plateau:
+        if last_epoch < recipe.epochs:
+            return Ending(f"a callback ended it in epoch {last_epoch}", last_epoch)
         return Ending(f"all {recipe.epochs} epochs were run", last_epoch)
     best, reason = recording.best_epoch, recording.decision.reason
     if best is None:

@@ -157,10 +157,13 @@ class WorkingFolder:
             ) from error
 
     def clear(self) -> None:
-        """Delete what a killed run left besides its checkpoint; everything, if there is none."""
-        leftovers = [path for path in self._files() if path.name != IDENTITY]
+        """Delete what a killed run left besides its checkpoint; everything, if there is none.
+
+        A prefix cache stays: its name says what it is of, and it may be what takes longest.
+        """
+        leftovers = [path for path in self._files() if not path.name.startswith((IDENTITY, MAPPED))]
         if self.checkpoint is not None:
-            incomplete = (FINISHED, f".{FINISHED}.", MAPPED, RESERVED, PUBLISHED, FAILED)
+            incomplete = (FINISHED, f".{FINISHED}.", RESERVED, PUBLISHED, FAILED)
             leftovers = [path for path in leftovers if path.name.startswith(incomplete)]
             leftovers += self.scratch.glob("checkpoint-*")
         _delete(leftovers)

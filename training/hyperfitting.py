@@ -58,7 +58,7 @@ class HyperfitRun:
         lines = [
             *(f"note: {note}" for note in about["notes"]),
             f"{self.recipe.method} on blocks {blocks} (0-based) of {about['n_blocks']}, "
-            f"{about['trained_parameters']:,} weights, {about['seconds']:.0f} s: {about['ending']}",
+            f"{about['trained_parameters']:,} weights, {_duration(about)}: {about['ending']}",
             f"mean loss {self.history[0]:.3f} in the first epoch, {self.history[-1]:.3f} in the "
             "last",
             *_quality(self.records, about["kept_epoch"]),
@@ -91,6 +91,7 @@ def hyperfit(
     prefix_cache: bool = True,
     checkpoint_minutes: float = 10.0,
     report_to: str | Sequence[str] = (),
+    callbacks: Sequence[Any] = (),
     progress: bool = True,
     **overrides: Any,
 ) -> HyperfitRun:
@@ -118,10 +119,12 @@ def hyperfit(
             the checkpoint's own for LoRA, whose adapter is float32 either way. float16 is for
             LoRA only.
         prefix_cache: where the first blocks are frozen, compute their output only once per
-            sequence; the result is bit-identical.
+            sequence; the result is bit-identical, save for rounding in mixtures of experts.
         checkpoint_minutes: between two checkpoints; 0 for one after every step.
         report_to: loggers of transformers' Trainer, such as "tensorboard" or "wandb".
             TensorBoard's files are saved in `out` as "runs", or where TENSORBOARD_LOGGING_DIR says.
+        callbacks: objects or classes of transformers' `TrainerCallback`, called after hyperfit's
+            own. A resumed run does not ask whether they are the same.
         progress: show a progress bar and each record on a terminal or in a notebook, and
             elsewhere a line on stderr for each epoch and each record.
         overrides: other values for fields of `Recipe`, such as `epochs=20`.
@@ -145,6 +148,7 @@ def hyperfit(
         print(run.summary())
     """
     final_recipe = _recipe(recipe, method, overrides)
+    _check_callbacks(callbacks)
     folder = None if out is None else Path(out).expanduser()
     if folder is not None:
         check_out(folder)
@@ -168,10 +172,13 @@ def hyperfit(
     from .fitting import RunOptions, fit
 
     loggers = (report_to,) if isinstance(report_to, str) else tuple(report_to)
-    options = RunOptions(checkpoint_minutes, loggers, progress, prefix_cache)
+    options = RunOptions(checkpoint_minutes, loggers, progress, prefix_cache, tuple(callbacks))
     with working_folder(folder, _identity(final_recipe, manifest)) as working:
         with trainers_randomness(final_recipe.seed, train_device):
-            fitted = fit(trainee, opened, data, final_recipe, train_device, working, options)
+            sha256 = manifest["base"]["sha256"]
+            fitted = fit(
+                trainee, opened, data, final_recipe, train_device, working, options, sha256
+            )
         manifest |= fitted.scope
         manifest["notes"] += fitted.notes
         run = HyperfitRun(
@@ -232,6 +239,28 @@ def _recipe(
     if isinstance(recipe, Recipe):
         return changed(recipe, **overrides, **({} if method is None else {"method": method}))
     return preset(recipe or "li2026", method or "full", **overrides)
+
+
+def _check_callbacks(callbacks: Sequence[Any]) -> None:
+    if not callbacks:
+        return
+    from transformers import TrainerCallback
+
+    for callback in callbacks:
+        kind = callback if isinstance(callback, type) else type(callback)
+        if not issubclass(kind, TrainerCallback):
+            raise TrainingError(
+                f"callbacks must be TrainerCallback objects of transformers, got {kind.__name__}"
+            )
+
+
+def _duration(about: dict[str, Any]) -> str:
+    """Seconds of training, and how much of the run its records took besides."""
+    training, recording = about["seconds"], about["recording_seconds"]
+    if not recording:
+        return f"{training:.0f} s"
+    share = recording / (training + recording)
+    return f"{training:.0f} s and {recording:.0f} s for the record ({share:.0%} of the run)"
 
 
 def _quality(records: Sequence[Record], kept_epoch: int) -> list[str]:

@@ -22,15 +22,35 @@ def on_this_machine() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", count()))
 
 
+def number() -> int:
+    """Which of them this process is, from 0."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def number_here() -> int:
+    """Which of this machine's processes this one is, from 0."""
+    return int(os.environ.get("LOCAL_RANK", number()))
+
+
+def machine() -> int:
+    """Which machine this is, from 0."""
+    return int(os.environ.get("GROUP_RANK", "0"))
+
+
 def is_first() -> bool:
     """Whether this process is the one that writes files and shows progress."""
-    return int(os.environ.get("RANK", "0")) == 0
+    return number() == 0
+
+
+def is_first_here() -> bool:
+    """Whether this process is the first one of its machine."""
+    return number_here() == 0
 
 
 def default_device(device: torch.device | None) -> torch.device | None:
     """The device given, or else this process's own GPU if several processes train together."""
     if device is None and count() > 1 and torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        return torch.device("cuda", number_here())
     return device
 
 
@@ -66,3 +86,18 @@ def from_first(value: Any) -> Any:
     box = [value]
     torch.distributed.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def from_all(value: Any) -> list[Any]:
+    """Every process's value, in their order, in every process."""
+    if count() == 1:
+        return [value]
+    values: list[Any] = [None] * count()
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def from_first_here(value: Any) -> Any:
+    """The value of the first process of this machine, in every process of it."""
+    # Launchers number the processes machine by machine.
+    return from_all(value)[number() - number_here()]

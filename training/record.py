@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +21,10 @@ from ..models.structure import find_structure
 from ..passes.streams import logit_chunk_rows
 from ..statistics.distances import rank_of, winner
 from ..statistics.rank_buckets import RANK_BUCKETS
+from . import processes
+from .greedy import cache_bytes, greedy
 from .history import Record
+from .prefix import Plan, PrefixCache
 from .recipes import Recipe
 from .token_loss import last_position_only
 from .weights import context_length, trainers_randomness
@@ -29,6 +32,10 @@ from .weights import context_length, trainers_randomness
 # Diversity is measured on the last 96 generated tokens, as in Carlsson et al. 2025 (arXiv
 # 2412.04318).
 WINDOW = 96
+# What `decisions` measures.
+DECISIONS = ("loss", "error", "entropy", *(bucket.metric for bucket in RANK_BUCKETS))
+# Keys and values of the prompts that are continued at once, bytes.
+CACHE_BYTES = 512 * 2**20
 
 
 class Recorder:
@@ -38,30 +45,39 @@ class Recorder:
     what the base's logits are computed from: the final-normed states of all held-out tokens, in
     main memory and the model's own dtype, and a copy of the unembedding if that is trained.
 
+    Several processes share the held-out sequences and the prompts. Where the first blocks are
+    frozen, what they return for the held-out sequences is stored, too.
+
     Args:
         model: a Hugging Face causal LM, or a PeftModel whose adapter has no effect yet. It must
             still be the base: later ranks refer to what it predicts now.
         held_out: token ids without padding, on any device.
         recipe: `n_prompts`, `prompt_tokens`, `new_tokens`, `batch_size`, `method` and `blocks`.
+        frozen: how many of the first blocks are frozen and may be replaced by a prefix cache.
 
     Raises:
         TrainingError: if sequences, prompts and generations do not fit the model.
         LoadingError: if the model's unembedding cannot be found.
     """
 
-    def __init__(self, model: Any, held_out: Int[Tensor, "n pos"], recipe: Recipe) -> None:
+    def __init__(
+        self, model: Any, held_out: Int[Tensor, "n pos"], recipe: Recipe, frozen: int = 0
+    ) -> None:
         self._model = model
         self._plain = plain_model(model)
         self._recipe = recipe
         _check(held_out, recipe, context_length(self._plain))
-        self._batches = torch.split(held_out, recipe.batch_size)
+        self._held_out = held_out
+        own = slice(processes.number(), None, processes.count())
+        self._batches = torch.split(torch.arange(len(held_out)), recipe.batch_size)[own]
         self._forward: Callable[..., Any] | None = vars(self._plain).get("forward")
         with self._undisturbed():
             self._structure = find_structure(self._plain)
             self._base_head = self._structure.head
             if recipe.method == "full" and recipe.blocks is None:
                 self._base_head = copy.deepcopy(self._structure.head).requires_grad_(False)
-            self._base_states = [self._states(tokens).cpu() for tokens in self._batches]
+            self._prefix = self._prefix_cache(frozen) if frozen else None
+            self._base_states = [self._states(rows).cpu() for rows in self._batches]
 
     def measure(self, epoch: int, step: int, train_loss: float, seconds: float) -> Record:
         """The record of the model as it is now.
@@ -77,7 +93,7 @@ class Recorder:
         """
         with self._undisturbed():
             means = self._teacher_forced()
-            generations = self._generations()[:, -WINDOW:].tolist()
+            generations = self._generations()
             ttr = [type_token_ratio(tokens) for tokens in generations]
             return Record(
                 epoch=epoch,
@@ -94,15 +110,21 @@ class Recorder:
                 **{bucket.metric: means[bucket.metric] for bucket in RANK_BUCKETS},
             )
 
+    def _prefix_cache(self, frozen: int) -> PrefixCache:
+        """What the frozen blocks return for the held-out sequences, as large as their states."""
+        cache = PrefixCache(self._plain, frozen, Plan(0, "memory", Path()))
+        cache.fill(self._plain, self._held_out, self._recipe.batch_size)
+        return cache
+
     def _teacher_forced(self) -> dict[str, float]:
         """Means over all next-token decisions."""
-        sums: dict[str, float] = defaultdict(float)
+        sums: dict[str, float] = dict.fromkeys(DECISIONS, 0.0)
         n = 0
         d_vocab = self._plain.get_output_embeddings().weight.shape[0]
-        for tokens, base_states in zip(self._batches, self._base_states, strict=True):
-            states = self._states(tokens)
+        for batch, base_states in zip(self._batches, self._base_states, strict=True):
+            states = self._states(batch)
             step = logit_chunk_rows(d_vocab, states.device)
-            reference = tokens[:, 1:].flatten().to(states.device)
+            reference = self._held_out[batch, 1:].flatten().to(states.device)
             for start in range(0, len(states), step):
                 rows = slice(start, start + step)
                 tuned = self._logits(self._structure.head, states[rows])
@@ -110,26 +132,38 @@ class Recorder:
                 for name, values in decisions(base, tuned, reference[rows]).items():
                     sums[name] += float(values.cpu().double().sum())
             n += len(states)
-        return {name: total / n for name, total in sums.items()}
+        *totals, of_all = processes.summed(*sums.values(), float(n))
+        return {name: total / of_all for name, total in zip(sums, totals, strict=True)}
 
-    def _generations(self) -> Int[Tensor, "n_prompts new"]:
+    def _generations(self) -> list[list[int]]:
+        """The end of every prompt's generation."""
         recipe = self._recipe
-        held_out = torch.cat(self._batches)
-        # Large batches, as every step of decoding reads all weights; but no more tokens in one
-        # than in a batch of training, which is known to fit in memory.
-        room = recipe.batch_size * held_out.shape[1]
-        batch_size = max(1, room // (recipe.prompt_tokens + recipe.new_tokens))
-        prompts = held_out[: recipe.n_prompts, : recipe.prompt_tokens]
-        generations = [
-            greedy(self._plain, batch.to(self._device), recipe.new_tokens)
-            for batch in torch.split(prompts, batch_size)
-        ]
-        return torch.cat(generations)
+        prompts = self._held_out[: recipe.n_prompts, : recipe.prompt_tokens]
+        own = prompts.tensor_split(processes.count())[processes.number()]
+        generations: list[list[int]] = []
+        for batch in torch.split(own, self._prompts_at_once()) if len(own) else ():
+            made = greedy(self._plain, batch.to(self._device), recipe.new_tokens)
+            generations += made[:, -WINDOW:].tolist()
+        return [tokens for made in processes.from_all(generations) for tokens in made]
 
-    def _states(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "decisions d_model"]:
-        """The final-normed states from which each next token is predicted."""
-        with last_position_only(self._structure.head) as unembedded:
-            self._plain(input_ids=tokens.to(self._device), use_cache=False)
+    def _prompts_at_once(self) -> int:
+        """How many prompts share a batch: many, as every step of decoding reads all weights.
+
+        Either no more tokens than in a batch of training, which is known to fit in memory; or no
+        more tokens of prompts than that, and keys and values within a limit.
+        """
+        recipe = self._recipe
+        total = recipe.prompt_tokens + recipe.new_tokens
+        room = recipe.batch_size * self._held_out.shape[1]
+        cached = CACHE_BYTES // cache_bytes(self._plain, total)
+        return max(1, room // total, min(room // recipe.prompt_tokens, cached))
+
+    def _states(self, rows: Int[Tensor, " batch"]) -> Float[Tensor, "decisions d_model"]:
+        """The final-normed states from which each next token of these sequences is predicted."""
+        tokens = self._held_out[rows].to(self._device)
+        serving = self._prefix.serving(rows) if self._prefix else nullcontext()
+        with serving, last_position_only(self._structure.head) as unembedded:
+            self._plain(input_ids=tokens, use_cache=False)
         return unembedded[0][:, :-1].flatten(0, 1)
 
     def _logits(
@@ -155,32 +189,6 @@ class Recorder:
                 yield
             finally:
                 _set_forward(self._plain, wrapped)
-
-
-def greedy(model: Any, prompts: Int[Tensor, "n prompt"], new_tokens: int) -> Int[Tensor, "n new"]:
-    """The most likely next token, again and again, with a key-value cache where there is one.
-
-    Always `new_tokens` of them: an end-of-text token does not end a generation. Both measures of
-    repetition depend on length, so generations of different lengths could not be compared, neither
-    with one another nor along the training.
-
-    Args:
-        model: a plain Hugging Face causal LM, in evaluation mode, without gradients.
-        prompts: token ids of one length, without padding, on the model's device.
-        new_tokens: how many to add.
-    """
-    generated: list[Tensor] = []
-    inputs = prompts
-    cached: dict[str, Any] = {}
-    with last_position_only(model.get_output_embeddings()):
-        for _ in range(new_tokens):
-            output = model(input_ids=inputs, use_cache=True, **cached)
-            generated.append(winner(output.logits[:, -1].float())[:, None])
-            cache = getattr(output, "past_key_values", None)
-            cached = {} if cache is None else {"past_key_values": cache}
-            # Recurrent models cache a state under another name: they get all tokens again.
-            inputs = torch.cat([prompts, *generated], dim=1) if cache is None else generated[-1]
-    return torch.cat(generated, dim=1)
 
 
 def decisions(

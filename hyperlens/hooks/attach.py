@@ -121,6 +121,20 @@ def entering_at(
         yield
 
 
+@contextmanager
+def skipped(blocks: Sequence[nn.Module], extras: Sequence[int | None]) -> Iterator[None]:
+    """Let blocks return the residual that they are given, without running.
+
+    Args:
+        blocks: the blocks to skip.
+        extras: how many values each returns after the residual, None for a plain tensor.
+    """
+    with ExitStack() as changes:
+        for block, extra in zip(blocks, extras, strict=True):
+            changes.enter_context(_skipped(block, extra, _unchanged))
+        yield
+
+
 def _unchanged(given: Tensor) -> Tensor:
     return given
 
