@@ -21,7 +21,7 @@ from surface_for_tests import TRAINING, words_tokenizer
 
 from hyperlens import Comparison, compare_models, load_hooked, open_pair, read_results
 from hyperlens.data.texts import read_texts
-from hyperlens.errors import CorpusError, HyperlensError
+from hyperlens.errors import CorpusError, HyperlensError, LoadingError
 from hyperlens.training import hyperfit, read_history
 
 # The same cases at every run; each test says how many more `make test-long` tries.
@@ -260,6 +260,25 @@ def test_fields_of_an_adapters_configuration(sources: Path, broken) -> None:
         for name in ("peft_type", "base_model_name_or_path", "r", "target_modules"):
             (folder / "adapter_config.json").write_text(json.dumps({**config, name: value}))
             opened(folder, sources / "whole")
+
+
+@pytest.mark.parametrize("value", [10**30, 10**6])
+def test_sizes_beyond_any_models_are_refused_before_building(broken, value: int) -> None:
+    """Built, a million blocks would take hours."""
+    folder = broken("whole")
+    config = json.loads((folder / "config.json").read_text())
+    for name in ("num_hidden_layers", "hidden_size", "head_dim", "num_key_value_heads"):
+        for changed in ({name: value}, {"text_config": {name: value}}):
+            (folder / "config.json").write_text(json.dumps({**config, **changed}))
+            with pytest.raises(LoadingError, match=f"says {name} = {value:.3g}".replace("+", ".")):
+                load_hooked(folder, backend="residual")
+
+
+def test_a_context_of_no_tokens_is_not_known(broken) -> None:
+    folder = broken("whole")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": -1}))
+    assert open_pair(folder, folder).tokenize(WORDS).counts.n_cut == 0
 
 
 @pytest.mark.long
