@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -108,6 +109,43 @@ def _cast(model: Any, dtype: torch.dtype) -> None:
             computed = buffer is None or name in module._non_persistent_buffers_set
             if not computed and buffer.is_floating_point():
                 module._buffers[name] = cast.setdefault(id(buffer), buffer.to(dtype))
+
+
+def compute_in_float32(model: Any, blocks: Iterable[nn.Module]) -> None:
+    """Let a weight-sharing copy compute in float32 and hold only what it is running as such.
+
+    Args:
+        model: cast in place, but for the parameters of its blocks.
+        blocks: modules of it, each of which is cast while it runs.
+    """
+    blocks = list(blocks)
+    inside = {id(parameter) for block in blocks for parameter in block.parameters()}
+    for parameter in model.parameters():
+        if id(parameter) not in inside:
+            parameter.data = _at_least_float32(parameter.data)
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                module._buffers[name] = _at_least_float32(buffer)
+    for block in blocks:
+        half: dict[nn.Parameter, torch.Tensor] = {}
+
+        def widen(module: nn.Module, args: Any, half: Any = half) -> None:
+            for parameter in module.parameters():
+                half[parameter] = parameter.data
+                parameter.data = _at_least_float32(parameter.data)
+
+        def narrow(module: nn.Module, args: Any, output: Any, half: Any = half) -> None:
+            for parameter, data in half.items():
+                parameter.data = data
+            half.clear()
+
+        block.register_forward_pre_hook(widen)
+        block.register_forward_hook(narrow)
+
+
+def _at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 def merged(model: Any) -> Any:
