@@ -38,6 +38,7 @@ from transformers import AutoModelForCausalLM
 from hyperlens.errors import HyperlensError
 from hyperlens.hooks.loading import hook
 from hyperlens.models.sources import open_source
+from hyperlens.models.weight_sharing import converted, weight_sharing_copy
 from hyperlens.training import merge
 
 CONFIGS = {kind.value: config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
@@ -393,6 +394,7 @@ def _outcome(cell: Cell) -> dict[str, str]:
     if not bool(wanted.isfinite().all()):
         return {"unmade": "its logits are not finite"}
     opening, merging = TOLERANCE[cell.dtype]
+    merging = max(merging, rounding(model, wanted))
     with tempfile.TemporaryDirectory() as home:
         folder = Path(home, "adapter")
         saving = ""
@@ -423,6 +425,15 @@ def _outcome(cell: Cell) -> dict[str, str]:
     return found
 
 
+def rounding(model: Any, wanted: torch.Tensor) -> float:
+    """How far half precision itself is off: much, where an adapter is much larger than its base."""
+    wide = converted(weight_sharing_copy(model), None, torch.float32)
+    try:
+        return gap(wanted, logits(wide))
+    except RuntimeError:  # what does not run in another dtype
+        return 0.0
+
+
 def opened_as(read: Callable[[], Any], wanted: torch.Tensor, most: float, source: Any) -> str:
     """The verdict on an adapter hooked, and opened once more; also on what it holds in memory."""
     seen: list[torch.Tensor] = []
@@ -440,7 +451,21 @@ def opened_as(read: Callable[[], Any], wanted: torch.Tensor, most: float, source
 
 
 REASON = re.compile(r"refused: (?:this adapter cannot be merged into its base \((.*)\); use|(.*))")
-FORMS = ("folder", "object", "merged")
+FORMS = ("object", "folder", "merged")
+# More options than these are given by their methods alone.
+MOST_NAMED = 12
+INTRODUCTION = """\
+# Which adapters are read?
+
+Every method of peft {peft} that acts on a causal LM, with each value of each of its options, on a tiny Llama with every
+trainable weight moved. Each is passed as the PeftModel, read from its folder, and merged into a folder that is opened
+anew. `right`: logits are those of plain peft, in float32 to 1e-4 of the largest (merged 1e-3), in bfloat16 to 3e-2 (merged 0.1,
+or what the adapter in bfloat16 is off by from itself in float32, where that is more); the same in a second call; the
+caller's models are unchanged, and no weight of the base is held twice. Everything else is refused in one line. Made by
+`python tests/adapters_for_tests.py FILE`; `make test-long` runs all of it.
+
+The numbers in the second table are of options read right: as object / from a folder / merged, of those that peft makes.
+"""
 
 
 def in_turn() -> list[Cell]:
@@ -469,5 +494,74 @@ def run(file: Path) -> dict[Cell, dict[str, str]]:
     return known
 
 
+BASES = [(tied, dtype) for dtype in DTYPES for tied in (False, True)]
+
+
+def page(known: dict[Cell, dict[str, str]]) -> str:
+    """The content of docs/adapters.md."""
+    lines = [INTRODUCTION.format(peft=peft.__version__)]
+    lines += ["| base | tried | right | refused in some form | not to be made by peft | wrong |"]
+    lines += ["|---|---|---|---|---|---|"]
+    for base in BASES:
+        lines.append(counts(base, [known[cell] for cell in known if cell[2:] == base]))
+    bases = " | ".join(base_name(*base) for base in BASES)
+    lines += ["", f"| method | options | {bases} |", "|---|---|" + "---|" * len(BASES)]
+    for method, options in VARIATIONS.items():
+        shares = [
+            share([known[cell] for cell in known if (cell.method, *cell[2:]) == (method, *base)])
+            for base in BASES
+        ]
+        lines.append(f"| {method} | {len(options)} | {' | '.join(shares)} |")
+    lines += ["", "Why, and with which options:", "", *reasons(known)]
+    return "\n".join(lines)
+
+
+def base_name(tied: bool, dtype: str) -> str:
+    return f"{dtype}, {'tied' if tied else 'untied'}"
+
+
+def counts(base: tuple[bool, str], found: list[dict[str, str]]) -> str:
+    """Of one base, how many cells end in which way."""
+    total = sum((cell.tied, cell.dtype) == base for cell in CELLS)
+    unmade = sum("unmade" in answers for answers in found)
+    made = [list(answers.values()) for answers in found if "unmade" not in answers]
+    wrong = sum(any(not a.startswith(("right", "refused")) for a in answers) for answers in made)
+    refused = sum(any(a.startswith("refused") for a in answers) for answers in made)
+    right = len(made) - refused - wrong
+    return (
+        f"| {base_name(*base)} | {len(found)} of {total} | {right} | {refused} | {unmade} "
+        f"| {wrong} |"
+    )
+
+
+def share(found: list[dict[str, str]]) -> str:
+    """Of one method on one base, how many options are read right in each form."""
+    made = [answers for answers in found if "unmade" not in answers]
+    if not made:
+        return "not made" if found else "not tried"
+    right = [sum(answers.get(form) == "right" for answers in made) for form in FORMS]
+    return f"{' / '.join(map(str, right))} of {len(made)}"
+
+
+def reasons(known: dict[Cell, dict[str, str]]) -> list[str]:
+    """Each reason to refuse something, and the adapters that it is given for."""
+    by_reason: dict[str, list[str]] = {}
+    for cell, answers in known.items():
+        for form, answer in answers.items():
+            match = REASON.match(answer)
+            if match is not None:
+                reason = re.sub(r"(adapter )\S*/\S*", r"\1…", match[1] or match[2])
+                reason = re.sub(r"\d+(\.\d+)?(e-?\d+)?( of the largest|% of)", r"…\3", reason)
+                label = f"`{cell.method} {cell.options}`".replace(" `", "`")
+                by_reason.setdefault(f"{form}: {reason}", []).append(label)
+    lines = []
+    for reason, labels in sorted(by_reason.items()):
+        methods = sorted({label.strip("`").split()[0] for label in labels})
+        named = sorted(dict.fromkeys(labels))
+        shown = ", ".join(named) if len(named) <= MOST_NAMED else ", ".join(methods)
+        lines.append(f"- {reason}: {shown}")
+    return lines
+
+
 if __name__ == "__main__":
-    run(Path(sys.argv[1]))
+    print(page(run(Path(sys.argv[1]))))

@@ -37,6 +37,8 @@ SHORT = [
     Cell("ADALORA", "", False, "bfloat16"),
     Cell("FOURIERFT", "", False, "bfloat16"),
     Cell("HIRA", "", True, "float32"),
+    Cell("LILY", "", False, "bfloat16"),
+    Cell("LN_TUNING", "modules_to_save=['lm_head']", True, "float32"),
     Cell("LORA", "bias=all", False, "float32"),
     Cell("LORA", "init_lora_weights=olora", False, "float32"),
     Cell("LORA", "init_lora_weights=lora_ga", False, "float32"),

@@ -16,7 +16,12 @@ from ..hooks.loading import parse_dtype
 from ..models.adapters import ADAPTER_CONFIG
 from ..models.kinds import is_peft
 from ..models.sources import OpenedModel, open_source
-from ..models.weight_sharing import converted, merged, weight_sharing_copy
+from ..models.weight_sharing import (
+    compute_in_float32,
+    converted,
+    merged,
+    weight_sharing_copy,
+)
 from ..results.fingerprint import versions
 from .folders import save
 from .history import RUN_FILE
@@ -89,20 +94,17 @@ def _check_same(adapted: Any, folder: Path) -> None:
     plain = open_source(folder, device=torch.device("cpu"))
     exact = is_exact(adapted, plain.model)
     tokens = few_tokens(plain.model)
-    got = logits_of(converted(plain.model, None, _wide(plain.model)), tokens)
+    compute_in_float32(plain.model)
+    got = logits_of(plain.model, tokens)
     del plain
-    shell = converted(weight_sharing_copy(adapted), None, _wide(adapted))
+    shell = weight_sharing_copy(adapted)
+    compute_in_float32(shell)
     why = difference(got, logits_of(shell, tokens), logits_without(shell, tokens), exact)
     if why is not None:
         raise LoadingError(
             f"merged and saved, this adapter is another model ({why}): "
             + ("use the adapter on its base instead" if exact else ROUNDED_AWAY)
         )
-
-
-def _wide(model: Any) -> torch.dtype | None:
-    """What to cast a model to for the check: nothing where its weights are wide already."""
-    return None if is_exact(model) else torch.float32
 
 
 def _open(source: Any, base: Any, dtype: torch.dtype | None) -> OpenedModel:

@@ -26,6 +26,7 @@ PROMPT_LEARNING = (
     "prompt-learning adapters (prompt, prefix or P-tuning) add positions rather than change weights"
 )
 INCOMPARABLE = {
+    "LILY": "Lily mixes its experts by a mean over all tokens of a batch, later ones too",
     "POLY": "Poly adapters choose by a task that is given beside the tokens",
     "SHADOW": "Shadow adapters run a second network beside the blocks",
     "XLORA": "X-LoRA mixes several adapters by what it reads in a first pass",

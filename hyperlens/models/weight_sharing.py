@@ -111,12 +111,12 @@ def _cast(model: Any, dtype: torch.dtype) -> None:
                 module._buffers[name] = cast.setdefault(id(buffer), buffer.to(dtype))
 
 
-def compute_in_float32(model: Any, blocks: Iterable[nn.Module]) -> None:
-    """Let a weight-sharing copy compute in float32 and hold only what it is running as such.
+def compute_in_float32(model: Any, blocks: Iterable[nn.Module] = ()) -> None:
+    """Let a weight-sharing copy compute in float32, at least.
 
     Args:
-        model: cast in place, but for the parameters of its blocks.
-        blocks: modules of it, each of which is cast while it runs.
+        model: cast in place, buffers too.
+        blocks: modules of it whose parameters are cast only while they run, to save memory.
     """
     blocks = list(blocks)
     inside = {id(parameter) for block in blocks for parameter in block.parameters()}
@@ -125,7 +125,7 @@ def compute_in_float32(model: Any, blocks: Iterable[nn.Module]) -> None:
             parameter.data = _at_least_float32(parameter.data)
     for module in model.modules():
         for name, buffer in module._buffers.items():
-            if buffer is not None and name not in module._non_persistent_buffers_set:
+            if buffer is not None:
                 module._buffers[name] = _at_least_float32(buffer)
     for block in blocks:
         half: dict[nn.Parameter, torch.Tensor] = {}
@@ -165,6 +165,7 @@ def merged(model: Any) -> Any:
             warnings.filterwarnings("ignore", "All adapters are already merged")
             _unshare_adapted(model)
             plain = model.merge_and_unload(safe_merge=True).eval()
+            _unwrap_saved(plain)
     except Exception as error:
         raise LoadingError(
             f"this adapter cannot be merged into its base ({error}); use backend='residual', "
@@ -174,6 +175,19 @@ def merged(model: Any) -> Any:
         plain.config.tie_word_embeddings = False
     _unshare_replicated(plain)
     return plain
+
+
+def _unwrap_saved(plain: Any) -> None:
+    """Put trained copies (`modules_to_save`) in place where peft leaves its wrapper around them.
+
+    LN tuning does, and the model would be saved under names that nobody reads.
+    """
+    from peft.utils.other import ModulesToSaveWrapper
+
+    for name, module in list(plain.named_modules()):
+        if isinstance(module, ModulesToSaveWrapper):
+            (active,) = module.active_adapters
+            plain.set_submodule(name, module.modules_to_save[active])
 
 
 def _unshare_replicated(plain: Any) -> None:
