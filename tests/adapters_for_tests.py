@@ -430,7 +430,7 @@ def rounding(model: Any, wanted: torch.Tensor) -> float:
     wide = converted(weight_sharing_copy(model), None, torch.float32)
     try:
         return gap(wanted, logits(wide))
-    except RuntimeError:  # what does not run in another dtype
+    except Exception:  # what does not run, or not in another dtype
         return 0.0
 
 
@@ -457,14 +457,18 @@ MOST_NAMED = 12
 INTRODUCTION = """\
 # Which adapters are read?
 
-Every method of peft {peft} that acts on a causal LM, with each value of each of its options, on a tiny Llama with every
-trainable weight moved. Each is passed as the PeftModel, read from its folder, and merged into a folder that is opened
-anew. `right`: logits are those of plain peft, in float32 to 1e-4 of the largest (merged 1e-3), in bfloat16 to 3e-2 (merged 0.1,
-or what the adapter in bfloat16 is off by from itself in float32, where that is more); the same in a second call; the
-caller's models are unchanged, and no weight of the base is held twice. Everything else is refused in one line. Made by
-`python tests/adapters_for_tests.py FILE`; `make test-long` runs all of it.
+Every method of peft {peft} that acts on a causal LM, with each value of each of its options, on a
+tiny Llama with every trainable weight moved. Each is passed as the PeftModel, read from its
+folder, and merged into a folder that is opened anew. `right`: logits are those of plain peft, in
+float32 to 1e-4 of the largest (merged 1e-3), in bfloat16 to 3e-2 (merged 0.1, or what the adapter
+in bfloat16 is off by from itself in float32, where that is more); the same in a second call; the
+caller's models are unchanged, and no weight of the base is held twice. Everything else is refused
+in one line. Made by `python tests/adapters_for_tests.py FILE`; `make test-long` runs all of it,
+and the numbers here say how many were run for this page: the first options of every method, in
+turn.
 
-The numbers in the second table are of options read right: as object / from a folder / merged, of those that peft makes.
+The numbers in the second table are of options read right: as object / from a folder / merged, of
+those that peft makes.
 """
 
 
@@ -546,6 +550,7 @@ def share(found: list[dict[str, str]]) -> str:
 def reasons(known: dict[Cell, dict[str, str]]) -> list[str]:
     """Each reason to refuse something, and the adapters that it is given for."""
     by_reason: dict[str, list[str]] = {}
+    forms: dict[str, list[str]] = {}
     for cell, answers in known.items():
         for form, answer in answers.items():
             match = REASON.match(answer)
@@ -553,13 +558,14 @@ def reasons(known: dict[Cell, dict[str, str]]) -> list[str]:
                 reason = re.sub(r"(adapter )\S*/\S*", r"\1…", match[1] or match[2])
                 reason = re.sub(r"\d+(\.\d+)?(e-?\d+)?( of the largest|% of)", r"…\3", reason)
                 label = f"`{cell.method} {cell.options}`".replace(" `", "`")
-                by_reason.setdefault(f"{form}: {reason}", []).append(label)
+                by_reason.setdefault(reason, []).append(label)
+                forms.setdefault(reason, []).append(form)
     lines = []
     for reason, labels in sorted(by_reason.items()):
         methods = sorted({label.strip("`").split()[0] for label in labels})
         named = sorted(dict.fromkeys(labels))
         shown = ", ".join(named) if len(named) <= MOST_NAMED else ", ".join(methods)
-        lines.append(f"- {reason}: {shown}")
+        lines.append(f"- {', '.join(dict.fromkeys(forms[reason]))}: {reason}: {shown}")
     return lines
 
 
