@@ -54,7 +54,7 @@ def check_parity(model: HookedModel, plain: Any | None) -> str | None:
     source = model.model if plain is None and backend_of(model) == "residual" else plain
     is_half = model.cfg.dtype in (torch.float16, torch.bfloat16)
     if not is_half or source is None or quantisation_of(source) is not None:
-        return _raised(failure)
+        return _raised_or_none(failure)
     from .residual import ResidualModel  # late, as it imports TransformerLens
 
     try:
@@ -64,13 +64,14 @@ def check_parity(model: HookedModel, plain: Any | None) -> str | None:
     except HyperlensError:
         raise
     except Exception:  # it does not run in float32: half precision has to decide
-        return _raised(failure)
+        return _raised_or_none(failure)
     return None if failure is None else _close_margins(model, source)
 
 
-def _raised(failure: HyperlensError | None) -> None:
+def _raised_or_none(failure: HyperlensError | None) -> str | None:
     if failure is not None:
         raise failure
+    return None
 
 
 def _check_all(model: HookedModel, plain: Any | None) -> bool:
