@@ -34,7 +34,7 @@ def refuses(out: Path, method: str, dtype: str, **options: Any) -> None:
     assert not out.exists()
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.long)])
 def test_pissa_joined_with_another_scale_is_refused(
     dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -53,8 +53,8 @@ def test_pissa_joined_with_another_scale_is_refused(
     refuses(tmp_path / "wrong", "lora", dtype, **options)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.long)])
+@pytest.mark.parametrize("method", ["full", pytest.param("lora", marks=pytest.mark.long)])
 def test_weights_that_are_not_those_trained_are_refused(
     method: str, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -91,7 +91,7 @@ def logits_of(model: Any, tokens: Int[Tensor, "text pos"]) -> Float[Tensor, "tex
     except Exception as error:
         raise LoadingError(
             f"{type(model).__name__} fails when a few tokens are run to check what is written "
-            f"({type(error).__name__}: {first_line(error)}): give what runs, in another dtype perhaps"
+            f"({type(error).__name__}: {first_line(error)}): try another dtype"
         ) from error
     return logits.float().cpu()
 

@@ -16,12 +16,34 @@ from .adapters import ADAPTER_CONFIG
 # A configuration that asks for more is damaged, and transformers would build it for hours: blocks,
 # and other sizes as a multiple of the largest one of the checkpoint's own tensors.
 MOST_BLOCKS, MOST_TIMES_LARGEST = 10_000, 8
-BLOCKS = "num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers".split()
-SIZES = (
-    "hidden_size n_embd d_model vocab_size head_dim num_attention_heads num_key_value_heads n_head "
-    "n_heads num_heads intermediate_size moe_intermediate_size n_inner ffn_dim d_ff num_experts "
-    "num_local_experts n_routed_experts"
-).split()
+BLOCKS = [
+    "num_hidden_layers",
+    "n_layer",
+    "n_layers",
+    "num_layers",
+    "encoder_layers",
+    "decoder_layers",
+]
+SIZES = [
+    "hidden_size",
+    "n_embd",
+    "d_model",
+    "vocab_size",
+    "head_dim",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "n_head",
+    "n_heads",
+    "num_heads",
+    "intermediate_size",
+    "moe_intermediate_size",
+    "n_inner",
+    "ffn_dim",
+    "d_ff",
+    "num_experts",
+    "num_local_experts",
+    "n_routed_experts",
+]
 
 
 def read_checkpoint(name: str, kind: str, dtype: torch.dtype | None) -> tuple[Any, tuple[str, ...]]:
