@@ -105,6 +105,7 @@ class Pair:
             d_vocab=cfg.d_vocab,
             include_bos=include_bos,
             bos_id=bos if isinstance(bos, int) else None,
+            unpadded=self.base.unpadded or self.tuned.unpadded,
         )
         return replace(corpus, notes=(*corpus.notes, *notes))
 
@@ -155,7 +156,8 @@ def open_pair(
         )
     # A hooked model given on one side decides how the other is hooked.
     chosen = next((kind for kind in kinds if kind is not None), backend)
-    pair = Pair(hook(first, chosen), hook(second, chosen), first.notes + second.notes + notes)
+    hooked = hook(first, chosen), hook(second, chosen)
+    pair = Pair(*hooked, hooked[0].notes + hooked[1].notes + notes)
     _check_sizes(pair)
     return pair
 

@@ -128,7 +128,7 @@ def test_a_merge_that_rounds_the_adapter_away_is_refused(tmp_path: Path) -> None
             if weight.requires_grad:
                 weight += 1e-4 * torch.randn_like(weight)
     trained.save_pretrained(tmp_path / "adapter")
-    with pytest.raises(LoadingError, match=r"does \d+% of what it does .*--dtype float32"):
+    with pytest.raises(LoadingError, match=r"does \d+% of what the adapter does .*--dtype float32"):
         merge(tmp_path / "adapter", tmp_path / "merged", base=base)
     assert not (tmp_path / "merged").exists()
     assert merge(tmp_path / "adapter", tmp_path / "wide", base=base, dtype="float32").exists()

@@ -27,7 +27,7 @@ SHORT = {
     **dict.fromkeys(
         ("falcon_h1", "gpt_oss", "deepseek_v3", "cohere", "gptj", "qwen3_next"), "right"
     ),
-    **dict.fromkeys(("bert", "rwkv"), "refused"),
+    **dict.fromkeys(("bert", "rwkv", "blenderbot-small"), "refused"),
 }
 
 

@@ -1,7 +1,6 @@
 """Texts, files, checkpoints and saved results as nobody expects them: an answer, or one line."""
 
 import copy
-import gzip
 import itertools
 import json
 import shutil
@@ -11,6 +10,7 @@ from typing import Any
 
 import jaxtyping
 import pandas as pd
+import pyarrow as pa
 import pytest
 import torch
 from conftest import lora, make_tiny, perturbed
@@ -21,7 +21,7 @@ from surface_for_tests import TRAINING, words_tokenizer
 
 from hyperlens import Comparison, compare_models, load_hooked, open_pair, read_results
 from hyperlens.data.texts import read_texts
-from hyperlens.errors import HyperlensError
+from hyperlens.errors import CorpusError, HyperlensError, LoadingError
 from hyperlens.training import hyperfit, read_history
 
 # The same cases at every run; each test says how many more `make test-long` tries.
@@ -111,7 +111,17 @@ ROWS = st.one_of(
     st.lists(st.none(), max_size=2),
     st.dictionaries(st.sampled_from(["text", "a"]), TEXTS | st.none(), max_size=2),
 )
-SUFFIXES = [".txt", ".jsonl", ".csv", ".parquet", ".jsonl.gz", ".jsonl.zst", ".JSONL", ".json", ""]
+SUFFIXES = [".txt", ".jsonl", ".csv", ".parquet", ".JSONL", ".json", ""]
+# What a file is compressed with, and how its name ends; some of them do not fit.
+COMPRESSED = [
+    (None, ""),
+    (None, ""),
+    ("gzip", ".gz"),
+    ("zstd", ".zst"),
+    ("gzip", ""),
+    ("zstd", ".gz"),
+    (None, ".ZST"),
+]
 
 
 def as_jsonl(rows: list[Any]) -> bytes:
@@ -145,28 +155,62 @@ CONTENTS = st.one_of(
 )
 
 
-def check_file(folder: Path, content: bytes, suffix: str, zipped: bool, cut: float) -> None:
-    content = gzip.compress(content) if zipped else content
-    path = folder / f"texts{suffix}"
+def compressed(content: bytes, how: str | None) -> bytes:
+    if how is None:
+        return content
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, how) as stream:
+        stream.write(content)
+    return sink.getvalue().to_pybytes()
+
+
+def check_file(
+    folder: Path, content: bytes, suffix: str, packing: tuple[str | None, str], cut: float
+) -> None:
+    how, end = packing
+    content = compressed(content, how)
+    path = folder / f"texts{suffix}{end}"
     path.write_bytes(content[: round(len(content) * cut)])
     answered(lambda: read_texts(path))
     answered(lambda: read_texts(str(path), column="text", limit=1))
 
 
-FILES = (CONTENTS, st.sampled_from(SUFFIXES), st.booleans(), st.sampled_from([1.0, 1.0, 0.9, 0.5]))
+FILES = (
+    CONTENTS,
+    st.sampled_from(SUFFIXES),
+    st.sampled_from(COMPRESSED),
+    st.sampled_from([1.0, 1.0, 0.9, 0.5]),
+)
 
 
 @settings(**FUZZ, max_examples=60)
 @given(*FILES)
-def test_files(tmp_path: Path, content: bytes, suffix: str, zipped: bool, cut: float) -> None:
-    check_file(tmp_path, content, suffix, zipped, cut)
+def test_files(tmp_path: Path, content: bytes, suffix: str, packing, cut: float) -> None:
+    check_file(tmp_path, content, suffix, packing, cut)
 
 
 @pytest.mark.long
 @settings(**FUZZ, max_examples=3000)
 @given(*FILES)
-def test_more_files(tmp_path: Path, content: bytes, suffix: str, zipped: bool, cut: float) -> None:
-    check_file(tmp_path, content, suffix, zipped, cut)
+def test_more_files(tmp_path: Path, content: bytes, suffix: str, packing, cut: float) -> None:
+    check_file(tmp_path, content, suffix, packing, cut)
+
+
+@pytest.mark.parametrize(("how", "end"), [("gzip", ".gz"), ("zstd", ".zst")])
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".csv"])
+def test_a_compressed_file_cut_anywhere_is_refused(
+    tmp_path: Path, suffix: str, how: str, end: str
+) -> None:
+    """A file of which a part is missing is no shorter list of texts."""
+    made = {".txt": as_text, ".jsonl": as_jsonl, ".csv": as_csv}[suffix](WORDS * 20)
+    content, path = compressed(made, how), tmp_path / f"texts{suffix}{end}"
+    path.write_bytes(content)
+    assert read_texts(path, column=None if suffix == ".txt" else "text") == WORDS * 20
+    for length in [*range(1, len(content), len(content) // 20), len(content) - 1]:
+        path.write_bytes(content[:length])
+        with pytest.raises(CorpusError, match="copy or compress it again") as error:
+            read_texts(path, column="text")
+        assert len(str(error.value).splitlines()) == 1
 
 
 # Checkpoints and adapters
@@ -216,6 +260,25 @@ def test_fields_of_an_adapters_configuration(sources: Path, broken) -> None:
         for name in ("peft_type", "base_model_name_or_path", "r", "target_modules"):
             (folder / "adapter_config.json").write_text(json.dumps({**config, name: value}))
             opened(folder, sources / "whole")
+
+
+@pytest.mark.parametrize("value", [10**30, 10**6])
+def test_sizes_beyond_any_models_are_refused_before_building(broken, value: int) -> None:
+    """Built, a million blocks would take hours."""
+    folder = broken("whole")
+    config = json.loads((folder / "config.json").read_text())
+    for name in ("num_hidden_layers", "hidden_size", "head_dim", "num_key_value_heads"):
+        for changed in ({name: value}, {"text_config": {name: value}}):
+            (folder / "config.json").write_text(json.dumps({**config, **changed}))
+            with pytest.raises(LoadingError, match=f"says {name} = {value:.3g}".replace("+", ".")):
+                load_hooked(folder, backend="residual")
+
+
+def test_a_context_of_no_tokens_is_not_known(broken) -> None:
+    folder = broken("whole")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": -1}))
+    assert open_pair(folder, folder).tokenize(WORDS).counts.n_cut == 0
 
 
 @pytest.mark.long

@@ -6,6 +6,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -198,6 +199,38 @@ def test_table_errors(tmp_path: Path) -> None:
     fails(written(tmp_path / "t.csv", 'text\n"open'), "not readable as .csv", "write it again")
     fails(written(tmp_path / "t.csv", "text\nfür".encode("latin-1")), "not UTF-8")
     fails(written(tmp_path / "t.parquet", b"PAR1 garbage"), "not readable as .parquet")
+
+
+# compressed
+
+
+@pytest.mark.parametrize(("how", "end"), [("gzip", ".gz"), ("zstd", ".ZST")])
+def test_compressed_files_are_read_as_what_is_in_them(tmp_path: Path, how: str, end: str) -> None:
+    lines = "".join(json.dumps({"text": text, "of": text[:1]}) + "\n" for text in TEXTS)
+    csv = "text,n\n" + "".join(f'"{text}\r\n",1\n' for text in TEXTS)
+    for name, content in (
+        ("t.txt", "\ufeff" + "\r\n\r\n".join(TEXTS)),
+        ("t.jsonl", lines),
+        ("t.csv", csv),
+    ):
+        plain, packed = tmp_path / name, tmp_path / f"{name}{end}"
+        plain.write_text(content, newline="")
+        with pa.output_stream(packed, compression=how) as stream:
+            stream.write(content.encode())
+        assert read_texts(packed) == read_texts(plain)
+        assert read_texts(packed, limit=1) == read_texts(plain, limit=1)
+    assert read_texts(tmp_path / f"t.jsonl{end}", groups="of").groups == tuple(
+        text[:1] for text in TEXTS
+    )
+    fails([f"t.txt{end}"], "list of file names")
+
+
+def test_what_is_not_compressed_is_no_compressed_file(tmp_path: Path) -> None:
+    for end in ("gz", "zst"):
+        fails(written(tmp_path / f"t.txt.{end}", "plain"), f"t.txt.{end} is not whole", "again")
+        fails(written(tmp_path / f"t.txt.{end}", ""), "no texts")
+        fails(written(tmp_path / f"t.{end}", "x"), "ending in .txt", ".gz or .zst after")
+        fails(written(tmp_path / f"t.parquet.{end}", "x"), "ending in .txt")
 
 
 # names that lead nowhere

@@ -22,6 +22,7 @@ from .data import TrainingData, training_data
 from .folders import check_out, save, working_folder
 from .recipes import HELP, Method, Recipe, changed, nearest, preset
 from .weights import context_length, private_copy, trainers_randomness
+from .written import check_written
 
 if TYPE_CHECKING:
     from .history import Record
@@ -194,7 +195,8 @@ def hyperfit(
             if run.records:
                 history.write(working.history, run.records)
             tables = (working.history, working.logs)
-            save(working.finished, run.model, run.tokenizer, run_to_json(run), *tables)
+            record, check = run_to_json(run), check_written(run.model)
+            save(working.finished, run.model, run.tokenizer, record, *tables, check=check)
             working.publish(folder)
     return run
 

@@ -8,33 +8,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor
 
 from ..checks import check_types
-from ..errors import LoadingError, TrainingError, first_line
+from ..errors import LoadingError, TrainingError
 from ..files import check_new_folder
 from ..hooks.loading import parse_dtype
-from ..hooks.parity import gap_and_span
 from ..models.adapters import ADAPTER_CONFIG
 from ..models.kinds import is_peft
 from ..models.sources import OpenedModel, open_source
-from ..models.weight_sharing import converted, merged, weight_sharing_copy
+from ..models.weight_sharing import (
+    compute_in_float32,
+    converted,
+    merged,
+    weight_sharing_copy,
+)
 from ..results.fingerprint import versions
 from .folders import save
 from .history import RUN_FILE
 from .hyperfitting import HyperfitRun, run_to_json
+from .written import difference, few_tokens, is_exact, logits_of, logits_without
 
-# How far a merged model's logits may be from the adapter's, as a share of the largest; merged
-# weights are rounded once more, to 8 bits in bfloat16.
-EXACT_LOGITS, HALF_LOGITS = 1e-3, 0.1
-# How far the merged change of the logits may be from the adapter's, as a share of it, along it.
-EXACT_EFFECT, HALF_EFFECT = 0.02, 0.25
-# Below this share of the largest logit a change is rounding itself.
-NO_EFFECT = 1e-5
 ROUNDED_AWAY = (
-    'the rest is lost where merged weights are rounded; pass dtype="float32" (--dtype float32), or '
-    "use the adapter on its base"
+    'rounding the merged weights can do that; pass dtype="float32" (--dtype float32), or use the '
+    "adapter on its base"
 )
 
 
@@ -90,64 +86,25 @@ def merge(
 def _check_same(adapted: Any, folder: Path) -> None:
     """Open the merged folder anew and hold its logits against the adapter's.
 
-    Two things are asked: that the logits are the adapter's but for rounding, and that they lie as
-    far from the base's, in the adapter's own direction. The second sees what the first cannot, an
-    adapter whose whole effect is smaller than the rounding of half precision. All is computed in
-    float32, one model after the other, so that only the weights are rounded.
+    All is computed in float32, one model after the other, so that only the weights are rounded.
 
     Raises:
         LoadingError: if they are another model's, or one of the two does not run.
     """
-    with torch.no_grad():
-        plain = open_source(folder, device=torch.device("cpu"))
-        exact = _is_exact(adapted, plain.model)
-        d_vocab = plain.model.get_input_embeddings().weight.shape[0]
-        tokens = torch.randint(d_vocab, (2, 16), generator=torch.Generator().manual_seed(0))
-        got = _logits(converted(plain.model, None, _wide(plain.model)), tokens)
-        del plain
-        shell = converted(weight_sharing_copy(adapted), None, _wide(adapted))
-        wanted = _logits(shell, tokens)
-        with shell.disable_adapter():
-            without = _logits(shell, tokens)
-    gap, span = gap_and_span(got, wanted)
-    error = gap / max(span, 1e-9)
-    if not error <= (EXACT_LOGITS if exact else HALF_LOGITS):
+    plain = open_source(folder, device=torch.device("cpu"))
+    exact = is_exact(adapted, plain.model)
+    tokens = few_tokens(plain.model)
+    compute_in_float32(plain.model)
+    got = logits_of(plain.model, tokens)
+    del plain
+    shell = weight_sharing_copy(adapted)
+    compute_in_float32(shell)
+    why = difference(got, logits_of(shell, tokens), logits_without(shell, tokens), exact)
+    if why is not None:
         raise LoadingError(
-            f"merged and saved, this adapter is another model (logits differ by {error:.2g} of the "
-            "largest): use the adapter on its base instead"
-        )
-    effect = (wanted - without).double()
-    if float(effect.abs().max()) <= NO_EFFECT * span:
-        return
-    kept = float(((got - without) * effect).sum() / effect.square().sum())
-    if not abs(kept - 1) <= (EXACT_EFFECT if exact else HALF_EFFECT):
-        raise LoadingError(
-            f"merged and saved, this adapter does {kept:.0%} of what it does to the base's logits: "
+            f"merged and saved, this adapter is another model ({why}): "
             + ("use the adapter on its base instead" if exact else ROUNDED_AWAY)
         )
-
-
-def _is_exact(*models: Any) -> bool:
-    """Whether all weights are float32 or wider."""
-    dtypes = {weight.dtype for model in models for weight in model.parameters()}
-    return dtypes <= {torch.float32, torch.float64}
-
-
-def _wide(model: Any) -> torch.dtype | None:
-    """What to cast a model to for the check: nothing where its weights are wide already."""
-    return None if _is_exact(model) else torch.float32
-
-
-def _logits(model: Any, tokens: Int[Tensor, "text pos"]) -> Float[Tensor, "text pos d_vocab"]:
-    device = next(model.parameters()).device
-    try:
-        logits: Tensor = model(input_ids=tokens.to(device), use_cache=False).logits
-    except Exception as error:
-        raise LoadingError(
-            f"{type(model).__name__} fails when a few tokens are run to check the merged folder "
-            f"({type(error).__name__}: {first_line(error)}): give an adapter that runs in peft"
-        ) from error
-    return logits.float().cpu()
 
 
 def _open(source: Any, base: Any, dtype: torch.dtype | None) -> OpenedModel:

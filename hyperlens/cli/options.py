@@ -55,8 +55,8 @@ def add_reading(parser: argparse.ArgumentParser, unless: str = "", groups: bool 
         "--texts",
         required=not unless,
         metavar="SOURCE",
-        help="a .txt, .jsonl, .csv or .parquet file, or the name of a hub dataset"
-        + (f" (default: none; needed {unless})" if unless else ""),
+        help="a .txt, .jsonl, .csv (each also .gz or .zst) or .parquet file, or the name of a hub "
+        "dataset" + (f" (default: none; needed {unless})" if unless else ""),
     )
     add_how_to_read(group, groups)
     return group

@@ -83,6 +83,7 @@ class Corpus:
         sha256: hash of all token ids, independent of the order the texts came in.
         groups: the independent group of each sequence, counted from 0; None where each sequence is
             one of its own.
+        unpadded: whether batches hold sequences of one length only.
     """
 
     sequences: tuple[np.ndarray, ...]
@@ -92,6 +93,7 @@ class Corpus:
     notes: tuple[str, ...]
     sha256: str
     groups: tuple[int, ...] | None = None
+    unpadded: bool = False
 
     @property
     def n_units(self) -> int:
@@ -131,8 +133,7 @@ class Corpus:
             seed: of the choice of the sample, which depends on content alone otherwise.
         """
         sample = self._sample(n_sampled_sequences, n_sampled_tokens, seed)
-        for start in range(0, len(self.sequences), batch_size):
-            indices = range(start, min(start + batch_size, len(self.sequences)))
+        for indices in self._batch_indices(batch_size):
             tokens, mask = pad([self.sequences[i] for i in indices])
             real = mask.bool()
             slot = np.full(len(indices), -1, dtype=np.int64)
@@ -149,6 +150,17 @@ class Corpus:
                 slot=torch.from_numpy(slot),
                 position=torch.from_numpy(position),
             )
+
+    def _batch_indices(self, batch_size: int) -> Iterator[range]:
+        """Consecutive sequences, at most `batch_size`; of one length where there are no pads."""
+        start, n = 0, len(self.sequences)
+        while start < n:
+            end = min(start + batch_size, n)
+            if self.unpadded:
+                length = len(self.sequences[start])
+                end = start + sum(len(ids) == length for ids in self.sequences[start:end])
+            yield range(start, end)
+            start = end
 
     def _sample(
         self, n_units: int, n_tokens: int, seed: int
@@ -220,6 +232,7 @@ def build_corpus(
     d_vocab: int | None = None,
     include_bos: bool = False,
     bos_id: int | None = None,
+    unpadded: bool = False,
 ) -> Corpus:
     """Tokenise texts, or take token ids as they are.
 
@@ -234,6 +247,7 @@ def build_corpus(
         d_vocab: number of logits, to find ids that the model does not have.
         include_bos: measure BOS positions too.
         bos_id: what BOS is where there is no tokenizer to tell.
+        unpadded: put sequences of one length only into each batch.
 
     Raises:
         CorpusError: if nothing is left to measure, or the ids do not fit the model.
@@ -302,6 +316,7 @@ def build_corpus(
         notes=tuple(notes),
         sha256=digest.hexdigest(),
         groups=units,
+        unpadded=unpadded,
     )
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import sys
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import chain, islice
 from numbers import Integral
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from ..checks import check_types, is_list
 from ..errors import CorpusError, first_line
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 READERS = (".txt", ".jsonl", ".csv", ".parquet")
+# How .txt, .jsonl and .csv may be compressed, as in texts.jsonl.gz.
+COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
 COLUMN = "text"
 # Paragraphs of a file are put into blocks, at least so many, of at most so many paragraphs.
 FEWEST_BLOCKS, MOST_IN_BLOCK = 40, 20
@@ -69,7 +73,8 @@ def read_texts(
 
     A `.txt` file is split at blank lines, one text per paragraph; one without blank lines has a
     text per line. `.jsonl`, `.csv`, `.parquet`, data frames and datasets need a text column:
-    `column`, else "text", else the only column that holds strings.
+    `column`, else "text", else the only column that holds strings. `.txt`, `.jsonl` and `.csv` may
+    be compressed (`.gz`, `.zst`).
 
     Args:
         source: list of strings, path, data frame, dataset, or hub name ("owner/name").
@@ -119,7 +124,7 @@ def _grouped(
         if isinstance(source, Texts):
             texts.groups = None if source.groups is None else source.groups[: len(texts)]
             return texts
-        is_file = isinstance(source, str | Path) and Path(source).suffix.lower() == ".txt"
+        is_file = isinstance(source, str | Path) and _kind(Path(source)) == ".txt"
         size = paragraphs_per_block(len(texts)) if is_file else 1
         return _in_blocks(texts, size) if size > 1 else texts
     if isinstance(groups, str):
@@ -148,8 +153,21 @@ def _check_not_file_names(source: Any) -> None:
 def _is_file_name(text: Any) -> bool:
     if not isinstance(text, str) or not text.strip():
         return False
-    named = text.lower().endswith(READERS) and not any(c.isspace() for c in text)
+    named = _kind(Path(text)) in READERS and not any(c.isspace() for c in text)
     return named or (_exists(Path(text)) and Path(text).expanduser().is_file())
+
+
+def _kind(path: Path) -> str:
+    """How the name of a file ends, compressed or not: ".jsonl" of texts.jsonl and texts.jsonl.gz.
+
+    >>> [_kind(Path(name)) for name in ("a.txt", "b.JSONL.gz", "c.parquet.zst", "d.gz")]
+    ['.txt', '.jsonl', '.parquet.zst', '.gz']
+    """
+    kind = path.suffix.lower()
+    inner = Path(path.stem).suffix.lower()
+    if kind not in COMPRESSED:
+        return kind
+    return inner if inner in READERS and inner != ".parquet" else inner + kind
 
 
 def _texts(source: Any, column: str | None, split: str, streaming: bool) -> Iterator[str]:
@@ -212,7 +230,7 @@ def _values(source: Any, column: str, split: str, streaming: bool) -> Iterator[A
         CorpusError: if there is no such column.
     """
     path = Path(source) if isinstance(source, str | Path) and _exists(Path(source)) else None
-    kind = "" if path is None else path.suffix.lower()
+    kind = "" if path is None else _kind(path)
     if path is not None and kind == ".jsonl":
         rows: Any = (record for _, record in _json_records(path.expanduser()))
     elif path is not None and kind in (".csv", ".parquet"):
@@ -274,14 +292,14 @@ def _strings(source: Iterable[Any]) -> Iterator[str]:
 
 def _named(source: str | Path, column: str | None, split: str, streaming: bool) -> Iterator[str]:
     path = Path(source)
-    kind = path.suffix.lower()
+    kind = _kind(path)
     is_file = _exists(path)
     if is_file and kind in READERS:
         return _file(path.expanduser(), kind, column)
     if is_file:
         raise CorpusError(
             f"cannot read texts from {_describe(source)}{_hint(path.expanduser(), kind)}: expected "
-            f"a file ending in {', '.join(READERS)}"
+            f"a file ending in {', '.join(READERS)} (or .gz or .zst after the first three)"
         )
     if isinstance(source, Path) or kind in READERS or not HUB_ID.fullmatch(source):
         raise CorpusError(
@@ -308,7 +326,8 @@ def _exists(path: Path) -> bool:
 def _file(path: Path, kind: str, column: str | None) -> Iterator[str]:
     try:
         if kind == ".txt":
-            yield from _paragraphs(path.read_text(encoding=ENCODING))
+            with _reading(path) as file:
+                yield from _paragraphs(file.read())
         elif kind == ".jsonl":
             yield from _jsonl(path, column)
         else:
@@ -337,8 +356,41 @@ def _jsonl(path: Path, column: str | None) -> Iterator[str]:
         yield _string_in(record, chosen, place)
 
 
+@contextmanager
+def _reading(path: Path, newline: str | None = None) -> Iterator[IO[str]]:
+    """A file as text, decompressed as it is read.
+
+    Args:
+        path: the file.
+        newline: "" leaves line ends as they are.
+
+    Raises:
+        CorpusError: if what is compressed is cut off or damaged.
+    """
+    how = COMPRESSED.get(path.suffix.lower())
+    if how is None:
+        with path.open(encoding=ENCODING, newline=newline) as file:
+            yield file
+        return
+    import pyarrow as pa
+
+    try:
+        with pa.input_stream(str(path), compression=how) as content:
+            yield io.TextIOWrapper(content, encoding=ENCODING, newline=newline)
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        raise CorpusError(
+            f"{path} is not whole {how} ({first_line(error)}): copy or compress it again"
+        ) from None
+    except pa.ArrowException as error:
+        raise CorpusError(
+            f"{path} cannot be decompressed here ({first_line(error)}): decompress it yourself"
+        ) from None
+
+
 def _json_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    with path.open(encoding=ENCODING) as file:
+    with _reading(path) as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
@@ -359,11 +411,12 @@ def _read_table(path: Path, kind: str) -> pd.DataFrame:
 
     try:
         if kind == ".csv":
-            return pd.read_csv(path, dtype=str, keep_default_na=False, encoding=ENCODING)
+            with _reading(path, newline="") as file:
+                return pd.read_csv(file, dtype=str, keep_default_na=False)
         return pd.read_parquet(path)
     except pd.errors.EmptyDataError:
         return pd.DataFrame()
-    except (UnicodeDecodeError, FileNotFoundError, PermissionError):
+    except (CorpusError, UnicodeDecodeError, FileNotFoundError, PermissionError):
         raise
     except (ValueError, OSError, ImportError) as error:
         raise CorpusError(

@@ -37,10 +37,12 @@ class LoadedModel(OpenedModel):
     Attributes:
         hooked: the hooked model, parity-checked.
         backend: which kind of hooked model it is.
+        unpadded: whether its texts are to be read without pads; a note says why.
     """
 
     hooked: HookedModel
     backend: Backend
+    unpadded: bool = False
 
     def __repr__(self) -> str:
         dtype = str(self.hooked.cfg.dtype).removeprefix("torch.")
@@ -107,8 +109,8 @@ def hook(opened: OpenedModel, backend: Backend) -> LoadedModel:
     """
     own_backend = backend_of(opened.model)
     if own_backend is not None:
-        check_parity(opened.model, None)
-        return _loaded(opened, opened.model, own_backend)
+        note = check_parity(opened.model, None)
+        return _loaded(opened, opened.model, own_backend, note)
     make = {
         "residual": _residual,
         "bridge": _bridge,
@@ -116,7 +118,7 @@ def hook(opened: OpenedModel, backend: Backend) -> LoadedModel:
     }[backend]
     try:
         model = make(opened)
-        check_parity(model, opened.model)
+        note = check_parity(model, opened.model)
     except (LoadingError, ParityError) as error:
         method = quantisation_of(opened.model)
         if method is None:
@@ -132,18 +134,21 @@ def hook(opened: OpenedModel, backend: Backend) -> LoadedModel:
             f"{opened.name} fails when a few tokens are run to check its hooks "
             f"({type(error).__name__}: {first_line(error)}): its architecture is not supported"
         ) from error
-    return _loaded(opened, model, backend)
+    return _loaded(opened, model, backend, note)
 
 
-def _loaded(opened: OpenedModel, hooked: HookedModel, backend: Backend) -> LoadedModel:
+def _loaded(
+    opened: OpenedModel, hooked: HookedModel, backend: Backend, note: str | None
+) -> LoadedModel:
     return LoadedModel(
         model=opened.model,
         tokenizer=opened.tokenizer,
         name=opened.name,
         kind=opened.kind,
-        notes=opened.notes,
+        notes=opened.notes if note is None else (*opened.notes, f"{opened.name}: {note}"),
         hooked=hooked,
         backend=backend,
+        unpadded=note is not None,
     )
 
 

@@ -112,7 +112,7 @@ class ResidualModel(HookedRootModule):
             n_layers=len(self.blocks),
             d_model=text.hidden_size,
             d_vocab=head.weight.shape[0],
-            n_ctx=getattr(text, "max_position_embeddings", 0) or 0,
+            n_ctx=max(0, getattr(text, "max_position_embeddings", 0) or 0),
             dtype=weight.dtype,
             device=weight.device,
             output_logits_soft_cap=self.structure.soft_cap,

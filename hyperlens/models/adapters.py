@@ -7,6 +7,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..errors import LoadingError, PairError, first_line, shortened
 from .adapter_layout import PREFIX, layout_of
 from .kinds import HUB_ID
@@ -24,6 +26,7 @@ PROMPT_LEARNING = (
     "prompt-learning adapters (prompt, prefix or P-tuning) add positions rather than change weights"
 )
 INCOMPARABLE = {
+    "LILY": "Lily mixes its experts by a mean over all tokens of a batch, later ones too",
     "POLY": "Poly adapters choose by a task that is given beside the tokens",
     "SHADOW": "Shadow adapters run a second network beside the blocks",
     "XLORA": "X-LoRA mixes several adapters by what it reads in a first pass",
@@ -167,6 +170,7 @@ def put_on(
         layout = layout_of(shell, shapes)
         config = layout.config(PeftConfig.from_pretrained(str(folder)), shell)
         check_adapter_kind(config)
+        _check_scales_saved(shell, config, folder)
         placed = {layout.in_base(key): shape for key, shape in shapes.items()}
         stored = {key: shape for key, shape in placed.items() if key is not None}
         _check_vocabulary(shell, stored, folder, base_name)
@@ -204,6 +208,25 @@ def put_on(
         raise misfit
     unused = len(shapes) - len(stored)
     return model, _unused_note(folder, config, unused) if unused else ()
+
+
+def _check_scales_saved(base: Any, config: Any, folder: Path) -> None:
+    """Raise for AdaLoRA on a base in half precision.
+
+    There peft makes the scale of each of its modules (`ranknum`) a float32 parameter that is
+    trained, and saves none of them; on a float32 base they stay what they were.
+
+    Raises:
+        LoadingError: saying what to give instead.
+    """
+    half = {p.dtype for p in base.parameters()} & {torch.float16, torch.bfloat16}
+    if config.peft_type == "ADALORA" and half:
+        raise LoadingError(
+            f"the adapter {folder} is AdaLoRA, and on a base in half precision peft trains scales "
+            "(ranknum) that it does not save, so that it cannot be read as it was trained: pass "
+            "the PeftModel itself, or dtype='float32' if its base was in float32 when it was "
+            "trained"
+        )
 
 
 def _unused_note(folder: Path, config: Any, unused: int) -> tuple[str, ...]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,38 @@ import torch
 
 from ..errors import LoadingError, first_line
 from .adapters import ADAPTER_CONFIG
+
+# A configuration that asks for more is damaged, and transformers would build it for hours: blocks,
+# and other sizes as a multiple of the largest one of the checkpoint's own tensors.
+MOST_BLOCKS, MOST_TIMES_LARGEST = 10_000, 8
+BLOCKS = [
+    "num_hidden_layers",
+    "n_layer",
+    "n_layers",
+    "num_layers",
+    "encoder_layers",
+    "decoder_layers",
+]
+SIZES = [
+    "hidden_size",
+    "n_embd",
+    "d_model",
+    "vocab_size",
+    "head_dim",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "n_head",
+    "n_heads",
+    "num_heads",
+    "intermediate_size",
+    "moe_intermediate_size",
+    "n_inner",
+    "ffn_dim",
+    "d_ff",
+    "num_experts",
+    "num_local_experts",
+    "n_routed_experts",
+]
 
 
 def read_checkpoint(name: str, kind: str, dtype: torch.dtype | None) -> tuple[Any, tuple[str, ...]]:
@@ -24,11 +57,12 @@ def read_checkpoint(name: str, kind: str, dtype: torch.dtype | None) -> tuple[An
     Raises:
         LoadingError: if it is missing, incomplete, corrupt or no causal language model.
     """
-    from transformers import AutoConfig
+    from transformers import AutoConfig, PretrainedConfig
 
     loaded: Any
     with _readable_errors(name, kind):
         # Code from a checkpoint is never run; without False, transformers asks on the terminal.
+        _check_sizes(PretrainedConfig.get_config_dict(name)[0], name)
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         check_causal(config, name, config.architectures or [])
         with _quiet_loading():
@@ -49,6 +83,50 @@ def read_checkpoint(name: str, kind: str, dtype: torch.dtype | None) -> tuple[An
         keys = sorted(info["unexpected_keys"])
         notes = (f"{name}: {len(keys)} weights of the checkpoint are not used ({keys[0]}, …)",)
     return model.eval(), notes
+
+
+def _check_sizes(config: dict[str, Any], name: str) -> None:
+    """Raise for sizes beyond any model's, before anything is built by them.
+
+    Args:
+        config: the content of config.json.
+        name: folder or hub id.
+
+    Raises:
+        LoadingError: naming the size.
+    """
+    largest = _largest_dimension(Path(name))
+    limits = dict.fromkeys(BLOCKS, MOST_BLOCKS)
+    if largest > 0:  # else a hub id, or a damaged checkpoint, which is refused for that
+        limits |= dict.fromkeys(SIZES, max(MOST_BLOCKS, MOST_TIMES_LARGEST * largest))
+    for key, value in _whole_numbers(config):
+        limit = limits.get(key, math.inf)
+        if value > limit:
+            raise LoadingError(
+                f"the configuration of {name} says {key} = {value:.3g}, and at most {limit:,} can "
+                "be right: save the model and its configuration again"
+            )
+
+
+def _whole_numbers(config: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """All whole numbers by name, of the configurations inside too."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield from _whole_numbers(value)
+        elif isinstance(value, int):
+            yield key, float(min(value, 10**300))
+
+
+def _largest_dimension(folder: Path) -> int:
+    """Of all tensors in the safetensors of a folder; 0 where there are none that can be read."""
+    from safetensors import SafetensorError, safe_open
+
+    largest = 0
+    for file in folder.glob("*.safetensors"):
+        with suppress(SafetensorError, OSError), safe_open(file, framework="pt") as tensors:
+            shapes = (tensors.get_slice(key).get_shape() for key in tensors.keys())  # noqa: SIM118
+            largest = max([largest, *(max(shape, default=0) for shape in shapes)])
+    return largest
 
 
 def _auto_class(config: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -110,6 +111,43 @@ def _cast(model: Any, dtype: torch.dtype) -> None:
                 module._buffers[name] = cast.setdefault(id(buffer), buffer.to(dtype))
 
 
+def compute_in_float32(model: Any, blocks: Iterable[nn.Module] = ()) -> None:
+    """Let a weight-sharing copy compute in float32, at least.
+
+    Args:
+        model: cast in place, buffers too.
+        blocks: modules of it whose parameters are cast only while they run, to save memory.
+    """
+    blocks = list(blocks)
+    inside = {id(parameter) for block in blocks for parameter in block.parameters()}
+    for parameter in model.parameters():
+        if id(parameter) not in inside:
+            parameter.data = _at_least_float32(parameter.data)
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = _at_least_float32(buffer)
+    for block in blocks:
+        half: dict[nn.Parameter, torch.Tensor] = {}
+
+        def widen(module: nn.Module, args: Any, half: Any = half) -> None:
+            for parameter in module.parameters():
+                half[parameter] = parameter.data
+                parameter.data = _at_least_float32(parameter.data)
+
+        def narrow(module: nn.Module, args: Any, output: Any, half: Any = half) -> None:
+            for parameter, data in half.items():
+                parameter.data = data
+            half.clear()
+
+        block.register_forward_pre_hook(widen)
+        block.register_forward_hook(narrow)
+
+
+def _at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
 def merged(model: Any) -> Any:
     """The plain model with any unmerged adapter folded into (copied) weights.
 
@@ -127,6 +165,7 @@ def merged(model: Any) -> Any:
             warnings.filterwarnings("ignore", "All adapters are already merged")
             _unshare_adapted(model)
             plain = model.merge_and_unload(safe_merge=True).eval()
+            _unwrap_saved(plain)
     except Exception as error:
         raise LoadingError(
             f"this adapter cannot be merged into its base ({error}); use backend='residual', "
@@ -136,6 +175,19 @@ def merged(model: Any) -> Any:
         plain.config.tie_word_embeddings = False
     _unshare_replicated(plain)
     return plain
+
+
+def _unwrap_saved(plain: Any) -> None:
+    """Put trained copies (`modules_to_save`) in place where peft leaves its wrapper around them.
+
+    LN tuning does, and the model would be saved under names that nobody reads.
+    """
+    from peft.utils.other import ModulesToSaveWrapper
+
+    for name, module in list(plain.named_modules()):
+        if isinstance(module, ModulesToSaveWrapper):
+            (active,) = module.active_adapters
+            plain.set_submodule(name, module.modules_to_save[active])
 
 
 def _unshare_replicated(plain: Any) -> None:
