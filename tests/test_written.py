@@ -96,3 +96,11 @@ def test_checking_leaves_the_run_alone(tmp_path: Path) -> None:
     after = trained.model.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(after[name], weight) for name, weight in before.items())
+
+
+def test_a_run_does_not_fail_for_want_of_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hyperlens.training.written.free_bytes", lambda device: 0)
+    monkeypatch.setattr("hyperlens.training.written.open_source", None)
+    assert run(tmp_path / "out", "full").folder == tmp_path / "out"

@@ -15,6 +15,7 @@ from ..hooks.parity import gap_and_span
 from ..models.kinds import is_peft
 from ..models.sources import OpenedModel, open_source
 from ..models.weight_sharing import weight_sharing_copy
+from ..passes.memory import free_bytes
 
 # How far logits may be from those of the model that was written, as a share of the largest; what
 # is rounded once more, as merged weights are, is rounded to 8 bits in bfloat16.
@@ -23,6 +24,8 @@ EXACT_LOGITS, HALF_LOGITS = 1e-3, 0.1
 EXACT_EFFECT, HALF_EFFECT = 0.02, 0.25
 # Below this share of the largest logit a change is rounding itself.
 NO_EFFECT = 1e-5
+# So many times its size has to be free in main memory to open a whole model a second time.
+SPARE = 1.5
 
 
 def check_written(model: Any) -> Callable[[Path], None]:
@@ -30,7 +33,8 @@ def check_written(model: Any) -> Callable[[Path], None]:
 
     An adapter is put on the base that it was trained on, and the logits of a few tokens are
     compared; they are those of before, since joining PiSSA's two adapters changes the model. Of a
-    whole model every weight is compared; it is held twice meanwhile.
+    whole model every weight is compared; it is held twice meanwhile, and where main memory has no
+    room for that nothing is compared: a run must not fail at its end for want of memory.
 
     Args:
         model: a plain model or PeftModel that is about to be written.
@@ -54,6 +58,9 @@ def check_written(model: Any) -> Callable[[Path], None]:
 
 
 def _check_weights(model: Any, folder: Path) -> None:
+    n_bytes = sum(weight.nbytes for weight in model.state_dict().values())
+    if free_bytes(torch.device("cpu")) < SPARE * n_bytes:
+        return
     written = open_source(folder, device=torch.device("cpu")).model.state_dict()
     for name, weight in model.state_dict().items():
         if name not in written or not _same(weight.cpu(), written[name]):
