@@ -32,6 +32,10 @@ from hyperlens.statistics.ratios import (
 from hyperlens.statistics.shares import ratio
 
 VIEWS = ("raw", "final norm")
+# What patching prints: of the decisions that differ, the share that the tuned model's norm and head
+# bring about, given the base's stream; its denominator is another one in each text.
+PATCHED = "changed decisions that norm and head bring"
+SHARES = ("top-1 agreement", "base rank ≥ 200", PATCHED)
 # As a comparison has it: so many sampled tokens in all, see `stream_spec`.
 SAMPLED = 3276
 
@@ -45,44 +49,55 @@ class Population:
         self.vectors: dict[tuple[str, str], list[torch.Tensor]] = {}
         self.sums: dict[str, list[float]] = {}
         self.n: list[float] = []
+        self.changed: list[float] = []
         bos = pair.tokenizer.bos_token_id
         for passage in passages:
             ids = pair.tokenizer(passage, add_special_tokens=False)["input_ids"][:length]
             tokens = torch.tensor([[bos, *ids]])
             mask = torch.ones_like(tokens)
-            logits = {}
+            logits, streams = {}, {}
             for side in ("base", "tuned"):
                 model = getattr(pair, side).hooked
                 with surface.evaluating(model):
-                    raw = surface.run_residuals(model, tokens, mask)[-1][0]
+                    raw = streams[side] = surface.run_residuals(model, tokens, mask)[-1][0]
                     normed = surface.final_norm(model, raw)
                     logits[side] = surface.unembed(model, normed).double()
                 for view, x in (("raw", raw), ("final norm", normed)):
                     self.vectors.setdefault((side, view), []).append(x[1:].double())
-            self._add(logits)
+            tuned = pair.tuned.hooked
+            with surface.evaluating(tuned):
+                moved = surface.unembed(tuned, surface.final_norm(tuned, streams["base"]))
+            self._add(logits, moved)
         for name, texts in self.vectors.items():
             mean = torch.cat(texts).mean(0)
             self.vectors[name] = [x - mean for x in texts]
 
-    def _add(self, logits: dict[str, torch.Tensor]) -> None:
+    def _add(self, logits: dict[str, torch.Tensor], moved: torch.Tensor) -> None:
         base, tuned = (logits[side].log_softmax(-1) for side in ("base", "tuned"))
         a, b = (self.vectors[side, "raw"][-1] for side in ("base", "tuned"))
         kl = (tuned.exp() * (tuned - base)).sum(-1)
         winner = tuned.argmax(-1, keepdim=True)
         rank = 1 + (base > base.gather(-1, winner)).sum(-1)
+        changed = (base.argmax(-1) != tuned.argmax(-1))[1:]
+        self.changed.append(float(changed.sum()))
         numbers = {
             "relative L2": ((b - a).norm(dim=-1) / a.norm(dim=-1)),
             "top-1 agreement": (base.argmax(-1) == tuned.argmax(-1)).double()[1:],
             "base rank ≥ 200": (rank >= 200).double()[1:],
             "KL": kl[1:],
+            PATCHED: (changed & (moved.argmax(-1) == tuned.argmax(-1))[1:]).double(),
         }
         for name, values in numbers.items():
             self.sums.setdefault(name, []).append(float(values.sum()))
         self.n.append(float(len(a)))
 
+    def counts(self, name: str) -> list[float]:
+        """What a statistic is taken over, text by text."""
+        return self.changed if name == PATCHED else self.n
+
     def truths(self) -> dict[str, float]:
         """Every statistic of the population."""
-        found = {name: sum(y) / sum(self.n) for name, y in self.sums.items()}
+        found = {name: sum(y) / sum(self.counts(name)) for name, y in self.sums.items()}
         for view in VIEWS:
             for side in ("base", "tuned"):
                 x = torch.cat(self.vectors[side, view])
@@ -93,13 +108,15 @@ class Population:
 
     def intervals(self, chosen: np.ndarray, seed: int) -> dict[str, tuple[float, float]]:
         """Of every statistic, from these texts alone."""
-        n = torch.tensor([self.n[i] for i in chosen], dtype=torch.float64)
         found = {}
         for name, sums in self.sums.items():
+            counts = self.counts(name)
+            n = torch.tensor([counts[i] for i in chosen], dtype=torch.float64)
             y = torch.tensor([sums[i] for i in chosen], dtype=torch.float64)
-            share = name in ("top-1 agreement", "base rank ≥ 200")
-            estimate = ratio(y, n, within=(0.0, 1.0) if share else None)
+            estimate = ratio(y, n, within=(0.0, 1.0) if name in SHARES else None)
             found[name] = (estimate.low, estimate.high)
+            if name == PATCHED:
+                continue
             means = significance.estimate((y / n).tolist())
             found[f"{name}, mean over texts"] = (means.low, means.high)
         for view in VIEWS:
@@ -150,6 +167,8 @@ def main() -> None:
     truths = population.truths()
     # A mean over texts estimates another quantity: that of a text, not of a token.
     for name, sums in population.sums.items():
+        if name == PATCHED:
+            continue
         truths[f"{name}, mean over texts"] = float(
             np.mean([y / n for y, n in zip(sums, population.n, strict=True)])
         )

@@ -170,6 +170,7 @@ def special() -> dict[tuple[str, str], Any]:
         ("compare_domains", "out"): None,
         ("compare_variants", "variants"): {"one": shared()["tuned"]},
         ("compare_training", "runs"): {"one": shared()["run"]},
+        ("reproduce", "base"): "run",
         ("reproduce", "trained"): None,
         ("reproduce", "scale"): "smoke",
         ("reproduce", "only"): ["Figure 4"],

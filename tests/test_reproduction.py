@@ -1,5 +1,6 @@
 """The paper's numbers, and the run that puts a model's own beside them."""
 
+import html
 import inspect
 import json
 import math
@@ -157,6 +158,9 @@ def test_all_of_it_is_on_disk_and_on_one_page(whole) -> None:
     assert {"reproduction", "temperature", "variants", "training", "judge"} <= kinds
     page = (whole.folder / "report.html").read_text()
     assert "Does the paper hold for this model?" in page
+    findings = page[page.index('id="findings"') : page.index("</section>")]
+    assert all(claim.claim in html.unescape(findings) for claim in whole.result.claims)
+    assert "Full fine-tuning" not in findings
     assert "a demonstration, not evidence" in page
 
 
@@ -194,7 +198,7 @@ def test_only_what_an_exhibit_needs(base, tmp_path) -> None:
     }
     assert all(claim.outcome == "cannot tell here" for claim in result.claims)
     # A model that is trained already is taken as it is.
-    (folder,) = (tmp_path / "r" / "models").iterdir()
+    (folder,) = (tmp_path / "r" / "models").glob("*/full")
     said.clear()
     again = reproduce(base, TEXTS["FS"], out=tmp_path / "s", scale="smoke", only=["Figure 4"],
                       trained={"full": folder}, progress=False, say=said.append)  # fmt: skip
@@ -458,6 +462,7 @@ def test_settings_that_cannot_be(changes) -> None:
         (["--scale", "smoke", "--only", "Table 99", "--out", "x"], "only must be one of"),
         (["--scale", "smoke", "--only", "Figure 1", "--out", "x"], "nothing is measured"),
         (["--scale", "smoke", "--trained", "half=x", "--out", "x"], "METHOD=FOLDER"),
+        (["--scale", "smoke", "--trained", "full=none", "--out", "x"], "to folders of models"),
         (["--scale", "smoke", "--epochs", "0", "--out", "x"], "epochs must be at least 1"),
         (["--scale", "smoke", "--n-held-out", "99", "--out", "x"], "99 are held out"),
     ],
@@ -475,6 +480,8 @@ def test_a_folder_of_something_else_is_left_alone(base, tmp_path) -> None:
     with pytest.raises(ResultsError, match="not empty and not a reproduction"):
         reproduce(base, TEXTS, out=tmp_path, scale="smoke", progress=False)
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+    with pytest.raises(LoadingError, match="a folder or hub id as base"):
+        reproduce(make_tiny("llama"), TEXTS, out=tmp_path / "new", scale="smoke", progress=False)
     with pytest.raises(CorpusError, match="at least one"):
         reproduce(base, {}, out=tmp_path / "new", scale="smoke", progress=False)
 

@@ -184,8 +184,11 @@ def _findings(by_name: Mapping[str, Sequence[Any]]) -> Markup:
 
 def _answers(by_name: Mapping[str, Sequence[Any]]) -> Iterator[Content]:
     results = [result for same in by_name.values() for result in same]
+    # One that sums up the others speaks for all of them, with every answer.
+    overviews = [result for result in results if getattr(result, "is_overview", False)]
+    results = overviews or results
     several = len({label_of(result) for result in results}) > 1
-    each = max(1, MAX_FINDINGS // max(1, len(results)))
+    each = MAX_FINDINGS if overviews else max(1, MAX_FINDINGS // max(1, len(results)))
     for result in results:
         answers = [
             block for block in result.blocks() if isinstance(block, Verdict) and not block.caution

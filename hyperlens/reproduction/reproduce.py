@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from ..checks import check_choice, check_types
 from ..compare import Comparison, compare_models
 from ..data.texts import Texts, read_texts
 from ..decoding.generate import keeping_continuations
-from ..errors import CorpusError, HyperlensError, ResultsError
+from ..errors import CorpusError, HyperlensError, LoadingError, PairError, ResultsError, shortened
 from ..experiments.cross_domain import CrossDomainResult, compare_domains
 from ..experiments.decoding import DecodingResult, compare_decoding
 from ..experiments.mauve import Featurizer, check_mauve
@@ -34,7 +35,7 @@ from ..hooks.loading import parse_device, parse_dtype
 from ..judging.judge import JudgeResult, judge_models
 from ..judging.judges import as_judge
 from ..models.sources import check_source
-from ..pair import Pair, check_generates, open_pair
+from ..pair import Pair, open_pair
 from ..render.page import write_report
 from ..results.fingerprint import texts_sha256, versions
 from ..results.result import Result
@@ -114,8 +115,17 @@ def reproduce(
     given = dict(trained or {})
     for method, source in given.items():
         check_choice("trained", method, METHODS, HyperlensError)
+        if not isinstance(source, str | Path) or not expand_user(source).is_dir():
+            raise PairError(
+                f"trained must map methods to folders of models, got {shortened(source)} for "
+                f"{method}"
+            )
         check_source(source)
-    check_generates(base, base)
+    if not isinstance(base, str | Path):
+        raise LoadingError(
+            "expected a folder or hub id as base, because its variants are saved and opened again "
+            f"beside it; got {type(base).__name__}: save it with save_pretrained"
+        )
     check_source(base)
     parse_device(device)
     parse_dtype(dtype)
@@ -232,7 +242,11 @@ class _Run:
     progress: bool
     say: Callable[[str], None]
     opened: tuple[Any, Pair] | None = None
-    keys: dict[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def base_identity(self) -> Any:
+        """What tells the base from another model."""
+        return source_identity(self.base)
 
     def claim(self) -> None:
         """Refuse a folder that holds something else."""
@@ -284,8 +298,8 @@ class _Run:
         """Where a trained variant is or will be."""
         if domain is self.domains[0] and method in self.trained:
             return expand_user(self.trained[method])
-        name = f"{self._label(method, domain)}-{self._key(method, domain)}"
-        return self.folder / "models" / name
+        # The last part is what the model is called in tables and charts.
+        return self.folder / "models" / self._key(method, domain) / self._label(method, domain)
 
     def _label(self, stage: str, domain: Domain) -> str:
         name = "".join(c if c.isalnum() or c in "-_." else "-" for c in domain.name)
@@ -297,7 +311,7 @@ class _Run:
             return _hash({"given": source_identity(self.trained[method])})
         return _hash(
             {
-                "base": source_identity(self.base),
+                "base": self.base_identity,
                 "texts": [texts_sha256(domain.train), texts_sha256(domain.held_out)],
                 "recipe": [self.protocol.recipe, self.protocol.recipe_changes(method), method],
                 "where": [str(self.device), str(self._training_dtype(method))],
@@ -335,7 +349,7 @@ class _Run:
         domain = domain or self.domains[0]
         identity = {
             "stage": name,
-            "base": source_identity(self.base),
+            "base": self.base_identity,
             "models": [self._key(method, domain) for method in models],
             "texts": texts_sha256(domain.held_out),
             "groups": repr(domain.held_out.groups),

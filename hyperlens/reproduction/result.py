@@ -149,6 +149,7 @@ def _plain(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
+WITH_MAUVE = ("Table 6", "Table 7")
 OUTCOMES = {True: "yes", False: "no", None: MISSING}
 
 
@@ -168,6 +169,7 @@ class ReproductionResult(Result):
 
     name: ClassVar[str] = "reproduction"
     title: ClassVar[str] = "Does the paper hold for this model?"
+    is_overview: ClassVar[bool] = True
     columns: ClassVar[tuple[str, ...]] = (
         *("exhibit", "model", "row", "column", "quantity", "unit", "relation"),
         *("paper", "paper_uncertainty", "paper_low", "paper_high"),
@@ -244,8 +246,9 @@ class ReproductionResult(Result):
         not_run = self.extras["not_run"]
         rows = []
         for exhibit in exhibits():
+            needed = [*stages_of(exhibit), *(["MAUVE"] if exhibit in WITH_MAUVE else [])]
             why = NOT_MEASURED.get(exhibit) or "; ".join(
-                f"{stage}: {not_run[stage]}" for stage in stages_of(exhibit) if stage in not_run
+                f"{stage}: {not_run[stage]}" for stage in needed if stage in not_run
             )
             if why:
                 rows.append([exhibit, why])

@@ -53,6 +53,7 @@ class Result(ABC):
         title: the question, as a heading.
         columns: the columns of the table, in order.
         old_names: what files of version 0.1 call it.
+        is_overview: whether its verdicts sum up those of the other results on a page.
         renamed: columns, keys and words of version 0.1 to what they are called now.
         table: one mapping per row, with exactly these columns; JSON values, NaN allowed.
         extras: what does not fit a table (texts, histograms), as JSON values.
@@ -65,6 +66,7 @@ class Result(ABC):
     columns: ClassVar[tuple[str, ...]]
     old_names: ClassVar[tuple[str, ...]] = ()
     renamed: ClassVar[Mapping[str, str]] = {}
+    is_overview: ClassVar[bool] = False
 
     table: tuple[Mapping[str, Any], ...]
     extras: Mapping[str, Any] = field(default_factory=dict)
