@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 from conftest import lora, make_tiny, perturbed, token_texts
-from test_patch_expansion import TEXTS, rescaled, row_of, value_of
+from test_patch_expansion import TEXTS, row_of, value_of
 
 from hyperlens.errors import ActivationError, CorpusError, PatchError
 from hyperlens.pair import open_inputs
@@ -21,6 +21,7 @@ from hyperlens.render.format import DIMENSIONS, PERCENT, POINTS, interval
 from hyperlens.render.page import write_report
 from hyperlens.statistics.shares import p_value
 from hyperlens.statistics.significance import Estimate, holm
+from hyperlens.validation.constructions import stretched
 
 WRITING = {"n_prompts": 5, "prompt_tokens": 6, "max_new_tokens": 8}
 
@@ -29,7 +30,7 @@ WRITING = {"n_prompts": 5, "prompt_tokens": 6, "max_new_tokens": 8}
 def found():
     base = make_tiny("llama")
     return patch_expansion(
-        base, rescaled(base, 0.35), TEXTS, n_directions=[2, 4, 8, 16], n_random=2, progress=False,
+        base, stretched(base, TEXTS, 0.35), TEXTS, n_directions=[2, 4, 8, 16], n_random=2, progress=False,
         **WRITING,
     )  # fmt: skip
 

@@ -26,11 +26,16 @@ from hyperlens.errors import CorpusError, HyperlensError, LoadingError, ResultsE
 from hyperlens.questions import QUESTIONS
 from hyperlens.reproduction import ReproductionResult, paper_numbers, protocol_for
 from hyperlens.reproduction.claims import RULES, by_interval, judge_claims
-from hyperlens.reproduction.paper import CONTRADICTIONS, NOT_MEASURED, exhibits, stages_of
+from hyperlens.reproduction.paper import (
+    CONTRADICTIONS,
+    NOT_MEASURED,
+    STAGES,
+    exhibits,
+    stages_of,
+)
 from hyperlens.reproduction.plan import plan
 from hyperlens.reproduction.protocol import SCALES, Protocol
 from hyperlens.reproduction.readings import pooled_p
-from hyperlens.reproduction.reproduce import STAGES
 from hyperlens.reproduction.result import reading_of, reference_of
 
 # What changes from one run to the next without any number of a model being another.

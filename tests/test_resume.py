@@ -329,8 +329,8 @@ def test_a_result_that_cannot_be_moved_is_kept_and_blocks_no_retry(
     out = tmp_path / "run"
     save, saved = hyperfitting.save, []
 
-    def meanwhile(folder, *args):
-        save(folder, *args)
+    def meanwhile(folder, *args, **kwargs):
+        save(folder, *args, **kwargs)
         saved.append(folder)
         out.mkdir()
         (out / "mine.txt").write_text("mine")

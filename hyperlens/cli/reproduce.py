@@ -84,7 +84,8 @@ def add(commands: Any) -> None:
     what.add_argument(
         "--dry-run",
         action="store_true",
-        help="only say what would be done, how large it is, and how long it may take",
+        help="only say what would be done, how large it is, and how long it may take (default: do "
+        "it)",
     )
     _add_protocol(parser)
     add_judge(parser, required=False)

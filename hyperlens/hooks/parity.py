@@ -97,8 +97,10 @@ def _check_all(model: HookedModel, plain: Any | None) -> bool:
                 _check_padding(plain, side, tokens, mask, expected, tolerance)
             _difference(what, logits[mask.bool()], expected, tolerance, advice)
             padded = slice(LENGTHS[0], None)  # the first text has no pads
+            # 0 where no logit is finite, which `_check_output` or the caller says.
             span = float(expected.float().abs().nan_to_num(0, 0, 0).max())
-            changes.append(_mean_gap(logits[mask.bool()][padded], expected[padded]) / span)
+            gap = _mean_gap(logits[mask.bool()][padded], expected[padded])
+            changes.append(gap / span if span else 0.0)
         _check_lens(model, tokens, mask, logits, tolerance, advice)
         _check_causal(model, tokens, mask, logits, tolerance)
     return _is_more_than_rounding(*changes)

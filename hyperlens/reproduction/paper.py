@@ -15,7 +15,11 @@ from importlib.resources import files
 from types import MappingProxyType
 from typing import NamedTuple
 
-PAPER = "arXiv 2605.22579"
+# What is measured, in order. The first part of a quantity is the stage that measures it.
+STAGES = (
+    *("training", "temperature", "static_bias", "provenance", "geometry", "null_test"),
+    *("decoding", "cross_domain", "variants", "judge"),
+)
 
 
 class PaperNumber(NamedTuple):

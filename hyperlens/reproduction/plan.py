@@ -25,7 +25,7 @@ from ..hooks.loading import parse_device
 from ..models.kinds import plain_model, text_config
 from ..render.blocks import Table, Text
 from ..render.terminal import to_text
-from .paper import exhibits, stages_of
+from .paper import STAGES, exhibits, stages_of
 from .protocol import METHODS, Protocol, protocol_for
 
 # Blocks of the two models that are timed.
@@ -153,8 +153,6 @@ def plan(
     size = _size(config)
     speed = measure_speed(config, where)
     n_domains = len(texts) if isinstance(texts, Mapping) else 1
-    from .reproduce import STAGES
-
     needed = {stage for one in (only or exhibits()) for stage in stages_of(one)}
     wanted = [stage for stage in STAGES if only is None or stage in needed]
     make = _Estimates(size, speed, settings, n_domains)

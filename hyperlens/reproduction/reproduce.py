@@ -44,16 +44,12 @@ from ..training.course import TrainingResult, compare_training
 from ..training.history import read_run
 from ..training.hyperfitting import hyperfit
 from .claims import judge_claims
-from .paper import exhibits, stages_of
+from .paper import STAGES, exhibits, stages_of
 from .plan import config_of
 from .protocol import METHODS, SCALES, Protocol, Scale, protocol_for
 from .readings import readings
 from .result import ReproductionResult, side_by_side
 
-STAGES = (
-    *("training", "temperature", "static_bias", "provenance", "geometry", "null_test"),
-    *("decoding", "cross_domain", "variants", "judge"),
-)
 STAMP = "reproduction-folder.json"
 # Below so many parameters a reader is told that the model is a demonstration.
 SMALL = 100_000_000
