@@ -30,8 +30,8 @@ WRITING = {"n_prompts": 5, "prompt_tokens": 6, "max_new_tokens": 8}
 def found():
     base = make_tiny("llama")
     return patch_expansion(
-        base, stretched(base, TEXTS, 0.35), TEXTS, n_directions=[2, 4, 8, 16], n_random=2, progress=False,
-        **WRITING,
+        base, stretched(base, TEXTS, 0.35), TEXTS, n_directions=[2, 4, 8, 16], n_random=2,
+        progress=False, **WRITING,
     )  # fmt: skip
 
 

@@ -24,9 +24,10 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> dict:
     perturbed(base, 0.02).save_pretrained(folder / "tuned")
     tokenizer.save_pretrained(folder / "tuned")
     lora(base, "llama").save_pretrained(folder / "lora-adapter")
-    tales = "\n\n".join(" ".join(tale.split())[:400] for tale in embedded_tales()[:8])
-    for name in ("texts.txt", "stories.txt"):
-        (folder / name).write_text(tales, encoding="utf-8")
+    tales = [" ".join(tale.split()) for tale in embedded_tales()[:8]]
+    for name, length in (("texts.txt", 160), ("stories.txt", 400)):
+        cut = "\n\n".join(tale[:length] for tale in tales)
+        (folder / name).write_text(cut, encoding="utf-8")
     names: dict = {}
     # Whether shapes and types fit is tested function by function.
     with contextlib.chdir(folder), contextlib.redirect_stdout(None), unchecked():
