@@ -146,7 +146,7 @@ def _expands(results: Results) -> tuple[Outcome, str]:
     if outcome == "reproduced" and controls:
         most = max(row["control_high"] for row in controls)
         p = max(row["p"] for row in controls)
-        found += f"; random changes of the same size reach {DIMENSIONS(most)} (p = {number(p)})"
+        found += f"; random changes that move the stream as far reach {DIMENSIONS(most)} (p = {number(p)})"
         above = all(row["tuned"] > row["control_high"] and row["p"] <= 0.05 for row in controls)
         outcome = "reproduced" if above else UNKNOWN
     return outcome, found
@@ -216,8 +216,8 @@ RULES = (
         "terminal expansion",
         "effective dimension grows at the last layer",
         "the 95% interval of the change at the last layer lies above 0, and the change is larger "
-        "than in every random change of the same size (p at most .05); not reproduced if the "
-        "interval lies at or below 0",
+        "than in every random change that moves the stream as far (p at most .05); not reproduced "
+        "if the interval lies at or below 0",
         ("geometry", "null_test"),
         _expands,
     ),

@@ -351,7 +351,7 @@ class _Estimates:
         p, size = self.protocol, self.size
         reads, writes = READINGS.get(name, 0), WRITINGS.get(name, 0)
         if name == "null_test":
-            reads = writes = 2 * p.n_controls
+            reads = writes = p.n_controls
         if name == "static_bias":
             writes = 5 * len(p.alphas)
         if name == "cross_domain":

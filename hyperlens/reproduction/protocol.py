@@ -59,7 +59,7 @@ class Protocol:
     min_p: float = _field(0.1, "min-p sampling: smallest share of the top token's", "Table 7")
     guard_window: int = _field(7, "GUARD: its window of entropies", "Table 7")
     n_judged: int = _field(200, "pairs of continuations that the judge compares", "Table 5")
-    n_controls: int = _field(19, "null test: random changes of each kind")
+    n_controls: int = _field(19, "null test: random changes that move the stream as far")
     batch_size: int = _field(16, "texts or prompts per forward pass")
     seed: int = _field(0, "of training, prompts and sampling")
 

@@ -415,6 +415,8 @@ class _Run:
     def _null_test(self) -> Any:
         options = self.protocol.generation() | {
             "max_length": self.protocol.max_length,
+            # The stricter kind: as large in the stream, not only in the weights.
+            "controls": ("rows_and_columns_rescaled",),
             "n_controls": self.protocol.n_controls,
         }
         return self._of_full("null_test", NullTestResult, run_null_test, options)
