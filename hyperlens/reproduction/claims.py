@@ -146,7 +146,10 @@ def _expands(results: Results) -> tuple[Outcome, str]:
     if outcome == "reproduced" and controls:
         most = max(row["control_high"] for row in controls)
         p = max(row["p"] for row in controls)
-        found += f"; random changes that move the stream as far reach {DIMENSIONS(most)} (p = {number(p)})"
+        found += (
+            f"; random changes that move the stream as far reach {DIMENSIONS(most)} "
+            f"(p = {number(p)})"
+        )
         above = all(row["tuned"] > row["control_high"] and row["p"] <= 0.05 for row in controls)
         outcome = "reproduced" if above else UNKNOWN
     return outcome, found
