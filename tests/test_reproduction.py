@@ -427,6 +427,11 @@ def test_directions_and_distances_are_the_papers(whole) -> None:
     original = whole.result.select(exhibit="Table 3", quantity="variants/original/ttr")[0]
     ours, theirs = row["value"] - original["value"], row["paper"] - original["paper"]
     assert row["same_direction"] == (ours * theirs > 0)
+    # The paper's own difference is within its noise.
+    matched = whole.result.select(exhibit="Table 1", quantity="temperature/matched/ttr")[0]
+    assert matched["same_direction"] is None
+    keys = [(r["exhibit"], r["model"], r["quantity"], r["paper"]) for r in whole.result.table]
+    assert len(keys) == len(set(keys))
     settings = whole.result.select(exhibit="Table 1")[0]["settings"]
     assert "n_prompts 4 (paper 30)" in settings
 

@@ -43,8 +43,12 @@ def side_by_side(found: Readings, protocol: Protocol) -> list[dict[str, Any]]:
         if one.quantity:
             key = (one.exhibit, one.model, one.quantity, one.row if one.relation != "range" else "")
             printed.setdefault(key, []).append(one)
-    rows = [_row(numbers, found, protocol) for numbers in printed.values()]
-    return list({tuple(map(str, row.values())): row for row in rows}.values())
+    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for numbers in printed.values():
+        row = _row(numbers, found, protocol)
+        # What a caption repeats of its table stands once.
+        rows.setdefault(tuple(row[k] for k in ("exhibit", "model", "quantity", "paper")), row)
+    return list(rows.values())
 
 
 def _row(numbers: Sequence[PaperNumber], found: Readings, protocol: Protocol) -> dict[str, Any]:
@@ -116,7 +120,7 @@ def _same_direction(one: PaperNumber, value: float, found: Readings, scale: floa
         return bool(value * one.value > 0)
     theirs = next(
         (
-            other.value
+            other
             for other in paper_numbers()
             if (other.exhibit, other.model, other.quantity) == (one.exhibit, one.model, reference)
         ),
@@ -125,8 +129,11 @@ def _same_direction(one: PaperNumber, value: float, found: Readings, scale: floa
     ours = found.get(reference)
     if theirs is None or ours is None:
         return None
-    gaps = one.value - theirs, value - scale * ours.value
-    return bool(gaps[0] * gaps[1] > 0 or gaps == (0, 0))
+    gap = one.value - theirs.value
+    # Within the noise that the paper states, its difference has no direction.
+    if abs(gap) <= STANDARD_ERRORS * math.hypot(one.uncertainty, theirs.uncertainty) or gap == 0:
+        return None
+    return bool(gap * (value - scale * ours.value) > 0)
 
 
 def settings_that_differ(stage: str, protocol: Protocol) -> str:
@@ -159,8 +166,9 @@ class ReproductionResult(Result):
     `paper` is as printed, in `unit`, with what stands behind ± as `paper_uncertainty` and a printed
     interval or range as `paper_low` to `paper_high`. `value` with its 95% interval is this run's,
     NaN where it was not measured. `same_direction`: whether it is on the same side of the
-    original's value (or of 0) as in the paper; `within`: whether it lies within the printed
-    interval or range, or within twice what stands behind ±; None where the paper prints none.
+    original's value (or of 0) as in the paper, None where the paper's own difference is within
+    twice its ±; `within`: whether it lies within the printed interval or range, or within twice
+    what stands behind ±; None where the paper prints none.
     `settings`: what the paper states and this run has otherwise, the model apart.
 
     Extras: `claims`, what became of each claim of the abstract, by which rule and number;
