@@ -9,13 +9,12 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from importlib import import_module
-from itertools import chain, count
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from .checks import check_types
 from .errors import ResultsError
-from .training.history import RUN_FILE
+from .training.history import RUN_FILE, free_name
 
 
 class Question(NamedTuple):
@@ -121,9 +120,7 @@ def named_runs(folders: Sequence[Path]) -> dict[str, Path]:
     """
     found: dict[str, Path] = {}
     for folder in folders:
-        name = folder.absolute().name
-        numbered = (f"{name} ({n})" for n in count(2))
-        found[next(one for one in chain([name], numbered) if one not in found)] = folder
+        found[free_name(folder.absolute().name, found)] = folder
     return found
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
-import jaxtyping
+import conftest
 import peft
 import pytest
 import torch
@@ -60,9 +60,8 @@ def loading(source: object, **options: object) -> Callable:
 @pytest.fixture
 def unchecked():
     """Arguments of a wrong type reach our own checks, as they do outside the tests."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
+    with conftest.unchecked():
+        yield
 
 
 @pytest.fixture(scope="module")

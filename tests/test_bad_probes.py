@@ -1,6 +1,6 @@
 """What a probe is told, or what one of your own returns, is refused where it cannot be meant."""
 
-import jaxtyping
+import conftest
 import numpy as np
 import pytest
 from conftest import make_tiny, perturbed, token_texts
@@ -13,9 +13,8 @@ from hyperlens.probes import LogitLens, MeanProbe, ParticipationRatio, ResidualD
 @pytest.fixture(autouse=True)
 def unchecked():
     """Arguments of a wrong type reach our own checks, as they do outside the tests."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
+    with conftest.unchecked():
+        yield
 
 
 @pytest.fixture(scope="module")

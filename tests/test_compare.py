@@ -6,11 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jaxtyping
 import numpy as np
 import pytest
 import torch
-from conftest import ARCHITECTURES, lora, make_tiny, perturbed, token_texts
+from conftest import ARCHITECTURES, lora, make_tiny, perturbed, token_texts, unchecked
 from memory_for_tests import PROC
 
 from hyperlens import compare_models, load_hooked
@@ -294,11 +293,8 @@ def test_the_seed_moves_only_what_is_sampled():
 def test_numbers_may_be_numpys(pair):
     plain = compare(*pair, batch_size=2, max_length=12, seed=3, sink_threshold=8.0)
     made = {"batch_size": np.int64(2), "max_length": np.int32(12), "seed": np.int64(3)}
-    jaxtyping.config.update("jaxtyping_disable", True)  # as outside the tests
-    try:
+    with unchecked():  # as outside the tests
         found = compare(*pair, **made, sink_threshold=np.float32(8))
-    finally:
-        jaxtyping.config.update("jaxtyping_disable", False)
     assert numbers(found).tobytes() == numbers(plain).tobytes()
     assert found.meta["options"] == plain.meta["options"]
 

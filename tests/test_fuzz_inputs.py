@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jaxtyping
+import conftest
 import pandas as pd
 import pyarrow as pa
 import pytest
@@ -34,9 +34,8 @@ ODD_BYTES = [b"", b"[]", b"null", b"1", b'"a"', b"\xff\xfe", b"{}", b"[" * 100_0
 @pytest.fixture(autouse=True)
 def _unchecked():
     """Arguments reach our own checks, as they do outside the tests."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
+    with conftest.unchecked():
+        yield
 
 
 def answered(call: Callable[[], Any]) -> bool:

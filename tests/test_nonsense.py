@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import jaxtyping
+import conftest
 import numpy as np
 import pytest
 import torch
@@ -74,9 +74,8 @@ def place(tmp_path_factory) -> Iterator[Path]:
 @pytest.fixture(autouse=True)
 def _unchecked() -> Iterator[None]:
     """Arguments reach our own checks, as they do outside the tests."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
+    with conftest.unchecked():
+        yield
 
 
 def returns_a_result(name: str) -> bool:

@@ -36,7 +36,7 @@ from hyperlens.reproduction.paper import (
 from hyperlens.reproduction.plan import plan
 from hyperlens.reproduction.protocol import SCALES, Protocol
 from hyperlens.reproduction.readings import pooled_p
-from hyperlens.reproduction.result import reading_of, reference_of
+from hyperlens.reproduction.result import reference_of
 
 # What changes from one run to the next without any number of a model being another.
 TIMES = ("hours", "speedup", "hours_ttr_peak")
@@ -140,7 +140,7 @@ def test_the_same_quantity_is_the_same_number_everywhere(whole) -> None:
         scale = 100 if row["unit"] == "%" else 1
         seen.setdefault(row["quantity"], set()).add(f"{row['value'] / scale:.10g}")
     assert all(len(values) == 1 for values in seen.values())
-    at = lambda quantity: reading_of(whole.result, quantity).value  # noqa: E731
+    at = lambda quantity: whole.result.select(quantity=quantity)[0]["value"]  # noqa: E731
     for metric in ("ttr", "rep_2", "entropy", "top1_agreement"):
         assert at(f"temperature/tuned/{metric}") == at(f"variants/full/{metric}")
         assert at(f"temperature/original/{metric}") == at(f"variants/original/{metric}")
@@ -264,10 +264,10 @@ def test_killed_at_any_moment_it_ends_the_same(base, tmp_path) -> None:
 
 
 def test_an_interval_decides() -> None:
-    assert by_interval(0.1, 0.2, 0.0, 0.0) == "reproduced"
-    assert by_interval(-0.2, 0.0, 0.0, 0.0) == "not reproduced"
-    assert by_interval(-0.1, 0.1, 0.0, 0.0) == "cannot tell here"
-    assert by_interval(math.nan, math.nan, 0.0, 0.0) == "cannot tell here"
+    assert by_interval(0.1, 0.2, 0.0) == "reproduced"
+    assert by_interval(-0.2, 0.0, 0.0) == "not reproduced"
+    assert by_interval(-0.1, 0.1, 0.0) == "cannot tell here"
+    assert by_interval(math.nan, math.nan, 0.0) == "cannot tell here"
 
 
 class Table:

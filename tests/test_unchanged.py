@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import jaxtyping
+import conftest
 import numpy as np
 import pytest
 import torch
@@ -79,9 +79,8 @@ def state_of_the_process() -> dict[str, Any]:
 @pytest.fixture(autouse=True)
 def _unchecked() -> Iterator[None]:
     """beartype draws numbers of Python's to choose which items of a list it checks."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
+    with conftest.unchecked():
+        yield
 
 
 def differing(before: dict[str, Any], after: dict[str, Any]) -> list[str]:

@@ -14,11 +14,11 @@ from typing import Any, ClassVar
 
 from ..checks import check_types
 from ..errors import TrainingError
-from ..render.blocks import Block, Chart, Details, Grid, Heading, Table, Text, Verdict
+from ..render.blocks import Block, Details, Heading, Table, Text, Verdict
 from ..render.format import FRACTION, MISSING, count, number, one_line
 from ..results.fingerprint import versions
 from ..results.result import Result
-from .history import METHOD_NAMES, Course, chart_over_epochs, course_of, losses_of, read_run
+from .history import Course, called, course_of, history_of, losses_of, read_run
 
 EXAMPLES = (
     "hyperlens training ./full ./late-lora --out training",
@@ -216,7 +216,7 @@ class TrainingResult(Result):
     def courses(self) -> list[Course]:
         """The curves of every run."""
         return [
-            Course(_called(name), [(int(e), x) for e, x in curve["losses"]], curve["records"])
+            Course(called(name), [(int(e), x) for e, x in curve["losses"]], curve["records"])
             for name, curve in self.extras["curves"].items()
         ]
 
@@ -241,8 +241,8 @@ class TrainingResult(Result):
                 f"{FRACTION(known['ttr_peak'])}, at epoch {known['epoch_ttr_peak']:.0f}"
             )
         if known.get("speedup", 1.0) != 1.0:
-            parts.append(f"{known['speedup']:.2f}x the speed of {_called(self.runs[0])}")
-        return f"{_called(run)}: {'; '.join(parts)}."
+            parts.append(f"{known['speedup']:.2f}x the speed of {called(self.runs[0])}")
+        return f"{called(run)}: {'; '.join(parts)}."
 
     def evidence(self) -> list[Block]:
         """Numbers of every run, loss curves on one axis, and the record of each."""
@@ -262,37 +262,13 @@ class TrainingResult(Result):
             cells = (
                 write(known[metric]) if metric in known else MISSING for metric, _, write in SHOWN
             )
-            rows.append([_called(name), *cells])
+            rows.append([called(name), *cells])
         return Table(["", *(words for _, words, _ in SHOWN)], rows, "of each training run")
 
     def _records(self) -> list[Block]:
-        """Diversity, error and perplexity over epochs, run by run."""
+        """Losses, diversity, error and ranks over epochs, run by run."""
         found: list[Block] = []
         for course in self.courses:
             if course.records:
-                found += [Heading(course.label), Grid(self._drawn(course))]
+                found += [Heading(course.label), *history_of(course)]
         return found
-
-    @staticmethod
-    def _drawn(course: Course) -> list[Chart]:
-        return [
-            chart_over_epochs(
-                "Perplexity of held-out text",
-                "perplexity, log scale",
-                "log",
-                {"validation perplexity": course.over_epochs("perplexity")},
-            ),
-            chart_over_epochs(
-                "Diversity and error",
-                "share of tokens",
-                "share",
-                {
-                    "TTR of greedy generations": course.over_epochs("ttr"),
-                    "top-1 error, held-out text": course.over_epochs("top1_error"),
-                },
-            ),
-        ]
-
-
-def _called(run: str) -> str:
-    return METHOD_NAMES.get(run, one_line(run))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import chain, count
 from pathlib import Path
@@ -18,6 +18,7 @@ from ..errors import TrainingError
 from ..files import expand_user, write_text
 from ..render import charts
 from ..render.blocks import Axis, Block, Chart, Grid, Role, Scale
+from ..render.format import one_line
 from ..statistics.rank_buckets import RANK_BUCKETS
 
 if TYPE_CHECKING:
@@ -164,6 +165,27 @@ def _from_json_value(value: Any) -> float:
 
 # What a run is called in a chart if nobody names it.
 METHOD_NAMES = {"full": "Full fine-tuning", "lora": "Full LoRA", "late_lora": "Late-Stage LoRA"}
+
+
+def called(name: str) -> str:
+    """A run or model in words where it is named after its method, else its own name.
+
+    >>> called("lora"), called("my run")
+    ('Full LoRA', 'my run')
+    """
+    return METHOD_NAMES.get(name, one_line(name))
+
+
+def free_name(name: str, taken: Collection[str]) -> str:
+    """The name, or the first of "name (2)", "name (3)", ... that is not taken.
+
+    >>> free_name("a", {"a"}), free_name("b", {"a"})
+    ('a (2)', 'b')
+    """
+    numbered = (f"{name} ({n})" for n in count(2))
+    return next(one for one in chain([name], numbered) if one not in taken)
+
+
 EPOCH = Axis("epoch", "epoch")
 
 # Values over epochs.
@@ -225,19 +247,17 @@ def plot_history(runs: Any, labels: Sequence[str] | None = None) -> altair.TopLe
     title = courses[0].label if names and not several else ""
     if not several and not courses[0].records:
         title = f"{title}: no records were kept (record_every)".removeprefix(": ")
-    drawn = charts.figure(losses_of(courses) if several else _history_of(courses[0]), title)
+    drawn = charts.figure(losses_of(courses) if several else history_of(courses[0]), title)
     if drawn is None:
         raise TrainingError("there is nothing to draw: no run has a loss above 0 or a record")
     return drawn
 
 
-def _history_of(course: Course) -> list[Block]:
+def history_of(course: Course) -> list[Block]:
     """The charts of one run, those that have no finite value left out."""
     likelihood = [
-        chart_over_epochs(
-            "Training loss", "nats per token", "zero", {"training loss": course.losses}
-        ),
-        chart_over_epochs(
+        _chart("Training loss", "nats per token", "zero", {"training loss": course.losses}),
+        _chart(
             "Perplexity of held-out text",
             "perplexity, log scale",
             "log",
@@ -245,7 +265,7 @@ def _history_of(course: Course) -> list[Block]:
         ),
     ]
     decisions = [
-        chart_over_epochs(
+        _chart(
             "Diversity and error",
             "share of tokens",
             "share",
@@ -254,7 +274,7 @@ def _history_of(course: Course) -> list[Block]:
                 "top-1 error, held-out text": course.over_epochs("top1_error"),
             },
         ),
-        chart_over_epochs(
+        _chart(
             "Base rank of the model's top-1 predictions",
             "share of next-token decisions",
             "share",
@@ -269,16 +289,12 @@ def losses_of(courses: Sequence[Course]) -> list[Block]:
     """The training losses of several runs in one chart; runs of one name get a number."""
     losses: dict[str, Points] = {}
     for course in courses:
-        numbered = (f"{course.label} ({n})" for n in count(2))
-        label = next(name for name in chain([course.label], numbered) if name not in losses)
-        losses[label] = course.losses
-    chart = chart_over_epochs(
-        "Training loss", "nats per token, log scale", "log", losses, role="tuned"
-    )
+        losses[free_name(course.label, losses)] = course.losses
+    chart = _chart("Training loss", "nats per token, log scale", "log", losses, role="tuned")
     return [chart] if chart.rows else []
 
 
-def chart_over_epochs(
+def _chart(
     title: str, unit: str, scale: Scale, series: Mapping[str, Points], role: Role = "other"
 ) -> Chart:
     """Series over epochs; values that the axis cannot show are left out."""

@@ -11,7 +11,8 @@ from ..errors import CorpusError, HyperlensError, PairError
 from ..files import expand_user
 from ..reproduction.protocol import HELP, METHODS, SCALES, Protocol, protocol_for
 from .judge import add_judge, judge_of
-from .options import STYLE, add_how_to_read, add_out, add_running, list_of, read, shows_progress
+from .options import STYLE, add_how_to_read, add_out, add_running, read, shows_progress
+from .signatures import Option, add_options
 
 DESCRIPTION = """\
 Carry out "Beyond Temperature: Hyperfitting as a Late-Stage Geometric Expansion" (arXiv 2605.22579)
@@ -95,32 +96,23 @@ def add(commands: Any) -> None:
 def _add_protocol(parser: argparse.ArgumentParser) -> None:
     """An option for every field of the protocol; one that is left out leaves the scale's value."""
     group = parser.add_argument_group("settings (defaults: those of the scale, here of paper)")
-    readers = {"int": (int, "N"), "float": (float, "X"), "str": (str, "NAME")}
-    for one in fields(Protocol):
-        option = f"--{one.name.replace('_', '-')}"
-        whose = f"the paper's, {place}" if (place := one.metadata["place"]) else "ours"
-        text = f"{HELP[one.name]} (default: {_shown(one.default)}, {whose})".replace("%", "%%")
-        if one.type == "bool":
-            action = argparse.BooleanOptionalAction
-            group.add_argument(option, action=action, default=None, help=text)
-            continue
-        kind, metavar = readers.get(str(one.type), (list_of(float, "0.1,0.5"), "X[,X]"))
-        group.add_argument(option, type=kind, metavar=metavar, help=text)
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    options = (
+        Option(
+            one.name,
+            # As the signatures of functions name it.
+            str(one.type).replace("tuple[float, ...]", "Sequence[float]"),
+            one.default,
+            f"{HELP[one.name]}; " + (f"the paper's, {place}" if place else "ours"),
+        )
+        for one in fields(Protocol)
+        for place in [one.metadata["place"]]
+    )
+    add_options(group, options, only_given=True)
 
 
 def run(args: argparse.Namespace) -> str:
     """Carry it out, or plan it, and return what to print."""
-    changes = {
-        one.name: value
-        for one in fields(Protocol)
-        if (value := getattr(args, one.name)) is not None
-    }
+    changes = {name: getattr(args, name) for name in HELP if name in args}
     protocol = protocol_for(args.scale, **changes)
     base, texts = _inputs(args)
     options: dict[str, Any] = {

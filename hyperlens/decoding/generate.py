@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -82,16 +82,14 @@ def continuations(
     eos = eos_ids(model, tokenizer) if stop_at_eos else []
     sampling = {"temperature": temperature, "top_p": top_p, "min_p": min_p}
     settings = _settings(max_new_tokens, eos, do_sample=do_sample, **sampling)
-    store = None if logits_processors else _kept.get()
-    identity = {
-        "prompts": [list(prompt) for prompt in prompts],
-        "max_new_tokens": max_new_tokens,
-        "eos": eos,
+    kept = None if logits_processors else _kept.get()
+    if kept is not None:
         # Sampled tokens depend on how prompts share batches.
-        "sampling": {**sampling, "batch_size": batch_size, "seed": seed} if do_sample else None,
-    }
-    if store is not None and (found := store.find(model, identity)) is not None:
-        return found
+        drawn = {**sampling, "batch_size": batch_size, "seed": seed} if do_sample else None
+        identity = kept.identity(model, prompts, max_new_tokens, eos, drawn)
+        found = kept.records.find(identity)
+        if found is not None:
+            return list(found["tokens"])
     generated: list[list[int]] = [[] for _ in prompts]
     bar = tqdm(total=len(prompts), desc="generating", unit="text", disable=not progress)
     device = next(model.parameters()).device
@@ -119,8 +117,8 @@ def continuations(
                 ends = [place for place, token in enumerate(row) if token in eos]
                 generated[i] = row[: ends[0]] if ends else row
             bar.update(len(batch))
-    if store is not None:
-        store.keep(model, identity, generated)
+    if kept is not None:
+        kept.records.keep(identity, {"tokens": generated})
     return generated
 
 
@@ -132,19 +130,26 @@ class _Kept:
         # Hashing the weights of a large model takes seconds: once for each model.
         self.hashes: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 
-    def find(self, model: nn.Module, identity: dict[str, Any]) -> list[list[int]] | None:
-        record = self.records.find(self._whole(model, identity))
-        return None if record is None else record["tokens"]
-
-    def keep(self, model: nn.Module, identity: dict[str, Any], generated: list[list[int]]) -> None:
-        self.records.keep(self._whole(model, identity), {"tokens": generated})
-
-    def _whole(self, model: nn.Module, identity: dict[str, Any]) -> dict[str, Any]:
+    def identity(
+        self,
+        model: nn.Module,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        eos: Sequence[int],
+        drawn: Mapping[str, Any] | None,
+    ) -> dict[str, Any]:
+        """Everything that decides what is written; `drawn` is of sampling, None for greedy text."""
         if model not in self.hashes:
             self.hashes[model] = weights_sha256(model)
-        device = str(next(model.parameters()).device)
-        about = {"weights": self.hashes[model], "device": device, "versions": versions()}
-        return {**identity, **about}
+        return {
+            "weights": self.hashes[model],
+            "device": str(next(model.parameters()).device),
+            "prompts": [list(prompt) for prompt in prompts],
+            "max_new_tokens": max_new_tokens,
+            "eos": list(eos),
+            "sampling": drawn,
+            "versions": versions(),
+        }
 
 
 _kept: ContextVar[_Kept | None] = ContextVar("kept continuations", default=None)

@@ -19,10 +19,9 @@ from ..decoding.diversity import REPETITION_METRICS
 from ..decoding.entropy_matching import entropy_at
 from ..decoding.generate import GenerationRunner
 from ..decoding.prompts import check_room, choose_prompts
-from ..errors import PairError
-from ..hooks.surface import evaluating, run_logits
+from ..errors import PairError, ResultsError
 from ..pair import Inputs, Pair, check_generates, open_pair, tokenized
-from ..passes.contexts import Contexts, read_contexts
+from ..passes.contexts import Contexts, logits_along, read_contexts
 from ..render.blocks import Axis, Block, Chart, Details, Role, Table, Text, Verdict
 from ..render.format import (
     COSINE,
@@ -43,7 +42,7 @@ from ..results.result import Result
 from ..statistics import significance
 from ..statistics.distances import winner
 from ..statistics.rank_correlation import spearman
-from ..training.history import METHOD_NAMES, read_run
+from ..training.history import called, read_run
 
 EXAMPLES = (
     "hyperlens variants ./base --variant full ./full --variant late ./late-lora \\",
@@ -208,18 +207,11 @@ def _along_written(
     found: Units = {metric: [] for metric in WRITTEN}
     for prompt, tokens in zip(prompts, written, strict=True):
         base, tuned = (
-            _logits_along(side.hooked, prompt, tokens) for side in (pair.base, pair.tuned)
+            logits_along(side.hooked, prompt, tokens) for side in (pair.base, pair.tuned)
         )
         for metric, values in _against_base(base, tuned).items():
             found[f"written_{metric}"].append(float(values.mean()))
     return found
-
-
-def _logits_along(model: Any, prompt: Sequence[int], tokens: Sequence[int]) -> torch.Tensor:
-    """What a model predicts at each token after the prompt."""
-    ids = torch.tensor([[*prompt, *tokens]], device=model.cfg.device)
-    with evaluating(model):
-        return run_logits(model, ids, torch.ones_like(ids))[0, len(prompt) - 1 : -1].float()
 
 
 def _of_training(pair: Pair) -> Units:
@@ -324,13 +316,7 @@ class VariantsResult(Result):
                     return {**row, "value": sign * row["value"], "low": low, "high": high}
         for variant in (first, second):
             self.select(variant=variant, metric=metric)
-        raise self._nothing_between(first, second, metric)
-
-    @staticmethod
-    def _nothing_between(first: str, second: str, metric: str) -> Exception:
-        from ..errors import ResultsError
-
-        return ResultsError(
+        raise ResultsError(
             f"{metric} of {first!r} and {second!r} was not compared: name two different variants "
             "other than the base"
         )
@@ -351,7 +337,7 @@ class VariantsResult(Result):
         else:
             words = "is not clearly more or less diverse than the base's"
         decided = f"{interval(change, SIGNED_FRACTION)} {p_value(row['p'])}".rstrip()
-        return Verdict("behaviour", f"{_called(variant)}: its greedy text {words} (TTR {decided}).")
+        return Verdict("behaviour", f"{called(variant)}: its greedy text {words} (TTR {decided}).")
 
     def evidence(self) -> list[Block]:
         """The paper's table, what it leaves out, and a chart of diversity and agreement."""
@@ -367,7 +353,7 @@ class VariantsResult(Result):
 
     def _table(self, shown: Sequence[tuple[str, str, Form]], last: list[list[str]]) -> Table:
         cells = [
-            [_called(name), *(self._cell(name, metric, form) for metric, _, form in shown)]
+            [called(name), *(self._cell(name, metric, form) for metric, _, form in shown)]
             for name in self.variants
         ]
         for row, extra in zip(cells, last, strict=False):
@@ -394,7 +380,7 @@ class VariantsResult(Result):
         rows = list(self._points())
         series = dict.fromkeys(row["series"] for row in rows)
         roles: dict[str, Role] = dict.fromkeys(series, "other")
-        roles[_called(ORIGINAL)] = "base"
+        roles[called(ORIGINAL)] = "base"
         x, y = Axis("value", "0 to 1, no unit", "share"), Axis("measure", "", is_category=True)
         return Chart("dots", title, f"{title}, of every variant", rows, x, y, roles)
 
@@ -404,9 +390,4 @@ class VariantsResult(Result):
                 continue
             for variant in self.variants:
                 row = self.at(variant=variant, metric=metric)
-                yield {"series": _called(variant), "measure": words, **ends(row)}
-
-
-def _called(variant: str) -> str:
-    """A variant by the name of its training method where it has that name, else by its own."""
-    return METHOD_NAMES.get(variant, one_line(variant))
+                yield {"series": called(variant), "measure": words, **ends(row)}

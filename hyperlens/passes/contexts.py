@@ -138,9 +138,17 @@ def ranks_in(
 
     Tied logits share the best rank.
     """
-    ids = torch.tensor([[*prompt, *tokens]], device=model.cfg.device)
-    with evaluating(model):
-        logits = run_logits(model, ids, torch.ones_like(ids))[0, len(prompt) - 1 : -1].float()
-    ranks: list[int] = distances.rank_of(logits, ids[0, len(prompt) :]).tolist()
+    logits = logits_along(model, prompt, tokens)
+    written = torch.tensor(tokens, device=logits.device)
+    ranks: list[int] = distances.rank_of(logits, written).tolist()
     top1: list[int] = distances.winner(logits).tolist()
     return ranks, top1
+
+
+def logits_along(
+    model: HookedModel, prompt: Sequence[int], tokens: Sequence[int]
+) -> Float[Tensor, "n d_vocab"]:
+    """What a model predicts, in float32, in place of every token after a prompt."""
+    ids = torch.tensor([[*prompt, *tokens]], device=model.cfg.device)
+    with evaluating(model):
+        return run_logits(model, ids, torch.ones_like(ids))[0, len(prompt) - 1 : -1].float()

@@ -64,24 +64,24 @@ def judge_claims(results: Results) -> list[Claim]:
     return found
 
 
-def by_interval(low: float, high: float, least: float, most: float) -> Outcome:
-    """Reproduced if the interval lies above `least`, not reproduced if it lies at or below `most`.
+def by_interval(low: float, high: float, bound: float) -> Outcome:
+    """Reproduced if the interval lies above a bound, not reproduced if it lies at or below it.
 
-    >>> by_interval(0.1, 0.3, 0.0, 0.0), by_interval(-0.2, 0.1, 0.0, 0.0)
+    >>> by_interval(0.1, 0.3, 0.0), by_interval(-0.2, 0.1, 0.0)
     ('reproduced', 'cannot tell here')
     """
     if not (math.isfinite(low) and math.isfinite(high)):
         return UNKNOWN
-    if low > least:
+    if low > bound:
         return "reproduced"
-    return "not reproduced" if high <= most else UNKNOWN
+    return "not reproduced" if high <= bound else UNKNOWN
 
 
 def _not_temperature(results: Results) -> tuple[Outcome, str]:
     parts, outcomes = [], []
     for decoding in ("greedy", "sampled"):
         test = results["temperature"].test(decoding, "ttr", "tuned", "matched")["difference"]
-        outcomes.append(by_interval(test["low"], test["high"], 0.0, 0.0))
+        outcomes.append(by_interval(test["low"], test["high"], 0.0))
         parts.append(f"{decoding} {interval(test, SIGNED_FRACTION)}")
     outcome = outcomes[0] if len(set(outcomes)) == 1 else UNKNOWN
     return outcome, f"TTR, tuned - base at T*: {', '.join(parts)}"
@@ -94,7 +94,7 @@ def _not_static(results: Results) -> tuple[Outcome, str]:
         return UNKNOWN, "no bias could be fitted"
     gain = result.gain("fitted", 1.0)
     share = {key: gain[key] / (1 - base) for key in ("value", "low", "high")}
-    outcome = by_interval(-share["high"], -share["low"], -ENOUGH_BIAS, -ENOUGH_BIAS)
+    outcome = by_interval(-share["high"], -share["low"], -ENOUGH_BIAS)
     explained = interval(share, Form(PERCENT.write, -math.inf, 1.0))
     return outcome, f"the best fitted bias brings back {explained} of the changed top-1 predictions"
 
@@ -135,7 +135,7 @@ def _expands(results: Results) -> tuple[Outcome, str]:
     last = _delta(results, 0)
     if last is None:
         return UNKNOWN, "the last layer was not measured"
-    outcome = by_interval(last["low"], last["high"], 0.0, 0.0)
+    outcome = by_interval(last["low"], last["high"], 0.0)
     found = f"change of dimension at the last layer {interval(last, DIMENSIONS)}"
     controls = [
         row
@@ -166,7 +166,7 @@ def _suffices(results: Results) -> tuple[Outcome, str]:
     )
     if not lora["difference_low"] > 0:
         return UNKNOWN, f"{found}: LoRA on all blocks has no clear gain to keep"
-    outcome = by_interval(between["low"], between["high"], allowed, allowed)
+    outcome = by_interval(between["low"], between["high"], allowed)
     if outcome == "reproduced" and not late["difference_low"] > 0:
         outcome = UNKNOWN
     return outcome, found

@@ -58,21 +58,15 @@ def _of(row: Mapping[str, Any]) -> Reading:
 
 
 def _temperature(result: Any) -> Found:
-    for variant in TEMPERATURE_VARIANTS:
-        for decoding, metrics in (
-            ("greedy", REPETITION_METRICS),
-            ("teacher-forced", TEACHER_FORCED),
-        ):
-            for metric in metrics:
-                row = result.at(variant=variant, decoding=decoding, metric=metric)
-                yield f"temperature/{variant}/{metric}", _of(row)
     for decoding, metrics in (("greedy", REPETITION_METRICS), ("teacher-forced", TEACHER_FORCED)):
         for metric in metrics:
-            tuned, matched = (
-                result.at(variant=variant, decoding=decoding, metric=metric)
-                for variant in ("tuned", "matched")
-            )
-            yield f"temperature/p/{metric}", Reading(pooled_p(tuned, matched))
+            rows = {
+                variant: result.at(variant=variant, decoding=decoding, metric=metric)
+                for variant in TEMPERATURE_VARIANTS
+            }
+            for variant, row in rows.items():
+                yield f"temperature/{variant}/{metric}", _of(row)
+            yield f"temperature/p/{metric}", Reading(pooled_p(rows["tuned"], rows["matched"]))
     yield "temperature/T", Reading(result.extras["temperature"]["shared"])
 
 

@@ -7,12 +7,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 from ..render.blocks import Block, Details, Heading, Table, Text, Verdict
-from ..render.format import MISSING, count, number, one_line
+from ..render.format import MISSING, number
 from ..results.result import Result
 from .claims import Claim
 from .paper import CONTRADICTIONS, NOT_MEASURED, PaperNumber, exhibits, paper_numbers, stages_of
 from .protocol import Protocol
-from .readings import Reading, Readings
+from .readings import Readings
 
 # Two numbers of the paper are compared with what the paper printed behind ±, this many times.
 STANDARD_ERRORS = 2.0
@@ -319,18 +319,3 @@ def _measured(row: Mapping[str, Any]) -> str:
     if math.isfinite(row["low"]):
         text += f" [{number(row['low'], row['value'])}, {number(row['high'], row['value'])}]"
     return text
-
-
-def reading_of(result: ReproductionResult, quantity: str) -> Reading:
-    """What a run found for a quantity, as in the first row that has it.
-
-    Raises:
-        ResultsError: if no number of the paper has that quantity.
-    """
-    row = result.select(quantity=quantity)[0]
-    return Reading(row["value"], row["low"], row["high"], row["n"])
-
-
-def describe_run(n: int, stages: Sequence[str]) -> str:
-    """A title: how many variants, and which measurements."""
-    return f"{count(n, 'variant')}; {', '.join(map(one_line, stages))}"

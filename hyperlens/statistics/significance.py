@@ -164,10 +164,7 @@ def wilson(successes: int, trials: int) -> tuple[float, float]:
     >>> [round(end, 3) for end in wilson(5, 10)]
     [0.237, 0.763]
     """
-    if trials == 0:
-        return math.nan, math.nan
-    interval = stats.binomtest(successes, trials).proportion_ci(CONFIDENCE, method="wilson")
-    return float(interval.low), float(interval.high)
+    return _share_interval(successes, trials, "wilson")
 
 
 def clopper_pearson(successes: int, trials: int) -> tuple[float, float]:
@@ -176,9 +173,13 @@ def clopper_pearson(successes: int, trials: int) -> tuple[float, float]:
     >>> [round(end, 3) for end in clopper_pearson(0, 20)]
     [0.0, 0.168]
     """
+    return _share_interval(successes, trials, "exact")
+
+
+def _share_interval(successes: int, trials: int, method: str) -> tuple[float, float]:
     if trials == 0:
         return math.nan, math.nan
-    interval = stats.binomtest(successes, trials).proportion_ci(CONFIDENCE, method="exact")
+    interval = stats.binomtest(successes, trials).proportion_ci(CONFIDENCE, method=method)
     return float(interval.low), float(interval.high)
 
 
