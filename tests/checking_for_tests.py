@@ -2,11 +2,13 @@
 
 jaxtyping's import hook checks shapes of every function, inner ones anew each time that the outer
 one is called, which took two fifths of the tests' time. Here an inner function is left to the
-checks of the one around it, and one that names no shape needs beartype alone.
+checks of the one around it, one that names no shape needs beartype alone, and of the calls of one
+function within a test the first few are checked: the rest of a loop says nothing new.
 """
 
 import ast
 import functools
+from collections.abc import Callable
 from types import FunctionType
 from typing import Any
 
@@ -14,7 +16,9 @@ from beartype import beartype
 from jaxtyping import _import_hook, config
 
 SHAPES = {"Bool", "Float", "Float32", "Float64", "Int", "Int64", "Shaped"}
-PLAIN = ast.parse("__import__('checking_for_tests').types_only", mode="eval").body
+CALLS_CHECKED = 20
+OURS = "__import__('checking_for_tests')"
+PLAIN = ast.parse(f"{OURS}.types_only", mode="eval").body
 
 
 class OuterFunctions(_import_hook.JaxtypingTransformer):
@@ -29,9 +33,14 @@ class OuterFunctions(_import_hook.JaxtypingTransformer):
             return node
         written = list(node.decorator_list)
         node = super().visit_FunctionDef(node)
-        if node.decorator_list != written and not names_a_shape(node):
-            node.decorator_list[-1] = PLAIN
+        if node.decorator_list != written:
+            how = node.decorator_list[-1] if names_a_shape(node) else PLAIN
+            node.decorator_list[-1] = ast.copy_location(_first_calls(how), node)
         return node
+
+
+def _first_calls(how: ast.expr) -> ast.expr:
+    return ast.Call(ast.parse(f"{OURS}.first_calls", mode="eval").body, [how], [])
 
 
 def names_a_shape(function: ast.FunctionDef) -> bool:
@@ -41,6 +50,34 @@ def names_a_shape(function: ast.FunctionDef) -> bool:
     annotations = [function.returns, *(arg.annotation for arg in annotated if arg is not None)]
     found = (ast.walk(annotation) for annotation in annotations if annotation is not None)
     return any(isinstance(n, ast.Name) and n.id in SHAPES for nodes in found for n in nodes)
+
+
+class Test:
+    """The test that runs."""
+
+    number = 0
+
+
+def first_calls(how: Callable[[Any], Any]) -> Callable[[FunctionType], Any]:
+    """Decorates a function with `how`, for the first calls of each test."""
+
+    def decorate(function: FunctionType) -> Any:
+        checked = how(function)
+        seen = {"test": -1, "calls": 0}
+
+        @functools.wraps(function)
+        def called(*args: Any, **kwargs: Any) -> Any:
+            if config.jaxtyping_disable:
+                return function(*args, **kwargs)
+            if seen["test"] != Test.number:
+                seen["test"], seen["calls"] = Test.number, 0
+            seen["calls"] += 1
+            use = checked if seen["calls"] <= CALLS_CHECKED else function
+            return use(*args, **kwargs)
+
+        return called
+
+    return decorate
 
 
 def types_only(function: FunctionType) -> Any:
@@ -64,12 +101,7 @@ def types_only(function: FunctionType) -> Any:
         }
         return beartype(copy)
 
-    @functools.wraps(function)
-    def called(*args: Any, **kwargs: Any) -> Any:
-        off = config.jaxtyping_disable
-        return function(*args, **kwargs) if off else checked()(*args, **kwargs)
-
-    return called
+    return lambda *args, **kwargs: checked()(*args, **kwargs)
 
 
 def _looked_up(annotation: Any, function: FunctionType) -> Any:

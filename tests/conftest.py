@@ -11,7 +11,7 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import checking_for_tests  # noqa: F401  before hyperlens, whose imports it checks
+import checking_for_tests  # before hyperlens, whose imports it checks
 import hypothesis
 import pytest
 
@@ -86,6 +86,11 @@ OF_TRANSFORMER_LENS = re.compile(
     r"load_hooked|\bloading\(|to_hooked|run_with_hooks|ResidualModel|transformer[-_]lens|"
     r"hooked_transformer|HookedTransformer|HookedModel|\bbridge\b|\bBACKENDS\b|\bTL4\b"
 )
+
+
+def pytest_runtest_setup() -> None:
+    """Functions are checked anew in each test, and while its fixtures are made."""
+    checking_for_tests.Test.number += 1
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

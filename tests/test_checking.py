@@ -4,6 +4,7 @@ import importlib.util
 from pathlib import Path
 from types import ModuleType
 
+import checking_for_tests
 import pytest
 import torch
 from beartype.roar import BeartypeCallHintViolation
@@ -71,3 +72,14 @@ def test_checks_can_be_turned_off(checked: ModuleType, monkeypatch: pytest.Monke
 
 def test_an_inner_function_is_left_to_the_one_around_it(checked: ModuleType) -> None:
     assert checked.around()("no number") == "no number"
+
+
+def test_the_first_calls_of_each_test_are_checked(
+    checked: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for _ in range(checking_for_tests.CALLS_CHECKED):
+        checked.named(1)
+    assert checked.named(1, y=2) == 2
+    monkeypatch.setattr(checking_for_tests.Test, "number", -2)
+    with pytest.raises(BeartypeCallHintViolation):
+        checked.named(1, y=2)
