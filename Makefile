@@ -34,10 +34,11 @@ env-tl3: .venv-tl3/.installed ## make .venv-tl3 (TransformerLens 3.9)
 test: .venv/.installed ## run the tests on TransformerLens 4
 	.venv/bin/python -m pytest $(PYTEST_ARGS)
 
-# Shapes and types are checked by `make test`, on the same functions.
+# Shapes and types are checked by `make test`, on the same functions; slow tests read models as
+# the others do.
 test-tl3: .venv-tl3/.installed ## run what touches TransformerLens on 3.9
 	.venv-tl3/bin/python -m pytest -o addopts="-ra --strict-config --strict-markers" \
-		-m "transformer_lens and not long" $(PYTEST_ARGS)
+		-m "transformer_lens and not long and not slow" $(PYTEST_ARGS)
 
 test-long: .venv/.installed ## run the long forms of tests, which `make test` leaves out
 	HYPERLENS_EXAMPLES=300 .venv/bin/python -m pytest -m "long or hypothesis" $(PYTEST_ARGS)

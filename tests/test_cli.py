@@ -842,6 +842,7 @@ def program(*argv: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.transformer_lens
+@pytest.mark.slow
 def test_the_program_compares(tmp_path: Path) -> None:
     # Other libraries' warnings must stay away here too, where pytest does not hide them.
     done = program(*COMPARE, "--out", str(tmp_path / "out"), PYTHONWARNINGS="default")

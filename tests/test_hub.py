@@ -45,6 +45,7 @@ def in_hub_cache(folder: Path, home: Path, name: str) -> None:
     (repository / "refs" / "main").write_text(snapshot.name)
 
 
+@pytest.mark.slow
 def test_a_hub_id_and_an_adapter_that_names_it(tmp_path):
     base = make_tiny("llama")
     base.save_pretrained(tmp_path / "base")

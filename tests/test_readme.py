@@ -24,7 +24,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> dict:
     perturbed(base, 0.02).save_pretrained(folder / "tuned")
     tokenizer.save_pretrained(folder / "tuned")
     lora(base, "llama").save_pretrained(folder / "lora-adapter")
-    tales = [" ".join(tale.split()) for tale in embedded_tales()[:8]]
+    tales = [" ".join(tale.split()) for tale in embedded_tales()[:5]]
     for name, length in (("texts.txt", 160), ("stories.txt", 400)):
         cut = "\n\n".join(tale[:length] for tale in tales)
         (folder / name).write_text(cut, encoding="utf-8")

@@ -734,6 +734,7 @@ def test_the_function_is_not_shadowed_by_a_module() -> None:
 @pytest.mark.skipif(
     not (STORIES.exists() and GRIMM.exists()), reason="needs ../shared/models and ../shared/corpora"
 )
+@pytest.mark.slow
 def test_a_real_model_learns_passages_by_heart(tmp_path: Path) -> None:
     run = hyperfit(
         STORIES,

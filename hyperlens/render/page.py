@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -232,6 +233,7 @@ def _own(name: str) -> str:
     return (HERE / name).read_text(encoding="utf-8")
 
 
+@functools.cache  # a second to make
 def _vega() -> str:
     import vl_convert
 

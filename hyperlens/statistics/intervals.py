@@ -10,7 +10,7 @@ import math
 
 import torch
 from jaxtyping import Float
-from scipy.stats import t as student_t
+from scipy.special import stdtrit
 from torch import Tensor
 
 CONFIDENCE = 0.95
@@ -22,7 +22,7 @@ def t_factor(degrees: float) -> float:
     >>> round(t_factor(10.0), 3)
     2.228
     """
-    return float(student_t.ppf(0.5 + CONFIDENCE / 2, degrees)) if degrees >= 1 else math.nan
+    return float(stdtrit(degrees, 0.5 + CONFIDENCE / 2)) if degrees >= 1 else math.nan
 
 
 def satterthwaite(parts: Float[Tensor, " part"]) -> float:

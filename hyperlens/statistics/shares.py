@@ -16,7 +16,7 @@ from collections.abc import Iterable
 
 import torch
 from jaxtyping import Float
-from scipy.special import expit, logit, stdtridf
+from scipy.special import expit, logit, stdtridf, stdtrit
 from scipy.stats import t as student_t
 from torch import Tensor
 
@@ -170,4 +170,4 @@ def _degrees_of(found: Estimate) -> float:
 
 
 def _quantile(confidence: float, degrees: float) -> float:
-    return float(student_t.ppf(0.5 + confidence / 2, degrees))
+    return float(stdtrit(degrees, 0.5 + confidence / 2))
