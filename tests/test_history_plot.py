@@ -151,7 +151,7 @@ def test_the_axis_of_epochs_has_whole_numbers() -> None:
 
 @pytest.mark.parametrize(("n", "opacity"), [(50, 1), (300, 0)])
 def test_marks_do_not_hide_a_line_of_many_epochs(n: int, opacity: int) -> None:
-    _, spec = drawn([Run(history=tuple(3.0 * 0.99**i for i in range(n)))])
+    _, spec = drawn([Run(records=(), history=tuple(3.0 * 0.99**i for i in range(n)))])
     (points,) = [one["mark"] for one in spec["layer"] if one["mark"]["type"] == "point"]
     assert points["opacity"] == opacity
 
@@ -178,13 +178,22 @@ def test_several_runs_share_a_log_axis(tmp_path: Path) -> None:
     lora, late = Run(method="lora"), Run(method="late_lora", history=(2.0, 1.0, 0.5))
     folder = as_folder(late, tmp_path / "run-7")
     found, _ = drawn([lora, late, folder])
-    (chart,) = found.values()
+    chart = found[LOSS]
     assert chart.y.scale == "log"
     assert "nats per token" in chart.y.title
     assert chart.series == ["Full LoRA", "Late-Stage LoRA", "run-7"]
     assert len(set(charts.colours([chart]).values())) == 3
     assert line(chart, "Late-Stage LoRA") == ([1, 2, 3], [2.0, 1.0, 0.5])
     assert line(chart, "run-7") == line(chart, "Late-Stage LoRA")
+    for title, column in (
+        ("Diversity of greedy generations", "ttr"),
+        ("Repetition of greedy generations", "bigram_repetition"),
+        ("Perplexity of held-out text", "perplexity"),
+        ("Top-1 predictions that are the base's too", "rank_1"),
+    ):
+        for name in chart.series:
+            expected = [getattr(record, column) for record in late.records]
+            assert line(found[title], name)[1] == expected
 
 
 def test_labels_come_from_the_dict_or_from_the_caller() -> None:
@@ -225,7 +234,7 @@ def test_what_cannot_be_drawn_is_said(tmp_path: Path) -> None:
     assert "no run to draw" in refusal({})
     assert "2 labels for 1 runs" in refusal([Run()], labels=["a", "b"])
     assert "cannot draw a int" in refusal([Run(), 3])
-    assert "nothing to draw" in refusal([Run(history=())])
+    assert "nothing to draw" in refusal([Run(history=(), records=())])
     assert "nothing to draw" in refusal(Run(records=(), history=()))
     assert "no validation_loss" in refusal(
         pd.DataFrame({"epoch": [1], "step": [1], "train_loss": [1.0]})

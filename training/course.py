@@ -18,7 +18,7 @@ from ..render.blocks import Block, Details, Heading, Table, Text, Verdict
 from ..render.format import FRACTION, MISSING, count, number, one_line
 from ..results.fingerprint import versions
 from ..results.result import Result
-from .history import Course, called, course_of, history_of, losses_of, read_run
+from .history import Course, called, course_of, curves_of, history_of, read_run
 
 EXAMPLES = (
     "hyperlens training ./full ./late-lora --out training",
@@ -245,7 +245,7 @@ class TrainingResult(Result):
         return f"{called(run)}: {'; '.join(parts)}."
 
     def evidence(self) -> list[Block]:
-        """Numbers of every run, loss curves on one axis, and the record of each."""
+        """Numbers of every run, losses and records on common axes, and the record of each."""
         about = Text(
             "Speed-up: time of the first run over this one's, records left out. Spike: a loss "
             f"above {SPIKE_FACTOR:g} times the median of the {SPIKE_WINDOW} epochs before and of "
@@ -253,7 +253,7 @@ class TrainingResult(Result):
             "which may differ from those of other measurements."
         )
         more = [Details("record of each run", records) for records in [self._records()] if records]
-        return [about, self._numbers(), *losses_of(self.courses), *more]
+        return [about, self._numbers(), *curves_of(self.courses), *more]
 
     def _numbers(self) -> Table:
         rows = []

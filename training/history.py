@@ -213,11 +213,11 @@ class Course:
 
 @check_types
 def plot_history(runs: Any, labels: Sequence[str] | None = None) -> altair.TopLevelMixin:
-    """Loss, quality and ranks of one run (Figure 2 of arXiv 2605.22579), or the losses of several.
+    """Loss, quality and ranks of one run (Figure 2 of arXiv 2605.22579), or several runs compared.
 
     One run: training loss; validation perplexity; diversity and top-1 error; and where the base
     ranked the model's top-1 predictions. Several: training loss over epochs on a log scale
-    (Figure 6).
+    (Figure 6), and what was recorded of each, on one axis for all.
 
     Args:
         runs: a `HyperfitRun`, a table of `read_history`, the folder of a run or its history.csv;
@@ -247,7 +247,7 @@ def plot_history(runs: Any, labels: Sequence[str] | None = None) -> altair.TopLe
     title = courses[0].label if names and not several else ""
     if not several and not courses[0].records:
         title = f"{title}: no records were kept (record_every)".removeprefix(": ")
-    drawn = charts.figure(losses_of(courses) if several else history_of(courses[0]), title)
+    drawn = charts.figure(curves_of(courses) if several else history_of(courses[0]), title)
     if drawn is None:
         raise TrainingError("there is nothing to draw: no run has a loss above 0 or a record")
     return drawn
@@ -285,13 +285,36 @@ def history_of(course: Course) -> list[Block]:
     return [Grid(row) for row in rows if row]
 
 
-def losses_of(courses: Sequence[Course]) -> list[Block]:
-    """The training losses of several runs in one chart; runs of one name get a number."""
-    losses: dict[str, Points] = {}
+# What of the records is compared between runs: its column, title, unit and axis.
+COMPARED: tuple[tuple[str, str, str, Scale], ...] = (
+    ("ttr", "Diversity of greedy generations", "type-token ratio", "share"),
+    ("bigram_repetition", "Repetition of greedy generations", "share of bigrams", "share"),
+    ("perplexity", "Perplexity of held-out text", "perplexity, log scale", "log"),
+    ("rank_1", "Top-1 predictions that are the base's too", "share of decisions", "share"),
+)
+
+
+def curves_of(courses: Sequence[Course]) -> list[Block]:
+    """Losses and records of several runs, each kind in one chart; runs of one name get a number."""
+    named: dict[str, Course] = {}
     for course in courses:
-        losses[free_name(course.label, losses)] = course.losses
-    chart = _chart("Training loss", "nats per token, log scale", "log", losses, role="tuned")
-    return [chart] if chart.rows else []
+        named[free_name(course.label, named)] = course
+    losses = {name: course.losses for name, course in named.items()}
+    drawn = [
+        _chart("Training loss", "nats per token, log scale", "log", losses, role="tuned"),
+        *(
+            _chart(title, unit, scale, _over_epochs(named, column), role="tuned")
+            for column, title, unit, scale in COMPARED
+        ),
+    ]
+    drawn = [chart for chart in drawn if chart.rows]
+    if len(drawn) == 1:
+        return list(drawn)
+    return [Grid(drawn[i : i + 2]) for i in range(0, len(drawn), 2)]
+
+
+def _over_epochs(named: Mapping[str, Course], column: str) -> dict[str, Points]:
+    return {name: course.over_epochs(column) for name, course in named.items()}
 
 
 def _chart(
