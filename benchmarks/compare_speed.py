@@ -1,6 +1,7 @@
 """compare_models against the script people write by hand: seconds and peak memory, one run.
 
     python benchmarks/compare_speed.py [--layers 12 --d-model 256 --vocab 8192 --texts 64 …]
+    python benchmarks/compare_speed.py --changed-blocks 5    # as by a late-stage adapter
 
 Each side runs in its own process on the same two random Llamas and the same token ids; memory
 is the peak resident size above what the process held once both models were loaded.
@@ -24,6 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 SIDES = {
     "by_torch": "by hand, torch argsort",
     "by_numpy": "by hand, numpy argsort",
+    "whole": "compare_models, both models run whole",
     "hyperlens": "compare_models (with intervals)",
 }
 
@@ -47,8 +49,9 @@ def models(args):
     base = LlamaForCausalLM(config).eval()
     tuned = LlamaForCausalLM(config).eval()
     tuned.load_state_dict(base.state_dict())
+    changed = tuned.model.layers[-args.changed_blocks :] if args.changed_blocks else tuned
     with torch.no_grad():
-        for parameter in tuned.parameters():
+        for parameter in changed.parameters():
             parameter += 0.01 * torch.randn_like(parameter)
     return base, tuned, torch.randint(args.vocab, (args.texts, args.length))
 
@@ -68,8 +71,13 @@ def one_side(args):
     """Run one side in this process and print its seconds and megabytes as JSON."""
     torch.set_num_threads(args.threads)
     base, tuned, tokens = models(args)
-    if args.side == "hyperlens":
+    if args.side in ("hyperlens", "whole"):
         from hyperlens import compare_models
+        from hyperlens.passes import streaming
+        from hyperlens.passes.streams import NOTHING_SHARED
+
+        if args.side == "whole":
+            streaming.shared_on = lambda *args: NOTHING_SHARED
 
         # Imports are not part of the work on either side.
         compare_models(base, tuned, tokens[:2, :8], progress=False)
@@ -92,18 +100,19 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name, default in (
         ("layers", 12), ("d-model", 256), ("vocab", 8192), ("texts", 64), ("length", 128),
-        ("repeats", 3), ("threads", 2),
+        ("repeats", 3), ("threads", 2), ("changed-blocks", 0),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--side", choices=list(SIDES))
+    parser.add_argument("--without", nargs="*", default=[], help="sides to leave out")
     args = parser.parse_args()
     if args.side:
         one_side(args)
         return
-    runs = {side: [] for side in SIDES}
+    runs = {side: [] for side in SIDES if side not in args.without}
     for _ in range(args.repeats):
         # They take turns, so that a change of the machine's mood meets all of them.
-        for side in SIDES:
+        for side in runs:
             command = [sys.executable, __file__, *sys.argv[1:], "--side", side]
             done = subprocess.run(
                 command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent
@@ -117,11 +126,12 @@ def main():
     print(
         f"two Llamas, {args.layers} blocks, d_model {args.d_model}, vocabulary {args.vocab}, "
         f"{args.texts} x {args.length} tokens, float32, {args.threads} threads, "
+        f"{f'the last {args.changed_blocks}' if args.changed_blocks else 'all'} blocks changed, "
         f"median of {args.repeats}, {processor()}, torch {torch.__version__}"
     )
     print(f"{'':36}{'seconds':>10}{'peak MB':>10}{'times':>8}{'memory':>8}")
-    for side, label in SIDES.items():
-        one = measured[side]
+    for side, one in measured.items():
+        label = SIDES[side]
         slower, larger = one["seconds"] / ours["seconds"], one["megabytes"] / ours["megabytes"]
         print(
             f"{label:36}{one['seconds']:10.1f}{one['megabytes']:10.0f}{slower:7.1f}x{larger:7.1f}x"

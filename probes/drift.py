@@ -83,6 +83,9 @@ class ResidualDrift(MeanProbe):
     def measure(self, pair: StreamPair, layer: int, view: View) -> dict[str, Float[Tensor, " n"]]:
         """The three distances of every counted token."""
         base, tuned = pair.vectors(layer, view, self.token_set)
+        if pair.is_shared(layer, view):
+            none = torch.zeros(len(base), dtype=torch.float64, device=base.device)
+            return {"cosine": none + 1.0, "l2": none, "relative_l2": none}
         return {
             "cosine": distances.cosine(base, tuned),
             "l2": distances.l2_distance(base, tuned),

@@ -56,7 +56,8 @@ class LogitLens(LogitProbe):
 
     def read(self, chunk: LogitChunk) -> dict[str, Shaped[Tensor, " chunk"]]:
         """Agreement, divergence, entropies and the final winner's rank, overwriting the logits."""
-        blocks = [_read_block(*block) for block in _blocks(chunk)]
+        read = _read_same if chunk.same else _read_block
+        blocks = [read(*block) for block in _blocks(chunk)]
         return {name: torch.cat([block[name] for block in blocks]) for name in blocks[0]}
 
     def finish(self, pair: StreamPair, layer: int, numbers: Mapping[str, Tensor]) -> None:
@@ -129,6 +130,24 @@ def _read_block(
         "kl": seen.kl,
         "base_entropy": seen.base_entropy,
         "tuned_entropy": seen.tuned_entropy,
+    }
+
+
+def _read_same(
+    base: Float[Tensor, "rows d_vocab"],
+    tuned: Float[Tensor, "rows d_vocab"],
+    final: Int[Tensor, " rows"],
+) -> dict[str, Shaped[Tensor, " rows"]]:
+    """What `_read_block` says of two equal rows, from one of them."""
+    rank = distances.rank_of(base, final)
+    _, entropy = distances.describe_logits_(base)
+    agreement, kl = torch.ones_like(entropy), torch.zeros_like(entropy)
+    return {
+        "rank": rank,
+        "top1_agreement": agreement,
+        "kl": kl,
+        "base_entropy": entropy,
+        "tuned_entropy": entropy,
     }
 
 

@@ -147,8 +147,10 @@ class ParticipationRatio(Probe):
                 s["sample_length"][i].index_add_(0, slot, n[pair.sample.slot.to(n.device) >= 0])
             first = self._has_no_origin(i)
             for j, view in enumerate(self.views):
+                moments = None
                 for k, x in enumerate(pair.vectors(layer, view, self.token_set)):
-                    self._add(x, (k, i, j), first, places)
+                    known = moments if pair.is_shared(layer, view) else None
+                    moments = self._add(x, (k, i, j), first, places, known)
             s["n"][i] += n.sum()
             s["nn"][i] += n.square().sum()
             s["sequences"][i] += (n > 0).sum()
@@ -183,17 +185,20 @@ class ParticipationRatio(Probe):
         at: tuple[int, int, int],
         first: bool,
         places: tuple[Tensor, Tensor, Tensor] | None,
-    ) -> None:
+        known: Moments | None,
+    ) -> Moments:
+        """Add vectors to the sums of a model, and return their moments, unless `known`."""
         s = self.sums
         self._choose_origin(x, at, first)
         origin = s["origin"][at]
-        moments = moments_of(x, origin)
+        moments = moments_of(x, origin) if known is None else known
         for name in MOMENTS:
             s[name][at].add_(getattr(moments, name))
         if places is not None and len(x):
             slot, valid, row = places
             chosen = x.index_select(0, row.flatten()).view(*row.shape, -1)
             s["sample"][at].index_add_(0, slot, (chosen - origin.to(x.dtype)) * valid[..., None])
+        return moments
 
     def _choose_origin(
         self, x: Float[Tensor, "n d_model"], at: tuple[int, int, int], first: bool
@@ -350,8 +355,11 @@ class ParticipationRatio(Probe):
             all_sampled, sum_nn = n_sampled <= MAX_SAMPLED_SEQUENCES, float(length.square().sum())
         else:
             all_sampled = n_sampled == int(s["sequences"][i])
+        # What both models share was summed once and added to both.
+        kept = (*MOMENTS, "origin", "sample")
+        is_shared = all(torch.equal(s[name][0, i, j], s[name][1, i, j]) for name in kept)
         ratios = []
-        for k in range(2):
+        for k in range(1 if is_shared else 2):
             sample = SampledTokens(
                 vectors=s["sample"][k, i, j].to(torch.float64),
                 valid=valid,
@@ -359,7 +367,7 @@ class ParticipationRatio(Probe):
                 sum_nn=sum_nn,
             )
             ratios.append(measured_ratio(self._moments_at(k, i, j), sample, all_sampled))
-        return ratios[0], ratios[1]
+        return ratios[0], ratios[-1]
 
 
 def _sampled_places(

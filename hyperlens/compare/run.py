@@ -17,6 +17,7 @@ from ..pair import open_inputs
 from ..passes.multi_pass import run_passes
 from ..passes.streaming import PassOptions, PassResult
 from ..probes import Probe, default_probes
+from ..render.format import count
 from ..results.result import unknown
 from .audit import without_doubt
 from .comparison import Comparison
@@ -166,6 +167,13 @@ def _checked_options(
 
 
 def _passes_note(outcome: PassResult) -> list[str]:
-    if outcome.n_passes == 1:
-        return []
-    return [f"read {outcome.n_passes} times: the sums of all layers did not fit in memory"]
+    notes = []
+    if outcome.n_passes > 1:
+        notes.append(f"read {outcome.n_passes} times: the sums of all layers did not fit in memory")
+    shared = outcome.shared.blocks
+    if shared:
+        notes.append(
+            f"the first {count(shared, 'block')} and the embedding are the same in both models, "
+            "bit for bit: they were run once"
+        )
+    return notes

@@ -124,7 +124,7 @@ def run_residuals(
     attention_mask: Int[Tensor, "batch pos"],
 ) -> list[Float[Tensor, "batch pos d_model"]]:
     """The L + 1 residual layers of one forward pass, detached, on the model's device."""
-    return _residuals(model, tokens, attention_mask, range(model.cfg.n_layers + 1))
+    return run_layers(model, tokens, attention_mask, range(model.cfg.n_layers + 1))
 
 
 def run_last_residual(
@@ -133,12 +133,25 @@ def run_last_residual(
     attention_mask: Int[Tensor, "batch pos"],
 ) -> Float[Tensor, "batch pos d_model"]:
     """Layer L alone, before the final norm: no other layer is kept in memory."""
-    return _residuals(model, tokens, attention_mask, [model.cfg.n_layers])[0]
+    return run_layers(model, tokens, attention_mask, [model.cfg.n_layers])[0]
 
 
-def _residuals(
-    model: HookedModel, tokens: Tensor, attention_mask: Tensor, layers: Sequence[int]
-) -> list[Tensor]:
+def run_layers(
+    model: HookedModel,
+    tokens: Int[Tensor, "batch pos"],
+    attention_mask: Int[Tensor, "batch pos"],
+    layers: Sequence[int],
+    resume: tuple[int, Tensor] | None = None,
+) -> list[Float[Tensor, "batch pos d_model"]]:
+    """Some residual layers of one forward pass, detached.
+
+    Args:
+        model: the model.
+        tokens, attention_mask: what it reads.
+        layers: which, from 0 to L.
+        resume: (block, residual) begins the pass there; a `ResidualModel` can. No layer up to that
+            block has a value then.
+    """
     residuals: dict[int, Tensor] = {}
 
     def keep(residual: Tensor, hook: Any, layer: int) -> None:
@@ -149,6 +162,7 @@ def _residuals(
         attention_mask=attention_mask,
         return_type=None,
         fwd_hooks=[(layer_hook(layer), partial(keep, layer=layer)) for layer in layers],
+        **({} if resume is None else {"resume": resume}),
     )
     return [residuals[layer] for layer in layers]
 

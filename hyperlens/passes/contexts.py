@@ -22,11 +22,11 @@ from ..hooks.surface import (
     HookedModel,
     evaluating,
     residual_logits,
-    run_last_residual,
     run_logits,
 )
 from ..statistics import distances
-from .streams import logits_in_pieces, slices
+from .shared_prefix import run_last_of_both, shared_on
+from .streams import SharedPrefix, logits_in_pieces, slices
 
 # Logits of so many bytes exist at a time, per model: less than in a pass over residual streams,
 # because experiments hold several copies of them, such as softmaxes at several temperatures.
@@ -104,31 +104,36 @@ def read_contexts(
     Raises:
         ActivationError: if a model overflows.
     """
-    models = {"base": base, "tuned": tuned}
     parts: dict[str, list[Tensor]] = {"base": [], "tuned": [], "text": []}
+    shared = shared_on(base, tuned, corpus.sequences[0])
     first = 0
     for batch in tqdm(
         list(corpus.batches(batch_size)), desc="reading", disable=not progress, leave=False
     ):
         counted = batch.real & ~batch.bos
-        for role, model in models.items():
-            parts[role].append(_last_residual(role, model, batch.tokens, batch.real)[counted])
+        read = _last_residuals(base, tuned, batch.tokens, batch.real, shared)
+        for role, last in zip(("base", "tuned"), read, strict=True):
+            parts[role].append(last[counted])
         text = torch.arange(first, first + len(counted))[:, None].expand(counted.shape)
         parts["text"].append(text[counted])
         first += len(counted)
     return Contexts(base, tuned, corpus, *map(torch.cat, parts.values()))
 
 
-def _last_residual(role: str, model: HookedModel, tokens: Tensor, real: Tensor) -> Tensor:
-    device = model.cfg.device
-    with evaluating(model):
-        last = run_last_residual(model, tokens.to(device), real.long().to(device))
-    if not bool(torch.isfinite(last[real.to(device)]).all()):
-        raise ActivationError(
-            f"the {role} model has NaN or infinite activations: load it in a wider dtype, as in "
-            "dtype='float32'"
-        )
-    return last
+def _last_residuals(
+    base: HookedModel, tuned: HookedModel, tokens: Tensor, real: Tensor, shared: SharedPrefix
+) -> tuple[Tensor, Tensor]:
+    here = base.cfg.device
+    tokens, real = tokens.to(here), real.to(here)
+    with evaluating(base), evaluating(tuned):
+        found = run_last_of_both(base, tuned, tokens, real.long(), shared)
+    for role, last in zip(("base", "tuned"), found, strict=True):
+        if not bool(torch.isfinite(last[real]).all()):
+            raise ActivationError(
+                f"the {role} model has NaN or infinite activations: load it in a wider dtype, as "
+                "in dtype='float32'"
+            )
+    return found
 
 
 def ranks_in(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -28,16 +28,18 @@ class LogitChunk:
         layer: 0..L; at L these are the models' own logits.
         base, tuned: one row per token, float32.
         final: the tuned model's top-1 token at the output, for each row.
+        same: whether both are known to be the same, bit for bit.
     """
 
     layer: int
     base: Float[Tensor, "chunk d_vocab"]
     tuned: Float[Tensor, "chunk d_vocab"]
     final: Int[Tensor, " chunk"]
+    same: bool = False
 
     def copied(self) -> LogitChunk:
         """A copy, for a reader that overwrites the logits while others still need them."""
-        return LogitChunk(self.layer, self.base.clone(), self.tuned.clone(), self.final)
+        return replace(self, base=self.base.clone(), tuned=self.tuned.clone())
 
 
 @runtime_checkable
@@ -77,7 +79,7 @@ def read_logits(pair: StreamPair, readers: Sequence[ReadsLogits]) -> None:
         for rows, base, tuned in pair.logits(layer):
             top1 = distances.winner(tuned) if final is None else final[rows]
             top1_parts.append(top1)
-            chunk = LogitChunk(layer, base, tuned, top1)
+            chunk = LogitChunk(layer, base, tuned, top1, pair.has_shared_logits(layer))
             for reader, numbers in zip(here, parts, strict=True):
                 needs_copy = reader.overwrites and reader is not here[-1]
                 shown = chunk.copied() if needs_copy else chunk

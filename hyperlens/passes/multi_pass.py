@@ -55,7 +55,7 @@ def run_passes(
         probe.name: _joined(part.results[probe.name] for part in done if probe.name in part.results)
         for probe in probes
     }
-    return PassResult(results, done[0].sinks_per_layer, n_passes)
+    return PassResult(results, done[0].sinks_per_layer, n_passes, done[0].shared)
 
 
 def _plan_passes(

@@ -22,7 +22,15 @@ from ..statistics import distances
 from .failures import explaining_out_of_memory, run_probe_step
 from .logits_reader import ReadsLogits, read_logits
 from .memory import MemoryNeeded, free_bytes, keep_freed_memory, memory_needed
-from .streams import ModelStream, StreamPair, StreamSpec, TokenSample
+from .shared_prefix import run_tuned, shared_on
+from .streams import (
+    NOTHING_SHARED,
+    ModelStream,
+    SharedPrefix,
+    StreamPair,
+    StreamSpec,
+    TokenSample,
+)
 
 # Tokens are kept for intervals in at most this many bytes per layer, view and model, or in as
 # many as the moments of that stream take.
@@ -83,11 +91,13 @@ class PassResult:
         results: by the name of the probe.
         sinks_per_layer: how many tokens were masked as sinks at each layer.
         n_passes: how often the texts were read.
+        shared: what both models have in common, which was read once.
     """
 
     results: dict[str, ProbeResult]
     sinks_per_layer: tuple[int, ...]
     n_passes: int = 1
+    shared: SharedPrefix = NOTHING_SHARED
 
 
 def run_pass(
@@ -111,9 +121,10 @@ def run_pass(
     with explaining_out_of_memory(options.batch_size, ", or measure fewer views or layers"):
         for probe in probes:
             run_probe_step(probe, "open", spec)
-        sinks = _read_texts(base, tuned, corpus, probes, options, spec)
+        shared = shared_on(base, tuned, corpus.sequences[0])
+        sinks = _read_texts(base, tuned, corpus, probes, options, spec, shared)
         results = {probe.name: run_probe_step(probe, "compute") for probe in probes}
-    return PassResult(results, tuple(sinks.tolist()))
+    return PassResult(results, tuple(sinks.tolist()), shared=shared)
 
 
 def _read_texts(
@@ -123,6 +134,7 @@ def _read_texts(
     probes: Sequence[RunsInAPass],
     options: PassOptions,
     spec: StreamSpec,
+    shared: SharedPrefix,
 ) -> Int[Tensor, " layer"]:
     """Show every batch to all probes, and count the sinks of all."""
     sinks = torch.zeros(spec.n_layers + 1, dtype=torch.int64)
@@ -137,7 +149,7 @@ def _read_texts(
     )
     with bar, surface.evaluating(base), surface.evaluating(tuned):
         for batch in batches:
-            pair = read_pair(base, tuned, batch, options.sink_threshold, spec.device)
+            pair = read_pair(base, tuned, batch, options.sink_threshold, spec.device, shared)
             sinks += _update(probes, pair)
             # Its streams are let go before the next ones, or the results, are made.
             del pair
@@ -191,36 +203,46 @@ def read_pair(
     batch: Batch,
     sink_threshold: float,
     device: torch.device,
+    shared: SharedPrefix = NOTHING_SHARED,
 ) -> StreamPair:
     """Run both models on one batch and gather what probes see.
+
+    Args:
+        base, tuned: the models.
+        batch: what they read.
+        sink_threshold: see `PassOptions`.
+        device: where statistics are computed.
+        shared: what both have in common, which is run once.
 
     Raises:
         ActivationError: if a residual stream holds NaN or infinity at a real token.
     """
     here = surface.input_device(base)
     tokens, real, bos = (x.to(here) for x in (batch.tokens, batch.real, batch.bos))
-    streams, big = [], []
-    for role, model in (("base", base), ("tuned", tuned)):
-        residuals = surface.run_residuals(model, tokens, real.long())
-        _check_finite(role, residuals, real)
-        big.append(_exceeds_median(residuals, real, sink_threshold))
-        streams.append(
-            ModelStream(
-                residuals=residuals,
-                final_norm=partial(surface.final_norm, model),
-                unembed=partial(surface.float_logits, model),
-                d_vocab=model.cfg.d_vocab,
-            )
-        )
+    of_base = surface.run_residuals(base, tokens, real.long())
+    _check_finite("base", of_base, real)
+    of_tuned = run_tuned(tuned, tokens, real.long(), shared, of_base)
+    _check_finite("tuned", of_tuned, real)
+    big = [_exceeds_median(residuals, real, sink_threshold) for residuals in (of_base, of_tuned)]
     return StreamPair(
-        base=streams[0],
-        tuned=streams[1],
+        base=_stream(base, of_base),
+        tuned=_stream(tuned, of_tuned),
         tokens=tokens,
         real=real,
         bos=bos,
         sinks=big[0] | big[1],
         sample=TokenSample(batch.slot.to(here), batch.position.to(here)),
         device=device,
+        shared=shared,
+    )
+
+
+def _stream(model: HookedModel, residuals: list[Tensor]) -> ModelStream:
+    return ModelStream(
+        residuals=residuals,
+        final_norm=partial(surface.final_norm, model),
+        unembed=partial(surface.float_logits, model),
+        d_vocab=model.cfg.d_vocab,
     )
 
 

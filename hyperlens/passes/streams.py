@@ -222,6 +222,30 @@ class TokenSample:
 
 
 @dataclass(frozen=True)
+class SharedPrefix:
+    """What is the same, bit for bit, in both models of a pair.
+
+    Attributes:
+        layers: so many residual layers, from the embedding on; 0 for none.
+        resumes: whether the tuned model can be run from the last of them on.
+        norm, head: whether the final norm, and the unembedding, are the same.
+    """
+
+    layers: int = 0
+    resumes: bool = False
+    norm: bool = False
+    head: bool = False
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks the tuned model need not run."""
+        return max(0, self.layers - 1) if self.resumes else 0
+
+
+NOTHING_SHARED = SharedPrefix()
+
+
+@dataclass(frozen=True)
 class StreamPair:
     """Both models' streams over one batch of the same tokens.
 
@@ -233,6 +257,7 @@ class StreamPair:
         sinks: True where a position is an attention sink at a layer, in either model.
         sample: the tokens kept for intervals.
         device: where statistics are computed (the CPU when the accelerator has no float64).
+        shared: what both models have in common: computed once, whatever a probe asks for.
     """
 
     base: ModelStream
@@ -243,6 +268,7 @@ class StreamPair:
     sinks: Bool[Tensor, "layer batch pos"]
     sample: TokenSample
     device: torch.device
+    shared: SharedPrefix = NOTHING_SHARED
 
     @property
     def n_layers(self) -> int:
@@ -308,10 +334,14 @@ class StreamPair:
         self, layer: int, view: View, index: Int[Tensor, " n"]
     ) -> tuple[Float[Tensor, "n d_model"], Float[Tensor, "n d_model"]]:
         """(base, tuned) vectors at flat [batch * pos] indices, float32."""
-        return (
-            self.base.vectors(layer, view, index).to(self.device),
-            self.tuned.vectors(layer, view, index).to(self.device),
-        )
+        base = self.base.vectors(layer, view, index).to(self.device)
+        if self.is_shared(layer, view):
+            return base, base.clone()  # a probe may change one of them
+        return base, self.tuned.vectors(layer, view, index).to(self.device)
+
+    def is_shared(self, layer: int, view: View) -> bool:
+        """Whether both models have the same vectors here, bit for bit."""
+        return layer < self.shared.layers and (view != "final_norm" or self.shared.norm)
 
     def logits(
         self, layer: int
@@ -322,8 +352,16 @@ class StreamPair:
         Yields (rows, base logits, tuned logits), `rows` being the slice of the set's tokens.
         """
         index = self.index(layer, "decisions")
+        pieces = logit_rows(len(index), self.base.d_vocab, index.device)
+        of_base = self.base.unembed, self.base.normed(layer, index)
+        if self.has_shared_logits(layer):
+            for rows, logits in logits_in_pieces(pieces, of_base):
+                yield rows, logits, logits.clone()
+            return
         yield from logits_in_pieces(
-            logit_rows(len(index), self.base.d_vocab, index.device),
-            (self.base.unembed, self.base.normed(layer, index)),
-            (self.tuned.unembed, self.tuned.normed(layer, index)),
+            pieces, of_base, (self.tuned.unembed, self.tuned.normed(layer, index))
         )
+
+    def has_shared_logits(self, layer: int) -> bool:
+        """Whether both lenses read the same logits here, bit for bit."""
+        return self.is_shared(layer, "final_norm") and self.shared.head

@@ -116,6 +116,18 @@ def compare_logits_(
     )
 
 
+def describe_logits_(
+    logits: Float[Tensor, "n d_vocab"],
+) -> tuple[Int[Tensor, " n"], Float[Tensor, " n"]]:
+    """Winner and entropy of each row, which is **overwritten**: as `compare_logits_` has them."""
+    best = winner(logits)
+    largest = logits.gather(-1, best[:, None])
+    torch.add(largest * -BITS_PER_NAT, logits, alpha=BITS_PER_NAT, out=logits)
+    weights = torch.exp2(logits)
+    z = _sum(weights)
+    return best, (z.log2() - _sum(weights.mul_(logits)) / z) / BITS_PER_NAT
+
+
 def winner(logits: Float[Tensor, "n d_vocab"]) -> Int[Tensor, " n"]:
     """Token of the largest logit of each row, the first of tied ones."""
     if logits.device.type != "cpu":
