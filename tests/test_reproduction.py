@@ -29,6 +29,7 @@ from hyperlens.reproduction.claims import RULES, by_interval, judge_claims
 from hyperlens.reproduction.paper import (
     CONTRADICTIONS,
     NOT_MEASURED,
+    SAID,
     STAGES,
     exhibits,
     stages_of,
@@ -167,6 +168,18 @@ def test_all_of_it_is_on_disk_and_on_one_page(whole) -> None:
     assert all(claim.claim in html.unescape(findings) for claim in whole.result.claims)
     assert "Full fine-tuning" not in findings
     assert "a demonstration, not evidence" in page
+
+
+def test_what_the_paper_says_without_a_number_stands_beside_this_runs_answer(whole, base) -> None:
+    ((exhibit, sentences),) = whole.result.extras["said"].items()
+    assert exhibit == "Appendix A.3"
+    assert stages_of(exhibit) == ("weights",)
+    assert sentences[0].startswith("Leading singular vectors rotate")
+    assert sentences[1].startswith("Changed singular values account for")
+    page = html.unescape((whole.folder / "report.html").read_text())
+    assert f"{SAID[exhibit]}. This run: {sentences[0]}" in page
+    only = plan(base, TEXTS, protocol=protocol_for("smoke"), only=[exhibit], device="cpu")
+    assert [stage.name for stage in only.stages] == ["training full"]
 
 
 def test_what_is_done_is_not_done_again(whole, base) -> None:

@@ -11,9 +11,12 @@ from scipy import stats
 from ..compare.audit import audit
 from ..decoding.diversity import REPETITION_METRICS
 from ..results.result import Result
+from .paper import SAID, stages_of
 
 TEMPERATURE_VARIANTS = ("original", "matched", "tuned")
 TEACHER_FORCED = ("top1_agreement", "spearman", "entropy")
+# The verdicts that answer what the paper says of weights.
+OF_SAID = ("weights", "rotation", "magnitude")
 
 
 class Reading(NamedTuple):
@@ -172,3 +175,18 @@ READERS: Mapping[str, Callable[[Any], Found]] = {
     "judge": _judge,
     "geometry": _geometry,
 }
+
+
+def said(results: Mapping[str, Result]) -> dict[str, list[str]]:
+    """What a run found where the paper says something without a number: exhibit to sentences."""
+    found = {
+        exhibit: [
+            verdict.answer
+            for stage in stages_of(exhibit)
+            if stage in results
+            for verdict in results[stage].verdicts()
+            if verdict.topic in OF_SAID and not verdict.caution
+        ]
+        for exhibit in SAID
+    }
+    return {exhibit: sentences for exhibit, sentences in found.items() if sentences}
