@@ -79,8 +79,8 @@ def compare_weights(
         base: a folder, hub id or Hugging Face model; or an open `Pair`, and then no `tuned`.
         tuned: the same, or a plain LoRA adapter.
         k: how many leading singular vectors are compared; at most half of what a matrix has.
-        epsilon: a leading singular vector of the tuned matrix is an intruder where its |cosine|
-            with every one of the base's is below this.
+        epsilon: a leading singular vector of the tuned matrix is an intruder where its
+            absolute cosine with every one of the base's is below this.
         n_controls: random changes of each matrix.
         seed: of the random changes.
         device: where matrices are decomposed; the CPU by default.
@@ -342,8 +342,8 @@ class WeightChangesResult(Result):
     after: mean and largest principal angle, `angle_left` (output side), `angle_right`, and `angle`,
     the mean of both, in degrees. `values_share`: of ‖ΔW‖² what changed singular values account
     for; the rest is rotation. `intruders`: of the k leading left singular vectors after, those
-    whose |cosine| with every one before is below epsilon. `..._low` and `..._high`: the range over
-    random changes with the same singular values.
+    whose absolute cosine with every one before is below epsilon. `..._low` and `..._high`: the
+    range over random changes with the same singular values.
 
     Extras: `controls`, of each changed matrix these metrics in every random change; `intruders`,
     each with its module, its place among the singular vectors, cosine and singular value.
@@ -477,8 +477,8 @@ class WeightChangesResult(Result):
         epsilon = self.meta["options"]["epsilon"]
         return Verdict(
             "intruders",
-            f"{value:,.0f} of {leading:,} leading singular vectors are intruders (|cosine| below "
-            f"{epsilon:g} with every one of the base's); of {self._random()} "
+            f"{value:,.0f} of {leading:,} leading singular vectors are intruders (absolute cosine "
+            f"below {epsilon:g} with every one of the base's); of {self._random()} "
             f"{_range(controls, '{:,.0f}'.format)}.",
         )
 

@@ -124,7 +124,7 @@ NOT_MEASURED: Mapping[str, str] = MappingProxyType(
     {
         "Figure 1": "a drawing of the idea, without measurements",
         "Section 2.1": "settings of the training: they are in the protocol",
-        "Appendix G": "the judge's prompt: see `hyperlens judge`",
+        "Appendix G": "the judge's prompt: see `hyperlens judge --prompt paper`",
     }
 )
 

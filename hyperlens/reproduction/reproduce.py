@@ -48,7 +48,7 @@ from .claims import judge_claims
 from .paper import STAGES, exhibits, stages_of
 from .plan import config_of
 from .protocol import METHODS, SCALES, Protocol, Scale, protocol_for
-from .readings import readings, said
+from .readings import beside, readings, said
 from .result import ReproductionResult, side_by_side
 
 STAMP = "reproduction-folder.json"
@@ -485,6 +485,7 @@ class _Run:
         options: dict[str, Any] = {
             **self.protocol.generation(),
             "n_prompts": self.protocol.n_judged,
+            "prompt": "paper",
         }
 
         def make() -> Result:
@@ -564,6 +565,7 @@ def _finish(
     }
     extras = {
         "said": said(results),
+        "beside": beside(results),
         "claims": [claim._asdict() for claim in judge_claims(results)],
         "not_run": dict(not_run),
         "protocol": run.protocol.to_json(),

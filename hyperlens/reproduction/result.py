@@ -180,7 +180,8 @@ class ReproductionResult(Result):
     `settings`: what the paper states and this run has otherwise, the model apart.
 
     Extras: `claims`, what became of each claim of the abstract, by which rule and number; `said`,
-    what this run found where the paper says something without a number;
+    what this run found where the paper says something without a number; `beside`, what it
+    measured in another way than the paper, too;
     `not_run`, stages that were not measured and why; `protocol` and the `origins` of its values.
     """
 
@@ -249,6 +250,8 @@ class ReproductionResult(Result):
             if not any(math.isfinite(row["value"]) for row in rows):
                 continue
             blocks: list[Block] = [_table(rows)]
+            if exhibit in self.extras.get("beside", {}):
+                blocks.append(Text(" ".join(self.extras["beside"][exhibit])))
             if exhibit in CONTRADICTIONS:
                 text = f"The paper contradicts itself here: {CONTRADICTIONS[exhibit]}."
                 blocks.append(Text(text, role="note"))
