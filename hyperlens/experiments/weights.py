@@ -560,7 +560,7 @@ class WeightChangesResult(Result):
             for bits in BITS
             for block, found in of_block.items()
         ]
-        title = "‖ΔW‖ / ‖W‖ of the matrices of each block"
+        title = "Size of the change beside the weights in each block"
         roles: dict[str, Role] = {f"rounding to {bits} bits": "other" for bits in BITS}
         yield Chart("lines", title, title, rows, x, Axis("value", "no unit", "zero"), roles)
         rows = [row for block, found in of_block.items() for row in self._turned(block, found)]
