@@ -14,6 +14,7 @@ from .experiments.null_test import run_null_test as run_null_test
 from .experiments.provenance import trace_provenance as trace_provenance
 from .experiments.static_bias import inject_static_bias as inject_static_bias
 from .experiments.temperature import match_temperature as match_temperature
+from .experiments.weights import compare_weights as compare_weights
 from .hooks.loading import load_hooked as load_hooked
 from .pair import Pair as Pair
 from .pair import open_pair as open_pair

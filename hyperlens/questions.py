@@ -53,6 +53,7 @@ QUESTIONS = (
     Question("decoding", "experiments.decoding", "compare_decoding", "DecodingResult"),
     Question("cross_domain", "experiments.cross_domain", "compare_domains", "CrossDomainResult"),
     Question("variants", "experiments.variants", "compare_variants", "VariantsResult"),
+    Question("weights", "experiments.weights", "compare_weights", "WeightChangesResult"),
     Question("training", "training.course", "compare_training", "TrainingResult"),
     Question("mauve", "experiments.mauve", "measure_mauve", "MauveResult"),
     Question("judge", "judging.judge", "judge_models", "JudgeResult", command="cli.judge"),

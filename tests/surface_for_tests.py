@@ -177,6 +177,8 @@ def special() -> dict[tuple[str, str], Any]:
         ("reproduce", "out"): "reproduction",
         ("reproduce", "mauve_features"): None,
         ("judge_continuations", "pairs"): two,
+        ("judge_continuations", "prompt"): "paper",
+        ("judge_models", "prompt"): None,
         ("patch_blocks", "controls"): False,
         ("patch_expansion", "n_texts"): 16,
         ("patch_hooks", "model"): hooked,

@@ -111,6 +111,7 @@ def shipped_by(tree: Path) -> dict[str, bytes]:
     data += [file for file in (embedded / "base").iterdir() if file.is_file()]
     data += [tree / "hyperlens/render" / name for name in ("notebook.css", "page.css", "page.js")]
     data += [tree / "hyperlens/reproduction/paper_numbers.csv"]
+    data += [tree / "hyperlens/judging/paper_prompt.txt"]
     data += [file for file in (tree / "hyperlens").rglob("*.pyi") if not behind_a_link(tree, file)]
     files |= {file.relative_to(tree).as_posix(): file.read_bytes() for file in data}
     stubs = [file for name in ("probes", "training") for file in (tree / name).glob("*.pyi")]

@@ -23,12 +23,15 @@ from surface_for_tests import words_tokenizer
 from hyperlens import cli, measure_behaviour, open_pair, read_results, reproduce
 from hyperlens.decoding.generate import keeping_continuations
 from hyperlens.errors import CorpusError, HyperlensError, LoadingError, ResultsError
+from hyperlens.judging import Judgement
+from hyperlens.judging.labelled import labelled_answer
 from hyperlens.questions import QUESTIONS
 from hyperlens.reproduction import ReproductionResult, paper_numbers, protocol_for
 from hyperlens.reproduction.claims import RULES, by_interval, judge_claims
 from hyperlens.reproduction.paper import (
     CONTRADICTIONS,
     NOT_MEASURED,
+    SAID,
     STAGES,
     exhibits,
     stages_of,
@@ -43,7 +46,9 @@ TIMES = ("hours", "speedup", "hours_ttr_peak")
 
 
 def judge(prompt: str) -> str:
-    """Has no preference."""
+    """Has no preference, in the paper's form and in ours."""
+    if "coherence_score_a" in prompt:
+        return labelled_answer(Judgement((5, 5), (5, 5), "tie", ""))
     scores = {"first": 5, "second": 5}
     return json.dumps({"reason": "", "coherence": scores, "diversity": scores, "winner": "tie"})
 
@@ -167,6 +172,28 @@ def test_all_of_it_is_on_disk_and_on_one_page(whole) -> None:
     assert all(claim.claim in html.unescape(findings) for claim in whole.result.claims)
     assert "Full fine-tuning" not in findings
     assert "a demonstration, not evidence" in page
+
+
+def test_the_papers_protocol_stands_beside_its_judge_and_ours_below(whole) -> None:
+    row = whole.result.select(exhibit="Table 5", quantity="judge/total/tie")[0]
+    # Clopper and Pearson's interval of 4 of 4.
+    assert (row["value"], row["high"]) == (100, 100)
+    assert row["low"] == pytest.approx(100 * 0.025 ** (1 / 4))
+    page = html.unescape((whole.folder / "report.html").read_text())
+    assert "Judged blind and in both orders" in page
+    assert "Asked once, with the paper's prompt" in page
+
+
+def test_what_the_paper_says_without_a_number_stands_beside_this_runs_answer(whole, base) -> None:
+    ((exhibit, sentences),) = whole.result.extras["said"].items()
+    assert exhibit == "Appendix A.3"
+    assert stages_of(exhibit) == ("weights",)
+    assert sentences[0].startswith("Leading singular vectors rotate")
+    assert sentences[1].startswith("Changed singular values account for")
+    page = html.unescape((whole.folder / "report.html").read_text())
+    assert f"{SAID[exhibit]}. This run: {sentences[0]}" in page
+    only = plan(base, TEXTS, protocol=protocol_for("smoke"), only=[exhibit], device="cpu")
+    assert [stage.name for stage in only.stages] == ["training full"]
 
 
 def test_what_is_done_is_not_done_again(whole, base) -> None:

@@ -13,6 +13,7 @@ from ..questions import Question, named_runs
 from .options import (
     add_debug,
     add_how_to_read,
+    add_models,
     add_out,
     add_pair,
     add_reading,
@@ -20,6 +21,7 @@ from .options import (
     given,
     read,
     saved,
+    shows_progress,
     texts_for,
 )
 from .signatures import add_command, add_options, option_names, read_signature
@@ -44,7 +46,10 @@ def add(commands: Any, question: Question) -> None:
     add_sources(parser)
     if own:
         add_options(parser.add_argument_group("what is measured"), own)
-        add_running(parser, "the checkpoint's own")
+        if any(one.name == "dtype" for one in found.options):
+            add_running(parser, "the checkpoint's own")
+        else:  # no model is run
+            add_running(parser, None, device="the CPU")
 
 
 def _function(question: Question) -> Any:
@@ -146,6 +151,19 @@ def _compare_variants(question: Question, own: list[str], args: argparse.Namespa
     return saved(result, args)
 
 
+def _add_two_models(parser: argparse.ArgumentParser) -> None:
+    add_models(parser)
+    add_out(parser, "the results (default: print only)")
+
+
+def _compare_weights(question: Question, own: list[str], args: argparse.Namespace) -> str:
+    if args.out is not None:
+        check_new_folder(args.out)
+    options = {name: getattr(args, name) for name in (*own, "device")}
+    progress = shows_progress(args)
+    return saved(_function(question)(args.base, args.tuned, **options, progress=progress), args)
+
+
 def _add_runs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "runs",
@@ -183,4 +201,5 @@ SPECIAL = {
     "mauve": (_add_mauve_texts, _compare_texts),
     "training": (_add_runs, _compare_runs),
     "variants": (_add_variants, _compare_variants),
+    "weights": (_add_two_models, _compare_weights),
 }

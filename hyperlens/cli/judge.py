@@ -14,7 +14,8 @@ from .signatures import add_options, read_signature
 
 DESCRIPTION = """\
 Let a judge compare two models' continuations of the same prompts: which is more coherent, which
-more diverse, which better (Table 5 of arXiv 2605.22579). Each pair is asked about in both orders.
+more diverse, which better (Table 5 of arXiv 2605.22579). Each pair is asked about in both orders;
+with --prompt once more in one order, as the paper asks.
 
 The judge is a model behind any OpenAI-compatible endpoint (--judge-url, --judge-model), a local
 chat model (--judge-folder), or, to try things out, a rule (--judge-rule). A key comes from the
@@ -25,11 +26,11 @@ Examples:
   hyperlens judge ./a ./b --texts t.txt --judge-url http://localhost:8000/v1 --judge-model m --out j
   hyperlens judge ./a ./b --texts t.txt --judge-folder ./chat-model --out judged
   hyperlens judge --pairs written.jsonl --judge-url https://host/v1 --judge-model m --key-env KEY
-  hyperlens judge ./a ./b --texts t.txt --judge-rule"""
+  hyperlens judge ./a ./b --texts t.txt --judge-rule --prompt paper"""
 
 # Options of `judge_models` that --pairs has no use for.
 GENERATION = ("n_prompts", "prompt_tokens", "max_new_tokens", "batch_size", "seed")
-ASKING = ("tries", "n_examples")
+ASKING = ("tries", "prompt", "n_examples")
 
 
 def add(commands: Any) -> None:

@@ -37,12 +37,17 @@ def add_out(parser: argparse.ArgumentParser, what: str, required: bool = False) 
 
 def add_pair(parser: argparse.ArgumentParser) -> None:
     """The two models, the texts and --out."""
+    add_models(parser)
+    add_reading(parser)
+    add_out(parser, "the results (default: print only)")
+
+
+def add_models(parser: argparse.ArgumentParser) -> None:
+    """The model before and the model after."""
     parser.add_argument("base", metavar="BASE", help="the model before: a folder or hub id")
     parser.add_argument(
         "tuned", metavar="TUNED", help="the model after: a folder, hub id or adapter folder"
     )
-    add_reading(parser)
-    add_out(parser, "the results (default: print only)")
 
 
 def add_reading(parser: argparse.ArgumentParser, unless: str = "", groups: bool = True) -> Any:
@@ -88,13 +93,22 @@ def add_how_to_read(group: Any, groups: bool = True) -> None:
         )
 
 
-def add_running(parser: argparse.ArgumentParser, dtype: str) -> Any:
-    """Device, dtype, progress and --debug; returns the group, for more options."""
+def add_running(
+    parser: argparse.ArgumentParser, dtype: str | None, device: str = "the best here"
+) -> Any:
+    """Device, dtype, progress and --debug; returns the group, for more options.
+
+    Args:
+        parser: of the command.
+        dtype: what it is by default; None for a command that takes none.
+        device: what it is by default.
+    """
     group = parser.add_argument_group("running")
     group.add_argument(
-        "--device", metavar="NAME", help='"cpu", "cuda", "cuda:1", "mps" (default: the best here)'
+        "--device", metavar="NAME", help=f'"cpu", "cuda", "cuda:1", "mps" (default: {device})'
     )
-    add_dtype(group, dtype)
+    if dtype is not None:
+        add_dtype(group, dtype)
     group.add_argument(
         "-q",
         "--no-progress",

@@ -171,6 +171,7 @@ KINDS: dict[str, tuple[Callable[[str], Any], str]] = {
     "int": (int, "N"),
     "float": (float, "X"),
     "str": (str, "NAME"),
+    "str | Path": (str, "FILE"),
     "Any": (str, "MODEL"),
     "Sequence[str]": (names, "NAME[,NAME]"),
     "Sequence[Probe | str]": (names, "NAME[,NAME]"),

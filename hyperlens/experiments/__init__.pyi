@@ -16,3 +16,5 @@ from .temperature import TemperatureResult as TemperatureResult
 from .temperature import match_temperature as match_temperature
 from .variants import VariantsResult as VariantsResult
 from .variants import compare_variants as compare_variants
+from .weights import WeightChangesResult as WeightChangesResult
+from .weights import compare_weights as compare_weights

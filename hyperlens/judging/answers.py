@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,13 @@ from .prompt import Judgement, UnreadableAnswer, ask_again, read_judgement
 
 
 def ask(
-    judge: Judge, prompts: Sequence[str], answers: AnswerCache, *, tries: int, progress: bool
+    judge: Judge,
+    prompts: Sequence[str],
+    answers: AnswerCache,
+    *,
+    tries: int,
+    progress: bool,
+    read: Callable[[str], Judgement] = read_judgement,
 ) -> dict[str, Judgement | UnreadableAnswer]:
     """The judgement on every prompt, or what was wrong with the last answer to it.
 
@@ -35,6 +41,7 @@ def ask(
         answers: those known already; new ones are added.
         tries: how often to ask at most, the first time included.
         progress: show progress bars.
+        read: the judgement in an answer; it raises UnreadableAnswer where there is none.
 
     Raises:
         JudgeError: if the judge refuses, or fails too often.
@@ -47,7 +54,7 @@ def ask(
         unread = {}
         for prompt, wording in wordings.items():
             try:
-                judgements[prompt] = read_judgement(answers.get(wording) or "")
+                judgements[prompt] = read(answers.get(wording) or "")
             except UnreadableAnswer as problem:
                 judgements[prompt] = problem
                 unread[prompt] = ask_again(prompt, str(problem))

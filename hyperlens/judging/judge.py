@@ -47,8 +47,29 @@ from ..results.fingerprint import versions
 from ..results.result import Result
 from .answers import AnswerCache, ask
 from .judges import FunctionJudge, Judge, as_judge
-from .pairs import SIDES, JudgedPair, TextPair, pairs_sha256, read_pairs, result_rows
-from .prompt import CRITERIA, FORM, PLACES, SCORED, TEMPLATE, TIE, Judgement, write_prompt
+from .labelled import LabelledPrompt, open_prompt, read_labelled
+from .pairs import (
+    SIDES,
+    Answer,
+    JudgedPair,
+    TextPair,
+    labelled_outcomes,
+    labelled_rows,
+    pairs_sha256,
+    read_pairs,
+    result_rows,
+)
+from .prompt import (
+    CRITERIA,
+    FORM,
+    PLACES,
+    SCORED,
+    TEMPLATE,
+    TIE,
+    Judgement,
+    UnreadableAnswer,
+    write_prompt,
+)
 
 
 @check_types
@@ -62,6 +83,7 @@ def judge_models(
     prompt_tokens: int = 17,
     max_new_tokens: int = 96,
     tries: int = 3,
+    prompt: str | Path | None = None,
     cache: str | Path | None = None,
     n_examples: int = 4,
     batch_size: int = 16,
@@ -85,6 +107,7 @@ def judge_models(
         prompt_tokens: how many of a text's first tokens are the prompt, BOS included.
         max_new_tokens: the longest continuation, in tokens.
         tries: how often to ask until an answer can be read; pairs without one are left out then.
+        prompt: see `judge_continuations`.
         cache: see `judge_continuations`.
         n_examples: how many pairs, drawn at random, are kept as text with what the judge said.
         batch_size: prompts per forward pass.
@@ -98,7 +121,7 @@ def judge_models(
     check_counts(batch_size=batch_size, max_new_tokens=max_new_tokens)
     check_seed(seed)
     # A problem with the judge is reported before two models have generated for it.
-    asking = _Asking.checked(judge, device, tries, cache, n_examples, progress)
+    asking = _Asking.checked(judge, device, tries, prompt, cache, n_examples, progress)
     adapter = None if isinstance(base, Pair) else _on_its_own_base(tuned, device, dtype)
     inputs = open_inputs(
         base,
@@ -130,6 +153,7 @@ def judge_continuations(
     judge: Any,
     names: Sequence[str] = ("a", "b"),
     tries: int = 3,
+    prompt: str | Path | None = None,
     cache: str | Path | None = None,
     n_examples: int = 4,
     device: str | torch.device | None = None,
@@ -144,6 +168,10 @@ def judge_continuations(
         names: what to call the two sides.
         tries: how often to ask until an answer can be read; pairs without one are left out then,
             and counted.
+        prompt: ask about each pair once more in the paper's protocol, in one order with the texts
+            labelled A and B: "paper" for its own prompt (Appendix G), or a text file with the
+            placeholders {context}, {continuation_a} and {continuation_b} that asks for the same
+            form of answer; None does not.
         cache: a folder where every answer is kept, and found again by another run that asks the
             same judge the same; None keeps none. For a function see `FunctionJudge`.
         n_examples: how many pairs, the first ones, are kept as text with what the judge said.
@@ -162,7 +190,7 @@ def judge_continuations(
     if len(names) != len(SIDES):
         raise JudgeError(f"expected the names of two sides, got {len(names)}")
     texts = read_pairs(pairs)
-    asking = _Asking.checked(judge, device, tries, cache, n_examples, progress)
+    asking = _Asking.checked(judge, device, tries, prompt, cache, n_examples, progress)
     sides = dict(zip(("base", "tuned"), ({"name": name} for name in names), strict=True))
     source = {"file": Path(pairs).name} if isinstance(pairs, str | Path) else {}
     meta = {**sides, "options": {}, "corpus": source, "notes": [], "versions": versions()}
@@ -209,6 +237,7 @@ class _Asking:
 
     judge: Judge
     tries: int
+    prompt: LabelledPrompt | None
     cache: str | Path | None
     n_examples: int
     progress: bool
@@ -219,6 +248,7 @@ class _Asking:
         judge: Any,
         device: str | torch.device | None,
         tries: int,
+        prompt: str | Path | None,
         cache: str | Path | None,
         n_examples: int,
         progress: bool,
@@ -231,7 +261,8 @@ class _Asking:
                 "answers of a function cannot be kept without knowing which function gave them: "
                 "give it an attribute `identity`, a mapping of JSON values, or leave cache out"
             )
-        return cls(judge, tries, cache, n_examples, progress)
+        labelled = None if prompt is None else open_prompt(prompt)
+        return cls(judge, tries, labelled, cache, n_examples, progress)
 
     def result(
         self, pairs: list[TextPair], meta: Mapping[str, Any], shown: Sequence[int]
@@ -245,13 +276,18 @@ class _Asking:
         """
         answers = AnswerCache(self.judge.identity, self.cache)
         judged = self._judged(pairs, answers)
+        labelled = self._labelled(pairs, answers)
         notes = list(meta["notes"])
         if answers.damaged:
             notes.append(f"{answers.damaged} kept answers were damaged and asked for again")
         about = {
             **meta,
             "judge": dict(self.judge.identity),
-            "options": {**meta["options"], "tries": self.tries},
+            "options": {
+                **meta["options"],
+                "tries": self.tries,
+                **({} if self.prompt is None else {"prompt": self.prompt.name}),
+            },
             "corpus": {
                 **meta["corpus"],
                 "n_pairs": len(pairs),
@@ -260,7 +296,27 @@ class _Asking:
             "notes": notes,
         }
         extras = _extras(judged, shown, self.n_examples)
-        return JudgeResult(tuple(result_rows(judged)), extras, about)
+        rows = result_rows(judged)
+        if labelled is not None and self.prompt is not None:
+            rows += labelled_rows(labelled)
+            extras["labelled"] = _labelled_extras(labelled, self.prompt)
+        return JudgeResult(tuple(rows), extras, about)
+
+    def _labelled(self, pairs: list[TextPair], answers: AnswerCache) -> list[Answer] | None:
+        """The answer about every pair in the paper's protocol, where it is asked for."""
+        if self.prompt is None:
+            return None
+        prompts = [None if one.is_identical else self.prompt.write(*one) for one in pairs]
+        questions = [prompt for prompt in prompts if prompt is not None]
+        found = ask(
+            self.judge,
+            questions,
+            answers,
+            tries=self.tries,
+            progress=self.progress,
+            read=read_labelled,
+        )
+        return [None if prompt is None else found[prompt] for prompt in prompts]
 
     def _judged(self, pairs: list[TextPair], answers: AnswerCache) -> list[JudgedPair]:
         # About equal texts nobody is asked: there is nothing to prefer.
@@ -300,6 +356,19 @@ def _extras(judged: Sequence[JudgedPair], shown: Sequence[int], n_examples: int)
             {"problem": str(problem), "answer": problem.answer} for problem in problems[:n_examples]
         ],
         "prompt": TEMPLATE.replace("{form}", FORM),
+    }
+
+
+def _labelled_extras(answers: Sequence[Answer], prompt: LabelledPrompt) -> dict[str, Any]:
+    """The question, whether it is the paper's, and what became of each pair."""
+    unread = [one for one in answers if isinstance(one, UnreadableAnswer)]
+    return {
+        "name": prompt.name,
+        "is_paper": prompt.is_paper,
+        "prompt": prompt.template,
+        "outcomes": {criterion: labelled_outcomes(answers, criterion) for criterion in CRITERIA},
+        "left_out": len(unread),
+        "problems": dict(Counter(str(problem).split(" (")[0] for problem in unread)),
     }
 
 
@@ -356,11 +425,16 @@ class JudgeResult(Result):
       pairs won by the text with more words, with fewer repeated bigrams of words;
     - `score_a`, `score_b`, `score_difference` (A - B): mean scores, 1 to 10 (not overall).
 
-    Shares have Wilson's 95% intervals, scores t intervals over pairs. n: pairs.
+    - with `prompt`, `labelled_a_wins`, `labelled_b_wins`, `labelled_tie`, `labelled_a_of_decided`:
+      the same in the paper's protocol, each pair asked once with the texts labelled A and B; with
+      Clopper and Pearson's intervals, and p not corrected.
+
+    Other shares have Wilson's 95% intervals, scores t intervals over pairs. n: pairs.
 
     Extras: `counts` of pairs, `outcomes` by criterion and pair ("a", "b", "tie"; None: left out),
     `examples` of pairs with both answers, `problems` with answers that could not be read,
-    `unreadable` examples of them, and `prompt`, the question.
+    `unreadable` examples of them, and `prompt`, the question; `labelled`, of the paper's protocol
+    the question, whether it is the paper's own (`is_paper`), and the outcomes.
     """
 
     name: ClassVar[str] = "judge"
@@ -387,7 +461,30 @@ class JudgeResult(Result):
             answer = "No pair could be judged: the judge gave no answer of the form asked for."
             return [Verdict("preferred", answer)]
         answers = [self._preference(criterion) for criterion in ("overall", *SCORED)]
-        return [*answers, *self._order_bias(), *self._cautions()]
+        return [*answers, *self._order_bias(), *self._in_one_order(), *self._cautions()]
+
+    def _in_one_order(self) -> list[Verdict]:
+        """What the same judge says in the paper's protocol, where it was asked."""
+        if "labelled" not in self.extras:
+            return []
+        decided = self._row("overall", "labelled_a_of_decided")
+        if not decided["n"]:
+            return [Verdict("one order", f"{self._protocol()}, no pair was decided.")]
+        shares = ", ".join(
+            f"{words} {interval(self._row('overall', f'labelled_{metric}'), PERCENT)}"
+            for metric, words in OUTCOMES.items()
+        )
+        answer = (
+            f"{self._protocol()}, overall: {shares} of "
+            f"{count(self._row('overall', 'labelled_tie')['n'], 'pair')} ({p_value(decided['p'])}, "
+            "uncorrected); a judge that favours a place shows in these."
+        )
+        return [Verdict("one order", answer)]
+
+    def _protocol(self) -> str:
+        about = self.extras["labelled"]
+        whose = "the paper's prompt" if about["is_paper"] else f"the prompt {about['name']}"
+        return f"Asked once, with {whose} and texts labelled A and B"
 
     def _preference(self, criterion: str) -> Verdict:
         row, label = self._row(criterion, "a_of_decided"), criterion.capitalize()
@@ -441,6 +538,7 @@ class JudgeResult(Result):
             Heading("Win rates"),
             self._rates(),
             self._rates_chart(),
+            *self._labelled_rates(),
             Heading("The judge's bias"),
             self._biases(),
             self._bias_chart(),
@@ -481,6 +579,32 @@ class JudgeResult(Result):
             "With Wilson's 95% intervals. p: two-sided exact binomial test of A's wins among the "
             "decided pairs against one half, Holm-corrected over the three criteria.",
         )
+
+    def _labelled_rates(self) -> list[Block]:
+        """Win rates in the paper's protocol, where it was asked."""
+        if "labelled" not in self.extras:
+            return []
+        about = self.extras["labelled"]
+        rows = []
+        for criterion in CRITERIA:
+            cells = [
+                interval(self._row(criterion, f"labelled_{metric}"), PERCENT) for metric in OUTCOMES
+            ]
+            p = p_value(self._row(criterion, "labelled_a_of_decided")["p"])
+            rows.append([criterion, *cells, p])
+        caption = (
+            f"{self._protocol()}: A is always the first. With Clopper and Pearson's 95% intervals; "
+            "p of the exact binomial test over the decided pairs, uncorrected."
+        )
+        if about["left_out"]:
+            problems = "; ".join(f"{n}x {what}" for what, n in about["problems"].items())
+            caption += f" {count(about['left_out'], 'pair')} left out ({problems})."
+        lines = [Text(line) for line in about["prompt"].splitlines() if line]
+        return [
+            Heading("In one order, as the paper asks"),
+            Table(["share of pairs", *OUTCOMES.values(), ""], rows, caption),
+            Details("what the judge was asked there", lines),
+        ]
 
     def _rates_chart(self) -> Chart:
         a, b = self.base_name, self.tuned_name

@@ -18,7 +18,8 @@ from ..errors import CorpusError, HyperlensError, JudgeError, first_line
 from ..hooks.loading import parse_device, parse_dtype
 from ..models.sources import open_source
 from ..results.fingerprint import weights_sha256
-from .prompt import PLACES, TIE, read_prompt
+from .labelled import PAPER, labelled_answer, open_prompt
+from .prompt import PLACES, SCORED, TIE, Judgement, read_prompt
 
 
 @runtime_checkable
@@ -195,19 +196,24 @@ class FewerRepeatedBigrams:
             yield index, self._answer(prompt)
 
     def _answer(self, prompt: str) -> str:
-        _, *texts = read_prompt(prompt)
+        paper = open_prompt(PAPER)
+        is_labelled = prompt.startswith(paper.template.split("{")[0])
+        _, *texts = paper.read(prompt) if is_labelled else read_prompt(prompt)
         first, second = (repeated_bigrams(text) for text in texts)
         winner = TIE if first == second else PLACES[first > second]
         scores = [1 + round(9 * (1 - share)) for share in (first, second)]
-        return json.dumps(
-            {
-                "reason": f"Repeated bigrams: {first:.1%} in the first, {second:.1%} in the second "
-                "text. A rule; coherence was not judged.",
-                "coherence": dict.fromkeys(PLACES, 5),
-                "diversity": dict(zip(PLACES, scores, strict=True)),
-                "winner": winner,
-            }
+        reason = (
+            f"Repeated bigrams: {first:.1%} in the first, {second:.1%} in the second text. A rule; "
+            "coherence was not judged."
         )
+        judgement = Judgement((5, 5), (scores[0], scores[1]), winner, reason)
+        return labelled_answer(judgement) if is_labelled else _own_answer(judgement)
+
+
+def _own_answer(judgement: Judgement) -> str:
+    """A judgement in the form that `write_prompt` asks for."""
+    scores = {name: dict(zip(PLACES, judgement.scores(name), strict=True)) for name in SCORED}
+    return json.dumps({"reason": judgement.reason, **scores, "winner": judgement.winner})
 
 
 def repeated_bigrams(text: str) -> float:

@@ -192,11 +192,11 @@ def _criterion_rows(judged: Sequence[JudgedPair], criterion: str) -> list[dict[s
     counts = {outcome: outcomes.count(outcome) for outcome in OUTCOMES}
     n_known, n_decided = sum(counts.values()), counts["a"] + counts["b"]
     rows = [
-        _share_row(criterion, metric, counts[outcome], n_known)
+        share_row(criterion, metric, counts[outcome], n_known)
         for metric, outcome in (("a_wins", "a"), ("b_wins", "b"), ("tie", TIE))
     ]
     p = significance.binomial_p(counts["a"], n_decided)
-    rows.append({**_share_row(criterion, "a_of_decided", counts["a"], n_decided), "p": p})
+    rows.append({**share_row(criterion, "a_of_decided", counts["a"], n_decided), "p": p})
     rows += bias_rows(judged, criterion)
     if criterion in SCORED:
         rows += _score_rows(judged, criterion)
@@ -211,8 +211,8 @@ def bias_rows(judged: Sequence[JudgedPair], criterion: str) -> list[dict[str, An
     first, second = (places.count(place) for place in PLACES)
     n_disagree = sum(forward != backward for forward, backward in winners)
     return [
-        _share_row(criterion, "first_position", first, first + second),
-        _share_row(criterion, "orders_disagree", n_disagree, len(winners)),
+        share_row(criterion, "first_position", first, first + second),
+        share_row(criterion, "orders_disagree", n_disagree, len(winners)),
         _won_by(judged, criterion, "longer_wins", lambda text: len(words(text))),
         _won_by(judged, criterion, "fewer_repeats_wins", lambda text: -repeated_bigrams(text)),
     ]
@@ -228,7 +228,7 @@ def _won_by(
         a, b = measure(one.pair.a), measure(one.pair.b)
         if winner in SIDES and a != b:
             won.append(winner == SIDES[a < b])
-    return _share_row(criterion, metric, sum(won), len(won))
+    return share_row(criterion, metric, sum(won), len(won))
 
 
 def _score_rows(judged: Iterable[JudgedPair], criterion: str) -> list[dict[str, Any]]:
@@ -242,9 +242,16 @@ def _score_rows(judged: Iterable[JudgedPair], criterion: str) -> list[dict[str, 
     return [_row(criterion, metric, e.value, e.low, e.high, e.n) for metric, e in estimates]
 
 
-def _share_row(criterion: str, metric: str, count: int, n: int) -> dict[str, Any]:
+def share_row(
+    criterion: str,
+    metric: str,
+    count: int,
+    n: int,
+    ends: Callable[[int, int], tuple[float, float]] = significance.wilson,
+) -> dict[str, Any]:
+    """A share of n pairs with its 95% interval, Wilson's by default."""
     value = count / n if n else math.nan
-    return _row(criterion, metric, value, *significance.wilson(count, n), n)
+    return _row(criterion, metric, value, *ends(count, n), n)
 
 
 def _row(
@@ -252,3 +259,42 @@ def _row(
 ) -> dict[str, Any]:
     numbers = {"value": value, "low": low, "high": high, "n": n, "p": math.nan}
     return {"criterion": criterion, "metric": metric, **numbers}
+
+
+Answer = Judgement | UnreadableAnswer | None
+"""The judgement on a pair; None where nobody was asked because both texts are the same."""
+
+
+def labelled_rows(answers: Sequence[Answer]) -> list[dict[str, Any]]:
+    """Rates over pairs with Clopper and Pearson's intervals; p as the paper's, uncorrected."""
+    rows = []
+    for criterion in CRITERIA:
+        outcomes = labelled_outcomes(answers, criterion)
+        counts = {outcome: outcomes.count(outcome) for outcome in OUTCOMES}
+        n, decided = sum(counts.values()), counts["a"] + counts["b"]
+        rows += [
+            _labelled_row(criterion, metric, counts[outcome], n)
+            for metric, outcome in (("a_wins", "a"), ("b_wins", "b"), ("tie", TIE))
+        ]
+        p = significance.binomial_p(counts["a"], decided)
+        rows.append({**_labelled_row(criterion, "a_of_decided", counts["a"], decided), "p": p})
+    return rows
+
+
+def _labelled_row(criterion: str, metric: str, count: int, n: int) -> dict[str, Any]:
+    exact = significance.clopper_pearson
+    return share_row(criterion, f"labelled_{metric}", count, n, exact)
+
+
+def labelled_outcomes(answers: Sequence[Answer], criterion: str) -> list[str | None]:
+    """The winner of each pair ("a", "b", "tie"); None where the answer could not be read."""
+    sides = dict(zip(PLACES, SIDES, strict=True)) | {TIE: TIE}
+    found: list[str | None] = []
+    for answer in answers:
+        if answer is None:
+            found.append(TIE)
+        elif isinstance(answer, Judgement):
+            found.append(sides[answer.prefers(criterion)])
+        else:
+            found.append(None)
+    return found

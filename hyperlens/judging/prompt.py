@@ -174,6 +174,17 @@ def read_judgement(answer: str) -> Judgement:
     Raises:
         UnreadableAnswer: if there is no such object, more than one, or it does not fit the schema.
     """
+    value = read_object(answer, SCHEMA)
+    coherence, diversity = (_score_pair(value[name]) for name in SCORED)
+    return Judgement(coherence, diversity, value["winner"], value["reason"])
+
+
+def read_object(answer: str, schema: dict[str, Any]) -> dict[str, Any]:
+    """The one JSON object in an answer.
+
+    Raises:
+        UnreadableAnswer: if there is none, more than one, or it does not fit the schema.
+    """
     final = answer.rpartition("</think>")[2]
     if not final.strip():
         raise UnreadableAnswer("it was empty", answer)
@@ -184,13 +195,12 @@ def read_judgement(answer: str) -> Judgement:
         n = len(objects)
         raise UnreadableAnswer(f"it held {n or 'no'} JSON object{'s'[:n]}", answer)
     (value,) = objects
-    error = next(_validator().iter_errors(value), None)
+    error = next(_validator(json.dumps(schema)).iter_errors(value), None)
     if error is not None:
         where = error.json_path.removeprefix("$").removeprefix(".")
         problem = f"{where}: {error.message}" if where else error.message
         raise UnreadableAnswer(f"the JSON object had another form ({problem[:120]})", answer)
-    coherence, diversity = (_score_pair(value[name]) for name in SCORED)
-    return Judgement(coherence, diversity, value["winner"], value["reason"])
+    return value
 
 
 def _score_pair(scores: dict[str, Any]) -> tuple[int, int]:
@@ -199,10 +209,10 @@ def _score_pair(scores: dict[str, Any]) -> tuple[int, int]:
 
 
 @cache
-def _validator() -> Any:
+def _validator(schema: str) -> Any:
     from jsonschema import Draft202012Validator
 
-    return Draft202012Validator(SCHEMA)
+    return Draft202012Validator(json.loads(schema))
 
 
 def _objects(text: str) -> list[dict[str, Any]]:

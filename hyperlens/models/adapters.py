@@ -50,11 +50,11 @@ def adapter_folder(source: Any) -> Path | None:
         return folder if (folder / ADAPTER_CONFIG).exists() else None
     # A full model in the cache is not an adapter; asking the hub again would cost a request, and
     # half a minute of timeouts where there is no network.
-    config = None if _is_cached_model(source) else _fetched(source, ADAPTER_CONFIG)
+    config = None if _is_cached_model(source) else fetched(source, ADAPTER_CONFIG)
     if config is None:
         return None
     for file in (ADAPTER_WEIGHTS, *TOKENIZER_FILES):
-        _fetched(source, file)
+        fetched(source, file)
     return config.parent
 
 
@@ -68,7 +68,7 @@ def _is_cached_model(name: str) -> bool:
     return model and not adapter
 
 
-def _fetched(name: str, file: str) -> Path | None:
+def fetched(name: str, file: str) -> Path | None:
     """A file of a hub repository, downloaded into the cache unless it is there; None if missing."""
     from transformers.utils.hub import cached_file
 

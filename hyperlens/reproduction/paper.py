@@ -18,7 +18,7 @@ from typing import NamedTuple
 # What is measured, in order. The first part of a quantity is the stage that measures it.
 STAGES = (
     *("training", "temperature", "static_bias", "provenance", "geometry", "null_test"),
-    *("decoding", "cross_domain", "variants", "judge"),
+    *("decoding", "cross_domain", "variants", "judge", "weights"),
 )
 
 
@@ -99,7 +99,7 @@ def exhibits() -> list[str]:
     >>> exhibits()[:3]
     ['Table 1', 'Table 9', 'Table 11']
     """
-    return list(dict.fromkeys(number.exhibit for number in paper_numbers()))
+    return [*dict.fromkeys(number.exhibit for number in paper_numbers()), *SAID]
 
 
 # What an exhibit shows beside its numbers: curves and bars that the paper only draws.
@@ -107,7 +107,16 @@ DRAWN: Mapping[str, tuple[str, ...]] = MappingProxyType(
     dict.fromkeys(("Figure 2", "Figure 6", "Figure 8", "Figure 10"), ("training",))
     | dict.fromkeys(("Figure 12", "Figure 13", "Figure 14", "Table 8"), ("training",))
     | dict.fromkeys(("Figure 5", "Figure 7", "Figure 9", "Figure 11"), ("geometry",))
+    | {"Appendix A.3": ("weights",)}
     | {"Section 4.1": ("geometry",), "Section 4.2": ("geometry",), "Figure 3": ("temperature",)}
+)
+
+# What the paper says of weights without a number of its own, and cites others for.
+SAID: Mapping[str, str] = MappingProxyType(
+    {
+        "Appendix A.3": "rank reordering is driven by the rotation of singular vectors rather than "
+        "magnitude shifts (after Wang et al. 2025; no number is given)"
+    }
 )
 
 # Exhibits in which nothing is measured.
@@ -115,7 +124,7 @@ NOT_MEASURED: Mapping[str, str] = MappingProxyType(
     {
         "Figure 1": "a drawing of the idea, without measurements",
         "Section 2.1": "settings of the training: they are in the protocol",
-        "Appendix G": "the judge's prompt: see `hyperlens judge`",
+        "Appendix G": "the judge's prompt: see `hyperlens judge --prompt paper`",
     }
 )
 

@@ -112,8 +112,8 @@ class Plan:
             ]
         )
         caption = (
-            "time: estimated from two small models of this width, timed here; a judge and MAUVE "
-            "are not counted"
+            "time: estimated from two small models of this width, timed here; a judge, MAUVE and "
+            "decomposing weights are not counted"
         )
         return to_text(
             f"Plan for {self.model} on {self.device}", [Table(head, rows, caption), Text(WARNING)]
@@ -158,7 +158,7 @@ def plan(
     make = _Estimates(size, speed, settings, n_domains)
     methods = METHODS if {"training", "variants", "judge"} & set(wanted) else ("full",)
     stages = [make.training(method) for method in methods if method not in (trained or {})]
-    stages += [make.stage(name) for name in wanted if name not in ("training", "judge")]
+    stages += [make.stage(name) for name in wanted if name not in ("training", "judge", "weights")]
     words = f"{size.parameters / 1e6:,.1f}M parameters, {size.n_layers} blocks"
     name = Path(str(base)).name if isinstance(base, str | Path) else type(base).__name__
     return Plan(f"{name} ({words})", str(where), tuple(stages))

@@ -10,10 +10,15 @@ from scipy import stats
 
 from ..compare.audit import audit
 from ..decoding.diversity import REPETITION_METRICS
+from ..render.format import PERCENT, interval
 from ..results.result import Result
+from .paper import SAID, stages_of
 
 TEMPERATURE_VARIANTS = ("original", "matched", "tuned")
 TEACHER_FORCED = ("top1_agreement", "spearman", "entropy")
+CRITERIA = {"coherence": "coherence", "diversity": "diversity", "overall": "total"}
+# The verdicts that answer what the paper says of weights.
+OF_SAID = ("weights", "rotation", "magnitude")
 
 
 class Reading(NamedTuple):
@@ -137,14 +142,13 @@ def _cross_domain(result: Any) -> Found:
 
 
 def _judge(result: Any) -> Found:
-    """Side A is late-stage LoRA, side B LoRA on all blocks."""
-    names = {"a_wins": "late_lora", "b_wins": "lora", "tie": "tie"}
-    criteria = {"coherence": "coherence", "diversity": "diversity", "overall": "total"}
-    for criterion, called in criteria.items():
+    """In the paper's protocol; side A is late-stage LoRA, side B LoRA on all blocks."""
+    names = {"labelled_a_wins": "late_lora", "labelled_b_wins": "lora", "labelled_tie": "tie"}
+    for criterion, called in CRITERIA.items():
         for row in result.rows(criterion=criterion):
             if row["metric"] in names:
                 yield f"judge/{called}/{names[row['metric']]}", _of(row)
-    decided = result.at(criterion="overall", metric="a_of_decided")
+    decided = result.at(criterion="overall", metric="labelled_a_of_decided")
     yield "judge/total/p", Reading(decided["p"])
 
 
@@ -172,3 +176,39 @@ READERS: Mapping[str, Callable[[Any], Found]] = {
     "judge": _judge,
     "geometry": _geometry,
 }
+
+
+def _blind(result: Any) -> Iterator[str]:
+    """What the same judge says without labels and in both orders, in the paper's rows."""
+    for criterion, called in CRITERIA.items():
+        rates = [
+            interval(result.at(criterion=criterion, metric=metric), PERCENT)
+            for metric in ("a_wins", "b_wins", "tie")
+        ]
+        yield (
+            f"{called.capitalize()}: late-stage LoRA wins {rates[0]}, LoRA on all blocks "
+            f"{rates[1]}, ties {rates[2]}."
+        )
+
+
+def beside(results: Mapping[str, Result]) -> dict[str, list[str]]:
+    """What a run measured in another way than the paper, too: exhibit to sentences."""
+    if "judge" not in results:
+        return {}
+    blind = "Judged blind and in both orders, where only a text that wins in both wins:"
+    return {"Table 5": [blind, *_blind(results["judge"])]}
+
+
+def said(results: Mapping[str, Result]) -> dict[str, list[str]]:
+    """What a run found where the paper says something without a number: exhibit to sentences."""
+    found = {
+        exhibit: [
+            verdict.answer
+            for stage in stages_of(exhibit)
+            if stage in results
+            for verdict in results[stage].verdicts()
+            if verdict.topic in OF_SAID and not verdict.caution
+        ]
+        for exhibit in SAID
+    }
+    return {exhibit: sentences for exhibit, sentences in found.items() if sentences}

@@ -30,6 +30,7 @@ from ..experiments.provenance import ProvenanceResult, trace_provenance
 from ..experiments.static_bias import StaticBiasResult, inject_static_bias
 from ..experiments.temperature import TemperatureResult, match_temperature
 from ..experiments.variants import VariantsResult, compare_variants
+from ..experiments.weights import WeightChangesResult, compare_weights
 from ..files import expand_user, write_text
 from ..hooks.loading import parse_device, parse_dtype
 from ..judging.judge import JudgeResult, judge_models
@@ -47,7 +48,7 @@ from .claims import judge_claims
 from .paper import STAGES, exhibits, stages_of
 from .plan import config_of
 from .protocol import METHODS, SCALES, Protocol, Scale, protocol_for
-from .readings import readings
+from .readings import beside, readings, said
 from .result import ReproductionResult, side_by_side
 
 STAMP = "reproduction-folder.json"
@@ -448,6 +449,15 @@ class _Run:
         identity = {**_plain(options), "name": name}
         return self._stage("cross_domain", CrossDomainResult, ["full"], identity, make, domain)
 
+    def _weights(self) -> Any:
+        """Of the model with all weights trained, from the files."""
+        seed = self.protocol.seed
+
+        def make() -> Result:
+            return compare_weights(self.base, self.model("full"), seed=seed, progress=self.progress)
+
+        return self._stage("weights", WeightChangesResult, ["full"], {"seed": seed}, make)
+
     def _training(self) -> Any:
         def make() -> Result:
             return compare_training({method: self.model(method) for method in METHODS})
@@ -475,6 +485,7 @@ class _Run:
         options: dict[str, Any] = {
             **self.protocol.generation(),
             "n_prompts": self.protocol.n_judged,
+            "prompt": "paper",
         }
 
         def make() -> Result:
@@ -553,6 +564,8 @@ def _finish(
         "notes": [note for method in METHODS for note in run.notes_on(method)],
     }
     extras = {
+        "said": said(results),
+        "beside": beside(results),
         "claims": [claim._asdict() for claim in judge_claims(results)],
         "not_run": dict(not_run),
         "protocol": run.protocol.to_json(),

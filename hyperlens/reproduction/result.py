@@ -10,7 +10,15 @@ from ..render.blocks import Block, Details, Heading, Table, Text, Verdict
 from ..render.format import MISSING, number
 from ..results.result import Result
 from .claims import Claim
-from .paper import CONTRADICTIONS, NOT_MEASURED, PaperNumber, exhibits, paper_numbers, stages_of
+from .paper import (
+    CONTRADICTIONS,
+    NOT_MEASURED,
+    SAID,
+    PaperNumber,
+    exhibits,
+    paper_numbers,
+    stages_of,
+)
 from .protocol import Protocol
 from .readings import Readings
 
@@ -171,7 +179,9 @@ class ReproductionResult(Result):
     what stands behind ±; None where the paper prints none.
     `settings`: what the paper states and this run has otherwise, the model apart.
 
-    Extras: `claims`, what became of each claim of the abstract, by which rule and number;
+    Extras: `claims`, what became of each claim of the abstract, by which rule and number; `said`,
+    what this run found where the paper says something without a number; `beside`, what it
+    measured in another way than the paper, too;
     `not_run`, stages that were not measured and why; `protocol` and the `origins` of its values.
     """
 
@@ -213,6 +223,7 @@ class ReproductionResult(Result):
                 "not expected, equal directions are."
             ),
             *self._tables(),
+            *self._said(),
             Details("exhibits without a measurement", [self._missing()]),
             Details("the protocol", [self._protocol()]),
         ]
@@ -239,10 +250,18 @@ class ReproductionResult(Result):
             if not any(math.isfinite(row["value"]) for row in rows):
                 continue
             blocks: list[Block] = [_table(rows)]
+            if exhibit in self.extras.get("beside", {}):
+                blocks.append(Text(" ".join(self.extras["beside"][exhibit])))
             if exhibit in CONTRADICTIONS:
                 text = f"The paper contradicts itself here: {CONTRADICTIONS[exhibit]}."
                 blocks.append(Text(text, role="note"))
             yield Details(f"{exhibit} ({', '.join(_models(rows))})", blocks)
+
+    def _said(self) -> Iterator[Block]:
+        """What the paper says without a number, and what this run found."""
+        for exhibit, sentences in self.extras.get("said", {}).items():
+            words = f"The paper: {SAID[exhibit]}. This run: {' '.join(sentences)}"
+            yield Details(exhibit, [Text(words)])
 
     def _ordered(self) -> list[str]:
         found = dict.fromkeys(row["exhibit"] for row in self.table)

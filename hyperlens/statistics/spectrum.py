@@ -156,8 +156,8 @@ def random_basis(d: int, seed: int) -> Float[Tensor, "d d"]:
     return orthogonal(torch.randn(d, d, generator=generator, dtype=torch.float64))
 
 
-def orthogonal(normal: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
-    """A uniformly random orthogonal matrix from a matrix of independent standard normal numbers."""
+def orthogonal(normal: Float[Tensor, "d k"]) -> Float[Tensor, "d k"]:
+    """Uniformly random orthonormal columns from a matrix of independent standard normal numbers."""
     q, r = torch.linalg.qr(normal)
     # The signs of Q depend on the algorithm; with a positive diagonal of R, Q is uniform.
     basis: Tensor = q * r.diagonal().sign()
