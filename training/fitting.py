@@ -45,7 +45,7 @@ from .callbacks import (
 )
 from .data import TrainingData
 from .folders import PROGRESS, WorkingFolder, is_ended
-from .prefix import PrefixCache, is_exact, plan
+from .prefix import PrefixCache, SharedPrefixes, is_exact, plan
 from .recipes import Recipe
 from .record import Recorder
 from .token_loss import TokenLoss
@@ -77,6 +77,7 @@ class RunOptions:
         progress: show a bar or lines with epoch, loss and remaining time.
         prefix_cache: compute what the frozen first blocks return only once per sequence.
         callbacks: of the Trainer, the caller's own.
+        shared: what runs on one base and the same sequences hand on to each other.
     """
 
     checkpoint_minutes: float
@@ -84,6 +85,7 @@ class RunOptions:
     progress: bool
     prefix_cache: bool
     callbacks: tuple[Any, ...]
+    shared: SharedPrefixes | None = None
 
 
 @dataclass(frozen=True)
@@ -154,11 +156,14 @@ def fit(
         with gradient_checkpointing(model, recipe.gradient_checkpointing):
             prefix = None
             if options.prefix_cache and _prefix_is_frozen(trained, block_list, blocks[0]):
-                prefix = _prefix_cache(trained, data, recipe, blocks[0], working, notes)
+                prefix = _prefix_cache(
+                    *(trained, data, recipe, blocks[0], working, notes, options.shared)
+                )
             recorder = None
             if len(data.held_out) and recipe.record_every:
                 frozen = blocks[0] if prefix else 0
-                recorder = Recorder(trained, data.held_out, recipe, frozen)
+                last = options.shared.held_out if options.shared else None
+                recorder = Recorder(trained, data.held_out, recipe, frozen, last)
             scope["prefix_cache"] = str(prefix.plan) if prefix else None
             if options.progress and processes.is_first():
                 _announce(scope)
@@ -262,12 +267,14 @@ def _prefix_cache(
     first: int,
     working: WorkingFolder,
     notes: list[str],
+    shared: SharedPrefixes | None,
 ) -> PrefixCache | None:
     """An empty cache that was checked to leave the logits unchanged, or None."""
     embedding = model.get_input_embeddings().weight  # type: ignore[operator]
     shape = (*data.tokens.shape, embedding.shape[1])
     folder, keep = _cache_folder(working)
-    cache = PrefixCache(model, first, plan(shape, embedding.dtype, folder, keep=keep))
+    place = plan(shape, embedding.dtype, folder, keep=keep)
+    cache = PrefixCache(model, first, place, shared.training if shared else None)
     tokens = data.tokens[: _rows(recipe)]
     if is_exact(model, cache, tokens.to(embedding.device)):
         return cache

@@ -24,7 +24,7 @@ from ..statistics.rank_buckets import RANK_BUCKETS
 from . import processes
 from .greedy import cache_bytes, greedy
 from .history import Record
-from .prefix import Plan, PrefixCache
+from .prefix import LastResiduals, Plan, PrefixCache
 from .recipes import Recipe
 from .token_loss import last_position_only
 from .weights import context_length, trainers_randomness
@@ -54,6 +54,7 @@ class Recorder:
         held_out: token ids without padding, on any device.
         recipe: `n_prompts`, `prompt_tokens`, `new_tokens`, `batch_size`, `method` and `blocks`.
         frozen: how many of the first blocks are frozen and may be replaced by a prefix cache.
+        last: what the frozen blocks returned in the last run on the same held-out sequences.
 
     Raises:
         TrainingError: if sequences, prompts and generations do not fit the model.
@@ -61,7 +62,12 @@ class Recorder:
     """
 
     def __init__(
-        self, model: Any, held_out: Int[Tensor, "n pos"], recipe: Recipe, frozen: int = 0
+        self,
+        model: Any,
+        held_out: Int[Tensor, "n pos"],
+        recipe: Recipe,
+        frozen: int = 0,
+        last: LastResiduals | None = None,
     ) -> None:
         self._model = model
         self._plain = plain_model(model)
@@ -76,7 +82,7 @@ class Recorder:
             self._base_head = self._structure.head
             if recipe.method == "full" and recipe.blocks is None:
                 self._base_head = copy.deepcopy(self._structure.head).requires_grad_(False)
-            self._prefix = self._prefix_cache(frozen) if frozen else None
+            self._prefix = self._prefix_cache(frozen, last) if frozen else None
             self._base_states = [self._states(rows).cpu() for rows in self._batches]
 
     def measure(self, epoch: int, step: int, train_loss: float, seconds: float) -> Record:
@@ -110,9 +116,9 @@ class Recorder:
                 **{bucket.metric: means[bucket.metric] for bucket in RANK_BUCKETS},
             )
 
-    def _prefix_cache(self, frozen: int) -> PrefixCache:
+    def _prefix_cache(self, frozen: int, last: LastResiduals | None) -> PrefixCache:
         """What the frozen blocks return for the held-out sequences, as large as their states."""
-        cache = PrefixCache(self._plain, frozen, Plan(0, "memory", Path()))
+        cache = PrefixCache(self._plain, frozen, Plan(0, "memory", Path()), last)
         cache.fill(self._plain, self._held_out, self._recipe.batch_size)
         return cache
 
