@@ -100,7 +100,8 @@ def hyperfit(
     """Fine-tune a causal LM until it knows a small set of texts by heart ("hyperfitting").
 
     As in Carlsson et al. 2025 and arXiv 2605.22579: few sequences, many epochs, the loss on every
-    token, all dropout of the model off. On a CPU the same seed gives bit-identical weights.
+    token of a text, all dropout of the model off. On a CPU the same seed gives bit-identical
+    weights.
 
     With `out`, the run keeps checkpoints in `<out>.partial`. If it is killed at any moment, the
     same call continues from the last one and ends with the same weights. SIGTERM ends it with a
@@ -109,7 +110,10 @@ def hyperfit(
     Args:
         model: hub id, local folder, adapter folder, `PreTrainedModel`, `PeftModel` (merged
             first; "full" only), or a pair (model, tokenizer). An object is copied, never changed.
-        texts: anything `read_texts` takes, or a list of token id sequences.
+        texts: anything `read_texts` takes, a list of token id sequences, or a source with
+            conversations in a column `messages`, or with columns `prompt` and `completion`. Of
+            these the loss is on what the assistant says and on completions only, unless `loss_on`
+            is "all".
         method: "full" for all weights, "lora" for an adapter on all blocks, "late_lora" for one
             on the last `last_k` blocks; None takes the recipe's, "full" in the presets.
         recipe: name of a preset or a `Recipe`; None for "li2026".

@@ -290,10 +290,11 @@ class _Sweep:
 
     def _measure(self, tuned: Any, rows: int) -> dict[str, Any]:
         """Effective dimension of the base and of a trained model, after the final norm."""
-        held_out = self.data.held_out
+        held_out, lengths = self.data.held_out, self.data.held_out_lengths
         if self.of_base is None:
-            self.of_base = dimension(final_states(self.model, held_out, rows))
-        found = {"base": self.of_base, "tuned": dimension(final_states(tuned, held_out, rows))}
+            self.of_base = dimension(final_states(self.model, held_out, rows), lengths)
+        states = final_states(tuned, held_out, rows)
+        found = {"base": self.of_base, "tuned": dimension(states, lengths)}
         # JSON has no NaN.
         known = {side: x if math.isfinite(x) else None for side, x in found.items()}
         return {"participation_ratio": known}
@@ -350,21 +351,25 @@ def final_states(
     return torch.cat(found)
 
 
-def dimension(states: Float[Tensor, "text pos d_model"]) -> float:
+def dimension(
+    states: Float[Tensor, "text pos d_model"], lengths: Int[Tensor, " text"] | None = None
+) -> float:
     """The participation ratio of some texts' tokens, from pairs of tokens of different texts.
 
     The number that `compare_models` gives for the same tokens.
+
+    Args:
+        states: what `final_states` returns.
+        lengths: tokens of each text without padding, its first one included; None without any.
     """
-    n, pos, d_model = states.shape
+    n, pos, _ = states.shape
+    rest = torch.full((n,), pos) if lengths is None else lengths - 1
+    valid = torch.arange(pos) < rest[:, None]
     x = states.double()
-    origin = x.reshape(-1, d_model).mean(0)
-    sample = SampledTokens(
-        vectors=x - origin,
-        valid=torch.ones(n, pos, dtype=torch.bool),
-        length=torch.full((n,), float(pos), dtype=torch.float64),
-        sum_nn=float(n * pos**2),
-    )
-    return linearised(moments_of(x.reshape(-1, d_model), origin), sample)[0]
+    origin = x[valid].mean(0)
+    length = rest.double()
+    sample = SampledTokens(x - origin, valid, length, float(length.square().sum()))
+    return linearised(moments_of(x[valid], origin), sample)[0]
 
 
 # From the records of cells to the result

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from ..training.recipes import HELP, KINDS, PRESETS, Method, Recipe, preset, relevant_fields
-from .options import STYLE, add_out, add_reading, add_running, names, read
+from .options import STYLE, add_out, add_reading, add_running, names
 
 HYPERFIT = """\
 Fine-tune a model until it has memorised a small set of texts ("hyperfitting").
 
 --recipe chooses the defaults; each of them can be changed by its own option.
+Texts with a column "messages", or with "prompt" and "completion", are conversations and
+completions: the loss is on what the assistant says, or on completions, unless --loss-on is all.
 Interrupted or killed, the same command continues from the last checkpoint.
 Where stderr is not a terminal, a line reports each epoch and each record."""
 
@@ -88,12 +90,15 @@ def add_checkpoint_minutes(group: Any) -> None:
     )
 
 
-def read_both(args: argparse.Namespace) -> tuple[list[str], list[str] | None]:
-    """The texts to train on, and held-out texts of their own."""
-    texts = read(args, args.texts, args.split)
+def read_both(args: argparse.Namespace) -> tuple[Any, Any]:
+    """The texts or conversations to train on, and held-out ones of their own."""
+    from ..data.conversations import read_examples
+
+    how = {"column": args.text_column, "limit": args.limit}
+    texts = read_examples(args.texts, split=args.split, **how)
     if args.validation is None:
         return texts, None
-    return texts, read(args, args.validation, args.validation_split or args.split)
+    return texts, read_examples(args.validation, split=args.validation_split or args.split, **how)
 
 
 def run(args: argparse.Namespace) -> str:
@@ -119,6 +124,8 @@ def run(args: argparse.Namespace) -> str:
         # Off a terminal, too: there it writes a line now and then.
         progress=args.progress,
     )
+    if run.manifest["data"].get("n_counted") is not None:  # no file of texts that compare reads
+        return run.summary()
     return (
         f"{run.summary()}\n"
         "compare with the base; texts that were not trained on tell more:\n"
