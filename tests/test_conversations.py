@@ -143,7 +143,7 @@ def test_a_template_without_a_clean_split_is_refused() -> None:
 
 def test_what_a_template_refuses_is_told_with_its_reason() -> None:
     system = [{"role": "system", "content": "be kind"}, *TALK]
-    with pytest.raises(HyperlensError, match="row 2: .*System role not supported"):
+    with pytest.raises(HyperlensError, match=r"row 2: .*System role not supported"):
         encoded([{"messages": TALK}, {"messages": system}], letters(GEMMA))
     (one,) = encoded([{"messages": system}], letters(CHATML))
     assert len(said(letters(), one.ids, one.counted)) == 2

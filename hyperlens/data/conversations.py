@@ -7,7 +7,16 @@ from itertools import islice
 from typing import Any
 
 from ..errors import CorpusError, shortened
-from .texts import COLUMN, Texts, check_limit, origin_of, read_texts, rows_of
+from .texts import (
+    COLUMN,
+    Texts,
+    check_limit,
+    is_hub_name,
+    loaded,
+    origin_of,
+    read_texts,
+    rows_of,
+)
 
 MESSAGES, PROMPT, COMPLETION = "messages", "prompt", "completion"
 
@@ -45,19 +54,25 @@ def read_examples(
     check_limit(limit)
     if isinstance(source, Conversations):
         return source if limit is None else Conversations(source[:limit], source.source)
-    streaming = limit is not None
-    if column is not None or not _holds_examples(source, split, streaming):
-        return read_texts(source, column=column, split=split, limit=limit)
-    rows = rows_of(source, split, streaming) or ()
-    found = Conversations(islice(_checked(rows), limit), {})
-    found.source = origin_of(source, None, split, limit)
-    return found
+    # A hub dataset is loaded once, whatever it holds.
+    opened = loaded(source, split, limit is not None)
+    if column is None and _holds_examples(opened, split):
+        rows = rows_of(opened, split, streaming=False) or ()
+        found = Conversations(islice(_checked(rows), limit), {})
+        found.source = origin_of(source, None, split, limit)
+        return found
+    texts = read_texts(opened, column=column, split=split, limit=limit)
+    if opened is not source:
+        texts.source = origin_of(source, column, split, limit)
+    return texts
 
 
-def _holds_examples(source: Any, split: str, streaming: bool) -> bool:
+def _holds_examples(source: Any, split: str) -> bool:
     """Whether the first row is a conversation, or a prompt with its completion."""
+    if is_hub_name(source):  # one that could not be loaded
+        return False
     try:
-        first = next(rows_of(source, split, streaming) or iter(()), None)
+        first = next(rows_of(source, split, streaming=False) or iter(()), None)
     except Exception:  # what cannot be read is told by whoever reads it next
         return False
     return isinstance(first, Mapping) and _is_example(first)

@@ -256,7 +256,7 @@ def rows_of(source: Any, split: str, streaming: bool) -> Iterator[Any] | None:
         rows = (record for _, record in _json_records(path.expanduser()))
     elif path is not None and kind in (".csv", ".parquet"):
         rows = _read_table(path.expanduser(), kind).to_dict("records")
-    elif path is None and isinstance(source, str) and HUB_ID.fullmatch(source):
+    elif is_hub_name(source):
         import datasets
 
         rows = datasets.load_dataset(source, split=split, streaming=streaming)
@@ -265,6 +265,25 @@ def rows_of(source: Any, split: str, streaming: bool) -> Iterator[Any] | None:
     elif hasattr(source, "column_names") or _is_objects(source):
         rows = source
     return None if rows is None else iter(rows)
+
+
+def is_hub_name(source: Any) -> bool:
+    """Whether a source can only be the name of a hub dataset."""
+    if not isinstance(source, str) or _exists(Path(source)) or _kind(Path(source)) in READERS:
+        return False
+    return HUB_ID.fullmatch(source) is not None
+
+
+def loaded(source: Any, split: str, streaming: bool) -> Any:
+    """The hub dataset that a source names; any other source, or one that fails, as it is."""
+    if not is_hub_name(source):
+        return source
+    import datasets
+
+    try:
+        return datasets.load_dataset(source, split=split, streaming=streaming)
+    except Exception:  # told by whoever reads it next
+        return source
 
 
 def _is_objects(source: Any) -> bool:
