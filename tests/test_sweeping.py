@@ -140,6 +140,17 @@ def test_the_dimension_is_that_of_compare_models() -> None:
         assert dimension(final_states(one, torch.tensor(rows), 4)) == pytest.approx(expected)
 
 
+def test_padding_does_not_count_in_the_dimension() -> None:
+    states = torch.randn(6, 5, 8, generator=torch.Generator().manual_seed(0))
+    lengths = torch.tensor([6, 4, 3, 6, 5, 6])
+    found = dimension(states, lengths)
+    for row, length in zip(states, lengths.tolist(), strict=True):
+        row[length - 1 :] = 100.0
+    assert dimension(states, lengths) == pytest.approx(found)
+    assert dimension(states) != pytest.approx(found)
+    assert dimension(states, torch.full((6,), 6)) == dimension(states)
+
+
 def test_what_is_enough_is_decided_by_intervals() -> None:
     clear = {1: [0.1, 0.12, 0.11], 2: [0.29, 0.31, 0.3], 3: [0.3, 0.32, 0.31]}
     assert needed(clear)[:3] == (2, [1], [])
