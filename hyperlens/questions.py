@@ -55,6 +55,7 @@ QUESTIONS = (
     Question("variants", "experiments.variants", "compare_variants", "VariantsResult"),
     Question("weights", "experiments.weights", "compare_weights", "WeightChangesResult"),
     Question("training", "training.course", "compare_training", "TrainingResult"),
+    Question("sweep", "training.sweeping", "sweep", "SweepResult", command="cli.sweep"),
     Question("mauve", "experiments.mauve", "measure_mauve", "MauveResult"),
     Question("judge", "judging.judge", "judge_models", "JudgeResult", command="cli.judge"),
     Question(
@@ -104,7 +105,9 @@ def _in_folder(folder: Path) -> tuple[list[Any], list[Path]]:
         for path in sorted(folder.rglob("*.json"))
         if path.stem in by_file and _is_result(path)
     ]
-    runs = sorted(path.parent for path in folder.rglob(RUN_FILE))
+    # The runs of a sweep are shown by its result.
+    sweeps = {path.parent for path in folder.rglob("sweep.json")}
+    runs = sorted(p.parent for p in folder.rglob(RUN_FILE) if not sweeps & {*p.parents})
     if not found and not runs:
         raise ResultsError(
             f"no results in {folder}: expected comparison.json, the JSON file of an experiment, "

@@ -83,7 +83,7 @@ def parameters(name: str, function: Callable[..., Any]) -> list[str]:
     """What it takes, fields of a recipe included."""
     taken = inspect.signature(function).parameters.values()
     plain = [one.name for one in taken if one.kind not in (one.VAR_KEYWORD, one.VAR_POSITIONAL)]
-    return [*plain, *(TRAINING if name in ("hyperfit", "preset") else ())]
+    return [*plain, *(TRAINING if name in ("hyperfit", "preset", "sweep") else ())]
 
 
 @cache
@@ -170,6 +170,7 @@ def special() -> dict[tuple[str, str], Any]:
         ("compare_domains", "out"): None,
         ("compare_variants", "variants"): {"one": shared()["tuned"]},
         ("compare_training", "runs"): {"one": shared()["run"]},
+        ("sweep", "last_k"): [1],
         ("reproduce", "base"): "run",
         ("reproduce", "trained"): None,
         ("reproduce", "scale"): "smoke",
@@ -215,7 +216,7 @@ def good(name: str, function: Callable[..., Any]) -> dict[str, Any]:
             chosen[one.name] = shared()[one.name]
         elif one.default is one.empty and one.kind is not one.VAR_KEYWORD:
             chosen[one.name] = None
-    return chosen | (TRAINING if name == "hyperfit" else {})
+    return chosen | (TRAINING if name in ("hyperfit", "sweep") else {})
 
 
 def call(function: Callable[..., Any], arguments: dict[str, Any]) -> Any:

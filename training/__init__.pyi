@@ -12,5 +12,7 @@ from .hyperfitting import to_hooked as to_hooked
 from .merging import merge as merge
 from .recipes import Recipe as Recipe
 from .recipes import preset as preset
+from .sweeping import SweepResult as SweepResult
+from .sweeping import sweep as sweep
 
 TrainingError = hyperlens.errors.TrainingError

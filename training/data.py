@@ -5,16 +5,18 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
+from ..data.conversations import Conversations, read_examples
 from ..data.corpus import adds_bos, are_token_ids
-from ..data.texts import Texts, read_texts
+from ..data.texts import Texts
 from ..errors import TrainingError
+from .examples import examples
 from .recipes import Recipe
 
 # Texts per call of the tokenizer. Reading stops once there are enough sequences.
@@ -32,12 +34,19 @@ class TrainingData:
         held_out: ids of sequences that are not trained on; none if there is no record.
         manifest: counts, options, source of the texts and SHA-256s, as JSON values.
         notes: what a reader of the result should know.
+        counted: which tokens of each sequence the loss is on; None for all. Conversations and
+            completions are padded at their ends, which no causal model sees from before.
+        held_out_counted: the same of the held-out sequences.
+        held_out_lengths: tokens of each held-out sequence without padding; None without any.
     """
 
     tokens: Int[Tensor, "sequences pos"]
     held_out: Int[Tensor, "held_out pos"]
     manifest: dict[str, Any]
     notes: tuple[str, ...]
+    counted: Bool[Tensor, "sequences pos"] | None = None
+    held_out_counted: Bool[Tensor, "held_out pos"] | None = None
+    held_out_lengths: Int[Tensor, " held_out"] | None = None
 
 
 def training_data(
@@ -49,11 +58,13 @@ def training_data(
     EOS after each, and cut into sequences, so that only what is left at the end is unused. A token
     then sees those of the text before it in its sequence, as in pretraining.
     BOS is prepended exactly where the tokenizer itself would. Files are read in their own order,
-    as in Carlsson et al. 2025. Held-out sequences are the next `n_validation`, as there, or come
-    from texts of their own by the same rules. No held-out sequence is also trained on.
+    as in Carlsson et al. 2025. Conversations, and prompts with completions, are cut to the length,
+    too; shorter ones are padded, and the loss is on what the assistant says and on completions,
+    unless `loss_on` says otherwise. Held-out sequences are the next `n_validation`, as there, or
+    come from texts of their own by the same rules. No held-out sequence is also trained on.
 
     Args:
-        texts: anything `hyperlens.read_texts` takes, or a list of token id sequences.
+        texts: what `read_examples` takes, or a list of token id sequences.
         tokenizer: a Hugging Face tokenizer; may be None if token ids are given.
         recipe: how many sequences, how long, which, and whether to join texts.
         d_vocab: rows of the model's embedding, to find ids that it does not have.
@@ -78,25 +89,29 @@ def training_data(
     if is_shared:
         held_out_rows, validation_manifest = from_texts.sequences[n_train:], None
     else:
-        trained = {sequence.tobytes() for sequence in train}
+        trained = {one.ids.tobytes() for one in train}
         others = _distinct(validation, tokenizer, recipe, n_held_out, trained)
         if not others.sequences:
             raise TrainingError(f"validation: {_none_left(recipe, others.counts)}")
         held_out_rows = others.sequences
         validation_manifest = others.counts | {"source": others.source}
-    length = recipe.sequence_length
-    tokens, held_out = (_stacked(rows, length, d_vocab) for rows in (train, held_out_rows))
+    length = max(len(one.ids) for one in (*train, *held_out_rows))
+    pad_id = _pad_id(tokenizer)
+    tokens, held_out = (_stacked(rows, length, d_vocab, pad_id) for rows in (train, held_out_rows))
+    counted, held_out_counted = (_masks(rows, length) for rows in (train, held_out_rows))
+    if counted is not None:
+        from_texts.counts["n_counted"] = int(counted[:, 1:].sum())
     manifest = from_texts.counts | {
         "n_sequences": len(tokens),
-        "n_tokens": tokens.size,
+        "n_tokens": sum(len(one.ids) for one in train),
         "sequence_length": recipe.sequence_length,
         "packed": recipe.packed,
         "selection": recipe.selection,
         "bos_prepended": from_texts.bos,
-        "sha256": _sha256(tokens),
+        "sha256": _sha256(tokens, counted),
         "source": from_texts.source,
         "n_held_out": len(held_out),
-        "held_out_sha256": _sha256(held_out),
+        "held_out_sha256": _sha256(held_out, held_out_counted),
         "validation": validation_manifest,
     }
     return TrainingData(
@@ -104,14 +119,26 @@ def training_data(
         held_out=torch.from_numpy(held_out),
         manifest=manifest,
         notes=_notes(manifest, recipe, n_held_out),
+        counted=counted,
+        held_out_counted=held_out_counted,
+        held_out_lengths=None
+        if held_out_counted is None
+        else torch.tensor([len(one.ids) for one in held_out_rows], dtype=torch.long),
     )
+
+
+class Row(NamedTuple):
+    """One sequence: its ids, and which of them the loss is on; None for all."""
+
+    ids: np.ndarray
+    counted: np.ndarray | None
 
 
 @dataclass(frozen=True)
 class _Distinct:
     """Different sequences of the recipe's length, in the order in which they are used."""
 
-    sequences: list[np.ndarray]
+    sequences: list[Row]
     counts: dict[str, int]
     bos: bool
     source: dict[str, Any]
@@ -130,22 +157,21 @@ def _distinct(
             "no tokenizer was found for this model: pass (model, tokenizer) instead of the model, "
             "or token ids instead of texts"
         )
-    read = Texts([], {"kind": "token ids"}) if is_ids else read_texts(texts)
+    read = Texts([], {"kind": "token ids"}) if is_ids else read_examples(texts)
     start = [] if is_ids or not adds_bos(tokenizer) else [tokenizer.bos_token_id]
-    pieces = _token_ids(texts) if is_ids else _tokenized(read, tokenizer)
     counts = {"n_read": 0, "n_short": 0, "n_cut": 0, "n_duplicates": 0, "longest": 0}
     if recipe.packed:
         counts["n_left_over"] = 0
     if trained:
         counts["n_trained_on"] = 0
-    sequences: dict[bytes, np.ndarray] = {}
-    pieces = _counted(pieces, counts)
-    if recipe.packed:
-        rows = _packed(pieces, start, _between(tokenizer), recipe.sequence_length, counts)
+    sequences: dict[bytes, Row] = {}
+    if isinstance(read, Conversations):
+        rows = _of_examples(read, tokenizer, recipe, counts)
     else:
-        rows = _cut(pieces, start, recipe.sequence_length, counts)
+        pieces = _token_ids(texts) if is_ids else _tokenized(read, tokenizer)
+        rows = (Row(ids, None) for ids in _of_texts(pieces, start, tokenizer, recipe, counts))
     for sequence in rows:
-        key = sequence.tobytes()
+        key = sequence.ids.tobytes()
         if key in trained:
             counts["n_trained_on"] += 1
         elif key in sequences:
@@ -170,6 +196,52 @@ def random_order(n: int, seed: int) -> Int[np.ndarray, " n"]:
     [3, 2, 1, 0, 4]
     """
     return np.argsort(np.random.PCG64(seed).random_raw(n), kind="stable")
+
+
+def _of_texts(
+    pieces: Iterable[np.ndarray],
+    start: list[int],
+    tokenizer: Any,
+    recipe: Recipe,
+    counts: dict[str, int],
+) -> Iterator[np.ndarray]:
+    """Sequences of the recipe's length from tokenised texts."""
+    pieces = _counted(pieces, counts)
+    if recipe.packed:
+        return _packed(pieces, start, _between(tokenizer), recipe.sequence_length, counts)
+    if recipe.add_eos:
+        eos = _eos(tokenizer)
+        pieces = (ids if ids[-1:] == [eos] else np.append(ids, eos) for ids in pieces)
+    return _cut(pieces, start, recipe.sequence_length, counts)
+
+
+def _of_examples(
+    read: Conversations, tokenizer: Any, recipe: Recipe, counts: dict[str, int]
+) -> Iterator[Row]:
+    """The beginning of every conversation or completion in which a token counts."""
+    if recipe.packed:
+        raise TrainingError(
+            "packed joins texts, and conversations and completions stay apart: leave packed out"
+        )
+    length, counts["n_without_completion"] = recipe.sequence_length, 0
+    for ids, counted in examples(read, tokenizer, recipe.loss_on):
+        counts["n_read"] += 1
+        counts["longest"] = max(counts["longest"], len(ids))
+        counts["n_cut"] += len(ids) > length
+        if recipe.add_eos and (eos := _eos(tokenizer)) not in ids[-1:]:
+            ids, counted = np.append(ids, eos), np.append(counted, True)
+        # The first token is never predicted.
+        if counted[1:length].any():
+            yield Row(ids[:length], counted[:length])
+        else:
+            counts["n_without_completion"] += 1
+
+
+def _eos(tokenizer: Any) -> int:
+    eos = getattr(tokenizer, "eos_token_id", None)
+    if eos is None:
+        raise TrainingError("add_eos needs a tokenizer with an EOS token: leave add_eos out")
+    return int(eos)
 
 
 def _cut(
@@ -243,10 +315,30 @@ def _counted(pieces: Iterable[np.ndarray], counts: dict[str, int]) -> Iterator[n
         yield ids
 
 
-def _stacked(sequences: list[np.ndarray], length: int, d_vocab: int) -> Int[np.ndarray, "n pos"]:
-    if not sequences:
+def _pad_id(tokenizer: Any) -> int:
+    """Any id that the model has: pads are never seen."""
+    known = (getattr(tokenizer, name, None) for name in ("pad_token_id", "eos_token_id"))
+    return int(next((found for found in known if found is not None), 0))
+
+
+def _masks(rows: Sequence[Row], length: int) -> Bool[Tensor, "n pos"] | None:
+    """Which tokens count, pads never; None where all do."""
+    if not any(one.counted is not None for one in rows):
+        return None
+    counted = np.zeros((len(rows), length), dtype=bool)
+    for row, one in zip(counted, rows, strict=True):
+        row[: len(one.ids)] = True if one.counted is None else one.counted
+    return torch.from_numpy(counted)
+
+
+def _stacked(
+    rows: Sequence[Row], length: int, d_vocab: int, pad_id: int
+) -> Int[np.ndarray, "n pos"]:
+    if not rows:
         return np.empty((0, length), dtype=np.int64)
-    tokens = np.stack(sequences)
+    tokens = np.full((len(rows), length), pad_id, dtype=np.int64)
+    for row, one in zip(tokens, rows, strict=True):
+        row[: len(one.ids)] = one.ids
     lowest, highest = int(tokens.min()), int(tokens.max())
     if lowest < 0 or highest >= d_vocab:
         raise TrainingError(
@@ -256,8 +348,11 @@ def _stacked(sequences: list[np.ndarray], length: int, d_vocab: int) -> Int[np.n
     return tokens
 
 
-def _sha256(tokens: Int[np.ndarray, "n pos"]) -> str:
-    return hashlib.sha256(tokens.astype("<i8").tobytes()).hexdigest()
+def _sha256(tokens: Int[np.ndarray, "n pos"], counted: Bool[Tensor, "n pos"] | None = None) -> str:
+    digest = hashlib.sha256(tokens.astype("<i8").tobytes())
+    if counted is not None:
+        digest.update(counted.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _none_left(recipe: Recipe, counts: dict[str, int]) -> str:
@@ -270,6 +365,12 @@ def _none_left(recipe: Recipe, counts: dict[str, int]) -> str:
 
 def _none_long_enough(recipe: Recipe, counts: dict[str, int]) -> str:
     length, n, longest = recipe.sequence_length, counts["n_read"], counts["longest"]
+    if "n_without_completion" in counts:
+        return (
+            f"in none of the {n} texts a completion, or what an assistant says, begins within "
+            f"{length} tokens, the longest has {longest}: raise sequence_length, or set "
+            'loss_on="all"'
+        )
     if recipe.packed:
         return (
             f"the {n} texts have {longest} tokens in all, fewer than one sequence of {length}: "
@@ -293,6 +394,11 @@ def _notes(manifest: dict[str, Any], recipe: Recipe, n_held_out: int) -> tuple[s
             notes.append(
                 f"{of}{counts['n_short']:,} of {counts['n_read']:,} texts have fewer than "
                 f"{recipe.sequence_length} tokens and were left out"
+            )
+        if counts.get("n_without_completion"):
+            notes.append(
+                f"{of}in {counts['n_without_completion']:,} of {counts['n_read']:,} texts the loss "
+                f"is on none of the first {recipe.sequence_length} tokens: they were left out"
             )
         if counts.get("n_duplicates"):
             notes.append(f"{of}{counts['n_duplicates']:,} duplicate sequences were left out")

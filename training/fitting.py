@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -45,7 +45,7 @@ from .callbacks import (
 )
 from .data import TrainingData
 from .folders import PROGRESS, WorkingFolder, is_ended
-from .prefix import PrefixCache, is_exact, plan
+from .prefix import PrefixCache, SharedPrefixes, is_exact, plan
 from .recipes import Recipe
 from .record import Recorder
 from .token_loss import TokenLoss
@@ -77,6 +77,7 @@ class RunOptions:
         progress: show a bar or lines with epoch, loss and remaining time.
         prefix_cache: compute what the frozen first blocks return only once per sequence.
         callbacks: of the Trainer, the caller's own.
+        shared: what runs on one base and the same sequences hand on to each other.
     """
 
     checkpoint_minutes: float
@@ -84,6 +85,7 @@ class RunOptions:
     progress: bool
     prefix_cache: bool
     callbacks: tuple[Any, ...]
+    shared: SharedPrefixes | None = None
 
 
 @dataclass(frozen=True)
@@ -154,11 +156,17 @@ def fit(
         with gradient_checkpointing(model, recipe.gradient_checkpointing):
             prefix = None
             if options.prefix_cache and _prefix_is_frozen(trained, block_list, blocks[0]):
-                prefix = _prefix_cache(trained, data, recipe, blocks[0], working, notes)
+                prefix = _prefix_cache(
+                    *(trained, data, recipe, blocks[0], working, notes, options.shared)
+                )
             recorder = None
             if len(data.held_out) and recipe.record_every:
                 frozen = blocks[0] if prefix else 0
-                recorder = Recorder(trained, data.held_out, recipe, frozen)
+                last = options.shared.held_out if options.shared else None
+                recorder = Recorder(
+                    *(trained, data.held_out, recipe, frozen, last),
+                    *(data.held_out_counted, data.held_out_lengths),
+                )
             scope["prefix_cache"] = str(prefix.plan) if prefix else None
             if options.progress and processes.is_first():
                 _announce(scope)
@@ -166,7 +174,7 @@ def fit(
             try:
                 progress, ending = train(
                     *(trained, data.tokens, recipe, device, working, options),
-                    *(recorder, prefix, identity),
+                    *(recorder, prefix, identity, data.counted),
                 )
             finally:
                 if prefix is not None:
@@ -262,12 +270,14 @@ def _prefix_cache(
     first: int,
     working: WorkingFolder,
     notes: list[str],
+    shared: SharedPrefixes | None,
 ) -> PrefixCache | None:
     """An empty cache that was checked to leave the logits unchanged, or None."""
     embedding = model.get_input_embeddings().weight  # type: ignore[operator]
     shape = (*data.tokens.shape, embedding.shape[1])
     folder, keep = _cache_folder(working)
-    cache = PrefixCache(model, first, plan(shape, embedding.dtype, folder, keep=keep))
+    place = plan(shape, embedding.dtype, folder, keep=keep)
+    cache = PrefixCache(model, first, place, shared.training if shared else None)
     tokens = data.tokens[: _rows(recipe)]
     if is_exact(model, cache, tokens.to(embedding.device)):
         return cache
@@ -322,12 +332,13 @@ def train(
     recorder: Recorder | None,
     prefix: PrefixCache | None,
     identity: dict[str, Any],
+    counted: Bool[Tensor, "sequences pos"] | None = None,
 ) -> tuple[Progress, Ending]:
     """Train the weights that require gradients, in place, from the checkpoint if there is one.
 
     Args:
         model: plain model or PeftModel on `device`; left in evaluation mode.
-        tokens: sequences of equal length, without padding.
+        tokens: sequences of equal length; padding, if any, at their ends.
         recipe: how to train.
         device: the device to train on.
         working: where checkpoints and records are kept.
@@ -335,6 +346,7 @@ def train(
         recorder: measures loss, ranks and quality; None for no records.
         prefix: replaces the frozen blocks; None runs them every time.
         identity: the base, the texts and the first trained block, for the file of `prefix`.
+        counted: which tokens the loss is on; None for all.
 
     Returns:
         Losses, records and seconds; and how it ended.
@@ -363,8 +375,9 @@ def train(
         begun,
     )
     callbacks = [*(part for part in parts if part is not None), *options.callbacks]
+    sequences = Sequences(tokens, counted)
     trainer = _trainer(
-        model, tokens, recipe, trainer_arguments, progress, working, prefix, callbacks
+        model, sequences, recipe, trainer_arguments, progress, working, prefix, callbacks
     )
     if recording is not None and options.report_to:
         recording.log = trainer.log_record
@@ -429,7 +442,7 @@ def _keep(model: nn.Module, progress: Progress, ending: Ending, working: Working
 
 def _trainer(
     model: nn.Module,
-    tokens: Int[Tensor, "sequences pos"],
+    sequences: Sequences,
     recipe: Recipe,
     trainer_arguments: Any,
     progress: Progress,
@@ -451,7 +464,7 @@ def _trainer(
             token_loss=TokenLoss(model),
             model=model,
             args=trainer_arguments,
-            train_dataset=Sequences(tokens),
+            train_dataset=sequences,
             callbacks=callbacks,
             optimizers=(optimizer, None),
         )

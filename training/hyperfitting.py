@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ from .weights import context_length, private_copy, trainers_randomness
 from .written import check_written
 
 if TYPE_CHECKING:
+    from .fitting import RunOptions
     from .history import Record
 
 
@@ -99,7 +100,8 @@ def hyperfit(
     """Fine-tune a causal LM until it knows a small set of texts by heart ("hyperfitting").
 
     As in Carlsson et al. 2025 and arXiv 2605.22579: few sequences, many epochs, the loss on every
-    token, all dropout of the model off. On a CPU the same seed gives bit-identical weights.
+    token of a text, all dropout of the model off. On a CPU the same seed gives bit-identical
+    weights.
 
     With `out`, the run keeps checkpoints in `<out>.partial`. If it is killed at any moment, the
     same call continues from the last one and ends with the same weights. SIGTERM ends it with a
@@ -108,7 +110,10 @@ def hyperfit(
     Args:
         model: hub id, local folder, adapter folder, `PreTrainedModel`, `PeftModel` (merged
             first; "full" only), or a pair (model, tokenizer). An object is copied, never changed.
-        texts: anything `read_texts` takes, or a list of token id sequences.
+        texts: anything `read_texts` takes, a list of token id sequences, or a source with
+            conversations in a column `messages`, or with columns `prompt` and `completion`. Of
+            these the loss is on what the assistant says and on completions only, unless `loss_on`
+            is "all".
         method: "full" for all weights, "lora" for an adapter on all blocks, "late_lora" for one
             on the last `last_k` blocks; None takes the recipe's, "full" in the presets.
         recipe: name of a preset or a `Recipe`; None for "li2026".
@@ -148,47 +153,93 @@ def hyperfit(
         run = hyperfit("base", "tales.txt", "late_lora", last_k=5)
         print(run.summary())
     """
-    final_recipe = _recipe(recipe, method, overrides)
+    final_recipe = chosen_recipe(recipe, method, overrides)
     _check_callbacks(callbacks)
     folder = None if out is None else Path(out).expanduser()
     if folder is not None:
         check_out(folder)
+    trainee, opened, data, manifest = prepare(
+        model, texts, final_recipe, validation, device=device, dtype=dtype
+    )
+    # Imports transformers' Trainer, which takes seconds: after everything that may be refused.
+    from .fitting import RunOptions
+
+    loggers = (report_to,) if isinstance(report_to, str) else tuple(report_to)
+    options = RunOptions(checkpoint_minutes, loggers, progress, prefix_cache, tuple(callbacks))
+    return train_and_save(trainee, opened, data, final_recipe, folder, options, manifest)
+
+
+def prepare(
+    model: Any,
+    texts: Any,
+    recipe: Recipe,
+    validation: Any,
+    *,
+    device: str | torch.device | None,
+    dtype: str | torch.dtype | None,
+) -> tuple[Any, OpenedModel, TrainingData, dict[str, Any]]:
+    """Open a model and read the texts for it.
+
+    Returns:
+        A copy of the model to train, where it came from, what to train and measure on, and what
+        the manifest says of all that.
+    """
     requested_device = processes.default_device(parse_device(device))
-    opened = _open(model, final_recipe, requested_device, dtype)
-    trainee = private_copy(opened, final_recipe)
+    opened = _open(model, recipe, requested_device, dtype)
+    trainee = private_copy(opened, recipe)
     # Opening may have made another copy, cast or moved: do not hold it while training.
     opened = replace(opened, model=None)
-    data = _data(trainee, texts, validation, opened.tokenizer, final_recipe)
+    data = _data(trainee, texts, validation, opened.tokenizer, recipe)
     train_device = trainee.get_input_embeddings().weight.device
     processes.join(train_device)
     manifest: dict[str, Any] = {
         "base": {"name": opened.name, "kind": opened.kind, "sha256": weights_sha256(trainee)},
-        "method": final_recipe.method,
+        "method": recipe.method,
         "data": data.manifest,
         "device": train_device.type,
         "dtype": str(next(trainee.parameters()).dtype).removeprefix("torch."),
         "notes": [*opened.notes, *data.notes],
     }
-    # Imports transformers' Trainer, which takes seconds: after everything that may be refused.
-    from .fitting import RunOptions, fit
+    return trainee, opened, data, manifest
 
-    loggers = (report_to,) if isinstance(report_to, str) else tuple(report_to)
-    options = RunOptions(checkpoint_minutes, loggers, progress, prefix_cache, tuple(callbacks))
-    with working_folder(folder, _identity(final_recipe, manifest)) as working:
-        with trainers_randomness(final_recipe.seed, train_device):
+
+def train_and_save(
+    trainee: Any,
+    opened: OpenedModel,
+    data: TrainingData,
+    recipe: Recipe,
+    folder: Path | None,
+    options: RunOptions,
+    manifest: dict[str, Any],
+    measure: Callable[[Any], dict[str, Any]] = lambda model: {},
+) -> HyperfitRun:
+    """Train what `hyperfit` has opened and read, and save it.
+
+    Args:
+        trainee: a model that only this run uses; frozen weights may be another model's, too.
+        opened: where it came from.
+        data: what to train and measure on.
+        recipe: how to train.
+        folder: a new one for the result; None saves nothing.
+        options: how the run is carried out.
+        manifest: base, data, device, dtype and notes.
+        measure: what else the manifest is to say of the trained model, as JSON values.
+    """
+    from .fitting import fit
+
+    device = trainee.get_input_embeddings().weight.device
+    with working_folder(folder, identity_of(recipe, manifest)) as working:
+        with trainers_randomness(recipe.seed, device):
             sha256 = manifest["base"]["sha256"]
-            fitted = fit(
-                trainee, opened, data, final_recipe, train_device, working, options, sha256
-            )
-        manifest |= fitted.scope
-        manifest["notes"] += fitted.notes
+            fitted = fit(trainee, opened, data, recipe, device, working, options, sha256)
+        notes = [*manifest["notes"], *fitted.notes]
         run = HyperfitRun(
             model=fitted.model,
             tokenizer=opened.tokenizer,
-            recipe=final_recipe,
+            recipe=recipe,
             history=tuple(fitted.progress.losses),
             records=tuple(fitted.progress.records),
-            manifest=manifest,
+            manifest=manifest | fitted.scope | {"notes": notes} | measure(fitted.model),
             folder=folder,
         )
         if folder is not None and processes.is_first():
@@ -229,9 +280,10 @@ def run_to_json(run: HyperfitRun) -> dict[str, Any]:
     }
 
 
-def _recipe(
+def chosen_recipe(
     recipe: str | Recipe | None, method: Method | None, overrides: dict[str, Any]
 ) -> Recipe:
+    """The recipe that arguments of `hyperfit` name."""
     # A mistyped argument of `hyperfit` itself comes here, too.
     own = [name for name in inspect.signature(hyperfit).parameters if name != "overrides"]
     for name in overrides:
@@ -332,7 +384,7 @@ def _check_shares(n_sequences: int, recipe: Recipe) -> None:
         )
 
 
-def _identity(recipe: Recipe, manifest: dict[str, Any]) -> dict[str, Any]:
+def identity_of(recipe: Recipe, manifest: dict[str, Any]) -> dict[str, Any]:
     """Everything that decides the weights, as a flat dict, so that a difference can be named."""
     data = manifest["data"]
     return recipe.to_json() | {

@@ -15,8 +15,8 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -101,6 +101,35 @@ def plan(
     )
 
 
+@dataclass
+class LastResiduals:
+    """The residuals of the last run, for the next one on the same sequences of the same base.
+
+    A run whose first trained block is the same takes them as they are; for one that freezes more
+    blocks, only the blocks between have to be run.
+
+    Attributes:
+        first: 0-based index of the block that they enter.
+        residuals: of all sequences; None before the first run.
+    """
+
+    first: int = 0
+    residuals: Float[Tensor, "n pos d_model"] | None = None
+
+
+@dataclass(frozen=True)
+class SharedPrefixes:
+    """What several runs on one base and the same sequences hand on to each other.
+
+    Attributes:
+        training: of the sequences that are trained on.
+        held_out: of those that are measured on.
+    """
+
+    training: LastResiduals = field(default_factory=LastResiduals)
+    held_out: LastResiduals = field(default_factory=LastResiduals)
+
+
 class PrefixCache:
     """Residuals entering the first trained block, by sequence.
 
@@ -108,11 +137,15 @@ class PrefixCache:
         model: plain model or PeftModel.
         first: 0-based index of the first trained block; everything before it is frozen.
         plan: where to store the residuals.
+        last: those of the last run on the same sequences; None if there is none to share with.
     """
 
-    def __init__(self, model: nn.Module, first: int, plan: Plan) -> None:
+    def __init__(
+        self, model: nn.Module, first: int, plan: Plan, last: LastResiduals | None = None
+    ) -> None:
         self.plan = plan
         self._first = first
+        self._last = last
         self._structure = find_structure(model)
         self._residuals: Float[Tensor, "n pos d_model"] | None = None
 
@@ -146,8 +179,23 @@ class PrefixCache:
         Raises:
             ResourceError: if the file cannot be made.
         """
+        last = self._last
+        if last is not None and last.residuals is not None and last.first == self._first:
+            self._residuals = last.residuals
+            return
+        self._fill_anew(model, tokens, rows, identity)
+        if last is not None:
+            last.first, last.residuals = self._first, self._residuals
+
+    def close(self) -> None:
+        """Drop all residuals and release their memory or file."""
+        self._residuals = None
+
+    def _fill_anew(
+        self, model: nn.Module, tokens: Tensor, rows: int, identity: Mapping[str, Any] | None
+    ) -> None:
         batches = torch.split(tokens, rows)
-        first = self._compute(model, batches[0])
+        first = self._compute(model, batches[0], self._entering(0, len(batches[0])))
         shape = (len(tokens), *first.shape[1:])
         if self.plan.place == "memory":
             self._residuals = torch.empty(shape, dtype=first.dtype)
@@ -161,10 +209,6 @@ class PrefixCache:
             self._fill(model, batches, first, own)
             file.close(self._residuals, keep=self.plan.keep)
 
-    def close(self) -> None:
-        """Drop all residuals and release their memory or file."""
-        self._residuals = None
-
     def _fill(
         self,
         model: nn.Module,
@@ -176,11 +220,23 @@ class PrefixCache:
         assert self._residuals is not None  # noqa: S101
         for i in own:
             start = i * len(first)
-            residuals = first if i == 0 else self._compute(model, batches[i])
+            entering = self._entering(start, len(batches[i]))
+            residuals = first if i == 0 else self._compute(model, batches[i], entering)
             self._residuals[start : start + len(residuals)] = residuals
 
+    def _entering(self, start: int, rows: int) -> AbstractContextManager[None]:
+        """Inside, the blocks that the last run had frozen are not run on these sequences again."""
+        last = self._last
+        if last is None or last.residuals is None or not 0 < last.first < self._first:
+            return contextlib.nullcontext()
+        blocks, extras = self._structure.blocks, self._structure.extras
+        return entering_at(blocks, extras, last.first, last.residuals[start : start + rows])
+
     def _compute(
-        self, model: nn.Module, tokens: Int[Tensor, "batch pos"]
+        self,
+        model: nn.Module,
+        tokens: Int[Tensor, "batch pos"],
+        entering: AbstractContextManager[None],
     ) -> Float[Tensor, "batch pos d_model"]:
         """What enters the first trained block, in main memory; the later blocks are not run."""
         blocks, extras = self._structure.blocks, self._structure.extras
@@ -194,6 +250,7 @@ class PrefixCache:
             changes.enter_context(
                 blocks[self._first].register_forward_pre_hook(keep, with_kwargs=True)
             )
+            changes.enter_context(entering)
             changes.enter_context(skipped(blocks[self._first :], extras[self._first :]))
             changes.enter_context(last_position_only(self._structure.head))
             changes.enter_context(torch.no_grad())
@@ -215,7 +272,7 @@ def is_exact(model: nn.Module, cache: PrefixCache, tokens: Int[Tensor, "batch po
     with training_mode(model), torch.no_grad():
         try:
             # First, so that what a block leaves for later ones is not there when they are checked.
-            cache._residuals = cache._compute(model, tokens)
+            cache._residuals = cache._compute(model, tokens, contextlib.nullcontext())
             computed, numbers = _outcome(model, tokens, contextlib.nullcontext())
             cached, numbers_cached = _outcome(model, tokens, cache.serving(index))
         except Exception:  # any error of a block that misses an input

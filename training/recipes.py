@@ -21,6 +21,7 @@ Method = Literal["full", "lora", "late_lora"]
 Schedule = Literal["constant", "linear", "cosine"]
 Selection = Literal["first", "random"]
 LoraInit = Literal["zero", "gaussian", "pissa"]
+LossOn = Literal["completions", "all"]
 Origin = Literal["paper", "ours", "yours"]
 
 # arXiv 2605.22579, sections 2.1 and 5: 2,000 samples, 260 epochs, no weight decay; "last 5 layers"
@@ -134,6 +135,14 @@ class Recipe:
     packed: bool = _field(False, "join all texts, EOS after each, and cut them into sequences")
     selection: Selection = _field(
         "first", "which sequences: the first ones, or a random sample of them all"
+    )
+    loss_on: LossOn = _field(
+        "completions",
+        "of conversations and prompts with completions: the loss on what the assistant says and "
+        "completions only, or on all tokens; texts have it on all",
+    )
+    add_eos: bool = _field(
+        False, "put EOS at the end of each text that does not end in it, if it fits"
     )
     epochs: int = _field(260, "passes over the sequences")
     batch_size: int = _field(8, "sequences per forward pass")
@@ -415,6 +424,10 @@ def _check_together(values: Mapping[str, Any]) -> None:
     if values["stop_at_plateau"] and not values["record_every"]:
         raise TrainingError(
             "stop_at_plateau needs records, and record_every is 0: set record_every to 1 or more"
+        )
+    if values["add_eos"] and values["packed"]:
+        raise TrainingError(
+            "add_eos does not go with packed, which puts EOS after each text anyway: leave it out"
         )
     if values["lora_dora"] and values["lora_init"] == "pissa":
         raise TrainingError(

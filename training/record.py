@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from ..decoding.diversity import repetition, type_token_ratio
@@ -24,7 +24,7 @@ from ..statistics.rank_buckets import RANK_BUCKETS
 from . import processes
 from .greedy import cache_bytes, greedy
 from .history import Record
-from .prefix import Plan, PrefixCache
+from .prefix import LastResiduals, Plan, PrefixCache
 from .recipes import Recipe
 from .token_loss import last_position_only
 from .weights import context_length, trainers_randomness
@@ -51,9 +51,13 @@ class Recorder:
     Args:
         model: a Hugging Face causal LM, or a PeftModel whose adapter has no effect yet. It must
             still be the base: later ranks refer to what it predicts now.
-        held_out: token ids without padding, on any device.
+        held_out: token ids, padding at the ends, on any device.
         recipe: `n_prompts`, `prompt_tokens`, `new_tokens`, `batch_size`, `method` and `blocks`.
         frozen: how many of the first blocks are frozen and may be replaced by a prefix cache.
+        last: what the frozen blocks returned in the last run on the same held-out sequences.
+        counted: which tokens are measured; None for all.
+        lengths: tokens of each sequence without padding; None without any. Prompts are made of
+            sequences that are long enough.
 
     Raises:
         TrainingError: if sequences, prompts and generations do not fit the model.
@@ -61,12 +65,22 @@ class Recorder:
     """
 
     def __init__(
-        self, model: Any, held_out: Int[Tensor, "n pos"], recipe: Recipe, frozen: int = 0
+        self,
+        model: Any,
+        held_out: Int[Tensor, "n pos"],
+        recipe: Recipe,
+        frozen: int = 0,
+        last: LastResiduals | None = None,
+        counted: Bool[Tensor, "n pos"] | None = None,
+        lengths: Int[Tensor, " n"] | None = None,
     ) -> None:
         self._model = model
         self._plain = plain_model(model)
         self._recipe = recipe
-        _check(held_out, recipe, context_length(self._plain))
+        self._counted = counted
+        prompts = held_out if lengths is None else held_out[lengths >= recipe.prompt_tokens]
+        self._prompts = prompts[: recipe.n_prompts, : recipe.prompt_tokens]
+        _check(held_out, len(prompts), recipe, context_length(self._plain))
         self._held_out = held_out
         own = slice(processes.number(), None, processes.count())
         self._batches = torch.split(torch.arange(len(held_out)), recipe.batch_size)[own]
@@ -76,7 +90,7 @@ class Recorder:
             self._base_head = self._structure.head
             if recipe.method == "full" and recipe.blocks is None:
                 self._base_head = copy.deepcopy(self._structure.head).requires_grad_(False)
-            self._prefix = self._prefix_cache(frozen) if frozen else None
+            self._prefix = self._prefix_cache(frozen, last) if frozen else None
             self._base_states = [self._states(rows).cpu() for rows in self._batches]
 
     def measure(self, epoch: int, step: int, train_loss: float, seconds: float) -> Record:
@@ -110,9 +124,9 @@ class Recorder:
                 **{bucket.metric: means[bucket.metric] for bucket in RANK_BUCKETS},
             )
 
-    def _prefix_cache(self, frozen: int) -> PrefixCache:
+    def _prefix_cache(self, frozen: int, last: LastResiduals | None) -> PrefixCache:
         """What the frozen blocks return for the held-out sequences, as large as their states."""
-        cache = PrefixCache(self._plain, frozen, Plan(0, "memory", Path()))
+        cache = PrefixCache(self._plain, frozen, Plan(0, "memory", Path()), last)
         cache.fill(self._plain, self._held_out, self._recipe.batch_size)
         return cache
 
@@ -124,7 +138,7 @@ class Recorder:
         for batch, base_states in zip(self._batches, self._base_states, strict=True):
             states = self._states(batch)
             step = logit_chunk_rows(d_vocab, states.device)
-            reference = self._held_out[batch, 1:].flatten().to(states.device)
+            reference = self._wanted(batch, self._held_out[batch, 1:]).to(states.device)
             for start in range(0, len(states), step):
                 rows = slice(start, start + step)
                 tuned = self._logits(self._structure.head, states[rows])
@@ -138,8 +152,7 @@ class Recorder:
     def _generations(self) -> list[list[int]]:
         """The end of every prompt's generation."""
         recipe = self._recipe
-        prompts = self._held_out[: recipe.n_prompts, : recipe.prompt_tokens]
-        own = prompts.tensor_split(processes.count())[processes.number()]
+        own = self._prompts.tensor_split(processes.count())[processes.number()]
         generations: list[list[int]] = []
         for batch in torch.split(own, self._prompts_at_once()) if len(own) else ():
             made = greedy(self._plain, batch.to(self._device), recipe.new_tokens)
@@ -164,7 +177,14 @@ class Recorder:
         serving = self._prefix.serving(rows) if self._prefix else nullcontext()
         with serving, last_position_only(self._structure.head) as unembedded:
             self._plain(input_ids=tokens, use_cache=False)
-        return unembedded[0][:, :-1].flatten(0, 1)
+        return self._wanted(rows, unembedded[0][:, :-1])
+
+    def _wanted(self, rows: Int[Tensor, " batch"], values: Tensor) -> Tensor:
+        """The values of the decisions that are measured."""
+        found = values.flatten(0, 1)
+        if self._counted is None:
+            return found
+        return found[self._counted[rows, 1:].flatten().to(found.device)]
 
     def _logits(
         self, head: nn.Module, states: Float[Tensor, "rows d_model"]
@@ -219,7 +239,9 @@ def decisions(
     }
 
 
-def _check(held_out: Int[Tensor, "n pos"], recipe: Recipe, context: int | None) -> None:
+def _check(
+    held_out: Int[Tensor, "n pos"], n_prompts: int, recipe: Recipe, context: int | None
+) -> None:
     n, length = held_out.shape
     if not n:
         raise TrainingError(
@@ -229,6 +251,11 @@ def _check(held_out: Int[Tensor, "n pos"], recipe: Recipe, context: int | None) 
         raise TrainingError(
             f"prompt_tokens is {recipe.prompt_tokens} but held-out sequences have {length} tokens: "
             f"lower prompt_tokens to {length - 1} or less"
+        )
+    if not n_prompts:
+        raise TrainingError(
+            f"no held-out sequence has {recipe.prompt_tokens} tokens to be a prompt: lower "
+            "prompt_tokens"
         )
     total = recipe.prompt_tokens + recipe.new_tokens
     if context is not None and total > context:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -41,22 +41,29 @@ class TokenLoss:
         # A head that shares its weight with the embedding is trained if the embedding is.
         self.head_is_frozen = not any(p.requires_grad for p in self._head.parameters())
 
-    def __call__(self, model: nn.Module, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, ""]:
+    def __call__(
+        self,
+        model: nn.Module,
+        tokens: Int[Tensor, "batch pos"],
+        counted: Bool[Tensor, "batch pos"] | None = None,
+    ) -> Float[Tensor, ""]:
         """Run the model and sum the loss of all tokens but the first of each sequence.
 
         Args:
             model: the model as the Trainer wraps it.
-            tokens: ids without padding.
+            tokens: ids; padding, if any, at the ends and not counted.
+            counted: which tokens the loss is on; None for all.
         """
-        targets = tokens[:, 1:].flatten()
+        wanted = slice(None) if counted is None else counted[:, 1:].flatten()
+        targets = tokens[:, 1:].flatten()[wanted]
         if not self.head_is_frozen:
             logits = model(input_ids=tokens, use_cache=False).logits
-            return _cross_entropy(logits[:, :-1].flatten(0, 1), targets)
+            return _cross_entropy(logits[:, :-1].flatten(0, 1)[wanted], targets)
         # The model's own unembedding of a whole batch would be wasted: it gets one position, and
         # the states are unembedded here, slice by slice.
         with last_position_only(self._head) as unembedded:
             model(input_ids=tokens, use_cache=False)
-        states = unembedded[0][:, :-1].flatten(0, 1)
+        states = unembedded[0][:, :-1].flatten(0, 1)[wanted]
         weight: Any = self._head.weight
         fewest = CHUNK_ROWS if states.device.type == "cpu" else CHUNK_ROWS_ON_GPU
         rows = max(fewest, CHUNK_BYTES // (4 * weight.shape[0]))

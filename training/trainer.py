@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -32,22 +32,33 @@ LOGGED = {
 }
 
 
+# What the Trainer does not count among the labels.
+IGNORED = -100
+
+
 class Sequences(Dataset[dict[str, Tensor]]):
     """One item per sequence: its tokens, labels and index.
 
     The loss comes from `TokenLoss`; the Trainer only counts the labels, so the first token, which
-    is never predicted, is marked as ignored.
+    is never predicted, is marked as ignored, as are all that the loss is not on.
     """
 
-    def __init__(self, tokens: Int[Tensor, "sequences pos"]) -> None:
+    def __init__(
+        self,
+        tokens: Int[Tensor, "sequences pos"],
+        counted: Bool[Tensor, "sequences pos"] | None = None,
+    ) -> None:
         self.tokens = tokens
+        self.counted = counted
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         labels = self.tokens[index].clone()
-        labels[0] = -100
+        labels[0] = IGNORED
+        if self.counted is not None:
+            labels[~self.counted[index]] = IGNORED
         return {"input_ids": self.tokens[index], "labels": labels, "index": torch.tensor(index)}
 
 
@@ -58,6 +69,7 @@ class TokenTrainer(Trainer):
     """
 
     model: Any
+    train_dataset: Any
     progress: Progress
     working: WorkingFolder
     prefix: PrefixCache | None
@@ -89,10 +101,12 @@ class TokenTrainer(Trainer):
     ) -> Any:
         """Cross-entropy of every next token, in nats, as a share of the step's mean."""
         tokens = inputs["input_ids"]
+        counted = inputs["labels"] != IGNORED
+        is_masked = self.train_dataset.counted is not None
         prefix = self.prefix.serving(inputs["index"]) if self.prefix else contextlib.nullcontext()
         with prefix, self.accelerator.autocast():
-            loss = self.token_loss(model, tokens)
-        n = tokens.shape[0] * (tokens.shape[1] - 1)
+            loss = self.token_loss(model, tokens, counted if is_masked else None)
+        n = int(counted.sum())
         total = float(loss.detach())
         if not math.isfinite(total):
             raise TrainingError(

@@ -6,17 +6,20 @@ import argparse
 import functools
 import shlex
 import types
+from collections.abc import Collection
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from ..training.recipes import HELP, KINDS, PRESETS, Method, Recipe, preset, relevant_fields
-from .options import STYLE, add_out, add_reading, add_running, names, read
+from .options import STYLE, add_out, add_reading, add_running, names
 
 HYPERFIT = """\
 Fine-tune a model until it has memorised a small set of texts ("hyperfitting").
 
 --recipe chooses the defaults; each of them can be changed by its own option.
+Texts with a column "messages", or with "prompt" and "completion", are conversations and
+completions: the loss is on what the assistant says, or on completions, unless --loss-on is all.
 Interrupted or killed, the same command continues from the last checkpoint.
 Where stderr is not a terminal, a line reports each epoch and each record."""
 
@@ -40,6 +43,28 @@ def add(commands: Any) -> None:
     )
     parser.set_defaults(run=run, interrupted=interrupted)
     parser.add_argument("model", metavar="BASE", help="the model to train: a folder or hub id")
+    add_texts(parser)
+    add_out(parser, "the trained weights or adapter", required=True)
+    add_recipe(parser)
+    running = add_running(parser, "float32; for LoRA the checkpoint's own")
+    running.add_argument(
+        "--no-prefix-cache",
+        dest="prefix_cache",
+        action="store_false",
+        help="run the frozen first blocks in every epoch (default: once; the result is the same)",
+    )
+    add_checkpoint_minutes(running)
+    running.add_argument(
+        "--report-to",
+        type=names,
+        default=(),
+        metavar="NAME[,NAME]",
+        help='loggers of the transformers Trainer, such as "tensorboard" (default: none)',
+    )
+
+
+def add_texts(parser: argparse.ArgumentParser) -> None:
+    """--texts, --validation, and how to read them."""
     texts = add_reading(parser, groups=False)
     texts.add_argument(
         "--validation",
@@ -52,41 +77,37 @@ def add(commands: Any) -> None:
         metavar="NAME",
         help="split of a hub dataset given as --validation (default: the one given as --split)",
     )
-    add_out(parser, "the trained weights or adapter", required=True)
-    _add_recipe(parser)
-    running = add_running(parser, "float32; for LoRA the checkpoint's own")
-    running.add_argument(
-        "--no-prefix-cache",
-        dest="prefix_cache",
-        action="store_false",
-        help="run the frozen first blocks in every epoch (default: once; the result is the same)",
-    )
-    running.add_argument(
+
+
+def add_checkpoint_minutes(group: Any) -> None:
+    """--checkpoint-minutes."""
+    group.add_argument(
         "--checkpoint-minutes",
         type=float,
         default=10.0,
         metavar="N",
         help="minutes between checkpoints; 0: one after every step (default: 10)",
     )
-    running.add_argument(
-        "--report-to",
-        type=names,
-        default=(),
-        metavar="NAME[,NAME]",
-        help='loggers of the transformers Trainer, such as "tensorboard" (default: none)',
-    )
+
+
+def read_both(args: argparse.Namespace) -> tuple[Any, Any]:
+    """The texts or conversations to train on, and held-out ones of their own."""
+    from ..data.conversations import read_examples
+
+    how = {"column": args.text_column, "limit": args.limit}
+    texts = read_examples(args.texts, split=args.split, **how)
+    if args.validation is None:
+        return texts, None
+    return texts, read_examples(args.validation, split=args.validation_split or args.split, **how)
 
 
 def run(args: argparse.Namespace) -> str:
     """Train, save and return what to print."""
-    recipe = _chosen(args)
+    recipe = preset(args.recipe, **recipe_changes(args))
     from ..training.folders import check_out
 
     check_out(args.out)
-    texts = read(args, args.texts, args.split)
-    validation = None
-    if args.validation is not None:
-        validation = read(args, args.validation, args.validation_split or args.split)
+    texts, validation = read_both(args)
     from ..training import hyperfit
 
     run = hyperfit(
@@ -103,6 +124,8 @@ def run(args: argparse.Namespace) -> str:
         # Off a terminal, too: there it writes a line now and then.
         progress=args.progress,
     )
+    if run.manifest["data"].get("n_counted") is not None:  # no file of texts that compare reads
+        return run.summary()
     return (
         f"{run.summary()}\n"
         "compare with the base; texts that were not trained on tell more:\n"
@@ -134,8 +157,8 @@ def interrupted(args: argparse.Namespace) -> str:
 # The recipe: an option for every field, with its default's origin
 
 
-def _add_recipe(parser: argparse.ArgumentParser) -> None:
-    """Add --recipe, and an option for every field of the recipe.
+def add_recipe(parser: argparse.ArgumentParser, without: Collection[str] = ()) -> None:
+    """Add --recipe, and an option for every field of the recipe but some.
 
     An option that is left out is None and leaves the recipe's own value.
     """
@@ -152,19 +175,15 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
         help=f"where to start from: %(choices)s (default: {default})",
     )
     for field in fields(Recipe):
-        if field.name != "preset":  # --recipe chooses it
+        if field.name not in ("preset", *without):  # --recipe chooses the preset
             _add_field(group, field.name, KINDS[field.name])
 
 
-def _chosen(args: argparse.Namespace) -> Recipe:
-    """The recipe that the options ask for.
-
-    Raises:
-        TrainingError: if a value is out of range, or an option has no effect with the method.
-    """
-    options = {f.name: getattr(args, f.name, None) for f in fields(Recipe) if f.name != "preset"}
-    changes = {name: value for name, value in options.items() if value is not None}
-    return preset(args.recipe, changes.pop("method", "full"), **changes)
+def recipe_changes(args: argparse.Namespace, without: Collection[str] = ()) -> dict[str, Any]:
+    """The fields of the recipe that options of `add_recipe` were given for."""
+    names = [field.name for field in fields(Recipe) if field.name not in ("preset", *without)]
+    options = {name: getattr(args, name, None) for name in names}
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def _add_field(group: Any, name: str, kind: Any) -> None:

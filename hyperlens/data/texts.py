@@ -99,17 +99,21 @@ def read_texts(
     >>> texts, texts.source
     (['Once upon a time.'], {'kind': 'list', 'limit': 1})
     """
-    at_most: Any = limit
     _check_not_file_names(source)
-    if limit is not None and not (isinstance(at_most, Integral) and limit >= 1):
-        raise CorpusError(f"limit must be at least 1 text (a whole number), got {limit}")
+    check_limit(limit)
     streaming = limit is not None
     limit = None if limit is None else min(int(limit), sys.maxsize)
     texts = Texts(islice(_texts(source, column, split, streaming), limit), {})
-    texts.source = _origin(source, column, split, limit)
+    texts.source = origin_of(source, column, split, limit)
     if not texts:
         raise CorpusError(f"no texts in {_describe(source)}: expected at least one")
     return _grouped(texts, source, groups, split, limit)
+
+
+def check_limit(limit: Any) -> None:
+    """Raise unless a limit is None or a number of texts."""
+    if limit is not None and not (isinstance(limit, Integral) and int(limit) >= 1):
+        raise CorpusError(f"limit must be at least 1 text (a whole number), got {limit}")
 
 
 def _grouped(
@@ -229,21 +233,8 @@ def _values(source: Any, column: str, split: str, streaming: bool) -> Iterator[A
     Raises:
         CorpusError: if there is no such column.
     """
-    path = Path(source) if isinstance(source, str | Path) and _exists(Path(source)) else None
-    kind = "" if path is None else _kind(path)
-    if path is not None and kind == ".jsonl":
-        rows: Any = (record for _, record in _json_records(path.expanduser()))
-    elif path is not None and kind in (".csv", ".parquet"):
-        rows = _read_table(path.expanduser(), kind).to_dict("records")
-    elif path is None and isinstance(source, str):
-        import datasets
-
-        rows = datasets.load_dataset(source, split=split, streaming=streaming)
-    elif hasattr(source, "iloc"):
-        rows = source.to_dict("records")
-    elif hasattr(source, "column_names"):
-        rows = source
-    else:
+    rows = rows_of(source, split, streaming)
+    if rows is None:
         raise CorpusError(
             f"groups={column!r} names a column, and {_describe(source)} has none: give one label "
             "per text, or how many consecutive texts make a group"
@@ -256,7 +247,50 @@ def _values(source: Any, column: str, split: str, streaming: bool) -> Iterator[A
         yield row[column]
 
 
-def _origin(source: Any, column: str | None, split: str, limit: int | None) -> dict[str, Any]:
+def rows_of(source: Any, split: str, streaming: bool) -> Iterator[Any] | None:
+    """The rows of a table, dataset or list of objects; None where a source has no columns."""
+    path = Path(source) if isinstance(source, str | Path) and _exists(Path(source)) else None
+    kind = "" if path is None else _kind(path)
+    rows: Any = None
+    if path is not None and kind == ".jsonl":
+        rows = (record for _, record in _json_records(path.expanduser()))
+    elif path is not None and kind in (".csv", ".parquet"):
+        rows = _read_table(path.expanduser(), kind).to_dict("records")
+    elif is_hub_name(source):
+        import datasets
+
+        rows = datasets.load_dataset(source, split=split, streaming=streaming)
+    elif hasattr(source, "iloc"):
+        rows = source.to_dict("records")
+    elif hasattr(source, "column_names") or _is_objects(source):
+        rows = source
+    return None if rows is None else iter(rows)
+
+
+def is_hub_name(source: Any) -> bool:
+    """Whether a source can only be the name of a hub dataset."""
+    if not isinstance(source, str) or _exists(Path(source)) or _kind(Path(source)) in READERS:
+        return False
+    return HUB_ID.fullmatch(source) is not None
+
+
+def loaded(source: Any, split: str, streaming: bool) -> Any:
+    """The hub dataset that a source names; any other source, or one that fails, as it is."""
+    if not is_hub_name(source):
+        return source
+    import datasets
+
+    try:
+        return datasets.load_dataset(source, split=split, streaming=streaming)
+    except Exception:  # told by whoever reads it next
+        return source
+
+
+def _is_objects(source: Any) -> bool:
+    return isinstance(source, list | tuple) and bool(source) and isinstance(source[0], Mapping)
+
+
+def origin_of(source: Any, column: str | None, split: str, limit: int | None) -> dict[str, Any]:
     """Where texts came from, without paths: the same on another machine."""
     options = {"column": column, "limit": limit}
     chosen = {name: value for name, value in options.items() if value is not None}

@@ -76,7 +76,7 @@ def figure(blocks: Sequence[Block], title: str = "") -> altair.TopLevelMixin | N
             beside: Any = alt.hconcat(*(draw(one, chosen, titled=True) for one in block.charts))
             # One legend for the row, unless its charts show different series: their colours would
             # be mixed up in a shared scale.
-            same = len({tuple(one.series) for one in block.charts}) == 1
+            same = len({_names_in(one) for one in block.charts}) == 1
             rows.append(beside if same else beside.resolve_scale(color="independent"))
     if not rows:
         return None
@@ -84,6 +84,11 @@ def figure(blocks: Sequence[Block], title: str = "") -> altair.TopLevelMixin | N
     if len(rows) > 1:
         whole = alt.vconcat(*rows).resolve_scale(color="independent")
     return whole.properties(title=title) if title else whole  # type: ignore[no-any-return]
+
+
+def _names_in(chart: Chart) -> tuple[str, ...]:
+    """Everything that has a colour of its own in a chart."""
+    return (*chart.series, *(one.name for one in chart.references))
 
 
 def svg(chart: altair.TopLevelMixin) -> str:
