@@ -13,6 +13,9 @@ TUTORIALS = sorted((ROOT / "tutorials").glob("*.ipynb"))
 # The check runs every cell on less than readers do: these keywords stand for at most so much...
 AT_MOST = {
     "epochs": 2,
+    "lora_epochs": 2,
+    "n_train": 8,
+    "n_held_out": 10,
     "record_every": 1,
     "sequence_length": 48,
     "n_validation": 4,
