@@ -166,6 +166,17 @@ def test_a_change_of_norm_or_unembedding_is_found_there(name, part):
         assert f"{direction}, {part.replace('_', ' ')} has the highest share (100.0%" in answers[2]
 
 
+def test_too_few_texts_cannot_show_that_no_suffix_suffices():
+    base = make_tiny("llama")
+    found = patch_weights(base, tuned_in(base, "final_norm"), TEXTS[:8], **SILENT | {"enough": 0.9})
+    assert share(found, INTO_BASE, "suffix_and_head", 0) == 1.0
+    answer = found.verdicts()[0].answer
+    of_both = answer.partition("with final norm and unembedding, ")[2].partition(" To")[0]
+    assert "it cannot be told whether a suffix suffices (the most:" in of_both
+    assert "100.0%" in of_both
+    assert "no suffix" not in of_both
+
+
 def test_a_tied_table_takes_both_of_its_ends():
     base = make_tiny("qwen2")
     tuned = copy.deepcopy(base)

@@ -215,6 +215,15 @@ def test_what_is_done_is_not_done_again(whole, base) -> None:
     ]
 
 
+def test_other_prompts_train_nothing_anew_unless_they_are_recorded() -> None:
+    for record_every, is_same in ((0, True), (1, False)):
+        one, other = (
+            protocol_for("smoke", record_every=record_every, n_prompts=n).recipe_changes("full")
+            for n in (2, 3)
+        )
+        assert (one == other) == is_same
+
+
 def test_only_what_an_exhibit_needs(base, tmp_path) -> None:
     said = []
     result = reproduce(base, TEXTS["FS"], out=tmp_path / "r", scale="smoke", only=["Figure 4"],

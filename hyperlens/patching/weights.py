@@ -459,9 +459,13 @@ class WeightsResult(Result):
         if most["value"] == 0:
             return f"{words}, no suffix of blocks does anything ({interval(most, PERCENT)})"
         other_text = any(row["low"] > self._enough for row in rows)
+        # That none suffices is claimed only where every one is surely below; no interval, no claim.
+        is_sure = other_text or all(row["high"] < self._enough for row in rows)
+        answer = "no suffix of blocks suffices"
         return (
-            f"{words}, no suffix of blocks suffices (the most: {_last(most['number'], self.depth)},"
-            f" {interval(most, PERCENT)}{', but TTR is not similar' * other_text})"
+            f"{words}, {answer if is_sure else 'it cannot be told whether a suffix suffices'} "
+            f"(the most: {_last(most['number'], self.depth)}, "
+            f"{interval(most, PERCENT)}{', but TTR is not similar' * other_text})"
         )
 
     def _most_alone(self) -> str:

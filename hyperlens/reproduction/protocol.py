@@ -82,6 +82,11 @@ class Protocol:
     def recipe_changes(self, method: str) -> dict[str, Any]:
         """What `hyperfit` is told for one training method, besides the preset's name."""
         is_full = method == "full"
+        records: dict[str, Any] = {
+            "n_prompts": self.n_prompts,
+            "prompt_tokens": min(self.prompt_tokens, self.sequence_length),
+            "new_tokens": max(2, self.max_new_tokens),
+        }
         changes: dict[str, Any] = {
             "n_sequences": self.n_train,
             "sequence_length": self.sequence_length,
@@ -89,11 +94,10 @@ class Protocol:
             "epochs": self.epochs if is_full else self.lora_epochs,
             "learning_rate": self.learning_rate if is_full else self.lora_learning_rate,
             "record_every": self.record_every,
-            "n_prompts": self.n_prompts,
-            "prompt_tokens": min(self.prompt_tokens, self.sequence_length),
-            "new_tokens": max(2, self.max_new_tokens),
             "seed": self.seed,
         }
+        # A run is another one only by what it uses: without records, other prompts train nothing.
+        changes |= records if self.record_every else {}
         return changes | ({"last_k": self.last_k} if method == "late_lora" else {})
 
     def generation(self) -> dict[str, int]:

@@ -143,7 +143,7 @@ NO_BLOCK: Said = {
     "temperature": ("more than temperature",),
 }
 SOME_BLOCK: Said = {
-    **_all_but({"blocks": (*HEADS, "none"), "smallest suffix": ("no block",)}),
+    **_all_but({"blocks": (*HEADS, "none"), "smallest suffix": ("no block", "cannot tell")}),
     **IS_TEMPERATURE,
     **IS_EXPANSION,
     "interaction": ("together", "overlap"),

@@ -41,7 +41,7 @@ ANSWERS: dict[str, tuple[str, ...]] = {
         *("embedding", "block 0", "block 1", "block 2", "final norm", "unembedding"),
         NOTHING,
     ),
-    "smallest suffix": ("no block", "some blocks", "none suffices", NOTHING),
+    "smallest suffix": ("no block", "some blocks", "none suffices", "cannot tell", NOTHING),
     "positions": ("position 5", "a position", "a token", "an offset", "none", NOTHING),
     "expansion": ("supported", "contradicted", "cannot tell", NOTHING),
     "norm": ("all", "some", "none", NOTHING),
@@ -298,6 +298,7 @@ def _weights(pair: Any, texts: Texts, seed: int) -> Answers:
     known = {
         "no block at all is needed": "no block",
         "no suffix of blocks": "none suffices",
+        "it cannot be told": "cannot tell",
         " suffice": "some blocks",
     }
     found = [answer for words, answer in known.items() if words in with_head[2]]
