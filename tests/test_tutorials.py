@@ -26,7 +26,7 @@ AT_MOST = {
 }
 # ... and these words for others. Each of them must be found in some tutorial.
 INSTEAD = {
-    "tales[:32], tales[32:]": "tales[:8], tales[32:40]",
+    "tales[:32], tales[32:]": "tales[:8], tales[32:44]",
     'strategies=("greedy",)': 'strategies=("greedy",), max_new_tokens=12',
     "held_out[:24], n_controls=2": "held_out[:6], n_controls=1",
     "pair, held_out, progress": "pair, held_out, max_length=64, progress",
