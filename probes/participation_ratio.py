@@ -147,7 +147,7 @@ class ParticipationRatio(Probe):
                 s["sample_length"][i].index_add_(0, slot, n[pair.sample.slot.to(n.device) >= 0])
             first = self._has_no_origin(i)
             for j, view in enumerate(self.views):
-                moments = None
+                moments: Moments | None = None
                 for k, x in enumerate(pair.vectors(layer, view, self.token_set)):
                     known = moments if pair.is_shared(layer, view) else None
                     moments = self._add(x, (k, i, j), first, places, known)

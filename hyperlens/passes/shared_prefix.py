@@ -152,12 +152,11 @@ def _rest(
     return surface.run_layers(tuned, tokens, mask, layers, (block, entering)) if layers else []
 
 
-def _plain(model: Any) -> nn.Module:
-    plain: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return plain
+def _plain(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _same_settings(first: nn.Module, second: nn.Module) -> bool:
+def _same_settings(first: Any, second: Any) -> bool:
     """Whether the configurations agree in all that a block may compute with."""
     settings = [
         {k: v for k, v in one.config.to_dict().items() if k not in NOT_COMPUTED_WITH}
