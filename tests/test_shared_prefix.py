@@ -128,6 +128,13 @@ def test_what_is_not_in_the_weights_is_seen_on_the_text() -> None:
     assert shared(base, tuned) == SharedPrefix(1, False, True, True)
 
 
+def test_a_block_with_a_hook_is_not_the_same() -> None:
+    base, tuned = late("llama")
+    attention = tuned.model.layers[1].self_attn
+    attention.register_forward_hook(lambda module, args, output: None)
+    assert shared(base, tuned) == SharedPrefix(2, True, True, True)
+
+
 def test_another_configuration_shares_nothing() -> None:
     base = make_tiny("llama")
     tuned = make_tiny("llama", rope_theta=500.0)

@@ -476,3 +476,17 @@ def test_old_checkpoints_have_other_names(folders, tmp_path) -> None:
     result = compare_weights(tmp_path / "old", base, **QUICK)
     assert not result.changed
     assert Path(result.meta["base"]["source"]).name == "old"
+
+
+@pytest.mark.parametrize("other", [True, False])
+def test_a_head_of_its_own_is_read_whatever_the_configuration_says(other, tmp_path) -> None:
+    """As transformers loads such a folder: tied where both are equal, and else not."""
+    base = make_tiny("qwen2")
+    base.save_pretrained(tmp_path / "base")
+    base.save_pretrained(tmp_path / "tuned")
+    file = tmp_path / "tuned" / "model.safetensors"
+    weights = load_file(file)
+    head = weights["model.embed_tokens.weight"] + float(other)
+    save_file(weights | {"lm_head.weight": head.clone()}, file, metadata={"format": "pt"})
+    found = compare_weights(tmp_path / "base", tmp_path / "tuned", progress=False)
+    assert [row["module"] for row in found.table if row["change"] > 0] == ["lm_head.weight"] * other

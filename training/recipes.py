@@ -195,9 +195,13 @@ class Recipe:
         "the weights that had the highest",
     )
     near_zero_loss: float = _field(
-        0.05, "stop_at_plateau: training loss, nats, up to which a record counts", positive=True
+        0.05,
+        "to stop at a plateau: training loss, nats, up to which a record counts",
+        positive=True,
     )
-    patience: int = _field(3, "stop_at_plateau: over how many records in a row diversity must rise")
+    patience: int = _field(
+        3, "to stop at a plateau: over how many records in a row diversity must rise"
+    )
     seed: int = _field(
         0, "random seed: order of sequences, random selection, LoRA's initial values", least=0
     )

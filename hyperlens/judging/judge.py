@@ -107,7 +107,10 @@ def judge_models(
         prompt_tokens: how many of a text's first tokens are the prompt, BOS included.
         max_new_tokens: the longest continuation, in tokens.
         tries: how often to ask until an answer can be read; pairs without one are left out then.
-        prompt: see `judge_continuations`.
+        prompt: ask about each pair once more in the paper's protocol, in one order with the texts
+            labelled A and B: "paper" for its own prompt (Appendix G), or a text file with the
+            placeholders {context}, {continuation_a} and {continuation_b} that asks for the same
+            form of answer; None does not.
         cache: see `judge_continuations`.
         n_examples: how many pairs, drawn at random, are kept as text with what the judge said.
         batch_size: prompts per forward pass.

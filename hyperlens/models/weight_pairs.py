@@ -260,9 +260,12 @@ def _of_files(source: str | Path) -> _Weights:
     names = plain_names(list(found))
     places = {names[key]: (file, key) for key, (file, *_) in found.items()}
     shapes = {names[key]: shape for key, (_, shape, _) in found.items()}
+    head, table = (next(filter(one.search, shapes), None) for one in (HEAD, EMBEDDING))
     is_tied = bool(getattr(config.get_text_config(), "tie_word_embeddings", False))
-    if is_tied and any(map(EMBEDDING.search, shapes)):
-        shapes = {name: shape for name, shape in shapes.items() if not HEAD.search(name)}
+    if is_tied and head and table:
+        # A head of its own is not tied when such a model is loaded, whatever its configuration.
+        is_tied = _equal(_read(*places[head]), _read(*places[table]))
+        shapes = {name: shape for name, shape in shapes.items() if name != head or not is_tied}
     is_conv1d = config.model_type in CONV1D_MODELS
     kind = "folder" if folder.is_dir() else "hub"
     return _Weights(

@@ -21,8 +21,6 @@ from ..hooks import surface
 from ..hooks.surface import HookedModel, evaluating
 from .streams import NOTHING_SHARED, SharedPrefix
 
-# That two streams are the same is checked on so many tokens.
-CHECKED_TOKENS = 64
 # What a configuration says that no block computes with.
 NOT_COMPUTED_WITH = frozenset(
     {
@@ -98,7 +96,7 @@ def shared_on(
     """What two models share by their weights, as far as it holds on a text, given as token ids."""
     shared = find_shared_prefix(base, tuned)
     here = surface.input_device(base)
-    tokens = torch.as_tensor(sequence[:CHECKED_TOKENS], dtype=torch.int64, device=here)[None]
+    tokens = torch.as_tensor(sequence, dtype=torch.int64, device=here)[None]
     return checked_prefix(shared, base, tuned, tokens, torch.ones_like(tokens))
 
 
@@ -190,12 +188,23 @@ def _parts(
 
 def _same_part(mine: tuple[str, nn.Module], theirs: tuple[str, nn.Module]) -> bool:
     (name, first), (other, second) = mine, theirs
-    if name != other or type(first) is not type(second):
+    if name != other or type(first) is not type(second) or _own_hooks(first) != _own_hooks(second):
         return False
     tensors = [vars(one)["_parameters"] | vars(one)["_buffers"] for one in (first, second)]
     return tensors[0].keys() == tensors[1].keys() and all(
         _same_tensor(tensor, tensors[1][key]) for key, tensor in tensors[0].items()
     )
+
+
+def _own_hooks(module: nn.Module) -> list[int]:
+    """Hooks that a user has put on a module: what they do is not in the weights."""
+    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    return [id(one) for one in hooks if not _is_of_transformers(one)]
+
+
+def _is_of_transformers(hook: Any) -> bool:
+    """Whether it is one of those that transformers leaves behind to collect outputs."""
+    return str(getattr(hook, "__module__", "")).startswith("transformers.")
 
 
 def _same_tensor(first: Tensor | None, second: Tensor | None) -> bool:
