@@ -147,7 +147,7 @@ def test_a_planted_intruder_is_found_where_it_is() -> None:
 
 def test_against_needs_all_draws() -> None:
     words = ("above", "below", "between")
-    assert [against(x, [1.0, 2.0], *words) for x in (3.0, 2.0, 1.5, 0.5)] == [
+    assert [against(x, [1.0, 2.0], str, *words) for x in (3.0, 2.0, 1.5, 0.5)] == [
         *("above", "between", "between", "below")
     ]
 

@@ -452,7 +452,7 @@ class WeightChangesResult(Result):
 
     def _rotation(self) -> Verdict:
         value, controls = self.overall("angle")
-        words = against(value, controls, "further than", "less than", "no further than")
+        words = against(value, controls, degrees, "further than", "less than", "no further than")
         beyond = sum(row["angle"] > row["angle_high"] for row in self.changed)
         return Verdict(
             "rotation",
@@ -463,7 +463,7 @@ class WeightChangesResult(Result):
 
     def _magnitude(self) -> Verdict:
         value, controls = self.overall("values_share")
-        words = against(value, controls, "more than", "less than", "as much as")
+        words = against(value, controls, PERCENT, "more than", "less than", "as much as")
         return Verdict(
             "magnitude",
             f"Changed singular values account for {PERCENT(value)} of Σ‖ΔW‖², {words} in "
@@ -614,12 +614,23 @@ def _cells_of(row: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def against(value: float, draws: Sequence[float], above: str, below: str, between: str) -> str:
-    """How a value stands to those of random changes; only beyond all of them counts.
+def against(
+    value: float,
+    draws: Sequence[float],
+    shown: Callable[[float], str],
+    above: str,
+    below: str,
+    between: str,
+) -> str:
+    """How a value stands to those of random changes; only beyond all of them, as printed, counts.
 
-    >>> against(3.0, [1.0, 2.0], "more than", "less than", "as much as")
+    >>> against(3.0, [1.0, 2.0], str, "more than", "less than", "as much as")
     'more than'
+    >>> against(2.04, [1.0, 2.01], "{:.1f}".format, "more than", "less than", "as much as")
+    'as much as'
     """
+    if shown(value) in (shown(min(draws)), shown(max(draws))):
+        return between
     if value > max(draws):
         return above
     return below if value < min(draws) else between
