@@ -321,7 +321,7 @@ torch.set_num_threads(1)
 base = make_tiny("llama", hidden_size=128, intermediate_size=128, vocab_size=1000)
 tuned = perturbed(base)
 # More than are sampled for intervals in either case.
-few, many = (token_texts(n=n, shortest=24, longest=24) for n in (130, 1300))
+few, many = (token_texts(n=n, shortest=12, longest=12) for n in (130, 1300))
 held = forget_peak()
 compare_models(base, tuned, many, progress=False)  # loads and keeps what is kept for later
 peaks = [], []

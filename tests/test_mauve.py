@@ -233,7 +233,7 @@ def test_the_command(stub: Stub, tmp_path: Path, capsys) -> None:
 
 @real
 def test_equal_sets_read_one_and_disjoint_ones_next_to_nothing(capfd) -> None:
-    tales = embedded_tales()
+    tales = [tale[:400] for tale in embedded_tales()]
     same = measure_mauve(tales, tales[::-1], embedded_base(), progress=False)
     assert [row["value"] for row in same.table] == pytest.approx([1.0] * 5)
     code = [f"def f{i}(x): return x[{i}] + {i * i}" for i in range(66)]
@@ -248,7 +248,8 @@ def test_equal_sets_read_one_and_disjoint_ones_next_to_nothing(capfd) -> None:
 
 @real
 def test_the_batch_size_does_not_show() -> None:
-    tales = embedded_tales()
+    # Of several lengths.
+    tales = [tale[: 200 + 10 * i] for i, tale in enumerate(embedded_tales())]
     values = [
         measure_mauve(tales[:30], tales[30:], embedded_base(), batch_size=size, progress=False).mean
         for size in (7, 64)
