@@ -17,7 +17,7 @@ import pytest
 
 # Time limits per example measure the machine, and are not what is tested here.
 # `make test-long` tries more examples.
-EXAMPLES = int(os.environ.get("HYPERLENS_EXAMPLES", "50"))
+EXAMPLES = int(os.environ.get("HYPERLENS_EXAMPLES", "30"))
 hypothesis.settings.register_profile("hyperlens", deadline=None, max_examples=EXAMPLES)
 hypothesis.settings.load_profile("hyperlens")
 
