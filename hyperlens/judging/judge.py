@@ -110,7 +110,7 @@ def judge_models(
         prompt: ask about each pair once more in the paper's protocol, in one order with the texts
             labelled A and B: "paper" for its own prompt (Appendix G), or a text file with the
             placeholders {context}, {continuation_a} and {continuation_b} that asks for the same
-            form of answer; None does not.
+            form of answer.
         cache: see `judge_continuations`.
         n_examples: how many pairs, drawn at random, are kept as text with what the judge said.
         batch_size: prompts per forward pass.
@@ -174,7 +174,7 @@ def judge_continuations(
         prompt: ask about each pair once more in the paper's protocol, in one order with the texts
             labelled A and B: "paper" for its own prompt (Appendix G), or a text file with the
             placeholders {context}, {continuation_a} and {continuation_b} that asks for the same
-            form of answer; None does not.
+            form of answer.
         cache: a folder where every answer is kept, and found again by another run that asks the
             same judge the same; None keeps none. For a function see `FunctionJudge`.
         n_examples: how many pairs, the first ones, are kept as text with what the judge said.
