@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 
 from ..checks import check_seed, check_types
 from ..errors import HyperlensError, TrainingError
-from ..files import expand_user, write_text
+from ..files import expand_user
 from ..hooks.surface import evaluating
 from ..models.kinds import plain_model
 from ..models.sources import OpenedModel
@@ -176,7 +176,9 @@ def sweep(
         done = _all_done(run, recipes, progress)
         result = _result(done, n_blocks, start, manifest)
         if folder is not None:
-            _save(result, folder)
+            # What `save` writes, into the folder with the cells.
+            result.write_texts(folder)
+            write_report(folder / "report.html", [result])
     return result
 
 
@@ -456,14 +458,6 @@ def _result(
         "notes": list(notes),
     }
     return SweepResult(tuple(table), {"cells": cells}, meta)
-
-
-def _save(result: SweepResult, folder: Path) -> None:
-    """Everything that `save` writes, into the folder with the cells."""
-    result.write(folder)
-    write_text(folder / result.csv_name(), result.to_frame().to_csv(index=False))
-    write_text(folder / "summary.txt", result.summary() + "\n")
-    write_report(folder / "report.html", [result])
 
 
 class Needed(NamedTuple):

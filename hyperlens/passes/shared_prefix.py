@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..hooks import surface
 from ..hooks.surface import HookedModel, evaluating
+from ..models.kinds import plain_model
 from .streams import NOTHING_SHARED, SharedPrefix
 
 # What a configuration says that no block computes with.
@@ -36,7 +37,7 @@ def find_shared_prefix(base: HookedModel, tuned: HookedModel) -> SharedPrefix:
     parts: list[Any] = [getattr(one, "structure", None) for one in (base, tuned)]
     if any(one is None for one in parts):
         return NOTHING_SHARED
-    models = [_plain(one.model) for one in (base, tuned)]
+    models = [plain_model(one.model) for one in (base, tuned)]
     apart = [{*map(id, p.blocks), id(p.final_norm), id(p.head)} for p in parts]
     if type(models[0]) is not type(models[1]) or not _same_settings(*models):
         return NOTHING_SHARED
@@ -148,10 +149,6 @@ def _rest(
     """The layers after a block, of a pass that begins at it."""
     layers = range(block + 1, tuned.cfg.n_layers + 1)
     return surface.run_layers(tuned, tokens, mask, layers, (block, entering)) if layers else []
-
-
-def _plain(model: Any) -> Any:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _same_settings(first: Any, second: Any) -> bool:

@@ -31,7 +31,7 @@ from ..experiments.static_bias import StaticBiasResult, inject_static_bias
 from ..experiments.temperature import TemperatureResult, match_temperature
 from ..experiments.variants import VariantsResult, compare_variants
 from ..experiments.weights import WeightChangesResult, compare_weights
-from ..files import expand_user, write_text
+from ..files import expand_user
 from ..hooks.loading import parse_device, parse_dtype
 from ..judging.judge import JudgeResult, judge_models
 from ..judging.judges import as_judge
@@ -572,9 +572,7 @@ def _finish(
         "origins": run.protocol.origins(),
     }
     result = ReproductionResult(tuple(side_by_side(found, run.protocol)), extras, meta)
-    result.write(run.folder)
-    write_text(run.folder / "summary.txt", result.summary() + "\n")
-    write_text(run.folder / result.csv_name(), result.to_frame().to_csv(index=False))
+    result.write_texts(run.folder)
     write_report(run.folder / "report.html", [result, *results.values()], title=meta["title"])
     return result
 

@@ -225,9 +225,7 @@ class Result(ABC):
         """
         folder = expand_user(folder)
         with new_folder(folder) as staging:
-            self.write(staging)
-            self.to_frame().to_csv(staging / self.csv_name(), index=False)
-            write_text(staging / "summary.txt", self.summary() + "\n")
+            self.write_texts(staging)
             write_report(staging / "report.html", [self])
             figure = self.plot() if figures else None
             if figure is not None:
@@ -239,6 +237,12 @@ class Result(ABC):
     def csv_name(cls) -> str:
         """What the table is called in a saved folder."""
         return f"{cls.name}.csv"
+
+    def write_texts(self, folder: Path) -> None:
+        """Write <name>.json, <name>.csv and summary.txt into a folder that exists; each atomic."""
+        self.write(folder)
+        write_text(folder / self.csv_name(), self.to_frame().to_csv(index=False))
+        write_text(folder / "summary.txt", self.summary() + "\n")
 
     def write(self, folder: Path) -> Path:
         """Write only <name>.json into a folder that exists; atomic."""

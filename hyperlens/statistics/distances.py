@@ -94,11 +94,7 @@ def compare_logits_(
     a weighted sum of logit *differences*, so that close distributions do not lose their small
     divergence to cancellation. Inside, all is in bits: exp2 is several times faster than exp.
     """
-    base_winner, tuned_winner = winner(base), winner(tuned)
-    for logits, best in ((base, base_winner), (tuned, tuned_winner)):
-        largest = logits.gather(-1, best[:, None])
-        # One operation and one rounding for two: (logits - largest) in bits.
-        torch.add(largest * -BITS_PER_NAT, logits, alpha=BITS_PER_NAT, out=logits)
+    base_winner, tuned_winner = _shift_(base), _shift_(tuned)
     weights = torch.exp2(base)
     base_z = _sum(weights)
     base_entropy = base_z.log2() - _sum(weights.mul_(base)) / base_z
@@ -120,12 +116,19 @@ def describe_logits_(
     logits: Float[Tensor, "n d_vocab"],
 ) -> tuple[Int[Tensor, " n"], Float[Tensor, " n"]]:
     """Winner and entropy of each row, which is **overwritten**: as `compare_logits_` has them."""
-    best = winner(logits)
-    largest = logits.gather(-1, best[:, None])
-    torch.add(largest * -BITS_PER_NAT, logits, alpha=BITS_PER_NAT, out=logits)
+    best = _shift_(logits)
     weights = torch.exp2(logits)
     z = _sum(weights)
     return best, (z.log2() - _sum(weights.mul_(logits)) / z) / BITS_PER_NAT
+
+
+def _shift_(logits: Float[Tensor, "n d_vocab"]) -> Int[Tensor, " n"]:
+    """The winner of each row, which becomes bits below its largest logit."""
+    best = winner(logits)
+    largest = logits.gather(-1, best[:, None])
+    # One operation and one rounding for two: (logits - largest) in bits.
+    torch.add(largest * -BITS_PER_NAT, logits, alpha=BITS_PER_NAT, out=logits)
+    return best
 
 
 def winner(logits: Float[Tensor, "n d_vocab"]) -> Int[Tensor, " n"]:
