@@ -238,8 +238,14 @@ class Result(ABC):
         """What the table is called in a saved folder."""
         return f"{cls.name}.csv"
 
-    def write_texts(self, folder: Path) -> None:
-        """Write <name>.json, <name>.csv and summary.txt into a folder that exists; each atomic."""
+    @check_types
+    def write_texts(self, folder: str | Path) -> None:
+        """Write <name>.json, <name>.csv and summary.txt into a folder that exists; each atomic.
+
+        Raises:
+            ResultsError: if the folder does not exist or cannot be written.
+        """
+        folder = expand_user(folder)
         self.write(folder)
         write_text(folder / self.csv_name(), self.to_frame().to_csv(index=False))
         write_text(folder / "summary.txt", self.summary() + "\n")
