@@ -19,6 +19,7 @@ from .hooks.loading import load_hooked as load_hooked
 from .pair import Pair as Pair
 from .pair import open_pair as open_pair
 from .patching import patch_blocks as patch_blocks
+from .processes import share_work as share_work
 from .questions import read_results as read_results
 from .render.page import write_report as write_report
 from .reproduction import reproduce as reproduce

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from .errors import ResultsError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def expand_user(path: str | Path) -> Path:
@@ -37,13 +42,48 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         ResultsError: if the folder cannot be written.
     """
+    with (
+        _replacing(path) as temporary,
+        temporary.open("x", encoding="utf-8", errors="replace") as file,
+    ):
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file through a temporary one in the same folder, tensor by tensor.
+
+    The library's own writer makes a copy of all tensors first.
+
+    Raises:
+        ResultsError: if the folder cannot be written.
+    """
+    names = {"float64": "F64", "float32": "F32", "int64": "I64"}
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        dtype = names[str(tensor.dtype).removeprefix("torch.")]
+        offsets = [start, end]
+        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": offsets}
+    start_of_file = json.dumps(header).encode()
+    start_of_file += b" " * (-len(start_of_file) % 8)
+    with _replacing(path) as temporary, temporary.open("xb") as file:
+        file.write(len(start_of_file).to_bytes(8, "little") + start_of_file)
+        for tensor in tensors.values():
+            file.write(tensor.detach().cpu().contiguous().numpy().reshape(-1).data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A temporary file to write, which then takes the place of `path`."""
     temporary = _beside(path)
     try:
         try:
-            with temporary.open("x", encoding="utf-8", errors="replace") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
+            yield temporary
             os.replace(temporary, path)
         except BaseException:
             temporary.unlink(missing_ok=True)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from . import processes
 from .checks import check_types
 from .data.corpus import Corpus, are_token_ids, build_corpus, check_max_length
 from .data.texts import read_texts
@@ -244,6 +245,10 @@ def tokenized(pair: Pair, texts: Any, max_length: int, include_bos: bool = False
         HyperlensError: if the texts do not fit the models.
     """
     corpus = pair.tokenize(texts, max_length=max_length, include_bos=include_bos)
+    processes.check_same("texts", corpus.sha256)
+    if processes.sharing():  # hashing takes its time
+        models = pair.describe()
+        processes.check_same("models", [models[side]["sha256"] for side in ("base", "tuned")])
     return Inputs(pair, corpus, (*pair.notes, *corpus.notes))
 
 

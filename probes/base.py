@@ -92,6 +92,12 @@ class Probe(ABC):
         for name, value in other.sums.items():
             self.sums[name] += value
 
+    def share_origin(self) -> None:  # noqa: B027
+        """Take what the sums are about from the first rank, which has seen its first batch.
+
+        Called on every rank, before any other rank has seen a batch. Sums about zero need nothing.
+        """
+
     def all_reduce(self) -> None:
         """Add up the sums of all `torch.distributed` ranks, in place, on every rank."""
         for value in self.sums.values():

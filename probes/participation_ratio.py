@@ -71,6 +71,9 @@ class ParticipationRatio(Probe):
     # float32 changes them in the seventh digit, and takes half the memory.
     float32_sums = frozenset({"sample", "excluded_outer"})
 
+    # The layers whose origin another rank has chosen.
+    _given: tuple[int, ...] = ()
+
     def __init__(
         self,
         views: Sequence[View] = VIEWS,
@@ -158,7 +161,7 @@ class ParticipationRatio(Probe):
                 self._update_excluded(pair, i, layer)
 
     def _has_no_origin(self, i: int) -> bool:
-        counted = bool(self.sums["n"][i] > 0)
+        counted = bool(self.sums["n"][i] > 0) or i in self._given
         return not counted and not (
             self.with_excluded and bool(self.sums["excluded_n"][:, i].any())
         )
@@ -226,6 +229,25 @@ class ParticipationRatio(Probe):
         for name, value in moved.items():
             if name != "origin":
                 self.sums[name] += value
+
+    def open(self, spec: StreamSpec) -> None:
+        """Start from zero for models of these sizes."""
+        super().open(spec)
+        self._given = ()
+
+    def share_origin(self) -> None:
+        """Take the origins of the first rank, so that no rank's sums have to be moved to them.
+
+        Moving rounds: the sampled tokens are float32.
+        """
+        group = torch.distributed
+        chosen = torch.tensor(
+            [not self._has_no_origin(i) for i in range(len(self.sums["n"]))],
+            device=self.spec.device,
+        )
+        group.broadcast(chosen, src=0)
+        group.broadcast(self.sums["origin"], src=0)
+        self._given = tuple(chosen.nonzero()[:, 0].tolist())
 
     def all_reduce(self) -> None:
         """Agree on the first rank's origin that has seen tokens, then add the sums up."""

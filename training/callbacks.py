@@ -23,8 +23,9 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
+from .. import processes
 from ..errors import ResultsError
-from . import history, processes
+from . import history
 from .folders import WorkingFolder
 from .history import Record
 from .recipes import Recipe

@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, TrainerCallback
 
+from .. import processes
 from ..errors import ResourceError, ResultsError, TrainingError, first_line
 from ..models.sources import OpenedModel
 from ..results.fingerprint import versions
-from . import pissa, processes
+from . import pissa
 from .adapters import (
     BlockList,
     find_block_list,

@@ -20,10 +20,11 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from .. import processes
 from ..errors import HyperlensError, ResourceError, ResultsError, TrainingError, first_line
 from ..files import check_new_folder, new_folder, remedy, write_text
 from ..models.kinds import is_peft
-from . import pissa, processes
+from . import pissa
 from .cards import CARD, model_card
 from .history import FILE, RUN_FILE
 from .locks import locked

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .. import processes
 from ..checks import check_types
 from ..errors import TrainingError
 from ..hooks.loading import load_hooked, parse_device, parse_dtype
 from ..models.kinds import Backend
 from ..models.sources import OpenedModel, open_source
 from ..results.fingerprint import versions, weights_sha256
-from . import history, processes
+from . import history
 from .data import TrainingData, training_data
 from .folders import check_out, save, working_folder
 from .recipes import HELP, Method, Recipe, changed, nearest, preset

@@ -25,10 +25,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from .. import processes
 from ..errors import ResourceError
 from ..hooks.attach import entering_at, residual_given, skipped
 from ..models.structure import find_structure
-from . import processes
 from .token_loss import last_position_only
 from .weights import next_numbers, trainers_randomness, training_mode
 

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from .. import processes
 from ..decoding.diversity import repetition, type_token_ratio
 from ..errors import TrainingError
 from ..hooks.surface import evaluating
@@ -21,7 +22,6 @@ from ..models.structure import find_structure
 from ..passes.streams import logit_chunk_rows
 from ..statistics.distances import rank_of, winner
 from ..statistics.rank_buckets import RANK_BUCKETS
-from . import processes
 from .greedy import cache_bytes, greedy
 from .history import Record
 from .prefix import LastResiduals, Plan, PrefixCache

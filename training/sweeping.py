@@ -23,6 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .. import processes
 from ..checks import check_seed, check_types
 from ..errors import HyperlensError, TrainingError
 from ..files import expand_user
@@ -52,7 +53,6 @@ from ..results.resume import WorkFolder
 from ..statistics import significance
 from ..statistics.moments import moments_of
 from ..statistics.ratios import SampledTokens, linearised
-from . import processes
 from .adapters import find_block_list
 from .data import TrainingData
 from .history import read_run

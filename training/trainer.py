@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
+from .. import processes
 from ..errors import ResultsError, TrainingError, first_line
-from . import processes
 from .callbacks import Progress
 from .folders import WorkingFolder
 from .history import COLUMNS, Record

@@ -14,12 +14,12 @@ import sys
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from importlib import import_module
 from typing import Any, NoReturn
 
-from .. import __version__
-from ..errors import HyperlensError
+from .. import __version__, processes
+from ..errors import HyperlensError, ResourceError
 from ..questions import QUESTIONS
 from ..training.recipes import nearest
 from . import demo, experiments, hyperfit, merge, report, validate
@@ -37,6 +37,10 @@ Examples:
 2 a wrong command line, 130 interrupted."""
 
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+
+# Commands that divide their work among the processes that torchrun starts; training does so in
+# its own way.
+SHARED, OWN_WAY = ("compare", "behaviour"), ("hyperfit",)
 
 
 class Parser(argparse.ArgumentParser):
@@ -113,12 +117,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return stop.code if isinstance(stop.code, int) else USAGE
     debug = args.debug or os.environ.get(DEBUG, "") not in ("", "0")
     try:
-        with _only_our_voice(debug):
+        _check_processes(args.command)
+        with _only_our_voice(debug), _shared(args.command):
             text = args.run(args)
         # Started several times by torchrun, a command answers once.
-        if os.environ.get("RANK", "0") == "0":
+        if processes.is_first():
             _say(text)
         return OK
+    except processes.FailedElsewhere:
+        return FAILED
     except BrokenPipeError:  # whoever read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
@@ -136,6 +143,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             hint = "" if debug else "; see the traceback with --debug, and please report it"
             _complain(f"unexpected error: {type(error).__name__}: {error}{hint}")
         return FAILED
+
+
+def _check_processes(command: str) -> None:
+    if processes.count() > 1 and command not in (*SHARED, *OWN_WAY):
+        if not processes.is_first():
+            raise processes.FailedElsewhere("the first process says why")
+        raise ResourceError(
+            f"{command} runs in one process: start it without torchrun or accelerate launch "
+            f"({', '.join((*SHARED, *OWN_WAY))} run in several)"
+        )
+
+
+def _shared(command: str) -> AbstractContextManager[None]:
+    return processes.share_work() if command in SHARED else nullcontext()
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from .options import (
     read,
     saved,
     shows_progress,
+    summary_of,
     texts_for,
 )
 from .signatures import add_command, add_options, option_names, read_signature
@@ -59,6 +60,17 @@ def _function(question: Question) -> Any:
 def _compare(question: Question, own: list[str], args: argparse.Namespace) -> str:
     texts = texts_for(args)
     return saved(_function(question)(args.base, args.tuned, texts, **given(args, *own)), args)
+
+
+def _add_pair_that_is_kept(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(interrupted=_interrupted)
+    add_pair(parser)
+
+
+def _compare_and_save(question: Question, own: list[str], args: argparse.Namespace) -> str:
+    texts = texts_for(args)
+    options = given(args, *own, "out")
+    return summary_of(_function(question)(args.base, args.tuned, texts, **options), args)
 
 
 def _add_mauve_texts(parser: argparse.ArgumentParser) -> None:
@@ -192,11 +204,12 @@ def _check_names(names: Sequence[str], error: type[HyperlensError]) -> None:
 def _interrupted(args: argparse.Namespace) -> str:
     if args.out is None:
         return "interrupted"
-    return "interrupted: the same command goes on after the last row that was done"
+    return "interrupted: the same command goes on with what was kept of it"
 
 
 # What a question takes instead of two models and texts, and what runs it.
 SPECIAL = {
+    "comparison": (_add_pair_that_is_kept, _compare_and_save),
     "cross_domain": (_add_pairs_and_corpora, _compare_domains),
     "mauve": (_add_mauve_texts, _compare_texts),
     "training": (_add_runs, _compare_runs),

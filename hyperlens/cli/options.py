@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from .. import processes
 from ..files import check_new_folder, expand_user
 
 DEBUG = "HYPERLENS_DEBUG"
@@ -166,13 +167,19 @@ def given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
 
 
 def saved(result: Any, args: argparse.Namespace) -> str:
-    """The summary; with --out, after saving everything."""
+    """The summary; with --out, after the first of several processes has saved everything."""
+    if args.out is not None and processes.is_first():
+        result.save(args.out)
+    return summary_of(result, args)
+
+
+def summary_of(result: Any, args: argparse.Namespace) -> str:
+    """The summary; with --out, with the files that have been saved."""
     summary: str = result.summary()
-    if args.out is None:
+    if args.out is None or not processes.is_first():
         return summary
-    folder = result.save(args.out)
-    files = ", ".join(sorted(file.name for file in folder.iterdir()))
-    return f"{summary}\n\nsaved in {folder}: {files}"
+    files = ", ".join(sorted(file.name for file in args.out.iterdir()))
+    return f"{summary}\n\nsaved in {args.out}: {files}"
 
 
 def names(text: str) -> tuple[str, ...]:

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from .. import processes
 from ..checks import check_counts, check_seed, check_types
 from ..errors import CorpusError, ProbeError
+from ..files import check_new_folder, expand_user
 from ..models.kinds import Backend
-from ..pair import open_inputs
+from ..pair import Inputs, open_inputs
+from ..passes.kept_sums import KeptSums
 from ..passes.multi_pass import run_passes
 from ..passes.streaming import PassOptions, PassResult
 from ..probes import Probe, default_probes
@@ -44,6 +50,7 @@ def compare_models(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     seed: int = 0,
+    out: str | Path | None = None,
     progress: bool = True,
 ) -> Comparison:
     """Compare a base causal LM with a fine-tuned one on some text, at every block.
@@ -73,6 +80,9 @@ def compare_models(
         dtype: of the forward passes, for both models; None keeps the checkpoints' own.
             Statistics are always float32 with float64 sums.
         seed: of the token sample that participation-ratio intervals are computed from.
+        out: a new folder to save the result in. In a long run, sums are kept beside it, in
+            `out.partial`, about every minute: the same call goes on after an interruption, and
+            ends with the same numbers.
         progress: show a progress bar.
 
     Returns:
@@ -80,8 +90,10 @@ def compare_models(
 
     Raises:
         HyperlensError: LoadingError, ParityError, PairError, CorpusError, ActivationError,
-            ProbeError or ResourceError, each with one line that says what to do.
+            ProbeError, ResourceError or ResultsError, each with one line that says what to do.
     """
+    if out is not None:
+        check_new_folder(expand_user(out))
     chosen = _checked_probes(probes)
     options = _checked_options(batch_size, sink_threshold, seed, progress)
     inputs = open_inputs(
@@ -96,6 +108,8 @@ def compare_models(
         dtype=dtype,
     )
     pair = inputs.pair
+    kept = _kept_beside(expand_user(out), inputs, chosen, options) if out is not None else None
+    options = replace(options, kept=kept)
     outcome = run_passes(pair.base.hooked, pair.tuned.hooked, inputs.corpus, chosen, options)
     meta = inputs.metadata(
         seed=options.seed,
@@ -114,11 +128,33 @@ def compare_models(
     meta["probes"] = {probe.name: _json_options(probe) for probe in chosen}
     rows = (row for result in outcome.results.values() for row in result.rows)
     same = meta["base"]["sha256"] == meta["tuned"]["sha256"]
-    return Comparison.of(
+    comparison = Comparison.of(
         rows=without_doubt(rows) if same else rows,
         extras={name: dict(r.extras) for name, r in outcome.results.items() if r.extras},
         meta=meta,
     )
+    if out is not None and kept is not None and processes.is_heard():
+        comparison.save(out)
+        kept.forget()
+    return comparison
+
+
+def _kept_beside(
+    out: Path, inputs: Inputs, probes: Sequence[Probe], options: PassOptions
+) -> KeptSums:
+    """Where sums are kept, by everything that decides them."""
+    groups = json.dumps(inputs.corpus.groups).encode()
+    identity = {
+        "models": inputs.pair.describe(),
+        "corpus": inputs.corpus.describe(),
+        "groups": hashlib.sha256(groups).hexdigest(),
+        "batch_size": options.batch_size,
+        "sink_threshold": options.sink_threshold,
+        "seed": options.seed,
+        "probes": [[type(one).__qualname__, one.name, _json_options(one)] for one in probes],
+    }
+    place = out.absolute()
+    return KeptSums(place.with_name(f"{place.name}.partial"), identity)
 
 
 def _checked_probes(given: Sequence[Probe | str] | None) -> list[Probe]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from numbers import Integral
 from typing import Any, Literal
 
@@ -123,6 +124,7 @@ class Corpus:
         n_sampled_sequences: int = 0,
         n_sampled_tokens: int = 0,
         seed: int = 0,
+        share: tuple[int, int] = (0, 1),
     ) -> Iterator[Batch]:
         """Padded batches in the corpus's own order.
 
@@ -131,9 +133,11 @@ class Corpus:
             n_sampled_sequences: of how many sequences, or groups, tokens are sampled.
             n_sampled_tokens: how many tokens of each.
             seed: of the choice of the sample, which depends on content alone otherwise.
+            share: (i, n) gives every n-th batch, from number i on, which makes about equal shares.
         """
         sample = self._sample(n_sampled_sequences, n_sampled_tokens, seed)
-        for indices in self._batch_indices(batch_size):
+        first, step = share
+        for indices in islice(self._batch_indices(batch_size), first, None, step):
             tokens, mask = pad([self.sequences[i] for i in indices])
             real = mask.bool()
             slot = np.full(len(indices), -1, dtype=np.int64)

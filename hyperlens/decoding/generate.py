@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -14,6 +15,7 @@ from weakref import WeakKeyDictionary
 from torch import nn
 from tqdm.auto import tqdm
 
+from .. import processes
 from ..checks import check_positive, check_seed, check_types
 from ..data.corpus import pad
 from ..errors import DecodingError
@@ -83,6 +85,8 @@ def continuations(
     sampling = {"temperature": temperature, "top_p": top_p, "min_p": min_p}
     settings = _settings(max_new_tokens, eos, do_sample=do_sample, **sampling)
     kept = None if logits_processors else _kept.get()
+    # A sampled batch draws on after the one before it.
+    shares = processes.sharing() and kept is None and not do_sample
     if kept is not None:
         # Sampled tokens depend on how prompts share batches.
         drawn = {**sampling, "batch_size": batch_size, "seed": seed} if do_sample else None
@@ -91,7 +95,9 @@ def continuations(
         if found is not None:
             return list(found["tokens"])
     generated: list[list[int]] = [[] for _ in prompts]
-    bar = tqdm(total=len(prompts), desc="generating", unit="text", disable=not progress)
+    first, step = processes.share() if shares else (0, 1)
+    hidden = not progress or not processes.is_heard()
+    bar = tqdm(total=len(prompts), desc="generating", unit="text", disable=hidden)
     device = next(model.parameters()).device
     with (
         explaining_out_of_memory(batch_size, ", or max_new_tokens"),
@@ -100,7 +106,7 @@ def continuations(
         _own_settings(model, settings),
         evaluating(model),
     ):
-        for batch in batches(prompts, batch_size):
+        for batch in islice(batches(prompts, batch_size), first, None, step):
             for processor in logits_processors:
                 if hasattr(processor, "reset"):
                     processor.reset()
@@ -116,7 +122,11 @@ def continuations(
             for i, row in zip(batch, output[:, tokens.shape[1] :].tolist(), strict=True):
                 ends = [place for place, token in enumerate(row) if token in eos]
                 generated[i] = row[: ends[0]] if ends else row
-            bar.update(len(batch))
+            bar.update(min(len(batch) * step, len(prompts) - bar.n))
+    if shares:
+        # Each prompt has been continued by one process.
+        of_all = zip(*processes.from_all(generated), strict=True)
+        generated = [max(of_prompt, key=len) for of_prompt in of_all]
     if kept is not None:
         kept.records.keep(identity, {"tokens": generated})
     return generated

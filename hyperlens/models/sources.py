@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .. import processes
 from ..errors import LoadingError, PairError
 from .adapters import (
     ADAPTER_CONFIG,
@@ -121,9 +122,9 @@ def check_source(source: Any) -> None:
 
 
 def best_device() -> torch.device:
-    """CUDA if there is one, else MPS, else the CPU."""
+    """CUDA if there is one, of processes that share work each its own, else MPS, else the CPU."""
     if torch.cuda.is_available():
-        return torch.device("cuda")
+        return torch.device("cuda", processes.number_here() if processes.sharing() else None)
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import psutil
 import torch
 
+from .. import processes
 from .failures import run_probe_step
 from .streams import StreamSpec, logit_chunk_bytes
 
@@ -53,12 +54,13 @@ def memory_needed(
 
 
 def free_bytes(device: torch.device) -> int:
-    """Bytes that can still be allocated on a device."""
+    """Bytes that can still be allocated on a device, by each of the processes that share it."""
     if device.type == "cuda":
         # Memory that torch caches of freed tensors is free, though the driver counts it as used.
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + cached
-    return min(int(psutil.virtual_memory().available), _free_in_container())
+    free = min(int(psutil.virtual_memory().available), _free_in_container())
+    return free // processes.sharing_here()
 
 
 def _free_in_container() -> int:

@@ -49,8 +49,9 @@ def run_passes(
     while passes:
         chosen = passes.pop(0)  # the last reference: its sums are freed before the next pass
         title = f"{options.title} ({len(done) + 1} of {n_passes})" if n_passes > 1 else None
-        titled = replace(options, title=title or options.title)
-        done.append(run_pass(base, tuned, corpus, chosen, titled))
+        kept = options.kept.of_part(len(done), n_passes) if options.kept is not None else None
+        own = replace(options, title=title or options.title, kept=kept)
+        done.append(run_pass(base, tuned, corpus, chosen, own))
     results = {
         probe.name: _joined(part.results[probe.name] for part in done if probe.name in part.results)
         for probe in probes

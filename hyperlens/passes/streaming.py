@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .. import processes
 from ..data.corpus import Batch, Corpus
 from ..errors import ActivationError, ResourceError
 from ..hooks import surface
@@ -20,6 +21,7 @@ from ..hooks.surface import HookedModel
 from ..results.rows import ProbeResult
 from ..statistics import distances
 from .failures import explaining_out_of_memory, run_probe_step
+from .kept_sums import KeptSums, SumsKeeper
 from .logits_reader import ReadsLogits, read_logits
 from .memory import MemoryNeeded, free_bytes, keep_freed_memory, memory_needed
 from .shared_prefix import run_tuned, shared_on
@@ -56,6 +58,12 @@ class RunsInAPass(Protocol):
     def update(self, pair: StreamPair) -> None:
         """Add one batch."""
 
+    def share_origin(self) -> None:
+        """Take what sums are about from the first of several processes."""
+
+    def all_reduce(self) -> None:
+        """Add up the sums of several processes."""
+
     def compute(self) -> ProbeResult:
         """Read the result."""
 
@@ -74,6 +82,7 @@ class PassOptions:
         seed: of the token sample.
         progress: show a progress bar.
         title: what the bar is called.
+        kept: where sums are kept while the pass runs, to go on from; None keeps nothing.
     """
 
     batch_size: int
@@ -81,6 +90,7 @@ class PassOptions:
     seed: int
     progress: bool
     title: str = "comparing"
+    kept: KeptSums | None = None
 
 
 @dataclass(frozen=True)
@@ -123,6 +133,10 @@ def run_pass(
             run_probe_step(probe, "open", spec)
         shared = shared_on(base, tuned, corpus.sequences[0])
         sinks = _read_texts(base, tuned, corpus, probes, options, spec, shared)
+        if processes.sharing():
+            sinks = torch.tensor(processes.summed(*sinks.tolist())).long()
+            for probe in probes:
+                run_probe_step(probe, "all_reduce")
         results = {probe.name: run_probe_step(probe, "compute") for probe in probes}
     return PassResult(results, tuple(sinks.tolist()), shared=shared)
 
@@ -143,17 +157,42 @@ def _read_texts(
         n_sampled_sequences=spec.n_sampled_sequences,
         n_sampled_tokens=spec.n_sampled_tokens,
         seed=options.seed,
+        share=processes.share(),
     )
-    bar = tqdm(
-        total=corpus.counts.n_tokens, unit="tok", desc=options.title, disable=not options.progress
-    )
+    n_tokens, (_, n_shares) = corpus.counts.n_tokens, processes.share()
+    kept = options.kept.of_part(*processes.share()) if options.kept is not None else None
+    keeper = SumsKeeper(kept, probes, sinks)
+    hidden = not options.progress or not processes.is_heard()
+    bar = tqdm(total=n_tokens, unit="tok", desc=options.title, disable=hidden)
+    has_begun = not processes.sharing()
     with bar, surface.evaluating(base), surface.evaluating(tuned):
-        for batch in batches:
-            pair = read_pair(base, tuned, batch, options.sink_threshold, spec.device, shared)
-            sinks += _update(probes, pair)
-            # Its streams are let go before the next ones, or the results, are made.
-            del pair
-            bar.update(int(batch.real.sum()))
+        for i, batch in enumerate(batches):
+            if i >= keeper.batches:
+                pair = read_pair(base, tuned, batch, options.sink_threshold, spec.device, shared)
+                sinks += _update(probes, pair) if has_begun else _begin_together(probes, pair)
+                has_begun = True
+                # Its streams are let go before the next ones, or the results, are made.
+                del pair
+                keeper.batch_done()
+            # Other processes are about as far.
+            bar.update(min(int(batch.real.sum()) * n_shares, n_tokens - bar.n))
+    if not has_begun:
+        _begin_together(probes, None)
+    return sinks
+
+
+def _begin_together(probes: Sequence[RunsInAPass], pair: StreamPair | None) -> Tensor | int:
+    """The first batch of this process, if it has any: sums are about what the first one chooses.
+
+    The others have run their models on theirs meanwhile.
+    """
+    sinks: Tensor | int = 0
+    if processes.is_first() and pair is not None:
+        sinks = _update(probes, pair)
+    for probe in probes:
+        run_probe_step(probe, "share_origin")
+    if not processes.is_first() and pair is not None:
+        sinks = _update(probes, pair)
     return sinks
 
 
