@@ -153,10 +153,11 @@ def share_work() -> Iterator[None]:
         yield
         return
     from torch import distributed
+    from torch.distributed.rendezvous import rendezvous
 
     store = None
     if not distributed.is_initialized():
-        store, rank, size = next(distributed.rendezvous("env://"))
+        store, rank, size = next(rendezvous("env://"))
         # Each kind of device by its own means: sums on the CPU beside models on GPUs.
         distributed.init_process_group(store=store, rank=rank, world_size=size)
     token = _sharing.set(True)

@@ -48,6 +48,12 @@ QUESTIONS = (
     Question("behaviour", "experiments.behaviour", "measure_behaviour", "BehaviourResult"),
     Question("null_test", "experiments.null_test", "run_null_test", "NullTestResult"),
     Question("provenance", "experiments.provenance", "trace_provenance", "ProvenanceResult"),
+    Question(
+        "first_divergence",
+        "experiments.first_divergence",
+        "find_first_divergence",
+        "FirstDivergenceResult",
+    ),
     Question("temperature", "experiments.temperature", "match_temperature", "TemperatureResult"),
     Question("static_bias", "experiments.static_bias", "inject_static_bias", "StaticBiasResult"),
     Question("decoding", "experiments.decoding", "compare_decoding", "DecodingResult"),

@@ -318,10 +318,10 @@ from conftest import make_tiny, perturbed, token_texts
 from memory_for_tests import forget_peak, peak
 from hyperlens import compare_models
 torch.set_num_threads(1)
-base = make_tiny("llama", hidden_size=128, intermediate_size=128, vocab_size=1000)
+base = make_tiny("llama", hidden_size=128, intermediate_size=128, vocab_size=500)
 tuned = perturbed(base)
 # More than are sampled for intervals in either case.
-few, many = (token_texts(n=n, shortest=12, longest=12) for n in (130, 1300))
+few, many = (token_texts(n=n, shortest=6, longest=6) for n in (130, 1300))
 held = forget_peak()
 compare_models(base, tuned, many, progress=False)  # loads and keeps what is kept for later
 peaks = [], []

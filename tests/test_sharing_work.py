@@ -31,9 +31,12 @@ base, tuned, ids_file, out, reading, writing = sys.argv[1:]
 ids = json.load(open(ids_file))
 with share_work():
     read = compare_models(base, tuned, ids, **json.loads(reading))
+    # A single batch: all but the first process have nothing to read.
+    few = compare_models(base, tuned, ids[:2], **json.loads(reading))
     written = measure_behaviour(base, tuned, ids, progress=False, **json.loads(writing))
 rank = os.environ["RANK"]
 read.save(f"{out}/read-{rank}")
+few.save(f"{out}/few-{rank}")
 written.save(f"{out}/written-{rank}")
 """
 # The second process is gone after its first batch; the others have more to read.
@@ -88,19 +91,21 @@ def test_processes_return_what_one_does(
     """Of all but ratios as most code has them, whose outer products are summed in float32."""
     models, ids = (str(llama_folder), str(adapter)), json.loads(ids_file.read_text())
     read = compare_models(*models, ids, **READING)
+    few = compare_models(*models, ids[:2], **READING)
     written = measure_behaviour(*models, ids, progress=False, **WRITING)
     settings = json.dumps(READING), json.dumps(WRITING)
     done = launched(n, SCRIPT, tmp_path, *models, str(ids_file), str(tmp_path), *settings)
     assert done.returncode == 0, done.stderr
     assert len(ids) > n * READING["batch_size"], "each process has to read some"
     for rank in range(n):
-        theirs = type(read).load(tmp_path / f"read-{rank}")
-        assert theirs.meta["excluded"] == read.meta["excluded"]
-        assert theirs.extras == read.extras
-        for mine, other in zip(read.table, theirs.table, strict=True):
-            tolerance = 1e-6 if "with_sinks" in mine["metric"] else 1e-9
-            close = pytest.approx(numbers(mine), rel=tolerance, abs=tolerance, nan_ok=True)
-            assert numbers(other) == close, mine
+        for name, ours in (("read", read), ("few", few)):
+            theirs = type(ours).load(tmp_path / f"{name}-{rank}")
+            assert theirs.meta["excluded"] == ours.meta["excluded"]
+            assert theirs.extras == ours.extras
+            for mine, other in zip(ours.table, theirs.table, strict=True):
+                tolerance = 1e-6 if "with_sinks" in mine["metric"] else 1e-9
+                close = pytest.approx(numbers(mine), rel=tolerance, abs=tolerance, nan_ok=True)
+                assert numbers(other) == close, mine
         assert type(written).load(tmp_path / f"written-{rank}").to_dict() == written.to_dict()
 
 

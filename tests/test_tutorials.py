@@ -30,6 +30,8 @@ INSTEAD = {
     'strategies=("greedy",)': 'strategies=("greedy",), max_new_tokens=12',
     "held_out[:24], n_controls=2": "held_out[:6], n_controls=1",
     "pair, held_out, progress": "pair, held_out, max_length=64, progress",
+    "held_out[:16], max_length=64": "held_out[:6], max_length=32",
+    "    pair,\n    held_out,\n": "    pair,\n    held_out,\n    max_length=64,\n",
 }
 NUMBER = re.compile(rf"\b({'|'.join(AT_MOST)})=(\d+)")
 

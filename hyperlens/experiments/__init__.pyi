@@ -4,6 +4,8 @@ from .cross_domain import CrossDomainResult as CrossDomainResult
 from .cross_domain import compare_domains as compare_domains
 from .decoding import DecodingResult as DecodingResult
 from .decoding import compare_decoding as compare_decoding
+from .first_divergence import FirstDivergenceResult as FirstDivergenceResult
+from .first_divergence import find_first_divergence as find_first_divergence
 from .mauve import MauveResult as MauveResult
 from .mauve import measure_mauve as measure_mauve
 from .null_test import NullTestResult as NullTestResult

@@ -58,17 +58,22 @@ class RunsInAPass(Protocol):
     def update(self, pair: StreamPair) -> None:
         """Add one batch."""
 
-    def share_origin(self) -> None:
-        """Take what sums are about from the first of several processes."""
-
-    def all_reduce(self) -> None:
-        """Add up the sums of several processes."""
-
     def compute(self) -> ProbeResult:
         """Read the result."""
 
     def state_bytes(self, spec: StreamSpec) -> int:
         """Memory `open` will take."""
+
+
+@runtime_checkable
+class AddsUp(RunsInAPass, Protocol):
+    """A probe that several processes can share."""
+
+    def share_origin(self) -> None:
+        """Take what sums are about from the first process."""
+
+    def all_reduce(self) -> None:
+        """Add up the sums of all processes."""
 
 
 @dataclass(frozen=True)
@@ -132,8 +137,9 @@ def run_pass(
         for probe in probes:
             run_probe_step(probe, "open", spec)
         shared = shared_on(base, tuned, corpus.sequences[0])
-        sinks = _read_texts(base, tuned, corpus, probes, options, spec, shared)
-        if processes.sharing():
+        share = _share(probes)
+        sinks = _read_texts(base, tuned, corpus, probes, options, spec, shared, share)
+        if share[1] > 1:
             sinks = torch.tensor(processes.summed(*sinks.tolist())).long()
             for probe in probes:
                 run_probe_step(probe, "all_reduce")
@@ -149,22 +155,23 @@ def _read_texts(
     options: PassOptions,
     spec: StreamSpec,
     shared: SharedPrefix,
+    share: tuple[int, int],
 ) -> Int[Tensor, " layer"]:
-    """Show every batch to all probes, and count the sinks of all."""
+    """Show every batch of this process's share to all probes, and count the sinks of all."""
     sinks = torch.zeros(spec.n_layers + 1, dtype=torch.int64)
     batches = corpus.batches(
         options.batch_size,
         n_sampled_sequences=spec.n_sampled_sequences,
         n_sampled_tokens=spec.n_sampled_tokens,
         seed=options.seed,
-        share=processes.share(),
+        share=share,
     )
-    n_tokens, (_, n_shares) = corpus.counts.n_tokens, processes.share()
-    kept = options.kept.of_part(*processes.share()) if options.kept is not None else None
+    n_tokens = corpus.counts.n_tokens
+    kept = options.kept.of_part(*share) if options.kept is not None else None
     keeper = SumsKeeper(kept, probes, sinks)
     hidden = not options.progress or not processes.is_heard()
     bar = tqdm(total=n_tokens, unit="tok", desc=options.title, disable=hidden)
-    has_begun = not processes.sharing()
+    has_begun = share[1] == 1
     with bar, surface.evaluating(base), surface.evaluating(tuned):
         for i, batch in enumerate(batches):
             if i >= keeper.batches:
@@ -175,10 +182,15 @@ def _read_texts(
                 del pair
                 keeper.batch_done()
             # Other processes are about as far.
-            bar.update(min(int(batch.real.sum()) * n_shares, n_tokens - bar.n))
+            bar.update(min(int(batch.real.sum()) * share[1], n_tokens - bar.n))
     if not has_begun:
         _begin_together(probes, None)
     return sinks
+
+
+def _share(probes: Sequence[RunsInAPass]) -> tuple[int, int]:
+    """This process's share of the batches; all of them where a probe cannot be shared."""
+    return processes.share() if all(isinstance(one, AddsUp) for one in probes) else (0, 1)
 
 
 def _begin_together(probes: Sequence[RunsInAPass], pair: StreamPair | None) -> Tensor | int:

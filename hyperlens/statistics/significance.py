@@ -17,6 +17,8 @@ CONFIDENCE = 0.95
 ROUNDING = 1e-12
 # All orders of up to so many settings are tried: 8! = 40,320.
 MOST_EXACT = 8
+# All swaps of the labels of up to so many pairs are tried, and else so many drawn at random.
+MOST_SWAPPED, DRAWN_SWAPS = 12, 9_999
 
 
 class Estimate(NamedTuple):
@@ -97,6 +99,29 @@ def paired_p(a: Sequence[float], b: Sequence[float]) -> float:
     if np.ptp(gaps) <= rounding:
         return float(2.0 ** (1 - len(gaps)))
     return float(stats.ttest_1samp(gaps, 0.0).pvalue)
+
+
+def sign_flip_p(gaps: Sequence[float], seed: int = 0) -> float:
+    """Two-sided p that paired gaps are as likely to be of either sign: labels of pairs swapped.
+
+    All swaps of up to 12 pairs; of more, 9,999 drawn at random beside the labels as they are. NaN
+    where no gap differs from 0.
+
+    >>> sign_flip_p([1.0, 2.0, 3.0])  # two of eight ways to give signs are as extreme
+    0.25
+    """
+    units = np.asarray(gaps, dtype=np.float64)
+    if not len(units) or np.abs(units).max() == 0:
+        return math.nan
+    if len(units) <= MOST_SWAPPED:
+        numbers = np.arange(2 ** len(units))
+        signs = 1 - 2 * (numbers[:, None] >> np.arange(len(units)) & 1)
+    else:
+        drawn = np.random.default_rng(seed).integers(0, 2, (DRAWN_SWAPS, len(units)))
+        signs = np.vstack([np.ones_like(units), 1 - 2 * drawn])
+    sums = np.abs(signs @ units)
+    # The labels as they are come first; equal but for rounding counts as extreme as they.
+    return float((sums >= sums[0] * (1 - 1e-9)).mean())
 
 
 def welch_p(a: Sequence[float], b: Sequence[float]) -> float:
