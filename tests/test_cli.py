@@ -134,7 +134,6 @@ def test_compare_without_out_only_prints(home: Path, capsys: pytest.CaptureFixtu
     assert sorted(home.rglob("*")) == before
 
 
-@pytest.mark.transformer_lens
 def test_every_option_of_compare_arrives(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

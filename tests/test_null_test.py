@@ -149,7 +149,6 @@ def test_tied_weights_stay_tied() -> None:
     assert made.lm_head.weight is made.model.embed_tokens.weight
 
 
-@pytest.mark.transformer_lens
 def test_the_tuned_column_is_what_compare_models_says() -> None:
     base = make_tiny("llama")
     tuned = perturbed(base, 0.2)

@@ -181,7 +181,6 @@ def test_batches_change_nothing(in_fives, side_by_side):
         assert one["low"] == pytest.approx(two["low"], abs=1e-6, nan_ok=True)
 
 
-@pytest.mark.transformer_lens
 def test_a_patch_at_some_positions_does_not_reach_back():
     base = make_tiny("llama")
     tuned = blocks_perturbed(base, [1], scale=0.3)

@@ -2,7 +2,6 @@
 
 import contextlib
 import re
-import shutil
 
 import pytest
 from conftest import ROOT, lora, perturbed, unchecked
@@ -11,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hyperlens.embedded import embedded_base, embedded_tales
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+N_LAYERS = 6
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
@@ -18,11 +18,13 @@ SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 def ran(tmp_path_factory: pytest.TempPathFactory) -> dict:
     """The names that all snippets leave behind, run where the folders they name exist."""
     folder = tmp_path_factory.mktemp("readme")
-    shutil.copytree(embedded_base(), folder / "base")
-    base = AutoModelForCausalLM.from_pretrained(folder / "base")
-    tokenizer = AutoTokenizer.from_pretrained(folder / "base")
-    perturbed(base, 0.02).save_pretrained(folder / "tuned")
-    tokenizer.save_pretrained(folder / "tuned")
+    base = AutoModelForCausalLM.from_pretrained(embedded_base())
+    base.model.layers = base.model.layers[:N_LAYERS]  # as many as late-stage LoRA trains, and one
+    base.config.num_hidden_layers = N_LAYERS
+    tokenizer = AutoTokenizer.from_pretrained(embedded_base())
+    for name, model in (("base", base), ("tuned", perturbed(base, 0.02))):
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
     lora(base, "llama").save_pretrained(folder / "lora-adapter")
     tales = [" ".join(tale.split()) for tale in embedded_tales()[:5]]
     for name, length in (("texts.txt", 160), ("stories.txt", 400)):
@@ -42,12 +44,12 @@ def test_the_snippets_do_what_they_say(ran: dict) -> None:
     frame = ran["comparison"].to_frame()
     assert {"norm_growth", "drift"} == set(frame.probe)
     rows = frame[frame.probe == "norm_growth"]
-    assert list(rows.layer) == list(range(11))
+    assert list(rows.layer) == list(range(N_LAYERS + 1))
     assert ran["logits"].shape[-1] == ran["pair"].base.hooked.cfg.d_vocab
     assert ran["sweep"].extras["decisions"] > 0
     assert ran["null"].meta["options"]["n_controls"] == 2
-    assert ran["model"].cfg.n_layers == 10
-    assert ran["lora"].n_layers == 10
+    assert ran["model"].cfg.n_layers == N_LAYERS
+    assert ran["lora"].n_layers == N_LAYERS
     for name in ("layers.svg", "report.html", "lora"):
         assert (ran["folder"] / name).exists()
 

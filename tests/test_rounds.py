@@ -50,7 +50,6 @@ def room_for(monkeypatch, work, n_layers):
         monkeypatch.setattr(module, "free_bytes", lambda device: allowed)
 
 
-@pytest.mark.transformer_lens
 @pytest.mark.parametrize(
     ("n_layers", "n_passes"), short([(5, 1), (4, 2), (3, 2), (2, 3), (1, 5)], (4, 2), (1, 5))
 )

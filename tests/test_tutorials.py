@@ -21,13 +21,13 @@ AT_MOST = {
     "n_validation": 4,
     "n_prompts": 3,
     "new_tokens": 12,
-    "max_new_tokens": 12,
+    "max_new_tokens": 6,
     "batch_size": 8,
 }
 # ... and these words for others. Each of them must be found in some tutorial.
 INSTEAD = {
     "tales[:32], tales[32:]": "tales[:8], tales[32:44]",
-    'strategies=("greedy",)': 'strategies=("greedy",), max_new_tokens=12',
+    'strategies=("greedy",)': 'strategies=("greedy",), max_new_tokens=6',
     "held_out[:24], n_controls=2": "held_out[:6], n_controls=1",
     "pair, held_out, progress": "pair, held_out, max_length=64, progress",
     "held_out[:16], max_length=64": "held_out[:6], max_length=32",
