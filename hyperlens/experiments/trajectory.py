@@ -187,6 +187,7 @@ def trace_trajectory(
     """
     options = checked_options(batch_size, sink_threshold, seed, progress)
     check_max_length(max_length)
+    check_source(base)
     sources = find_checkpoints(checkpoints)
     for step, source in sources.items():
         with _naming(step):
