@@ -1,9 +1,11 @@
 """The checkpoints of a run beside their base: the comparisons themselves, and when it changed."""
 
 import copy
+import gc
 import json
 import math
 import shutil
+import weakref
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from conftest import lora, make_tiny, perturbed, token_texts
 from surface_for_tests import words_tokenizer
 
 from hyperlens import cli, compare_models
+from hyperlens import pair as pair_module
 from hyperlens.errors import LoadingError, PairError, ResultsError
 from hyperlens.experiments import TrajectoryResult, trace_trajectory
 from hyperlens.experiments import trajectory as module
@@ -19,6 +22,7 @@ from hyperlens.experiments.trajectory import QUANTITIES, onset
 from hyperlens.models.training_steps import TRAINER_STATE, find_checkpoints
 from hyperlens.pair import open_pairs
 from hyperlens.render.blocks import Chart, flat
+from hyperlens.results import fingerprint
 from hyperlens.statistics import shares, significance
 
 TEXTS = token_texts(10, shortest=10, longest=16)
@@ -201,10 +205,15 @@ def test_many_texts_are_tested_by_a_sample() -> None:
     found = trace_trajectory(base, steps, texts, **QUIET)
     first, second = found.changes("dimension_raw")
     assert first["p"] < 0.05
-    # Near the interval of the comparison itself, whose half-width is that of all 150 texts.
-    half = (second["high"] - second["low"]) / 2
-    assert 0 < second["growth_high"] - second["growth"] < 2 * half
     assert second["growth_p"] < 0.05
+    # The spread of the sampled texts says of all 150 what the comparison's own interval says.
+    half = (second["high"] - second["low"]) / 2
+    options = module.checked_options(8, 10.0, 0, False)
+    reading = {"max_length": 256, "include_bos": False}
+    record = module._measured(next(open_pairs(base, [steps[2]])), texts, options, reading)
+    assert len(record["texts"]["dimension_raw"]["left_out"]) == 128
+    alone = module._estimate(QUANTITIES[0], record["texts"]["dimension_raw"])
+    assert alone.high - alone.value == pytest.approx(half, rel=0.1)
 
 
 def test_charts_and_files(result, tmp_path) -> None:
@@ -254,6 +263,44 @@ def test_a_killed_run_goes_on_and_repeats_nothing(checkpoints, tmp_path, monkeyp
     assert as_written(found) == as_written(whole)
     assert as_written(TrajectoryResult.load(out)) == as_written(whole)
     assert not (tmp_path / "out.partial").exists()
+
+
+def test_two_models_are_in_memory_at_a_time(checkpoints, monkeypatch) -> None:
+    alive = []
+
+    def watched(pair, *rest):
+        gc.collect()
+        assert [one() for one in alive] == [None] * len(alive)
+        alive.append(weakref.ref(pair.tuned.model))
+        return original(pair, *rest)
+
+    original = module._measured
+    monkeypatch.setattr(module, "_measured", watched)
+    trace_trajectory(checkpoints[10], {s: checkpoints[s] for s in (10, 30)}, TEXTS, **QUIET)
+    assert len(alive) == 2
+
+
+def test_the_base_is_opened_checked_and_hashed_once(checkpoints, monkeypatch) -> None:
+    opened, hashed = [], []
+
+    def hook(one, backend, original=pair_module.hook):
+        opened.append(one.name)
+        return original(one, backend)
+
+    def digest(name, tensor, known, original=fingerprint._tensor_digest):
+        place = tensor.data_ptr()
+        hashed.append(place in {key[1] for key in known})
+        return original(name, tensor, known)
+
+    monkeypatch.setattr(pair_module, "hook", hook)
+    monkeypatch.setattr(fingerprint, "_tensor_digest", digest)
+    steps = {10: checkpoints[30], 20: checkpoints[40]}
+    trace_trajectory(checkpoints[10], steps, TEXTS, **QUIET)
+    assert len(opened) == 1 + len(steps)
+    n = len(list(checkpoints[10].parameters()))
+    assert len(hashed) == 4 * n
+    assert not any(hashed[:n])  # the base's, read
+    assert all(hashed[2 * n : 3 * n])  # and found again
 
 
 @pytest.mark.parametrize(

@@ -198,7 +198,9 @@ def trace_trajectory(
     texts = texts if are_token_ids(texts) else read_texts(texts)
     reading = {"max_length": max_length, "include_bos": include_bos}
     run = {"backend": backend, "device": str(device), "dtype": str(dtype)}
-    identities = _identities(base, sources, texts, options, reading | run)
+    identities: dict[int, dict[str, Any]] = {step: {} for step in sources}
+    if out is not None:  # weights of models in memory are hashed for them
+        identities = _identities(base, sources, texts, options, reading | run)
     records = KeptRecords.beside(out)
     done = {step: records.find(identity) for step, identity in identities.items()}
     missing = [step for step, record in done.items() if record is None]
