@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,11 +37,13 @@ class Pair:
     Attributes:
         base, tuned: the two models; `.hooked` is the hooked one, `.model` the Hugging Face one.
         notes: what a reader of any result should know about how they were opened.
+        digests: of the base's tensors, as far as they have been hashed.
     """
 
     base: LoadedModel
     tuned: LoadedModel
     notes: tuple[str, ...] = ()
+    digests: Known = field(default_factory=dict, compare=False)
 
     def __repr__(self) -> str:
         cfg = self.base.hooked.cfg
@@ -63,13 +65,14 @@ class Pair:
     @cached_property
     def _description(self) -> dict[str, Any]:
         cfg = self.base.hooked.cfg
-        known: Known = {}
+        base = self.base.describe(self.digests)
         return {
             "n_layers": cfg.n_layers,
             "d_model": cfg.d_model,
             "d_vocab": cfg.d_vocab,
-            "base": self.base.describe(known),
-            "tuned": self.tuned.describe(known),
+            "base": base,
+            # A copy: tensors of the tuned model may be gone before those of the base.
+            "tuned": self.tuned.describe(dict(self.digests)),
             "backend": self.base.backend,
             "device": str(cfg.device),
             "dtype": str(cfg.dtype).removeprefix("torch."),
@@ -143,10 +146,65 @@ def open_pair(
     >>> pair.tokenize(embedded_tales(), max_length=64).counts.n_sequences
     66
     """
+    return next(open_pairs(base, [tuned], backend=backend, device=device, dtype=dtype))
+
+
+def open_pairs(
+    base: Any,
+    tuned: Iterable[Any],
+    *,
+    backend: Backend = "residual",
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+) -> Iterator[Pair]:
+    """One base with each of several fine-tuned models in turn, each pair as `open_pair` opens it.
+
+    The base is opened, hooked, checked and hashed once. A pair is opened when it is asked for, and
+    not held here: whoever lets go of it before the next one has two models in memory at a time.
+
+    Args:
+        base: what `open_pair` takes.
+        tuned: what `open_pair` takes, one after the other.
+        backend, device, dtype: as of `open_pair`.
+
+    Raises:
+        HyperlensError: as `open_pair` does.
+    """
     check_backend(backend)
     where, cast = parse_device(device), parse_dtype(dtype)
-    first = open_source(base, device=where, dtype=cast)
-    second = open_source(tuned, device=where, dtype=cast, base=first)
+    opened: OpenedModel | None = None
+    loaded: LoadedModel | None = None
+    digests: Known = {}
+    for source in tuned:
+        if opened is None:
+            opened, loaded, digests = open_source(base, device=where, dtype=cast), None, {}
+        second = open_source(source, device=where, dtype=cast, base=opened)
+        # A base that is cast for this one is another base, and not that of the next.
+        is_cast = torch.promote_types(_dtype(opened), _dtype(second)) != _dtype(opened)
+        if is_cast:
+            loaded, digests = None, {}
+        pair = _hooked(opened, second, backend, loaded, digests)
+        opened, loaded = None if is_cast else opened, pair.base
+        del second
+        yield pair
+        del pair
+
+
+def _hooked(
+    first: OpenedModel,
+    second: OpenedModel,
+    backend: Backend,
+    loaded: LoadedModel | None,
+    digests: Known,
+) -> Pair:
+    """Two opened models as a pair.
+
+    Args:
+        first, second: the two.
+        backend: how they are hooked, unless one is already.
+        loaded: the first one, hooked and checked before.
+        digests: of its tensors.
+    """
     _check_not_swapped(first, second)
     first, second, notes = _aligned(first, second)
     kinds = {backend_of(o.model) for o in (first, second)} - {None}
@@ -157,8 +215,10 @@ def open_pair(
         )
     # A hooked model given on one side decides how the other is hooked.
     chosen = next((kind for kind in kinds if kind is not None), backend)
-    hooked = hook(first, chosen), hook(second, chosen)
-    pair = Pair(*hooked, hooked[0].notes + hooked[1].notes + notes)
+    if loaded is None or loaded.backend != chosen:
+        loaded = hook(first, chosen)
+    hooked = loaded, hook(second, chosen)
+    pair = Pair(*hooked, hooked[0].notes + hooked[1].notes + notes, digests)
     _check_sizes(pair)
     return pair
 

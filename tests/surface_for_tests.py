@@ -169,6 +169,8 @@ def special() -> dict[tuple[str, str], Any]:
         ("compare_domains", "corpora"): {"one": texts, "two": texts[::-1]},
         ("compare_domains", "out"): None,
         ("compare_variants", "variants"): {"one": shared()["tuned"]},
+        ("trace_trajectory", "checkpoints"): {1: shared()["tuned"]},
+        ("trace_trajectory", "out"): None,
         ("compare_training", "runs"): {"one": shared()["run"]},
         ("sweep", "last_k"): [1],
         ("reproduce", "base"): "run",

@@ -25,13 +25,14 @@ from transformers import TrainerCallback
 
 from .. import processes
 from ..errors import ResultsError
+from ..models.weight_sharing import weight_sharing_copy
 from . import history
 from .folders import WorkingFolder
 from .history import Record
 from .recipes import Recipe
 from .record import Recorder
 from .stopping import Decision, decide
-from .weights import save_trained_weights
+from .weights import save_trained_weights, set_use_cache, use_cache_of
 
 # Seconds between two lines of progress where stderr is not a terminal.
 SECONDS_PER_LINE = 30.0
@@ -235,6 +236,45 @@ def _save_best(model: nn.Module, working: WorkingFolder, epoch: int) -> None:
 
 
 # Checkpoints and signals
+
+
+class Keeping(TrainerCallback):
+    """Keeps the model as it is every few epochs, and at the end; comes before `Checkpoints`.
+
+    Args:
+        model: the model that is trained, as it is before the Trainer has it.
+        tokenizer: saved beside it, unless None.
+        every: epochs between two of them.
+        progress: knows how many epochs are done.
+        working: where they are kept.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any, every: int, progress: Progress, working: WorkingFolder
+    ) -> None:
+        self._model, self._tokenizer, self._every = model, tokenizer, every
+        self._progress, self._working = progress, working
+        self._use_cache = use_cache_of(model)
+        self._step = -1
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Keep the model after every so many epochs."""
+        if len(self._progress.losses) % self._every == 0:
+            self._keep(state.global_step)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Keep the last one, too."""
+        if state.global_step != self._step:
+            self._keep(state.global_step)
+
+    def _keep(self, step: int) -> None:
+        self._step = step
+        if processes.is_first():
+            # A copy around the same weights: the Trainer's changes to the model are not saved, and
+            # saving, which joins PiSSA's adapters, does not change what is trained.
+            copied = weight_sharing_copy(self._model)
+            set_use_cache(copied, self._use_cache)
+            self._working.keep(copied, self._tokenizer, step, len(self._progress.losses))
 
 
 class Interrupts(TrainerCallback):

@@ -39,6 +39,7 @@ from .callbacks import (
     Checkpoints,
     EpochLosses,
     Interrupts,
+    Keeping,
     Progress,
     Pruning,
     Recording,
@@ -175,7 +176,7 @@ def fit(
             try:
                 progress, ending = train(
                     *(trained, data.tokens, recipe, device, working, options),
-                    *(recorder, prefix, identity, data.counted),
+                    *(recorder, prefix, identity, data.counted, opened.tokenizer),
                 )
             finally:
                 if prefix is not None:
@@ -250,11 +251,16 @@ def _check_steps_are_not_rounded_away(model: nn.Module, recipe: Recipe) -> None:
 
 
 def _bytes_to_save(model: nn.Module, recipe: Recipe) -> int:
-    """What a first checkpoint takes, or the last one beside the result, whichever is more."""
+    """What a first checkpoint takes, or the last one beside the result, whichever is more.
+
+    And all those that are kept, which the result shares.
+    """
     trained = [p for p in model.parameters() if p.requires_grad]
     saved = trained if recipe.method != "full" else list(model.parameters())
     weights, result = (sum(p.numel() * p.element_size() for p in ps) for ps in (trained, saved))
-    return max(3 * weights, weights + result) + ROOM + ROOM_PER_WEIGHT * len(saved)
+    n_kept = math.ceil(recipe.epochs / recipe.keep_every) if recipe.keep_every else 0
+    whole = max(3 * weights, weights + result) + n_kept * result
+    return whole + (1 + n_kept) * (ROOM + ROOM_PER_WEIGHT * len(saved))
 
 
 def _prefix_is_frozen(model: nn.Module, block_list: BlockList, first: int) -> bool:
@@ -334,6 +340,7 @@ def train(
     prefix: PrefixCache | None,
     identity: dict[str, Any],
     counted: Bool[Tensor, "sequences pos"] | None = None,
+    tokenizer: Any = None,
 ) -> tuple[Progress, Ending]:
     """Train the weights that require gradients, in place, from the checkpoint if there is one.
 
@@ -348,6 +355,7 @@ def train(
         prefix: replaces the frozen blocks; None runs them every time.
         identity: the base, the texts and the first trained block, for the file of `prefix`.
         counted: which tokens the loss is on; None for all.
+        tokenizer: saved with the checkpoints that are kept, unless None.
 
     Returns:
         Losses, records and seconds; and how it ended.
@@ -365,10 +373,13 @@ def train(
         interrupts = Interrupts()
         checkpoints = Checkpoints(working, progress, options.checkpoint_minutes, interrupts)
     begun = Begun()
+    every = recipe.keep_every
+    keeping = Keeping(model, tokenizer, every, progress, working) if every else None
     # The order matters: see `callbacks`.
     parts: Sequence[TrainerCallback | None] = (
         EpochLosses(progress),
         recording,
+        keeping,
         checkpoints,
         Pruning(recording) if recording and checkpoints else None,
         interrupts,

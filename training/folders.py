@@ -24,6 +24,7 @@ from .. import processes
 from ..errors import HyperlensError, ResourceError, ResultsError, TrainingError, first_line
 from ..files import check_new_folder, new_folder, remedy, write_text
 from ..models.kinds import is_peft
+from ..models.training_steps import CHECKPOINTS, TRAINER_STATE
 from . import pissa
 from .cards import CARD, model_card
 from .history import FILE, RUN_FILE
@@ -35,8 +36,6 @@ CHECKPOINT = "checkpoint"
 PROGRESS = "progress.json"
 FINISHED = "finished"
 LOGS = "runs"
-# Written by the Trainer into its checkpoints.
-TRAINER_STATE_NAME = "trainer_state.json"
 LOCK = "lock.json"
 RESERVED = "reserved"
 # Empty files: the result has been moved to `out`; the run failed, and other options are advised.
@@ -85,8 +84,31 @@ class WorkingFolder:
             return "nothing was kept, so the same command starts again"
         if is_ended(checkpoint):
             return f"the same command then saves the trained weights, kept in {self.folder}"
-        state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+        state = json.loads((checkpoint / TRAINER_STATE).read_text(encoding="utf-8"))
         return f"the same command then continues after step {state['global_step']}"
+
+    @property
+    def kept(self) -> Path:
+        """Where the checkpoints are that will be part of the result."""
+        return self.folder / "kept"
+
+    def keep(self, model: Any, tokenizer: Any, step: int, epoch: int) -> None:
+        """Keep a model as it is after a step, for the result; one of the same step is replaced.
+
+        Args:
+            model: plain model or PeftModel that nobody else uses.
+            tokenizer: saved too, unless None.
+            step: of the optimiser.
+            epoch: that ends with it.
+        """
+        self.release()
+        folder = self.kept / f"checkpoint-{step}"
+        # A run that goes on from an earlier step trains up to here once more.
+        shutil.rmtree(folder, ignore_errors=True)
+        with new_folder(folder) as staging, _no_progress_bars():
+            _write_model(staging, model, tokenizer)
+            state = json.dumps({"global_step": step, "epoch": float(epoch)}) + "\n"
+            (staging / TRAINER_STATE).write_text(state, encoding="utf-8")
 
     @property
     def history(self) -> Path:
@@ -334,6 +356,7 @@ def save(
     history: Path | None = None,
     logs: Path | None = None,
     check: Callable[[Path], None] | None = None,
+    kept: Path | None = None,
 ) -> None:
     """Write a Hugging Face folder, or a PEFT adapter folder, and its history; all or nothing.
 
@@ -347,6 +370,8 @@ def save(
             is none.
         check: called with what was written, before it is moved into place; what it raises leaves
             no folder.
+        kept: a folder of checkpoints, which become part of what is written; None, or no folder, if
+            there are none.
 
     Raises:
         ResultsError: if the folder exists and is not empty, or cannot be written.
@@ -355,6 +380,8 @@ def save(
         try:
             with _no_progress_bars():
                 _write(staging, model, tokenizer, record, history, logs)
+                if kept is not None and kept.exists():
+                    shutil.copytree(kept, staging / CHECKPOINTS, copy_function=_linked)
         except (OSError, HyperlensError):  # new_folder says what to do about an OSError
             raise
         except Exception as error:  # tokenizers and safetensors have errors of their own
@@ -374,6 +401,19 @@ def _write(
     history: Path | None,
     logs: Path | None,
 ) -> None:
+    _write_model(folder, model, tokenizer)
+    text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
+    (folder / RUN_FILE).write_text(text, encoding="utf-8")
+    if "recipe" in record:  # else another library trained it
+        (folder / CARD).write_text(model_card(record), encoding="utf-8")
+    if history is not None and history.exists():
+        shutil.copyfile(history, folder / FILE)
+    if logs is not None and logs.exists():
+        shutil.copytree(logs, folder / logs.name)
+
+
+def _write_model(folder: Path, model: Any, tokenizer: Any) -> None:
+    """Write a Hugging Face folder, or a PEFT adapter folder."""
     if is_peft(model):
         pissa.join(model)
         # "auto" would ask the hub whether the vocabulary has grown; it has not.
@@ -382,18 +422,18 @@ def _write(
         model.save_pretrained(str(folder))
     if tokenizer is not None:
         tokenizer.save_pretrained(str(folder))
-    record_file = folder / RUN_FILE
-    text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
-    record_file.write_text(text, encoding="utf-8")
-    if "recipe" in record:  # else another library trained it
-        (folder / CARD).write_text(model_card(record), encoding="utf-8")
-    if history is not None and history.exists():
-        shutil.copyfile(history, folder / FILE)
-    if logs is not None and logs.exists():
-        shutil.copytree(logs, folder / logs.name)
     # safetensors writes files that only their owner may read.
+    mode = next(folder.glob("*config.json")).stat().st_mode
     for weights in folder.glob("*.safetensors"):
-        weights.chmod(record_file.stat().st_mode)
+        weights.chmod(mode)
+
+
+def _linked(file: str, copy: str) -> None:
+    """A second name for a file, or a copy where the file system has no such names."""
+    try:
+        os.link(file, copy)
+    except OSError:
+        shutil.copy2(file, copy)
 
 
 @contextmanager

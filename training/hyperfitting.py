@@ -17,6 +17,7 @@ from ..errors import TrainingError
 from ..hooks.loading import load_hooked, parse_device, parse_dtype
 from ..models.kinds import Backend
 from ..models.sources import OpenedModel, open_source
+from ..models.training_steps import CHECKPOINTS
 from ..results.fingerprint import versions, weights_sha256
 from . import history
 from .data import TrainingData, training_data
@@ -66,8 +67,14 @@ class HyperfitRun:
             "last",
             *_quality(self.records, about["kept_epoch"]),
             *([] if self.folder is None else [f"weights in {self.folder}"]),
+            *self._kept(),
         ]
         return "\n".join(lines)
+
+    def _kept(self) -> list[str]:
+        if self.folder is None or not self.recipe.keep_every:
+            return []
+        return [f"checkpoints in {self.folder / CHECKPOINTS}"]
 
     def __repr__(self) -> str:
         where = "not saved" if self.folder is None else f"saved in {str(self.folder)!r}"
@@ -120,7 +127,8 @@ def hyperfit(
         recipe: name of a preset or a `Recipe`; None for "li2026".
         validation: held-out texts for the record; None takes those that follow the training
             sequences.
-        out: a new folder for weights or adapter, tokenizer, history.csv and hyperfit.json.
+        out: a new folder for weights or adapter, tokenizer, history.csv and hyperfit.json; with
+            `keep_every` also for checkpoints, each a model folder or an adapter folder.
         device: None leaves an object where it is and puts folders on the best device.
         dtype: of the weights; None is float32 for "full", as small steps vanish in bfloat16, and
             the checkpoint's own for LoRA, whose adapter is float32 either way. float16 is for
@@ -155,6 +163,7 @@ def hyperfit(
         print(run.summary())
     """
     final_recipe = chosen_recipe(recipe, method, overrides)
+    check_can_keep(final_recipe, out)
     _check_callbacks(callbacks)
     folder = None if out is None else Path(out).expanduser()
     if folder is not None:
@@ -248,7 +257,11 @@ def train_and_save(
                 history.write(working.history, run.records)
             tables = (working.history, working.logs)
             record, check = run_to_json(run), check_written(run.model)
-            save(working.finished, run.model, run.tokenizer, record, *tables, check=check)
+            save(
+                *(working.finished, run.model, run.tokenizer, record, *tables),
+                check=check,
+                kept=working.kept,
+            )
             working.publish(folder)
     return run
 
@@ -294,6 +307,18 @@ def chosen_recipe(
     if isinstance(recipe, Recipe):
         return changed(recipe, **overrides, **({} if method is None else {"method": method}))
     return preset(recipe or "li2026", method or "full", **overrides)
+
+
+def check_can_keep(recipe: Recipe, out: str | Path | None) -> None:
+    """Raise if checkpoints are to be kept, and there is no folder to keep them in.
+
+    Raises:
+        TrainingError: in one line.
+    """
+    if recipe.keep_every and out is None:
+        raise TrainingError(
+            "keep_every keeps checkpoints in the folder of the result, and there is none: give out"
+        )
 
 
 def _check_callbacks(callbacks: Sequence[Any]) -> None:
@@ -388,7 +413,10 @@ def _check_shares(n_sequences: int, recipe: Recipe) -> None:
 def identity_of(recipe: Recipe, manifest: dict[str, Any]) -> dict[str, Any]:
     """Everything that decides the weights, as a flat dict, so that a difference can be named."""
     data = manifest["data"]
-    return recipe.to_json() | {
+    fields = recipe.to_json()
+    if not recipe.keep_every:  # runs begun before there was such a field go on
+        del fields["keep_every"]
+    return fields | {
         "base": manifest["base"]["sha256"],
         "texts": data["sha256"],
         "validation": data["held_out_sha256"],

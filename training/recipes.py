@@ -202,6 +202,12 @@ class Recipe:
     patience: int = _field(
         3, "to stop at a plateau: over how many records in a row diversity must rise"
     )
+    keep_every: int = _field(
+        0,
+        "epochs between two checkpoints that are kept beside the result, and the last one; 0 "
+        "keeps none",
+        least=0,
+    )
     seed: int = _field(
         0, "random seed: order of sequences, random selection, LoRA's initial values", least=0
     )

@@ -56,7 +56,14 @@ from ..statistics.ratios import SampledTokens, linearised
 from .adapters import find_block_list
 from .data import TrainingData
 from .history import read_run
-from .hyperfitting import chosen_recipe, identity_of, prepare, run_to_json, train_and_save
+from .hyperfitting import (
+    check_can_keep,
+    chosen_recipe,
+    identity_of,
+    prepare,
+    run_to_json,
+    train_and_save,
+)
 from .locks import locked
 from .prefix import SharedPrefixes
 from .recipes import Recipe, changed
@@ -147,6 +154,7 @@ def sweep(
         result = sweep("base", "tales.txt", recipe="demo", seeds=range(5), out="sweep")
     """
     start = _start(recipe, overrides)
+    check_can_keep(start, out)
     _check_seeds(seeds)
     if processes.count() > 1:
         raise TrainingError("a sweep runs in one process: start it without torchrun or accelerate")

@@ -189,15 +189,24 @@ def training_mode(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def restored_use_cache(model: Any) -> Iterator[None]:
     """Restore `config.use_cache` afterwards, which transformers' Trainer turns off for good."""
-    config = model.config
-    before = vars(config).get("use_cache")
+    before = use_cache_of(model)
     try:
         yield
     finally:
-        if before is not None:
-            config.use_cache = before
-        else:
-            vars(config).pop("use_cache", None)
+        set_use_cache(model, before)
+
+
+def use_cache_of(model: Any) -> bool | None:
+    """What a model's configuration says of its cache; None where it says nothing."""
+    return vars(model.config).get("use_cache")
+
+
+def set_use_cache(model: Any, use_cache: bool | None) -> None:
+    """Let a configuration say what `use_cache_of` has found."""
+    if use_cache is not None:
+        model.config.use_cache = use_cache
+    else:
+        vars(model.config).pop("use_cache", None)
 
 
 @contextmanager

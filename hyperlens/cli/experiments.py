@@ -163,6 +163,30 @@ def _compare_variants(question: Question, own: list[str], args: argparse.Namespa
     return saved(result, args)
 
 
+def _add_trajectory(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(interrupted=_interrupted)
+    parser.add_argument(
+        "base", metavar="BASE", help="the model before training: a folder or hub id"
+    )
+    parser.add_argument(
+        "checkpoints",
+        nargs="+",
+        metavar="RUN",
+        help="the folder of a run with checkpoints in it, or the folders of checkpoints",
+    )
+    add_reading(parser)
+    add_out(parser, "the results (default: print only, keep nothing)")
+
+
+def _trace_trajectory(question: Question, own: list[str], args: argparse.Namespace) -> str:
+    texts = texts_for(args)
+    options = given(args, *own, "out")
+    result = _function(question)(args.base, args.checkpoints, texts, **options)
+    if args.out is None:
+        return str(result)
+    return f"{result}\n\nsaved in {args.out}"
+
+
 def _add_two_models(parser: argparse.ArgumentParser) -> None:
     add_models(parser)
     add_out(parser, "the results (default: print only)")
@@ -213,6 +237,7 @@ SPECIAL = {
     "cross_domain": (_add_pairs_and_corpora, _compare_domains),
     "mauve": (_add_mauve_texts, _compare_texts),
     "training": (_add_runs, _compare_runs),
+    "trajectory": (_add_trajectory, _trace_trajectory),
     "variants": (_add_variants, _compare_variants),
     "weights": (_add_two_models, _compare_weights),
 }

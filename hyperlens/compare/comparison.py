@@ -115,6 +115,17 @@ AUDIT_NOTE = (
 NOTHING = 0.05
 
 
+def small_models_note(meta: Mapping[str, Any]) -> list[Block]:
+    """What to say of models below the width of those that people use; nothing of others."""
+    if int(meta.get("d_model", SMALL_WIDTH)) >= SMALL_WIDTH:
+        return []
+    small = (
+        "These are small models: a demonstration of the measurements, not evidence about large "
+        "models."
+    )
+    return [Text(small, role="note")]
+
+
 class Comparison(Result):
     """What fine-tuning changed, block by block.
 
@@ -260,23 +271,12 @@ class Comparison(Result):
     def evidence(self) -> list[Block]:
         """Output, layers, audit and ranks."""
         return [
-            *self._small(),
+            *small_models_note(self.meta),
             *self._output(),
             *self._layers(),
             *self._audit(),
             *self._ranks(),
             *self._inputs(),
-        ]
-
-    def _small(self) -> list[Block]:
-        if int(self.meta.get("d_model", SMALL_WIDTH)) >= SMALL_WIDTH:
-            return []
-        return [
-            Text(
-                "These are small models: a demonstration of the measurements, not evidence about "
-                "large models.",
-                role="note",
-            )
         ]
 
     def _at_output(self, probe: str) -> list[Row]:

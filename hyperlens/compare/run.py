@@ -6,7 +6,7 @@ import copy
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,16 +15,17 @@ import torch
 
 from .. import processes
 from ..checks import check_counts, check_seed, check_types
-from ..errors import CorpusError, ProbeError
+from ..errors import CorpusError, PairError, ProbeError
 from ..files import check_new_folder, expand_user
 from ..models.kinds import Backend
-from ..pair import Inputs, open_inputs
+from ..pair import Inputs, Pair, open_inputs
 from ..passes.kept_sums import KeptSums
 from ..passes.multi_pass import run_passes
 from ..passes.streaming import PassOptions, PassResult
 from ..probes import Probe, default_probes
 from ..render.format import count
 from ..results.result import unknown
+from ..results.rows import ProbeResult
 from .audit import without_doubt
 from .comparison import Comparison
 
@@ -95,7 +96,8 @@ def compare_models(
     if out is not None:
         check_new_folder(expand_user(out))
     chosen = _checked_probes(probes)
-    options = _checked_options(batch_size, sink_threshold, seed, progress)
+    options = checked_options(batch_size, sink_threshold, seed, progress)
+    _check_is_one(base, tuned, texts)
     inputs = open_inputs(
         base,
         tuned,
@@ -107,17 +109,46 @@ def compare_models(
         device=device,
         dtype=dtype,
     )
+    reading = {"max_length": max_length, "include_bos": include_bos}
+    if out is None:
+        return compare_inputs(inputs, chosen, options, reading)[0]
+    kept = _kept_beside(expand_user(out), inputs, chosen, options)
+    comparison, _ = compare_inputs(inputs, chosen, replace(options, kept=kept), reading)
+    if processes.is_heard():
+        comparison.save(out)
+        kept.forget()
+    return comparison
+
+
+def compare_inputs(
+    inputs: Inputs,
+    probes: Sequence[Probe],
+    options: PassOptions,
+    reading: dict[str, Any],
+    beside: Sequence[Probe] = (),
+) -> tuple[Comparison, dict[str, ProbeResult]]:
+    """Compare a pair that is open on texts that are tokenized.
+
+    Args:
+        inputs: the pair and its texts.
+        probes: what the comparison is of; each is used up.
+        options: how the texts are read.
+        reading: how they were tokenized, for the record.
+        beside: probes that see the same pass, without being part of the comparison.
+
+    Returns:
+        The comparison, and what the probes beside it computed, by name.
+    """
     pair = inputs.pair
-    kept = _kept_beside(expand_user(out), inputs, chosen, options) if out is not None else None
-    options = replace(options, kept=kept)
-    outcome = run_passes(pair.base.hooked, pair.tuned.hooked, inputs.corpus, chosen, options)
+    outcome = run_passes(
+        pair.base.hooked, pair.tuned.hooked, inputs.corpus, [*probes, *beside], options
+    )
     meta = inputs.metadata(
         seed=options.seed,
         options={
             "batch_size": options.batch_size,
             "sink_threshold": options.sink_threshold,
-            "max_length": max_length,
-            "include_bos": include_bos,
+            **reading,
         },
         notes=_passes_note(outcome),
     )
@@ -125,18 +156,16 @@ def compare_models(
         "bos": inputs.corpus.counts.n_bos,
         "sinks_per_layer": list(outcome.sinks_per_layer),
     }
-    meta["probes"] = {probe.name: _json_options(probe) for probe in chosen}
-    rows = (row for result in outcome.results.values() for row in result.rows)
+    meta["probes"] = {probe.name: _json_options(probe) for probe in probes}
+    results = {probe.name: outcome.results[probe.name] for probe in probes}
+    rows = (row for result in results.values() for row in result.rows)
     same = meta["base"]["sha256"] == meta["tuned"]["sha256"]
     comparison = Comparison.of(
         rows=without_doubt(rows) if same else rows,
-        extras={name: dict(r.extras) for name, r in outcome.results.items() if r.extras},
+        extras={name: dict(r.extras) for name, r in results.items() if r.extras},
         meta=meta,
     )
-    if out is not None and kept is not None and processes.is_heard():
-        comparison.save(out)
-        kept.forget()
-    return comparison
+    return comparison, {probe.name: outcome.results[probe.name] for probe in beside}
 
 
 def _kept_beside(
@@ -155,6 +184,15 @@ def _kept_beside(
     }
     place = out.absolute()
     return KeptSums(place.with_name(f"{place.name}.partial"), identity)
+
+
+def _check_is_one(base: Any, tuned: Any, texts: Any) -> None:
+    if texts is not None and isinstance(tuned, list | Mapping) and not isinstance(base, Pair):
+        raise PairError(
+            f"expected one tuned model, got {len(tuned)}: the "
+            "checkpoints of a training run are for hyperlens.experiments.trace_trajectory, "
+            "variants for compare_variants beside it"
+        )
 
 
 def _checked_probes(given: Sequence[Probe | str] | None) -> list[Probe]:
@@ -190,9 +228,14 @@ def _json_options(probe: Probe) -> Any:
         ) from None
 
 
-def _checked_options(
+def checked_options(
     batch_size: int, sink_threshold: float, seed: int, progress: bool
 ) -> PassOptions:
+    """How the texts are read, if it can be so.
+
+    Raises:
+        HyperlensError: naming the option that cannot be.
+    """
     check_counts(batch_size=batch_size)
     check_seed(seed)
     if not (sink_threshold == 0 or 1 < sink_threshold < math.inf):

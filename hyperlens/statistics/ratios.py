@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .intervals import satterthwaite, t_factor
 from .moments import Moments, TraceEstimates, corrected_traces
+from .significance import Estimate
 
 N_DRAWS = 1000
 # Fewer texts than this say too little of the texts that were not seen.
@@ -263,6 +264,21 @@ def jackknife_half_width(left_out: Float[Tensor, " text"]) -> float:
     return t_factor(min(max(satterthwaite(squares), 2.0), n - 1.0)) * math.sqrt(variance)
 
 
+def jackknife_estimate(value: float, left_out: Float[Tensor, " text"]) -> Estimate:
+    """An estimate over texts from what it is without each of them; no interval below 5 texts.
+
+    >>> found = jackknife_estimate(2.0, torch.tensor([1.9, 2.1, 2.0, 1.8, 2.2]))
+    >>> round(found.se, 3), found.n
+    (0.283, 5)
+    """
+    n = len(left_out)
+    if n < FEWEST_TEXTS:
+        return Estimate(value, math.nan, math.nan, math.nan, n)
+    half = jackknife_half_width(left_out)
+    se = math.sqrt((n - 1) / n * float((left_out - left_out.mean()).square().sum()))
+    return Estimate(value, value - half, value + half, se, n)
+
+
 @dataclass(frozen=True)
 class Ratio:
     """A participation ratio, or a weighted sum of several over the same tokens.
@@ -342,6 +358,25 @@ def sum_ends(total: Ratio) -> tuple[float, float]:
     return resampled_ends(total.draws, total.value, _shrink(total))
 
 
+def left_out(total: Ratio, n_texts: float) -> Float[Tensor, " text"]:
+    """A sum of ratios without each text that is sampled.
+
+    Of many texts only some are in the sample: what leaving one out does is linearised then, and
+    scaled so that `jackknife_estimate` finds the error of a sum over all n texts.
+    """
+    if total.draws is not None:
+        return total.draws.left_out
+    of_texts = _of_texts(total)[total.sample.valid.any(-1)].cpu()
+    used = len(of_texts)
+    return total.value - of_texts * math.sqrt(n_texts / used) * used / (used - 1)
+
+
+def _of_texts(ratio: Ratio) -> Float[Tensor, " text"]:
+    """How much each sampled text moves a ratio."""
+    kept = ratio.sample.valid.sum(-1)
+    return ratio.sample.length / kept.clamp_min(1) * ratio.influence.sum(-1) / ratio.n
+
+
 def _shrink(ratio: Ratio) -> float:
     """What part of the spread over draws is that of the texts themselves.
 
@@ -352,7 +387,7 @@ def _shrink(ratio: Ratio) -> float:
     if torch.equal(kept.to(sample.length.dtype), sample.length):
         return 1.0
     used = int((kept > 0).sum())
-    of_texts = sample.length / kept.clamp_min(1) * ratio.influence.sum(-1) / ratio.n
+    of_texts = _of_texts(ratio)
     seen = float(of_texts.square().sum()) * (used / (used - 1)) ** 2
     variance, _ = influence_variance(ratio.influence, ratio.n, sample)
     return min(1.0, math.sqrt(variance / seen)) if seen > 0 else 1.0
