@@ -6,17 +6,19 @@ import copy
 import json
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..checks import check_counts, check_seed, check_types
+from ..data.reading import read_as
 from ..errors import CorpusError, ProbeError
 from ..models.kinds import Backend
 from ..pair import open_inputs
 from ..passes.multi_pass import run_passes
 from ..passes.streaming import PassOptions, PassResult
-from ..probes import Probe, default_probes
+from ..probes import LogitProbe, OutputByRole, Probe, default_probes
 from ..render.format import count
 from ..results.result import unknown
 from .audit import without_doubt
@@ -39,6 +41,9 @@ def compare_models(
     max_length: int = 256,
     batch_size: int = 8,
     include_bos: bool = False,
+    chat_template: str | Path | None = None,
+    roles: Sequence[str] | None = None,
+    tokens: Any = None,
     sink_threshold: float = 10.0,
     backend: Backend | None = None,
     device: str | torch.device | None = None,
@@ -57,14 +62,17 @@ def compare_models(
         base, tuned: hub id, local folder, `PreTrainedModel`, `PeftModel`, hooked model, or a
             pair (model, tokenizer); `tuned` may also be an adapter, by folder or hub id, which is
             put on `base`.
-        texts: list of strings or of token ids, a .txt / .jsonl / .csv / .parquet file, a
-            `datasets.Dataset`, or a hub dataset name. With an open `Pair` as `base` the texts are
-            the second argument.
+        texts: list of strings, of token ids or of conversations, a .txt / .jsonl / .csv / .parquet
+            file, a `datasets.Dataset`, or a hub dataset name. With an open `Pair` as `base` the
+            texts are the second argument.
         probes: what to measure: built-in probes by name (drift, participation_ratio, logit_lens,
             rank_reordering) or probes of one's own; None for all built-in ones.
         max_length: tokens per text, BOS included; longer texts are cut and counted.
         batch_size: texts per forward pass; does not change the result.
         include_bos: measure BOS positions too. They are left out, by id, by default.
+        chat_template, roles, tokens: of conversations, what writes them as text and whose tokens
+            are counted; of any texts, which tokens are counted: see `read_examples`. A decision
+            counts where the token that it follows does.
         sink_threshold: positions whose norm exceeds this many times their sequence's median are
             masked as attention sinks, layer by layer; 0 masks none.
         backend: how models are hooked, "residual" (the default), "bridge" or
@@ -84,6 +92,7 @@ def compare_models(
     """
     chosen = _checked_probes(probes)
     options = _checked_options(batch_size, sink_threshold, seed, progress)
+    reading = read_as(chat_template, roles, tokens)
     inputs = open_inputs(
         base,
         tuned,
@@ -94,8 +103,11 @@ def compare_models(
         backend=backend,
         device=device,
         dtype=dtype,
+        reading=reading,
     )
     pair = inputs.pair
+    if inputs.corpus.roles is not None and _reads_output(chosen):
+        chosen.append(OutputByRole())
     outcome = run_passes(pair.base.hooked, pair.tuned.hooked, inputs.corpus, chosen, options)
     meta = inputs.metadata(
         seed=options.seed,
@@ -142,6 +154,12 @@ def _checked_probes(given: Sequence[Probe | str] | None) -> list[Probe]:
     if repeated:
         raise ProbeError(f"two probes are named {repeated[0]!r}: give each its own name")
     return chosen
+
+
+def _reads_output(probes: Sequence[Probe]) -> bool:
+    """Whether what the models predict is measured, which is then told by role as well."""
+    names = {probe.name for probe in probes}
+    return OutputByRole.name not in names and any(isinstance(p, LogitProbe) for p in probes)
 
 
 def _json_options(probe: Probe) -> Any:

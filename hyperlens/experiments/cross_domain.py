@@ -13,8 +13,8 @@ import torch
 from tqdm.auto import tqdm
 
 from ..checks import check_counts, check_seed, check_types
+from ..data.conversations import read_examples
 from ..data.corpus import Corpus, are_token_ids, check_max_length
-from ..data.texts import read_texts
 from ..decoding.diversity import REPETITION_METRICS
 from ..decoding.generate import GenerationRunner
 from ..decoding.prompts import check_room, choose_prompts
@@ -217,7 +217,7 @@ def _read_all(corpora: Any) -> dict[str, Any]:
     texts = {}
     for name, source in corpora.items():
         with _naming(f"corpus {name!r}"):
-            texts[name] = source if are_token_ids(source) else read_texts(source)
+            texts[name] = source if are_token_ids(source) else read_examples(source)
     return texts
 
 
@@ -240,7 +240,7 @@ def _identities(
 ) -> dict[Key, dict[str, Any]]:
     """For every row everything that decides it."""
     models = {name: _pair_identity(sources) for name, sources in pairs.items()}
-    hashes = {name: texts_sha256(of_one) for name, of_one in texts.items()}
+    hashes = {name: _texts_identity(of_one) for name, of_one in texts.items()}
     reader = None
     if isinstance(mauve_features, Featurizer):
         reader = mauve_features.describe()
@@ -254,10 +254,16 @@ def _identities(
         "versions": versions(),
     }
     return {
-        (pair, corpus): {"models": both, "texts": sha256} | same
+        (pair, corpus): {"models": both} | of_texts | same
         for pair, both in models.items()
-        for corpus, sha256 in hashes.items()
+        for corpus, of_texts in hashes.items()
     }
+
+
+def _texts_identity(texts: Any) -> dict[str, Any]:
+    """The texts, and how they are read where that was chosen."""
+    reading = {} if are_token_ids(texts) else texts.reading.describe()
+    return {"texts": texts_sha256(texts)} | ({"reading": reading} if reading else {})
 
 
 def _pair_identity(sources: Any) -> Any:

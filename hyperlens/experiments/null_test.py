@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -319,14 +318,7 @@ class _RandomChanges:
 
 def _some(corpus: Corpus, n: int) -> Corpus:
     """Some of the texts, of all lengths."""
-    step = -(-len(corpus.sequences) // n)
-    sequences = corpus.sequences[::step]
-    counts = replace(
-        corpus.counts,
-        n_sequences=len(sequences),
-        n_tokens=sum(len(sequence) for sequence in sequences),
-    )
-    return replace(corpus, sequences=sequences, counts=counts)
+    return corpus.take(range(0, len(corpus.sequences), -(-len(corpus.sequences) // n)))
 
 
 Key = tuple[str, int, str]

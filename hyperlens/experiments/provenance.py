@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -165,8 +166,8 @@ def along_texts(contexts: Contexts, progress: bool) -> list[Decisions]:
         if not bool(of_text.any()):
             continue
         ids = sequence.tolist()
-        # A decision follows every token but a BOS.
-        position = [i + 1 for i, token in enumerate(ids) if token != contexts.corpus.bos_id]
+        # A decision follows every token that is counted, as no BOS is.
+        position = (np.flatnonzero(contexts.corpus.counted(number)) + 1).tolist()
         decisions.append(
             Decisions(ids, position, *(column[of_text].tolist() for column in columns))
         )

@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 import torch
 
 from ..checks import check_counts, check_seed, check_types
+from ..data.conversations import read_examples
 from ..data.corpus import are_token_ids
-from ..data.texts import read_texts
 from ..decoding.diversity import REPETITION_METRICS
 from ..decoding.entropy_matching import entropy_at
 from ..decoding.generate import GenerationRunner
@@ -108,7 +108,7 @@ def compare_variants(
     check_counts(n_prompts=n_prompts, batch_size=batch_size)
     check_seed(seed)
     _check_variants(variants)
-    texts = texts if are_token_ids(texts) else read_texts(texts)
+    texts = texts if are_token_ids(texts) else read_examples(texts)
     units: dict[str, Units] = {}
     described: dict[str, Any] = {}
     notes: dict[str, None] = {}
