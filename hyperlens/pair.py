@@ -14,7 +14,7 @@ from torch import nn
 
 from .checks import check_types
 from .data.chat import ChatTemplate, check_template, template_text
-from .data.conversations import Conversations, read_examples
+from .data.conversations import Conversations, read_examples, read_whole
 from .data.corpus import Corpus, are_token_ids, build_corpus, check_max_length
 from .data.reading import EVERYTHING, OWN, Reading
 from .data.texts import Texts
@@ -27,6 +27,8 @@ from .results.fingerprint import Known, versions
 
 # The two tokenizers are compared on this many texts.
 COMPARED_TEXTS = 64
+# Longer than any text.
+WHOLE = 2**31
 
 
 @dataclass(frozen=True, repr=False)
@@ -226,6 +228,7 @@ def open_inputs(
     max_length: int,
     include_bos: bool = False,
     generates: bool = True,
+    only_prompts: bool = False,
     backend: Backend | None = None,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
@@ -239,6 +242,8 @@ def open_inputs(
         max_length: tokens per text, BOS included.
         include_bos: measure BOS positions too.
         generates: whether the models have to generate, which hooked models cannot.
+        only_prompts: whether texts are continued and nothing else. Conversations are then not cut,
+            and no choice of tokens leaves any out.
         backend, device, dtype: see `open_pair`; decided already where a `Pair` is given.
         reading: see `Pair.tokenize`.
 
@@ -261,6 +266,9 @@ def open_inputs(
         # Before any model is loaded: a mistyped file name should not cost a minute.
         texts = texts if are_token_ids(texts) else read_examples(texts)
         pair = open_pair(base, tuned, backend=backend or "residual", device=device, dtype=dtype)
+    if only_prompts and not are_token_ids(texts):
+        texts = read_whole(texts)
+        max_length = WHOLE if isinstance(texts, Conversations) else max_length
     return tokenized(pair, texts, max_length, include_bos, reading)
 
 

@@ -12,11 +12,21 @@ from chat_for_tests import CHATML, D_VOCAB, GEMMA, LLAMA3, TALK, TWELVE, letters
 from conftest import make_tiny, perturbed
 from torch.nn import functional
 
-from hyperlens import cli, compare_models, open_pair
+from hyperlens import (
+    cli,
+    compare_models,
+    measure_behaviour,
+    open_pair,
+    patch_blocks,
+    trace_provenance,
+)
 from hyperlens.data.chat import ChatTemplate, tag_conversation
 from hyperlens.data.conversations import read_examples
 from hyperlens.data.reading import ROLES
+from hyperlens.decoding.prompts import choose_openings, choose_prompts
 from hyperlens.errors import HyperlensError
+from hyperlens.experiments.decoding import compare_decoding
+from hyperlens.models.tokenizers import token_names
 from hyperlens.pair import Pair
 
 SYSTEM = {"role": "system", "content": "be kind"}
@@ -172,7 +182,7 @@ def test_whose_template_it_is_is_said() -> None:
 
 
 def test_two_templates_are_refused_where_none_is_chosen() -> None:
-    with pytest.raises(HyperlensError, match="different chat templates.*choose chat_template="):
+    with pytest.raises(HyperlensError, match=r"different chat templates.*choose chat_template="):
         pair_with(GEMMA, CHATML).tokenize(rows())
     with pytest.raises(HyperlensError, match="no chat template"):
         pair_with(None, None).tokenize(rows())
@@ -345,6 +355,81 @@ def test_the_command_takes_roles_and_a_template(tmp_path, capsys) -> None:
     out = capsys.readouterr().out
     assert "over assistant tokens only" in out
     assert "of the tuned model" in out
+
+
+# Where text is generated
+
+
+def test_generation_begins_where_the_assistants_last_turn_does(pair) -> None:
+    tokenizer = letters(LLAMA3)
+    talks = [{"messages": [SYSTEM, {**TALK[0], "content": "hi" * i}, *TALK[1:]]} for i in range(4)]
+    talks.append({"messages": [TALK[0], TALK[1], TALK[2]]})  # an answer is still to come
+    corpus = pair.tokenize(talks, max_length=30)
+    prompts = choose_prompts(corpus, 9, 17, seed=0)
+    befores = [talk["messages"][:-1] for talk in talks[:4]] + [talks[4]["messages"]]
+    expected = [
+        tokenizer.apply_chat_template(
+            before, add_generation_prompt=True, tokenize=True, return_dict=True
+        )["input_ids"]
+        for before in befores
+    ]
+    assert sorted(prompts) == sorted(expected)
+    assert all(tokenizer.decode(ids).endswith("<|head|>assistant<|/head|>\n\n") for ids in prompts)
+    openings = choose_openings(corpus, 9, 17, seed=0, n_after=5)
+    assert [tokenizer.decode(one.after) for one in openings] == ["so, b"] * 4
+    # What leaves no room for an answer is left out.
+    longest = max(map(len, expected))
+    assert longest not in map(
+        len, choose_prompts(corpus, 9, 17, 0, max_new_tokens=LONG + 1 - longest)
+    )
+    with pytest.raises(HyperlensError, match="0 of 5 texts have something before"):
+        choose_prompts(corpus, 9, 17, 0, max_new_tokens=LONG)
+
+
+def test_experiments_write_answers(pair) -> None:
+    """Both models continue every conversation where the assistant speaks; roles leave none out."""
+    behaviour = measure_behaviour(
+        pair, read_examples(rows(), roles=["assistant"]), n_prompts=4, max_new_tokens=6,
+        strategies=["greedy"], progress=False,
+    )  # fmt: skip
+    low, high = behaviour.meta["options"]["prompt_tokens"]
+    assert 0 < low < high
+    assert "conversations up to the assistant's last turn" in behaviour.summary()
+    ids = letters(LLAMA3).apply_chat_template(
+        rows()[0]["messages"][:-1], add_generation_prompt=True, return_dict=True
+    )["input_ids"]
+    shown = {one["prompt"] for one in behaviour.extras["examples"]}
+    assert len(shown) == 4
+    with torch.no_grad():
+        first = int(pair.tuned.model(torch.tensor([ids])).logits[0, -1].argmax())
+    by_prompt = {one["prompt"]: one for one in behaviour.extras["examples"]}
+    everything = measure_behaviour(
+        pair, rows(), n_prompts=6, max_new_tokens=2, strategies=["greedy"], n_examples=6,
+        progress=False,
+    )  # fmt: skip
+    opening = letters().decode(ids, skip_special_tokens=True)
+    found = [one for one in everything.extras["examples"] if one["prompt"].endswith(opening)]
+    assert found, by_prompt
+    assert found[0]["tuned"]["tokens"][0] == token_names(letters(), [first])[0]
+
+
+def test_decoding_and_patching_take_conversations(pair) -> None:
+    decoded = compare_decoding(
+        pair, rows(), n_prompts=3, max_new_tokens=4, methods=["greedy", "guard"], n_samples=1,
+        n_examples=0, progress=False,
+    )  # fmt: skip
+    assert len(decoded.meta["options"]["prompt_tokens"]) == 2
+    swept = patch_blocks(
+        pair, read_examples(rows(), roles=["assistant"]), n_texts=6, n_prompts=2, max_new_tokens=4,
+        max_length=LONG, progress=False,
+    )  # fmt: skip
+    assert swept.meta["corpus"]["roles"] == ["assistant"]
+    traced = trace_provenance(
+        pair, read_examples(rows(), roles=["assistant"]), n_prompts=2, max_new_tokens=4,
+        max_length=LONG, progress=False,
+    )  # fmt: skip
+    n_answer = len("the answer|") * 6
+    assert traced.meta["corpus"]["n_counted"] == n_answer
 
 
 def test_groups_are_kept_with_conversations(pair, tmp_path) -> None:

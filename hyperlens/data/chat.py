@@ -37,7 +37,8 @@ class Turn(NamedTuple):
 
     Attributes:
         prompt: the conversation before it, the template's generation prompt included.
-        answer: what it is in the conversation; empty where it is none, or cannot be told.
+        answer: the turn itself; empty where it is still to come, or the template writes another
+            beginning before it.
     """
 
     prompt: Int[np.ndarray, " before"]
@@ -359,19 +360,12 @@ def _turn(
 def _last_turn(
     messages: Messages, template: ChatTemplate, number: int, ids: Int[np.ndarray, " pos"]
 ) -> Turn | None:
-    """What stands before the assistant's last turn, or before one that is still to come."""
-    spoken = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    before = messages[: spoken[-1]] if spoken else messages
+    """The assistant's turn at the end, or one that is still to come."""
+    is_there = messages[-1]["role"] == "assistant"
+    before = messages[:-1] if is_there else messages
     if not before:
         return None
-    prompt = np.array(
-        template.ids(template.render(before, number, add_generation_prompt=True)), dtype=np.int64
-    )
-    answer = ids[:0]
-    if spoken and np.array_equal(ids[: len(prompt)], prompt):
-        answer = ids[len(prompt) :]
-        if spoken[-1] + 1 < len(messages):
-            until = template.ids(template.render(messages[: spoken[-1] + 1], number).rstrip())
-            goes_on = np.array_equal(ids[: len(until)], until)
-            answer = ids[len(prompt) : len(until)] if goes_on else ids[:0]
-    return Turn(prompt, answer) if len(prompt) else None
+    text = template.render(before, number, add_generation_prompt=True)
+    prompt = np.array(template.ids(text), dtype=np.int64)
+    follows = is_there and np.array_equal(ids[: len(prompt)], prompt)
+    return Turn(prompt, ids[len(prompt) :] if follows else ids[:0]) if len(prompt) else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,16 @@ def read_examples(
         texts.source = origin_of(source, column, split, limit)
     texts.reading = asked.over(texts.reading)
     return texts
+
+
+def read_whole(source: Any) -> Texts | Conversations:
+    """What `read_examples` reads, with the tokens of all roles, chosen or not."""
+    found = read_examples(source)
+    if found.reading is EVERYTHING:
+        return found
+    whole: Texts | Conversations = found[:]
+    whole.reading = replace(found.reading, roles=None, tokens=None).over(EVERYTHING)
+    return whole
 
 
 def _read_again(

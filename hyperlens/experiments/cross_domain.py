@@ -17,7 +17,7 @@ from ..data.conversations import read_examples
 from ..data.corpus import Corpus, are_token_ids, check_max_length
 from ..decoding.diversity import REPETITION_METRICS
 from ..decoding.generate import GenerationRunner
-from ..decoding.prompts import check_room, choose_prompts
+from ..decoding.prompts import check_room, choose_openings
 from ..errors import CorpusError, HyperlensError, PairError
 from ..files import check_new_folder, expand_user
 from ..models.sources import check_source
@@ -322,10 +322,15 @@ def draw_prompts(corpus: Corpus, options: RowOptions, with_continuations: bool) 
     Raises:
         CorpusError: if fewer than two texts are long enough.
     """
-    cut = options.prompt_tokens
-    length = cut + options.max_new_tokens if with_continuations else cut
-    sequences = choose_prompts(corpus, options.n_prompts, length, options.seed)
-    return Prompts([ids[:cut] for ids in sequences], [ids[cut:] for ids in sequences])
+    openings = choose_openings(
+        corpus,
+        options.n_prompts,
+        options.prompt_tokens,
+        options.seed,
+        n_after=options.max_new_tokens if with_continuations else 0,
+        max_new_tokens=options.max_new_tokens,
+    )
+    return Prompts([one.prompt for one in openings], [one.after for one in openings])
 
 
 def measure_row(
@@ -536,12 +541,18 @@ class CrossDomainResult(Result):
         values = [row[column] for row in self.table if math.isfinite(row[column])]
         return span(min(values), max(values), form) if values else form(math.nan)
 
+    def _of_chats(self) -> str:
+        """What prompts are in corpora of conversations, if there are any."""
+        described = [one for of in self.meta.get("corpus", {}).values() for one in of.values()]
+        is_chat = any("n_tokens_by_role" in one for one in described)
+        return " (of conversations all before the assistant's last turn)" * is_chat
+
     def evidence(self) -> list[Block]:
         """What was generated and what changed inside, for each pair; charts over all rows."""
         options = self.meta["options"]
         intro = Text(
             f"Greedy text: up to {count(options['n_prompts'], 'prompt')} of "
-            f"{count(options['prompt_tokens'], 'token')} from each corpus, "
+            f"{count(options['prompt_tokens'], 'token')}{self._of_chats()} from each corpus, "
             f"{options['max_new_tokens']} tokens added. TTR: distinct tokens / tokens, 1 repeats "
             "nothing. Repeated n-grams: the share that occurred before."
         )

@@ -20,7 +20,7 @@ from ..checks import check_choice, check_counts, check_seed, check_types
 from ..data.corpus import Corpus
 from ..decoding.diversity import REPETITION_METRICS
 from ..decoding.generate import GenerationRunner
-from ..decoding.prompts import check_room, choose_prompts
+from ..decoding.prompts import check_room, choose_prompts, lengths_in_words, prompt_lengths
 from ..errors import HyperlensError, PairError, ResultsError
 from ..hooks.loading import LoadedModel, hook
 from ..models.sources import OpenedModel
@@ -131,7 +131,9 @@ def run_null_test(
     kinds = _checked_kinds(controls)
     inputs = open_inputs(base, tuned, texts, max_length=max_length, device=device, dtype=dtype)
     check_room(inputs.pair, prompt_tokens, max_new_tokens)
-    prompts = choose_prompts(inputs.corpus, n_prompts, prompt_tokens, seed)
+    prompts = choose_prompts(
+        inputs.corpus, n_prompts, prompt_tokens, seed, max_new_tokens=max_new_tokens
+    )
     generation = GenerationRunner(prompts, max_new_tokens, batch_size, seed, progress=False)
     plain_base, plain_tuned = merged(inputs.pair.base.model), merged(inputs.pair.tuned.model)
     if is_tied(plain_base) and not is_tied(plain_tuned):
@@ -164,7 +166,7 @@ def run_null_test(
             "n_controls": n_controls,
             "max_length": max_length,
             "n_prompts": len(prompts),
-            "prompt_tokens": prompt_tokens,
+            "prompt_tokens": prompt_lengths(inputs.corpus, prompts, prompt_tokens),
             "max_new_tokens": max_new_tokens,
         },
     )
@@ -617,7 +619,7 @@ class NullTestResult(Result):
             return ""
         return (
             f" Greedy text: {count(options['n_prompts'], 'prompt')} of "
-            f"{count(options['prompt_tokens'], 'token')}, continued by "
+            f"{lengths_in_words(options['prompt_tokens'])}, continued by "
             f"{options['max_new_tokens']}; mean over prompts."
         )
 

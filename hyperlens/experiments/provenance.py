@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..checks import check_counts, check_seed, check_types
 from ..decoding.generate import GenerationRunner
-from ..decoding.prompts import check_room, choose_prompts
+from ..decoding.prompts import check_room, choose_prompts, prompt_lengths
 from ..models.kinds import plain_model
 from ..models.tokenizers import token_names, token_texts
 from ..pair import Pair, open_inputs
@@ -100,7 +100,9 @@ def trace_provenance(
     inputs = open_inputs(base, tuned, texts, max_length=max_length, device=device, dtype=dtype)
     pair = inputs.pair
     check_room(pair, prompt_tokens, max_new_tokens)
-    prompts = choose_prompts(inputs.corpus, n_prompts, prompt_tokens, seed)
+    prompts = choose_prompts(
+        inputs.corpus, n_prompts, prompt_tokens, seed, max_new_tokens=max_new_tokens
+    )
     contexts = read_contexts(
         pair.base.hooked, pair.tuned.hooked, inputs.corpus, batch_size, progress
     )
@@ -120,7 +122,7 @@ def trace_provenance(
         seed=seed,
         options={
             "n_prompts": len(prompts),
-            "prompt_tokens": prompt_tokens,
+            "prompt_tokens": prompt_lengths(inputs.corpus, prompts, prompt_tokens),
             "max_new_tokens": max_new_tokens,
             "max_length": max_length,
             "neighbours": NEIGHBOURS,

@@ -29,7 +29,7 @@ from ..decoding.entropy_matching import (
     tied_maxima,
 )
 from ..decoding.generate import GenerationRunner
-from ..decoding.prompts import check_room, choose_prompts
+from ..decoding.prompts import check_room, choose_prompts, prompt_lengths
 from ..errors import ResultsError
 from ..pair import open_inputs
 from ..passes.contexts import Contexts, read_contexts
@@ -122,7 +122,9 @@ def match_temperature(
     inputs = open_inputs(base, tuned, texts, max_length=max_length, device=device, dtype=dtype)
     pair = inputs.pair
     check_room(pair, prompt_tokens, max_new_tokens)
-    prompts = choose_prompts(inputs.corpus, n_prompts, prompt_tokens, seed)
+    prompts = choose_prompts(
+        inputs.corpus, n_prompts, prompt_tokens, seed, max_new_tokens=max_new_tokens
+    )
     contexts = read_contexts(
         pair.base.hooked, pair.tuned.hooked, inputs.corpus, batch_size, progress
     )
@@ -143,7 +145,7 @@ def match_temperature(
         units |= {(*condition, metric): generated.metrics[metric] for metric in REPETITION_METRICS}
     options = {
         "n_prompts": len(prompts),
-        "prompt_tokens": prompt_tokens,
+        "prompt_tokens": prompt_lengths(inputs.corpus, prompts, prompt_tokens),
         "max_new_tokens": max_new_tokens,
         "max_length": inputs.corpus.max_length,
         "batch_size": batch_size,

@@ -18,7 +18,7 @@ from ..data.corpus import are_token_ids
 from ..decoding.diversity import REPETITION_METRICS
 from ..decoding.entropy_matching import entropy_at
 from ..decoding.generate import GenerationRunner
-from ..decoding.prompts import check_room, choose_prompts
+from ..decoding.prompts import check_room, choose_prompts, lengths_in_words, prompt_lengths
 from ..errors import PairError, ResultsError
 from ..pair import Inputs, Pair, check_generates, open_pair, tokenized
 from ..passes.contexts import Contexts, logits_along, read_contexts
@@ -119,7 +119,9 @@ def compare_variants(
             check_generates(pair.base.model, pair.tuned.model)
             check_room(pair, prompt_tokens, max_new_tokens)
             inputs = tokenized(pair, texts, max_length)
-            prompts = choose_prompts(inputs.corpus, n_prompts, prompt_tokens, seed)
+            prompts = choose_prompts(
+                inputs.corpus, n_prompts, prompt_tokens, seed, max_new_tokens=max_new_tokens
+            )
         except PairError as error:
             raise PairError(f"variant {name!r}: {error}") from error
         runner = GenerationRunner(prompts, max_new_tokens, batch_size, seed, progress)
@@ -132,7 +134,7 @@ def compare_variants(
             seed=seed,
             options={
                 "n_prompts": len(prompts),
-                "prompt_tokens": prompt_tokens,
+                "prompt_tokens": prompt_lengths(inputs.corpus, prompts, prompt_tokens),
                 "max_new_tokens": max_new_tokens,
                 "max_length": inputs.corpus.max_length,
                 "batch_size": batch_size,
@@ -344,7 +346,7 @@ class VariantsResult(Result):
         options = self.meta["options"]
         about = Text(
             f"Each model continued {count(options['n_prompts'], 'prompt')} of "
-            f"{count(options['prompt_tokens'], 'token')} greedily by {options['max_new_tokens']} "
+            f"{lengths_in_words(options['prompt_tokens'])} greedily by {options['max_new_tokens']} "
             "tokens. Entropy and agreement with the base are teacher-forced, over all texts."
         )
         main = self._table(SHOWN, [*map(self._loss, self.variants)])

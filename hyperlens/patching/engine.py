@@ -313,7 +313,7 @@ def greedy_generation(
     if not max_new_tokens:
         return None
     check_room(pair, prompt_tokens, max_new_tokens)
-    prompts = choose_prompts(corpus, n_prompts, prompt_tokens, seed)
+    prompts = choose_prompts(corpus, n_prompts, prompt_tokens, seed, max_new_tokens=max_new_tokens)
     return GenerationRunner(prompts, max_new_tokens, batch_size, seed, progress=False)
 
 
