@@ -22,12 +22,14 @@ from hyperlens import (
 )
 from hyperlens.data.chat import ChatTemplate, tag_conversation
 from hyperlens.data.conversations import read_examples
-from hyperlens.data.reading import ROLES
+from hyperlens.data.reading import ROLES, read_as
 from hyperlens.decoding.prompts import choose_openings, choose_prompts
 from hyperlens.errors import HyperlensError
 from hyperlens.experiments.decoding import compare_decoding
 from hyperlens.models.tokenizers import token_names
 from hyperlens.pair import Pair
+from hyperlens.probes import OutputByPosition
+from hyperlens.training.examples import examples
 
 SYSTEM = {"role": "system", "content": "be kind"}
 THOUGHTFUL = [
@@ -443,3 +445,160 @@ def test_groups_are_kept_with_conversations(pair, tmp_path) -> None:
     assert texts[:2].reading.roles == ("user",)
     found = compare_models(pair, texts, max_length=LONG, probes=["logit_lens"], progress=False)
     assert found.at("output_by_role", "kl_user", -1, "final_norm").n > 0
+
+
+# Token sets of one's own
+
+
+def test_a_function_or_a_mask_chooses_tokens(pair) -> None:
+    texts = ["once upon a time", "there was a king", "who had no name"]
+    tokenizer = letters()
+    vowels = torch.tensor([tokenizer.convert_tokens_to_ids(letter) for letter in "aeiou"])
+    chosen = lambda ids, positions: torch.isin(ids, vowels) & (positions >= 4)  # noqa: E731
+    options = {"probes": ["logit_lens"], "progress": False}
+    found = compare_models(pair, texts, tokens=chosen, **options)
+    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    masks = [[i in vowels.tolist() and at >= 4 for at, i in enumerate(one)] for one in ids]
+    kl = []
+    for one, mask in zip(ids, masks, strict=True):
+        with torch.no_grad():
+            base, tuned = (
+                side.model(torch.tensor([one])).logits[0].double()[torch.tensor(mask)]
+                for side in (pair.base, pair.tuned)
+            )
+        log_base, log_tuned = base.log_softmax(-1), tuned.log_softmax(-1)
+        kl += (log_tuned.exp() * (log_tuned - log_base)).sum(-1).tolist()
+    row = found.at("logit_lens", "kl", -1, "final_norm")
+    assert row.n == len(kl) == sum(map(sum, masks))
+    assert row.value == pytest.approx(np.mean(kl), rel=1e-4)
+    assert found.meta["corpus"]["n_counted"] == len(kl)
+    assert "tokens chosen by" in found.summary()
+    for given in (ids, texts):
+        again = compare_models(pair, given, tokens=masks, **options)
+        assert again.at("logit_lens", "kl", -1, "final_norm") == row
+        assert again.meta["corpus"]["sha256"] == found.meta["corpus"]["sha256"]
+    everything = compare_models(pair, texts, **options)
+    assert everything.meta["corpus"]["sha256"] != found.meta["corpus"]["sha256"]
+
+
+def test_tokens_and_roles_are_chosen_together(pair) -> None:
+    first = read_examples(rows(), roles=["assistant"], tokens=lambda ids, at: ids != at.max())
+    corpus = pair.tokenize(first, max_length=LONG)
+    assert corpus.describe()["n_counted"] == 6 * len("the answer|")
+    reading = read_as(tokens=lambda ids, positions: positions < 30)
+    fewer = pair.tokenize(
+        read_examples(rows(), roles=["assistant", "system"]), max_length=LONG, reading=reading
+    )
+    assert fewer.describe()["n_counted"] == 6 * len("be kind")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (lambda ids: ids > 0, "text 0: the function given as tokens failed"),
+        (lambda ids, positions: positions, "text 0: expected 8 truth values"),
+        (lambda ids, positions: positions[:3] > 0, "text 0: expected 8 truth values"),
+        ([[True] * 8], "tokens has 1 sequences of truth values for 2 texts"),
+        ([[True] * 8, [True] * 3], "text 1: expected 8 truth values"),
+        ("assistant", "tokens must be a function"),
+        (lambda ids, positions: positions < 0, "none of the 2 texts has a chosen token"),
+    ],
+)
+def test_what_chooses_no_tokens_is_told(pair, tokens, message) -> None:
+    with pytest.raises(HyperlensError, match=message):
+        compare_models(pair, ["a text a", "b text b"], tokens=tokens, progress=False)
+
+
+def test_a_function_is_told_from_another_of_its_name() -> None:
+    made = [read_as(tokens=lambda ids, at, k=k: at < k).describe() for k in (1, 2)]
+    closed = [read_as(tokens=closing_over(k)).describe() for k in (1, 2, 2)]
+    assert made[0] != made[1]
+    assert closed[0] != closed[1] == closed[2]
+    masks = [read_as(tokens=[[True, False], mask]).describe() for mask in ([True], [False])]
+    assert masks[0] != masks[1]
+
+
+def closing_over(k: int) -> Any:
+    return lambda ids, positions: positions < k
+
+
+# Along an answer
+
+
+def test_the_output_along_answers_is_that_of_plain_forward_passes(pair) -> None:
+    talks = [{"messages": [SYSTEM, {**TALK[0], "content": "hi" * i}, *TALK[1:]]} for i in range(5)]
+    found = compare_models(
+        pair, talks, probes=[OutputByPosition(4)], max_length=LONG, progress=False
+    )
+    tokenizer = letters(LLAMA3)
+    expected: dict[int, list[float]] = {}
+    for talk in talks:
+        messages = talk["messages"]
+        whole = tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"][:LONG]
+        with torch.no_grad():
+            base, tuned = (
+                side.model(torch.tensor([whole])).logits[0].double().log_softmax(-1)
+                for side in (pair.base, pair.tuned)
+            )
+        kl = (tuned.exp() * (tuned - base)).sum(-1)
+        for turn in (2, 4):
+            before = tokenizer.apply_chat_template(
+                messages[:turn], add_generation_prompt=True, return_dict=True
+            )["input_ids"]
+            for place in range(5):
+                if len(before) - 1 + place < len(whole):
+                    expected.setdefault(place, []).append(float(kl[len(before) - 1 + place]))
+    for place, values in expected.items():
+        row = found.at("output_by_position", f"kl_{place}", -1, "final_norm")
+        assert row.n == len(values)
+        assert row.value == pytest.approx(np.mean(values), rel=1e-4)
+    assert found.select("output_by_position", "kl_4")
+    assert "along the answer" in str(list(found.evidence()))
+
+
+def test_the_output_along_texts_counts_their_tokens(pair) -> None:
+    texts = ["once upon", "there", "who had no name"]
+    found = compare_models(pair, texts, probes=["output_by_position"], progress=False)
+    n = {r.metric: r.n for r in found.long if r.metric.startswith("kl_")}
+    lengths = [len(text) for text in texts]
+    assert n == {f"kl_{k}": sum(k <= length for length in lengths) for k in range(1, 16)}
+
+
+# ShareGPT
+
+
+def test_conversations_of_sharegpt_are_read(tmp_path, pair) -> None:
+    names = {"system": "system", "user": "human", "assistant": "gpt"}
+    shared = [
+        {
+            "id": "x",
+            "conversations": [{"from": names[m["role"]], "value": m["content"]} for m in row],
+        }
+        for row in (one["messages"] for one in rows())
+    ]
+    (tmp_path / "shared.jsonl").write_text("\n".join(map(json.dumps, shared)))
+    for source in (shared, tmp_path / "shared.jsonl"):
+        assert list(read_examples(source)) == rows()
+    assert pair.tokenize(shared).sha256 == pair.tokenize(rows()).sha256
+    (trained,) = examples(read_examples(shared[:1]), letters(CHATML), "completions")
+    (usual,) = examples(read_examples(rows()[:1]), letters(CHATML), "completions")
+    assert trained.ids.tolist() == usual.ids.tolist()
+    assert trained.counted.tolist() == usual.counted.tolist()
+    with pytest.raises(HyperlensError, match="row 1: expected messages"):
+        read_examples([{"conversations": [{"from": "human"}]}])
+    with pytest.raises(
+        HyperlensError, match="row 2 has messages, and rows before it conversations"
+    ):
+        read_examples([shared[0], rows()[0]])
+
+
+def test_training_refuses_answers_that_the_template_shortens() -> None:
+    tokenizer = letters(TWELVE["thinking"])
+    assert list(examples(read_examples([{"messages": TALK}]), tokenizer, "completions"))
+    with pytest.raises(HyperlensError, match="writes the assistant's turns otherwise"):
+        list(examples(read_examples([{"messages": THOUGHTFUL}]), tokenizer, "completions"))
+
+
+def test_training_refuses_a_choice_of_tokens() -> None:
+    with pytest.raises(HyperlensError, match="leave roles, tokens and chat_template out"):
+        list(examples(read_examples(rows(), roles=["user"]), letters(CHATML), "completions"))

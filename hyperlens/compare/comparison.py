@@ -306,15 +306,12 @@ class Comparison(Result):
             for key, words in OUTPUT.items()
             if key in found
         ]
-        if not rows:
+        groups = [*self._by_role(), *self._by_position()]
+        if not rows and not groups:
             return [Text("Neither output ranks nor the logit lens was measured.")]
         caption = f"teacher-forced, over {self._counted()}, 95% intervals over texts"
-        return [
-            Heading("The output"),
-            Table(["at the output", self.tuned_name], rows, caption, joins=True),
-            *self._by_role(),
-            *self._by_position(),
-        ]
+        table = Table(["at the output", self.tuned_name], rows, caption, joins=True)
+        return [Heading("The output"), *([table] if rows else []), *groups]
 
     def _counted(self) -> str:
         """Which tokens are counted, in words."""

@@ -18,7 +18,7 @@ from ..models.kinds import Backend
 from ..pair import open_inputs
 from ..passes.multi_pass import run_passes
 from ..passes.streaming import PassOptions, PassResult
-from ..probes import LogitProbe, OutputByRole, Probe, default_probes
+from ..probes import LogitProbe, OutputByPosition, OutputByRole, Probe, default_probes
 from ..render.format import count
 from ..results.result import unknown
 from .audit import without_doubt
@@ -66,7 +66,8 @@ def compare_models(
             file, a `datasets.Dataset`, or a hub dataset name. With an open `Pair` as `base` the
             texts are the second argument.
         probes: what to measure: built-in probes by name (drift, participation_ratio, logit_lens,
-            rank_reordering) or probes of one's own; None for all built-in ones.
+            rank_reordering) or probes of one's own; None for these four. output_by_position tells
+            the output along answers, output_by_role for each role, which conversations have anyway.
         max_length: tokens per text, BOS included; longer texts are cut and counted.
         batch_size: texts per forward pass; does not change the result.
         include_bos: measure BOS positions too. They are left out, by id, by default.
@@ -138,7 +139,7 @@ def _checked_probes(given: Sequence[Probe | str] | None) -> list[Probe]:
         return default_probes()
     if not given:
         raise ProbeError("there are no probes: name at least one, or pass None")
-    built_in = {probe.name: probe for probe in default_probes()}
+    built_in = {one.name: one for one in (*default_probes(), OutputByRole(), OutputByPosition())}
     for name in given:
         if isinstance(name, str) and name not in built_in:
             raise ProbeError(unknown("probe", name, list(built_in)))

@@ -130,9 +130,10 @@ def describe_tokens(tokens: Tokens) -> str:
 
 
 def _code(function: Callable[..., Any]) -> bytes:
-    """What tells a function from another of its name: its code, constants and what it encloses."""
+    """What tells a function from another of its name: its code and what that refers to."""
     code = getattr(function, "__code__", None)
     if code is None:
         return repr(function).encode()
     enclosed = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
-    return bytes(code.co_code) + repr((code.co_consts, code.co_names, enclosed)).encode()
+    named = (code.co_consts, code.co_names, getattr(function, "__defaults__", None), enclosed)
+    return bytes(code.co_code) + repr(named).encode()
