@@ -91,7 +91,8 @@ def measure_behaviour(
         base, tuned: what `compare_models` takes, but no hooked models.
         texts: what `compare_models` takes; their first tokens are the prompts.
         n_prompts: how many texts, drawn at random, are continued.
-        prompt_tokens: how many of their first tokens are the prompt, BOS included.
+        prompt_tokens: how many of their first tokens are the prompt, BOS included; of
+            conversations all before the assistant's last turn is.
         max_new_tokens: how many are added to it.
         strategies: "greedy", "sample" or both.
         n_examples: how many prompts, drawn at random, are kept as text, with each token's rank in

@@ -103,7 +103,8 @@ def compare_domains(
         corpora: name to texts, each what `compare_models` takes. Which of them a model was trained
             on is for the caller to know.
         n_prompts: how many texts of each corpus, drawn at random, are continued greedily.
-        prompt_tokens: how many of their first tokens are the prompt, BOS included.
+        prompt_tokens: how many of their first tokens are the prompt, BOS included; of
+            conversations all before the assistant's last turn is.
         max_new_tokens: how many are added; an end-of-text token is a token like any other.
         max_length: tokens per text, BOS included; longer texts are cut.
         mauve_features: a model that reads texts, for MAUVE between continuations and the texts' own

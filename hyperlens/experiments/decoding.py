@@ -147,7 +147,8 @@ def compare_decoding(
         guard_window: of GUARD; the paper's choice.
         contrastive_q: of adaptive contrastive search; its authors' choice.
         n_prompts: how many texts, drawn at random, are continued.
-        prompt_tokens: how many of their first tokens are the prompt, BOS included.
+        prompt_tokens: how many of their first tokens are the prompt, BOS included; of
+            conversations all before the assistant's last turn is.
         max_new_tokens: how many are added to it.
         n_samples: how often the methods that sample are run, with seeds from `seed` on.
         stop_at_eos: end at an end of text. Otherwise it is a token like any other, and all

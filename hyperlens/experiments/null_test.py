@@ -111,7 +111,8 @@ def run_null_test(
         n_controls: how many random changes of each kind; one is held in memory at a time.
         max_length: tokens per text, BOS included.
         n_prompts: how many texts, drawn at random, are continued greedily.
-        prompt_tokens: how many of their first tokens are the prompt, BOS included.
+        prompt_tokens: how many of their first tokens are the prompt, BOS included; of
+            conversations all before the assistant's last turn is.
         max_new_tokens: how many are added to it.
         batch_size: texts per forward pass.
         seed: of the first control, of the choice of prompts and of the token sample; the other

@@ -77,7 +77,8 @@ def trace_provenance(
             texts.
         texts: what `compare_models` takes; their first tokens are the prompts.
         n_prompts: how many texts, drawn at random, the tuned model continues.
-        prompt_tokens: how many of their first tokens are the prompt, BOS included.
+        prompt_tokens: how many of their first tokens are the prompt, BOS included; of
+            conversations all before the assistant's last turn is.
         max_new_tokens: how many are added to it.
         max_length: tokens per text, teacher-forced.
         n_examples: picks kept with their context, per mode and bucket of base ranks.

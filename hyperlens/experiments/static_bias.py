@@ -122,7 +122,8 @@ def inject_static_bias(
         k: how many of the most promoted tokens get a bias; special tokens never do.
         alphas: strengths of the bias.
         n_prompts: how many texts, drawn at random, are continued greedily.
-        prompt_tokens: how many of their first tokens are the prompt, BOS included.
+        prompt_tokens: how many of their first tokens are the prompt, BOS included; of
+            conversations all before the assistant's last turn is.
         max_new_tokens: how many are added to it; an end-of-text token counts as any other.
         max_length: tokens per text.
         batch_size: texts or prompts per forward pass.

@@ -101,7 +101,8 @@ def match_temperature(
             texts.
         texts: what `compare_models` takes.
         n_prompts: how many texts, drawn at random, are continued.
-        prompt_tokens: how many of their first tokens are the prompt, BOS included.
+        prompt_tokens: how many of their first tokens are the prompt, BOS included; of
+            conversations all before the assistant's last turn is.
         max_new_tokens: how many are added to it.
         max_length: tokens per text of the teacher-forced statistics.
         batch_size: texts or prompts per forward pass.

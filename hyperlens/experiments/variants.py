@@ -90,7 +90,8 @@ def compare_variants(
             the base and that model.
         texts: what `compare_models` takes.
         n_prompts: how many texts, drawn at random, are continued greedily.
-        prompt_tokens: how many of their first tokens are the prompt, BOS included.
+        prompt_tokens: how many of their first tokens are the prompt, BOS included; of
+            conversations all before the assistant's last turn is.
         max_new_tokens: how many are added to it; an end-of-text token counts as any other.
         max_length: tokens per text of the teacher-forced statistics.
         batch_size: texts or prompts per forward pass.

@@ -111,7 +111,8 @@ def judge_models(
         texts: what `compare_models` takes; their first tokens are the prompts.
         judge: what `judge_continuations` takes. A local judge is held beside both models.
         n_prompts: how many texts, drawn at random, are continued.
-        prompt_tokens: how many of a text's first tokens are the prompt, BOS included.
+        prompt_tokens: how many of a text's first tokens are the prompt, BOS included; of
+            conversations all before the assistant's last turn is.
         max_new_tokens: the longest continuation, in tokens.
         tries: how often to ask until an answer can be read; pairs without one are left out then.
         prompt: ask about each pair once more in the paper's protocol, in one order with the texts
