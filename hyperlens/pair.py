@@ -14,8 +14,11 @@ from torch import nn
 
 from . import processes
 from .checks import check_types
+from .data.chat import ChatTemplate, check_template, template_text
+from .data.conversations import Conversations, read_examples, read_whole
 from .data.corpus import Corpus, are_token_ids, build_corpus, check_max_length
-from .data.texts import read_texts
+from .data.reading import EVERYTHING, OWN, Reading
+from .data.texts import Texts
 from .errors import CorpusError, LoadingError, PairError
 from .hooks.loading import LoadedModel, check_backend, hook, parse_device, parse_dtype
 from .models.kinds import Backend, backend_of, is_peft, plain_model, text_config
@@ -25,6 +28,8 @@ from .results.fingerprint import Known, versions
 
 # The two tokenizers are compared on this many texts.
 COMPARED_TEXTS = 64
+# Longer than any text.
+WHOLE = 2**31
 
 
 @dataclass(frozen=True, repr=False)
@@ -80,36 +85,58 @@ class Pair:
         }
 
     @check_types
-    def tokenize(self, texts: Any, *, max_length: int = 256, include_bos: bool = False) -> Corpus:
+    def tokenize(
+        self,
+        texts: Any,
+        *,
+        max_length: int = 256,
+        include_bos: bool = False,
+        reading: Reading = EVERYTHING,
+    ) -> Corpus:
         """The token sequences that both models read; `.notes` says what a reader should know.
 
         Args:
-            texts: list of strings or of token ids, path of a .txt, .jsonl, .csv or .parquet file,
-                `datasets.Dataset`, data frame, or the name of a hub dataset.
+            texts: list of strings, of token ids or of conversations, path of a .txt, .jsonl, .csv
+                or .parquet file, `datasets.Dataset`, data frame, or the name of a hub dataset.
             max_length: tokens per text, BOS included; longer texts are cut and counted.
             include_bos: measure BOS positions too.
+            reading: the chat template of conversations, and which tokens are counted, where the
+                texts do not say it themselves (`read_examples`).
 
         Raises:
             CorpusError: if the texts cannot be read, or leave nothing to measure.
-            PairError: if the two tokenizers read them differently.
+            PairError: if the two tokenizers read them differently, or the two models have different
+                chat templates and none was chosen.
         """
         check_max_length(max_length)
         notes: tuple[str, ...] = ()
+        tokenizer, template = self.tokenizer, None
         if not are_token_ids(texts):
-            texts = read_texts(texts)
-            notes = _compared_tokenizers(self, texts[:COMPARED_TEXTS])
+            texts = read_examples(texts)
+            reading = reading.over(texts.reading)
+            if isinstance(texts, Conversations) and texts.have_messages:
+                template, notes = _chat_template(self, reading.chat_template)
+                tokenizer = template.tokenizer
+            elif reading.chat_template is not None:
+                raise CorpusError(
+                    "chat_template writes conversations, and the texts are none: give texts with "
+                    "messages, or leave it out"
+                )
+            notes += _compared_tokenizers(self, _some_strings(texts), tokenizer)
         cfg = self.base.hooked.cfg
         # BOS where there is no tokenizer to tell: what the model's own configuration says.
         bos = getattr(text_config(self.base.model), "bos_token_id", None)
         corpus = build_corpus(
             texts,
-            self.tokenizer,
+            tokenizer,
             max_length=max_length,
             context_length=getattr(cfg, "n_ctx", None) or None,
             d_vocab=cfg.d_vocab,
             include_bos=include_bos,
             bos_id=bos if isinstance(bos, int) else None,
             unpadded=self.base.unpadded or self.tuned.unpadded,
+            template=template,
+            reading=reading,
         )
         return replace(corpus, notes=(*corpus.notes, *notes))
 
@@ -262,9 +289,11 @@ def open_inputs(
     max_length: int,
     include_bos: bool = False,
     generates: bool = True,
+    only_prompts: bool = False,
     backend: Backend | None = None,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
+    reading: Reading = EVERYTHING,
 ) -> Inputs:
     """Open a pair unless it is open already, and tokenize the texts for it.
 
@@ -274,7 +303,10 @@ def open_inputs(
         max_length: tokens per text, BOS included.
         include_bos: measure BOS positions too.
         generates: whether the models have to generate, which hooked models cannot.
+        only_prompts: whether texts are continued and nothing else. Conversations are then not cut,
+            and no choice of tokens leaves any out.
         backend, device, dtype: see `open_pair`; decided already where a `Pair` is given.
+        reading: see `Pair.tokenize`.
 
     Raises:
         HyperlensError: if a source cannot be opened, or the texts do not fit the models.
@@ -293,18 +325,27 @@ def open_inputs(
         if generates:
             check_generates(base, tuned)
         # Before any model is loaded: a mistyped file name should not cost a minute.
-        texts = texts if are_token_ids(texts) else read_texts(texts)
+        texts = texts if are_token_ids(texts) else read_examples(texts)
         pair = open_pair(base, tuned, backend=backend or "residual", device=device, dtype=dtype)
-    return tokenized(pair, texts, max_length, include_bos)
+    if only_prompts and not are_token_ids(texts):
+        texts = read_whole(texts)
+        max_length = WHOLE if isinstance(texts, Conversations) else max_length
+    return tokenized(pair, texts, max_length, include_bos, reading)
 
 
-def tokenized(pair: Pair, texts: Any, max_length: int, include_bos: bool = False) -> Inputs:
+def tokenized(
+    pair: Pair,
+    texts: Any,
+    max_length: int,
+    include_bos: bool = False,
+    reading: Reading = EVERYTHING,
+) -> Inputs:
     """Texts as an open pair reads them, with the notes on both.
 
     Raises:
         HyperlensError: if the texts do not fit the models.
     """
-    corpus = pair.tokenize(texts, max_length=max_length, include_bos=include_bos)
+    corpus = pair.tokenize(texts, max_length=max_length, include_bos=include_bos, reading=reading)
     processes.check_same("texts", corpus.sha256)
     if processes.sharing():  # hashing takes its time
         models = pair.describe()
@@ -412,7 +453,57 @@ def _check_sizes(pair: Pair) -> None:
             raise PairError(f"the models differ in {what}: base {a}, tuned {b}; {advice}")
 
 
-def _compared_tokenizers(pair: Pair, texts: list[str]) -> tuple[str, ...]:
+def _some_strings(texts: Texts | Conversations) -> list[str]:
+    """A few of the texts, or what is said in a few conversations."""
+    if isinstance(texts, Conversations):
+        return texts.strings(COMPARED_TEXTS)
+    return list(texts[:COMPARED_TEXTS])
+
+
+def _chat_template(pair: Pair, choice: str | None) -> tuple[ChatTemplate, tuple[str, ...]]:
+    """What writes conversations for both models, and a note that says whose it is.
+
+    The tokenizer is that of the model whose template it is, else the tuned model's: tuning may have
+    added the tokens that templates write.
+
+    Raises:
+        CorpusError: if there is no template.
+        PairError: if the two differ and none was chosen.
+    """
+    readers = {
+        side: loaded.tokenizer
+        for side, loaded in (("tuned", pair.tuned), ("base", pair.base))
+        if loaded.tokenizer is not None
+    }
+    own = {side: text for side, reader in readers.items() if (text := template_text(reader))}
+    if choice in OWN:
+        check_template(readers.get(choice), own.get(choice))
+        note = f"conversations are written by the chat template of the {choice} model"
+        return ChatTemplate(readers[choice], own[choice], choice), (note,)
+    reader = next(iter(readers.values()), None)
+    if choice is not None:
+        check_template(reader, choice)
+        note = "conversations are written by a chat template that was given"
+        return ChatTemplate(reader, choice, "given"), (note,)
+    if len(set(own.values())) > 1:
+        raise PairError(
+            "the two models have different chat templates, and both read the same text: choose "
+            'chat_template="tuned" or "base", or give one'
+        )
+    side = next(iter(own), "tuned")
+    check_template(readers.get(side, reader), own.get(side))
+    if len(own) == 2:
+        note = "conversations are written by the chat template that both models have"
+        return ChatTemplate(readers[side], own[side], "both"), (note,)
+    other = "base" if side == "tuned" else "tuned"
+    note = (
+        f"conversations are written by the chat template of the {side} model: the {other} model "
+        "has none"
+    )
+    return ChatTemplate(readers[side], own[side], side), (note,)
+
+
+def _compared_tokenizers(pair: Pair, texts: list[str], used: Any) -> tuple[str, ...]:
     """Compare the two tokenizers, in vocabulary and on some of the texts.
 
     Returns:
@@ -450,6 +541,6 @@ def _compared_tokenizers(pair: Pair, texts: list[str]) -> tuple[str, ...]:
     if only[1]:
         return (
             f"the tuned tokenizer adds {len(only[1])} tokens ({only[1][0]!r}, …): "
-            "the base's is used",
+            f"the {'base' if used is ours else 'tuned model'}'s is used",
         )
     return ()

@@ -5,13 +5,17 @@ from __future__ import annotations
 from .base import LogitProbe, MeanProbe, Probe
 from .drift import ResidualDrift
 from .logit_lens import LogitLens
+from .output_groups import GroupedOutput, OutputByPosition, OutputByRole
 from .participation_ratio import ParticipationRatio
 from .rank_reordering import RankReordering
 
 __all__ = [
+    "GroupedOutput",
     "LogitLens",
     "LogitProbe",
     "MeanProbe",
+    "OutputByPosition",
+    "OutputByRole",
     "ParticipationRatio",
     "Probe",
     "RankReordering",

@@ -19,6 +19,14 @@ from .base import LogitProbe
 # Logits are compared in blocks of this many, which a processor's cache holds a few times over.
 CACHED_LOGITS = 2**19
 
+LENS_METRICS = ("top1_agreement", "kl", "base_entropy", "tuned_entropy")
+LENS_BOUNDS = {
+    "top1_agreement": (0.0, 1.0),
+    "kl": (0.0, float("inf")),
+    "base_entropy": (0.0, float("inf")),
+    "tuned_entropy": (0.0, float("inf")),
+}
+
 
 class LogitLens(LogitProbe):
     """Each model's own final norm, unembedding and soft cap, read at every layer.
@@ -32,14 +40,9 @@ class LogitLens(LogitProbe):
     """
 
     name = "logit_lens"
-    metrics = ("top1_agreement", "kl", "base_entropy", "tuned_entropy")
+    metrics = LENS_METRICS
     overwrites = True
-    bounds = {
-        "top1_agreement": (0.0, 1.0),
-        "kl": (0.0, float("inf")),
-        "base_entropy": (0.0, float("inf")),
-        "tuned_entropy": (0.0, float("inf")),
-    }
+    bounds = LENS_BOUNDS
 
     def sum_shapes(self, spec: StreamSpec) -> dict[str, tuple[int, ...]]:
         """The means' sums, and the counts of every base rank with their spread over sequences."""
@@ -56,9 +59,7 @@ class LogitLens(LogitProbe):
 
     def read(self, chunk: LogitChunk) -> dict[str, Shaped[Tensor, " chunk"]]:
         """Agreement, divergence, entropies and the final winner's rank, overwriting the logits."""
-        read = _read_same if chunk.same else _read_block
-        blocks = [read(*block) for block in _blocks(chunk)]
-        return {name: torch.cat([block[name] for block in blocks]) for name in blocks[0]}
+        return read_lenses(chunk)
 
     def finish(self, pair: StreamPair, layer: int, numbers: Mapping[str, Tensor]) -> None:
         """Add the means, and count the ranks."""
@@ -107,6 +108,13 @@ class LogitLens(LogitProbe):
             width *= 0.5 / math.sqrt(below * (1 - below))
         ends = quantile_interval(s["rank_counts"], width)
         return Row(self.name, "median_base_rank", layer, "final_norm", *ends, int(s["n"]))
+
+
+def read_lenses(chunk: LogitChunk) -> dict[str, Shaped[Tensor, " chunk"]]:
+    """Agreement, divergence, entropies and the final winner's rank, overwriting the logits."""
+    read = _read_same if chunk.same else _read_block
+    blocks = [read(*block) for block in _blocks(chunk)]
+    return {name: torch.cat([block[name] for block in blocks]) for name in blocks[0]}
 
 
 def _blocks(chunk: LogitChunk) -> Iterator[tuple[Tensor, ...]]:

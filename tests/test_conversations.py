@@ -6,10 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from chat_for_tests import CHATML, D_VOCAB, FORGETFUL, GEMMA, TALK, TEMPLATES, letters
 from conftest import make_tiny
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.nn import functional
-from transformers import PreTrainedTokenizerFast
 
 from hyperlens import cli
 from hyperlens.data.conversations import Conversations, read_examples
@@ -22,73 +21,6 @@ from hyperlens.training.prefix import Plan, PrefixCache
 from hyperlens.training.recipes import changed, preset
 from hyperlens.training.record import Recorder
 from hyperlens.training.token_loss import TokenLoss
-
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-LLAMA3 = (
-    "{{ bos_token }}{% for m in messages %}<|head|>{{ m['role'] }}<|/head|>\n\n"
-    "{{ m['content'] | trim }}<|eot|>{% endfor %}"
-    "{% if add_generation_prompt %}<|head|>assistant<|/head|>\n\n{% endif %}"
-)
-GEMMA = (
-    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}"
-    "{{ raise_exception('System role not supported') }}{% endif %}"
-    "{% for m in messages %}<turn>{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n"
-    "{{ m['content'] }}</turn>\n{% endfor %}"
-    "{% if add_generation_prompt %}<turn>model\n{% endif %}"
-)
-MISTRAL = (
-    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }}"
-    "[/INST]{% else %} {{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
-)
-MARKED = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}"
-    "{% generation %}{{ m['content'] }}<|im_end|>{% endgeneration %}{% else %}{{ m['content'] }}"
-    "<|im_end|>{% endif %}\n{% endfor %}"
-)
-# Earlier answers are shortened once others follow, as some templates do with reasoning.
-FORGETFUL = (
-    "{% for m in messages %}{{ m['role'] }}: {% if loop.last %}{{ m['content'] }}{% else %}..."
-    "{% endif %}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
-)
-TEMPLATES = {
-    "chatml": CHATML,
-    "llama3": LLAMA3,
-    "gemma": GEMMA,
-    "mistral": MISTRAL,
-    "marked": MARKED,
-}
-SPECIAL = (
-    *("<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|head|>", "<|/head|>", "<|eot|>"),
-    *("<turn>", "</turn>", "[INST]", "[/INST]"),
-)
-TALK = [
-    {"role": "user", "content": "hi you"},
-    {"role": "assistant", "content": "the answer"},
-    {"role": "user", "content": "why?"},
-    {"role": "assistant", "content": "so, because."},
-]
-
-
-def letters(template: str | None = None) -> PreTrainedTokenizerFast:
-    """A token per byte, and one for each special word."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {word: i for i, word in enumerate([*SPECIAL, *alphabet])}
-    inner = Tokenizer(models.BPE(vocabulary, []))
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=inner,
-        bos_token="<s>",
-        eos_token="</s>",
-        additional_special_tokens=list(SPECIAL[2:]),
-        chat_template=template,
-    )
-
-
-D_VOCAB = len(SPECIAL) + 256
 
 
 def said(tokenizer: Any, ids: Any, counted: Any) -> list[str]:

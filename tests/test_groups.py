@@ -196,3 +196,17 @@ def test_an_outcome_adds_up_its_groups() -> None:
     by_group = seen.outcome((1, 0, 0, 1))
     assert by_group.changed.tolist() == [1, 2]
     assert by_group.sums["to_tuned"].tolist() == [1, 1]
+
+
+def test_some_of_the_texts_keep_their_groups_and_can_be_read() -> None:
+    """As the null test reads some of them to find the scale of its controls."""
+    whole = build_corpus(read_texts(TEXTS, groups=2), Words(), max_length=32)
+    some = whole.take(range(0, 12, 3))
+    assert [ids.tolist() for ids in some.sequences] == [
+        ids.tolist() for ids in whole.sequences[::3]
+    ]
+    assert some.counts.n_tokens == sum(map(len, some.sequences))
+    of_some = [whole.groups[i] for i in range(0, 12, 3)]
+    assert len(set(some.groups)) == len(set(of_some)) == some.n_units
+    slots = torch.cat([b.slot for b in some.batches(2, n_sampled_sequences=9, n_sampled_tokens=3)])
+    assert int((slots >= 0).sum()) == 4

@@ -13,6 +13,7 @@ from hyperlens.probes import (
     LogitLens,
     LogitProbe,
     MeanProbe,
+    OutputByPosition,
     ParticipationRatio,
     RankReordering,
     ResidualDrift,
@@ -54,6 +55,7 @@ REGISTERED = {
     "rank reordering": RankReordering,
     "drift with what is left out": lambda: ResidualDrift(with_excluded=True),
     "participation ratio with what is left out": lambda: ParticipationRatio(with_excluded=True),
+    "output along a text": lambda: OutputByPosition(3),
     "a user's own": NormRatio,
     "a user's own, of logits": LogitSpread,
 }

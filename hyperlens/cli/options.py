@@ -92,6 +92,19 @@ def add_how_to_read(group: Any, groups: bool = True) -> None:
             "do: intervals count a group once (default: blocks of the paragraphs of a .txt file; "
             "each text of other sources by itself)",
         )
+        group.add_argument(
+            "--chat-template",
+            metavar="NAME",
+            help="what writes conversations as text, for both models: base or tuned for that "
+            "model's, or a file (default: the one that the two models have)",
+        )
+        group.add_argument(
+            "--roles",
+            type=names,
+            metavar="NAME[,NAME]",
+            help="of conversations, count the tokens of these alone: assistant, user, system, "
+            "template (default: all)",
+        )
 
 
 def add_running(
@@ -139,20 +152,26 @@ def add_debug(group: Any) -> None:
     )
 
 
-def texts_for(args: argparse.Namespace) -> list[str]:
+def texts_for(args: argparse.Namespace) -> Any:
     """The texts of a command with `add_pair`, once it is clear that --out can be written."""
     if args.out is not None:
         check_new_folder(args.out)
     return read(args, args.texts, args.split)
 
 
-def read(args: argparse.Namespace, source: str, split: str) -> list[str]:
-    """The texts that the options of `add_reading` name."""
-    from ..data.texts import read_texts
+def read(args: argparse.Namespace, source: str, split: str) -> Any:
+    """The texts or conversations that the options of `add_reading` name."""
+    how = {"column": args.text_column, "split": split, "limit": args.limit}
+    if "groups" not in args:
+        from ..data.texts import read_texts
 
-    groups = getattr(args, "groups", None)
-    groups = int(groups) if groups and groups.isdecimal() else groups
-    return read_texts(source, column=args.text_column, split=split, limit=args.limit, groups=groups)
+        return read_texts(source, **how)
+    from ..data.conversations import read_examples
+
+    groups = int(args.groups) if args.groups and args.groups.isdecimal() else args.groups
+    return read_examples(
+        source, **how, groups=groups, chat_template=args.chat_template, roles=args.roles
+    )
 
 
 def shows_progress(args: argparse.Namespace) -> bool:

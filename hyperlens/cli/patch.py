@@ -148,7 +148,7 @@ def _result(name: str, args: argparse.Namespace, texts: Sequence[str]) -> Any:
     return run_it(args.base, args.tuned, texts, **chosen)
 
 
-def _work_folder(args: argparse.Namespace, texts: Sequence[str]) -> WorkFolder:
+def _work_folder(args: argparse.Namespace, texts: Any) -> WorkFolder:
     """Stamped with everything that decides the results; which parts are run does not."""
     from ..results.fingerprint import texts_sha256
     from ..results.resume import WorkFolder, source_identity
@@ -159,6 +159,7 @@ def _work_folder(args: argparse.Namespace, texts: Sequence[str]) -> WorkFolder:
         "base": source_identity(args.base),
         "tuned": source_identity(args.tuned),
         "texts": texts_sha256(texts),
+        **({"reading": reading} if (reading := texts.reading.describe()) else {}),
         "options": {name: str(getattr(args, name)) for name in (*names, "seed", "dtype")},
     }
     return WorkFolder(args.out, STAMP, stamp, WORK)

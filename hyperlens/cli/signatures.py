@@ -19,7 +19,10 @@ from .options import BACKENDS, STYLE, list_of, names
 
 PACKAGE = Path(__file__).resolve().parents[1]
 # Given by every command in the same way, or not from the command line at all.
-SHARED = {"base", "tuned", "texts", "device", "dtype", "progress"}
+SHARED = {
+    *("base", "tuned", "texts", "device", "dtype", "progress"),
+    *("chat_template", "roles", "tokens"),
+}
 
 
 class Signature(NamedTuple):

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+from ..probes import OutputByPosition, OutputByRole
 from ..probes.base import WITH_EXCLUDED
 from ..results.rows import Row
 
@@ -34,6 +35,12 @@ AT_REST = {
     ("rank_reordering", "rank_2_10"): 0.0,
     ("rank_reordering", "rank_gt_10"): 0.0,
     ("rank_reordering", "rank_ge_200"): 0.0,
+    **{
+        (probe.name, f"{metric}_{group}"): value
+        for probe in (OutputByRole(), OutputByPosition())
+        for group in probe.groups
+        for metric, value in (("kl", 0.0), ("top1_agreement", 1.0))
+    },
 }
 
 

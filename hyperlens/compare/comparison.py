@@ -69,6 +69,13 @@ OUTPUT = {
     ("logit_lens", "base_entropy"): "entropy of the base",
     ("logit_lens", "tuned_entropy"): "entropy of the tuned model",
 }
+# Of groups of decisions: roles, or places in an answer.
+BY_GROUP = {
+    "top1_agreement": "top-1 agrees",
+    "kl": "KL(tuned ‖ base)",
+    "base_entropy": "entropy, base",
+    "tuned_entropy": "entropy, tuned",
+}
 LAYERS = {
     "cosine": ("drift", "cosine", "raw"),
     "relative L2": ("drift", "relative_l2", "raw"),
@@ -91,6 +98,8 @@ PROBES = {
     "logit_lens": "logit lens",
     "rank_reordering": "output ranks",
 }
+# Shown with the output.
+GROUPED = ("output_by_role", "output_by_position")
 EXCLUSIONS = {
     "n_bos": "BOS position",
     "n_empty": "empty text",
@@ -297,13 +306,88 @@ class Comparison(Result):
             for key, words in OUTPUT.items()
             if key in found
         ]
-        if not rows:
+        groups = [*self._by_role(), *self._by_position()]
+        if not rows and not groups:
             return [Text("Neither output ranks nor the logit lens was measured.")]
-        caption = "teacher-forced, over all tokens of the texts, 95% intervals over texts"
-        return [
-            Heading("The output"),
-            Table(["at the output", self.tuned_name], rows, caption, joins=True),
+        caption = f"teacher-forced, over {self._counted()}, 95% intervals over texts"
+        table = Table(["at the output", self.tuned_name], rows, caption, joins=True)
+        return [Heading("The output"), *([table] if rows else []), *groups]
+
+    def _counted(self) -> str:
+        """Which tokens are counted, in words."""
+        corpus = self.meta.get("corpus", {})
+        if "n_counted" not in corpus:
+            return "all tokens of the texts"
+        whose = f"{' and '.join(corpus.get('roles', []))} tokens".strip()
+        by = f" chosen by {one_line(corpus['tokens'])}" if "tokens" in corpus else ""
+        return f"{whose}{by} only"
+
+    def _by_group(self, probe: str) -> dict[str, dict[str, Row]]:
+        """Group to metric to row, of a probe of groups of decisions."""
+        found: dict[str, dict[str, Row]] = {}
+        for row in self._at_output(probe):
+            metric = next((m for m in BY_GROUP if row.metric.startswith(f"{m}_")), None)
+            if metric is not None:
+                found.setdefault(row.metric.removeprefix(f"{metric}_"), {})[metric] = row
+        return found
+
+    def _by_role(self) -> list[Block]:
+        found = self._by_group("output_by_role")
+        rows = [
+            [
+                role,
+                f"{next(iter(of_role.values())).n:,}",
+                *(
+                    interval(of_role[metric]._asdict(), FORMS[metric])
+                    if metric in of_role
+                    else MISSING
+                    for metric in BY_GROUP
+                ),
+            ]
+            for role, of_role in found.items()
         ]
+        if not rows:
+            return []
+        caption = "by who speaks the token that a decision follows; over decisions"
+        return [Table(["role", "decisions", *BY_GROUP.values()], rows, caption)]
+
+    def _by_position(self) -> list[Block]:
+        """Curves along the answer."""
+        found = self._by_group("output_by_position")
+        charts_of = [
+            self._along(found, metric, words)
+            for metric, words in BY_GROUP.items()
+            if metric in ("kl", "top1_agreement")
+        ]
+        return [Grid([chart for chart in charts_of if chart is not None])] if found else []
+
+    def _along(
+        self, found: Mapping[str, Mapping[str, Row]], metric: str, words: str
+    ) -> Chart | None:
+        rows = [
+            {
+                "series": self.tuned_name,
+                "position": int(group),
+                "value": of_group[metric].value,
+                "low": of_group[metric].low,
+                "high": of_group[metric].high,
+                "tokens": of_group[metric].n,
+            }
+            for group, of_group in found.items()
+            if metric in of_group
+        ]
+        if not rows:
+            return None
+        title = f"{words}, along the answer"
+        ends = "; ".join(
+            f"{row['value']:.3g} after {row['position']} tokens" for row in (rows[0], rows[-1])
+        )
+        x = Axis("position", "tokens of the answer before the decision")
+        roles: dict[str, Role] = {self.tuned_name: "tuned"}
+        scale: Any = "zero" if metric == "kl" else "share"
+        return Chart(
+            "lines", title, f"{title}: {ends}", rows, x, Axis("value", words, scale), roles
+        )
 
     def _layers(self) -> list[Block]:
         table = self._layer_table(MAX_LAYERS)
@@ -439,10 +523,12 @@ class Comparison(Result):
         drawn = [chart for chart in lens if chart is not None]
         blocks: list[Block] = []
         if histogram:
+            is_all = "n_counted" not in self.meta.get("corpus", {})
+            where = "at every token" if is_all else f"over {self._counted()}"
             blocks += [
                 Heading("Where did the base model rank the tuned model's predictions?"),
                 Text(
-                    "Teacher-forced, at every token. Temperature never changes a rank, so any "
+                    f"Teacher-forced, {where}. Temperature never changes a rank, so any "
                     "share beyond rank 1 is reordering. Tied logits share the best rank."
                 ),
                 histogram,
@@ -507,12 +593,15 @@ class Comparison(Result):
         items = [count(corpus[key], words) for key, words in EXCLUSIONS.items() if corpus.get(key)]
         if corpus.get("n_cut"):
             items.append(f"the ends of {count(corpus['n_cut'], 'long text')}")
+        if "n_counted" in corpus:
+            n_others = corpus["n_tokens"] - corpus.get("n_bos", 0) - corpus["n_counted"]
+            items.append(f"{count(n_others, 'token')} that were not chosen")
         sinks: list[int] = self.meta.get("excluded", {}).get("sinks_per_layer", [])
         if any(sinks):
             items.append(f"attention sinks (at most {max(sinks):,} in a layer)")
         measured = dict.fromkeys(row.probe for row in self.long)
         absent = [words for name, words in PROBES.items() if name not in measured]
-        custom = [one_line(name) for name in measured if name not in PROBES]
+        custom = [one_line(name) for name in measured if name not in {*PROBES, *GROUPED}]
         facts = {"Left out": items, "Not measured": absent, "Also in the table": custom}
         return [f"{what}: {', '.join(some)}." for what, some in facts.items() if some]
 

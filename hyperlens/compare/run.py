@@ -15,6 +15,7 @@ import torch
 
 from .. import processes
 from ..checks import check_counts, check_seed, check_types
+from ..data.reading import read_as
 from ..errors import CorpusError, PairError, ProbeError
 from ..files import check_new_folder, expand_user
 from ..models.kinds import Backend
@@ -22,7 +23,7 @@ from ..pair import Inputs, Pair, open_inputs
 from ..passes.kept_sums import KeptSums
 from ..passes.multi_pass import run_passes
 from ..passes.streaming import PassOptions, PassResult
-from ..probes import Probe, default_probes
+from ..probes import LogitProbe, OutputByPosition, OutputByRole, Probe, default_probes
 from ..render.format import count
 from ..results.result import unknown
 from ..results.rows import ProbeResult
@@ -46,6 +47,9 @@ def compare_models(
     max_length: int = 256,
     batch_size: int = 8,
     include_bos: bool = False,
+    chat_template: str | Path | None = None,
+    roles: Sequence[str] | None = None,
+    tokens: Any = None,
     sink_threshold: float = 10.0,
     backend: Backend | None = None,
     device: str | torch.device | None = None,
@@ -65,14 +69,18 @@ def compare_models(
         base, tuned: hub id, local folder, `PreTrainedModel`, `PeftModel`, hooked model, or a
             pair (model, tokenizer); `tuned` may also be an adapter, by folder or hub id, which is
             put on `base`.
-        texts: list of strings or of token ids, a .txt / .jsonl / .csv / .parquet file, a
-            `datasets.Dataset`, or a hub dataset name. With an open `Pair` as `base` the texts are
-            the second argument.
+        texts: list of strings, of token ids or of conversations, a .txt / .jsonl / .csv / .parquet
+            file, a `datasets.Dataset`, or a hub dataset name. With an open `Pair` as `base` the
+            texts are the second argument.
         probes: what to measure: built-in probes by name (drift, participation_ratio, logit_lens,
-            rank_reordering) or probes of one's own; None for all built-in ones.
+            rank_reordering) or probes of one's own; None for these four. output_by_position tells
+            the output along answers, output_by_role for each role, which conversations have anyway.
         max_length: tokens per text, BOS included; longer texts are cut and counted.
         batch_size: texts per forward pass; does not change the result.
         include_bos: measure BOS positions too. They are left out, by id, by default.
+        chat_template, roles, tokens: of conversations, what writes them as text and whose tokens
+            are counted; of any texts, which tokens are counted: see `read_examples`. A decision
+            counts where the token that it follows does.
         sink_threshold: positions whose norm exceeds this many times their sequence's median are
             masked as attention sinks, layer by layer; 0 masks none.
         backend: how models are hooked, "residual" (the default), "bridge" or
@@ -98,6 +106,7 @@ def compare_models(
     chosen = _checked_probes(probes)
     options = checked_options(batch_size, sink_threshold, seed, progress)
     _check_is_one(base, tuned, texts)
+    reading = read_as(chat_template, roles, tokens)
     inputs = open_inputs(
         base,
         tuned,
@@ -108,12 +117,13 @@ def compare_models(
         backend=backend,
         device=device,
         dtype=dtype,
+        reading=reading,
     )
-    reading = {"max_length": max_length, "include_bos": include_bos}
+    tokenized_as = {"max_length": max_length, "include_bos": include_bos}
     if out is None:
-        return compare_inputs(inputs, chosen, options, reading)[0]
+        return compare_inputs(inputs, chosen, options, tokenized_as)[0]
     kept = _kept_beside(expand_user(out), inputs, chosen, options)
-    comparison, _ = compare_inputs(inputs, chosen, replace(options, kept=kept), reading)
+    comparison, _ = compare_inputs(inputs, chosen, replace(options, kept=kept), tokenized_as)
     if processes.is_heard():
         comparison.save(out)
         kept.forget()
@@ -124,7 +134,7 @@ def compare_inputs(
     inputs: Inputs,
     probes: Sequence[Probe],
     options: PassOptions,
-    reading: dict[str, Any],
+    tokenized_as: dict[str, Any],
     beside: Sequence[Probe] = (),
 ) -> tuple[Comparison, dict[str, ProbeResult]]:
     """Compare a pair that is open on texts that are tokenized.
@@ -133,13 +143,15 @@ def compare_inputs(
         inputs: the pair and its texts.
         probes: what the comparison is of; each is used up.
         options: how the texts are read.
-        reading: how they were tokenized, for the record.
+        tokenized_as: how they were tokenized, for the record.
         beside: probes that see the same pass, without being part of the comparison.
 
     Returns:
         The comparison, and what the probes beside it computed, by name.
     """
     pair = inputs.pair
+    if inputs.corpus.roles is not None and _reads_output(probes):
+        probes = [*probes, OutputByRole()]
     outcome = run_passes(
         pair.base.hooked, pair.tuned.hooked, inputs.corpus, [*probes, *beside], options
     )
@@ -148,7 +160,7 @@ def compare_inputs(
         options={
             "batch_size": options.batch_size,
             "sink_threshold": options.sink_threshold,
-            **reading,
+            **tokenized_as,
         },
         notes=_passes_note(outcome),
     )
@@ -172,11 +184,13 @@ def _kept_beside(
     out: Path, inputs: Inputs, probes: Sequence[Probe], options: PassOptions
 ) -> KeptSums:
     """Where sums are kept, by everything that decides them."""
-    groups = json.dumps(inputs.corpus.groups).encode()
+    corpus = inputs.corpus
+    tags = [] if corpus.roles is None else [of_one.tolist() for of_one in corpus.roles]
+    tags_and_groups = json.dumps([corpus.groups, tags]).encode()
     identity = {
         "models": inputs.pair.describe(),
-        "corpus": inputs.corpus.describe(),
-        "groups": hashlib.sha256(groups).hexdigest(),
+        "corpus": corpus.describe(),
+        "groups": hashlib.sha256(tags_and_groups).hexdigest(),
         "batch_size": options.batch_size,
         "sink_threshold": options.sink_threshold,
         "seed": options.seed,
@@ -200,7 +214,7 @@ def _checked_probes(given: Sequence[Probe | str] | None) -> list[Probe]:
         return default_probes()
     if not given:
         raise ProbeError("there are no probes: name at least one, or pass None")
-    built_in = {probe.name: probe for probe in default_probes()}
+    built_in = {one.name: one for one in (*default_probes(), OutputByRole(), OutputByPosition())}
     for name in given:
         if isinstance(name, str) and name not in built_in:
             raise ProbeError(unknown("probe", name, list(built_in)))
@@ -216,6 +230,12 @@ def _checked_probes(given: Sequence[Probe | str] | None) -> list[Probe]:
     if repeated:
         raise ProbeError(f"two probes are named {repeated[0]!r}: give each its own name")
     return chosen
+
+
+def _reads_output(probes: Sequence[Probe]) -> bool:
+    """Whether what the models predict is measured, which is then told by role as well."""
+    names = {probe.name for probe in probes}
+    return OutputByRole.name not in names and any(isinstance(p, LogitProbe) for p in probes)
 
 
 def _json_options(probe: Probe) -> Any:

@@ -8,20 +8,24 @@ one that could run out of memory, comes first.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from numbers import Integral
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from ..errors import CorpusError
+from ..errors import CorpusError, first_line
+from .chat import ChatTemplate, Tagged, Turn, tag_rows
+from .conversations import Conversations
+from .reading import EVERYTHING, ROLES, Reading, describe_tokens
 from .texts import read_texts
 
+T = TypeVar("T")
 PaddingSide = Literal["right", "left"]
 
 # Groups of texts that are kept apart: each has a row in the sample that intervals are made from.
@@ -62,6 +66,9 @@ class Batch:
         slot: which row of the token sample each sequence's tokens go to, -1 for none; those of one
             group share a row.
         position: the position that goes to each place of that row, -1 for none of this sequence.
+        chosen: False where a position is left out because of its role, or by a mask; None for no
+            such choice.
+        roles: who speaks each token, as places in `ROLES`; None where there are no conversations.
     """
 
     tokens: Int[Tensor, "batch pos"]
@@ -69,6 +76,14 @@ class Batch:
     bos: Bool[Tensor, "batch pos"]
     slot: Int[Tensor, " batch"]
     position: Int[Tensor, "batch sampled"]
+    chosen: Bool[Tensor, "batch pos"] | None = None
+    roles: Int[Tensor, "batch pos"] | None = None
+
+    @property
+    def counted(self) -> Bool[Tensor, "batch pos"]:
+        """True where a decision is counted: at chosen tokens that are not BOS."""
+        counted = self.real & ~self.bos
+        return counted if self.chosen is None else counted & self.chosen
 
 
 @dataclass(frozen=True)
@@ -85,6 +100,13 @@ class Corpus:
         groups: the independent group of each sequence, counted from 0; None where each sequence is
             one of its own.
         unpadded: whether batches hold sequences of one length only.
+        chosen: for each sequence which tokens are counted; None for all.
+        roles: for each sequence who speaks each token, as places in `ROLES`; None where there are
+            no conversations.
+        turns: for each conversation where the assistant's last turn begins; None where there are no
+            conversations.
+        context_length: the model's own limit, if it has one.
+        reading: what the choice of tokens rests on, as JSON values.
     """
 
     sequences: tuple[np.ndarray, ...]
@@ -95,6 +117,11 @@ class Corpus:
     sha256: str
     groups: tuple[int, ...] | None = None
     unpadded: bool = False
+    chosen: tuple[np.ndarray, ...] | None = None
+    roles: tuple[np.ndarray, ...] | None = None
+    turns: tuple[Turn | None, ...] | None = None
+    context_length: int | None = None
+    reading: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def n_units(self) -> int:
@@ -115,7 +142,34 @@ class Corpus:
             "max_length": self.max_length,
             "bos_id": self.bos_id,
             **grouped,
+            **self.reading,
         }
+
+    def counted(self, i: int) -> Bool[np.ndarray, " pos"]:
+        """Which tokens of a sequence are counted: those chosen that are not BOS."""
+        sequence = self.sequences[i]
+        counted = np.ones(len(sequence), bool) if self.chosen is None else self.chosen[i]
+        return counted if self.bos_id is None else counted & (sequence != self.bos_id)
+
+    def take(self, kept: Sequence[int]) -> Corpus:
+        """Some of the sequences, in their order; the hash stays that of all."""
+        sequences = _taken(self.sequences, kept)
+        n_bos = sum(int((ids == self.bos_id).sum()) for ids in sequences if self.bos_id is not None)
+        groups = None if self.groups is None else _taken(self.groups, kept)
+        return replace(
+            self,
+            sequences=sequences,
+            counts=replace(
+                self.counts,
+                n_sequences=len(sequences),
+                n_tokens=sum(map(len, sequences)),
+                n_bos=n_bos,
+            ),
+            groups=groups and tuple(np.unique(groups, return_inverse=True)[1].tolist()),
+            chosen=None if self.chosen is None else _taken(self.chosen, kept),
+            roles=None if self.roles is None else _taken(self.roles, kept),
+            turns=None if self.turns is None else _taken(self.turns, kept),
+        )
 
     def batches(
         self,
@@ -147,12 +201,16 @@ class Corpus:
                     slot[row], places, drawn = sample[i]
                     position[row, places] = drawn
             is_bos = torch.zeros_like(real) if self.bos_id is None else tokens == self.bos_id
+            chosen = None if self.chosen is None else pad(_taken(self.chosen, indices))[0].bool()
+            roles = None if self.roles is None else pad(_taken(self.roles, indices))[0]
             yield Batch(
                 tokens=tokens,
                 real=real,
                 bos=real & is_bos,
                 slot=torch.from_numpy(slot),
                 position=torch.from_numpy(position),
+                chosen=chosen,
+                roles=roles,
             )
 
     def _batch_indices(self, batch_size: int) -> Iterator[range]:
@@ -180,7 +238,7 @@ class Corpus:
         chosen = sorted(members, key=lambda unit: (keys[unit], unit))[:n_units]
         sample = {}
         for slot, unit in enumerate(chosen):
-            positions = [self._countable(i) for i in members[unit]]
+            positions = [np.flatnonzero(self.counted(i)) for i in members[unit]]
             owner = np.repeat(members[unit], [len(of_one) for of_one in positions])
             drawn = np.random.default_rng(keys[unit]).permutation(len(owner))[:n_tokens]
             at = np.concatenate(positions)[drawn]
@@ -189,13 +247,9 @@ class Corpus:
                 sample[i] = slot, places, at[places]
         return sample
 
-    def _countable(self, i: int) -> np.ndarray:
-        sequence = self.sequences[i]
-        return (
-            np.arange(len(sequence))
-            if self.bos_id is None
-            else np.flatnonzero(sequence != self.bos_id)
-        )
+
+def _taken(values: Sequence[T], kept: Iterable[int]) -> tuple[T, ...]:
+    return tuple(values[i] for i in kept)
 
 
 def pad(
@@ -237,14 +291,16 @@ def build_corpus(
     include_bos: bool = False,
     bos_id: int | None = None,
     unpadded: bool = False,
+    template: ChatTemplate | None = None,
+    reading: Reading = EVERYTHING,
 ) -> Corpus:
     """Tokenise texts, or take token ids as they are.
 
     BOS is put in front exactly where the tokenizer itself would, and never twice. Other special
-    tokens are not added.
+    tokens are not added. Conversations have the ids that their template gives them.
 
     Args:
-        texts: anything `read_texts` takes, or a list of token id sequences.
+        texts: anything `read_texts` takes, `Conversations`, or a list of token id sequences.
         tokenizer: a Hugging Face tokenizer; may be None if token ids are given.
         max_length: tokens per sequence, BOS included.
         context_length: the model's own limit, if it has one.
@@ -252,6 +308,8 @@ def build_corpus(
         include_bos: measure BOS positions too.
         bos_id: what BOS is where there is no tokenizer to tell.
         unpadded: put sequences of one length only into each batch.
+        template: what writes conversations.
+        reading: which tokens are counted; texts without any are left out.
 
     Raises:
         CorpusError: if nothing is left to measure, or the ids do not fit the model.
@@ -260,37 +318,49 @@ def build_corpus(
     longest = min(max_length, context_length or max_length)
     notes: list[str] = []
     groups: Sequence[Hashable] | None = None
+    tagged: list[Tagged] | None = None
     if tokenizer is not None:
         bos_id = tokenizer.bos_token_id
     if are_token_ids(texts):
         pad_id = getattr(tokenizer, "pad_token_id", None)
         raw = read_token_ids(texts, pad_id)
         notes += _padding_notes(raw) if pad_id is None else []
+    elif isinstance(texts, Conversations):
+        groups = texts.groups
+        tagged = tag_rows(texts, tokenizer, template, _start(tokenizer))
+        raw = [one.ids for one in tagged]
     else:
         texts = read_texts(texts)
         groups = texts.groups
         raw = tokenize(texts, tokenizer)
         notes += _bos_notes(texts, tokenizer)
-    kept = [i for i, ids in enumerate(raw) if _content_length(ids, bos_id) >= 2]
-    long_enough = [raw[i] for i in kept]
+    chosen = _chosen(raw, tagged, reading)
+    two_tokens = [i for i, ids in enumerate(raw) if _content_length(ids, bos_id) >= 2]
     n_empty = sum(_content_length(ids, bos_id) == 0 for ids in raw)
-    if not long_enough:
+    if not two_tokens:
         raise CorpusError(
             f"none of the {len(raw)} texts has two tokens or more "
             f"({n_empty} are empty): give longer texts"
         )
+    kept = two_tokens
+    if chosen is not None:
+        left_out = None if include_bos else bos_id
+        kept = [i for i in kept if _has_counted(raw[i][:longest], chosen[i][:longest], left_out)]
+        notes += _choice_notes(len(two_tokens), len(kept), longest)
+    long_enough = [raw[i] for i in kept]
     cut = [ids[:longest] for ids in long_enough]
     check_ids(cut, d_vocab)
     order = sorted(range(len(cut)), key=lambda i: (-len(cut[i]), cut[i].tobytes()))
     ordered = [cut[i] for i in order]
-    units = None if groups is None else _units([groups[kept[i]] for i in order], ordered)
+    rows = [kept[i] for i in order]
+    units = None if groups is None else _units([groups[i] for i in rows], ordered)
     notes += _group_notes(texts, units)
     contents = [ids.tobytes() for ids in ordered]
     is_bos = [] if bos_id is None or include_bos else [int((s == bos_id).sum()) for s in ordered]
     counts = Counts(
         n_texts=len(raw),
         n_empty=n_empty,
-        n_short=len(raw) - len(long_enough) - n_empty,
+        n_short=len(raw) - len(two_tokens) - n_empty,
         n_cut=sum(len(ids) > longest for ids in long_enough),
         n_duplicates=len(contents) - len(set(contents)),
         n_sequences=len(ordered),
@@ -309,10 +379,12 @@ def build_corpus(
             f"{counts.n_duplicates} of {counts.n_sequences} sequences repeat another one: "
             "intervals are narrower than they should be"
         )
+    ordered_choice = None if chosen is None else tuple(chosen[i][:longest] for i in rows)
+    ordered_roles = None if tagged is None else tuple(tagged[i].roles[:longest] for i in rows)
     digest = hashlib.sha256()
-    for content in contents:
+    for content in (*contents, *(mask.tobytes() for mask in ordered_choice or ())):
         digest.update(len(content).to_bytes(8, "little") + content)
-    return Corpus(
+    corpus = Corpus(
         sequences=tuple(ordered),
         bos_id=None if include_bos else bos_id,
         max_length=longest,
@@ -321,7 +393,117 @@ def build_corpus(
         sha256=digest.hexdigest(),
         groups=units,
         unpadded=unpadded,
+        chosen=ordered_choice,
+        roles=ordered_roles,
+        turns=None if tagged is None else tuple(tagged[i].turn for i in rows),
+        context_length=context_length,
     )
+    return replace(corpus, reading=_describe_reading(corpus, template, reading))
+
+
+def _start(tokenizer: Any) -> list[int]:
+    """What the tokenizer itself puts in front of a text: BOS, or nothing."""
+    return [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
+
+
+def _chosen(
+    raw: Sequence[np.ndarray], tagged: Sequence[Tagged] | None, reading: Reading
+) -> list[Bool[np.ndarray, " pos"]] | None:
+    """Which tokens of each text are counted, by their roles and by a mask or function.
+
+    Raises:
+        CorpusError: if there are no roles here, or the mask or the function does not fit.
+    """
+    if reading.roles is None and reading.tokens is None:
+        return None
+    chosen = [np.ones(len(ids), dtype=bool) for ids in raw]
+    if reading.roles is not None:
+        if tagged is None:
+            raise CorpusError(
+                "roles are of conversations, and the texts are none: give texts with messages, or "
+                "prompts with completions, or choose tokens by a mask (tokens=)"
+            )
+        codes = [ROLES.index(role) for role in reading.roles]
+        chosen = [np.isin(one.roles, codes) for one in tagged]
+    if reading.tokens is None:
+        return chosen
+    if not callable(reading.tokens) and len(reading.tokens) != len(raw):
+        raise CorpusError(
+            f"tokens has {len(reading.tokens)} sequences of truth values for {len(raw)} texts: "
+            "give one for each text"
+        )
+    return [
+        mask & _truth(reading.tokens if callable(reading.tokens) else reading.tokens[i], i, raw[i])
+        for i, mask in enumerate(chosen)
+    ]
+
+
+def _truth(given: Any, i: int, ids: np.ndarray) -> Bool[np.ndarray, " pos"]:
+    """Truth values for one text, from a function or as they were given.
+
+    Raises:
+        CorpusError: if they are something else, or of another length.
+    """
+    if callable(given):
+        try:
+            given = given(torch.from_numpy(ids.copy()), torch.arange(len(ids)))
+        except Exception as error:
+            raise CorpusError(
+                f"text {i}: the function given as tokens failed ({first_line(error)}): it takes "
+                "token ids and positions, two tensors of one length"
+            ) from error
+    try:
+        found = np.asarray(given.cpu() if isinstance(given, Tensor) else given)
+    except (TypeError, ValueError):
+        found = np.zeros((1, 1))
+    if found.shape != ids.shape or found.dtype != bool:
+        raise CorpusError(
+            f"text {i}: expected {len(ids)} truth values from tokens, one for each token of the "
+            f"text, got {found.dtype} of shape {found.shape}"
+        )
+    return found
+
+
+def _has_counted(ids: np.ndarray, chosen: np.ndarray, bos_id: int | None) -> bool:
+    return bool((chosen if bos_id is None else chosen & (ids != bos_id)).any())
+
+
+def _choice_notes(n: int, n_kept: int, longest: int) -> list[str]:
+    """How many texts have no token that is counted.
+
+    Raises:
+        CorpusError: if none has.
+    """
+    if not n_kept:
+        raise CorpusError(
+            f"none of the {n} texts has a chosen token (roles, tokens) among its first {longest}: "
+            "choose others, or raise max_length"
+        )
+    if n_kept == n:
+        return []
+    return [
+        f"{n - n_kept} of {n} texts have no chosen token among their first {longest} and were "
+        "left out"
+    ]
+
+
+def _describe_reading(
+    corpus: Corpus, template: ChatTemplate | None, reading: Reading
+) -> dict[str, Any]:
+    """Template, roles and choice of tokens as JSON values; nothing for plain texts."""
+    found: dict[str, Any] = {}
+    if template is not None:
+        found["chat_template"] = {"from": template.origin, "sha256": template.sha256}
+    if corpus.roles is not None:
+        n = np.bincount(np.concatenate(corpus.roles), minlength=len(ROLES))
+        found["n_tokens_by_role"] = dict(zip(ROLES, n.tolist(), strict=True))
+    if reading.roles is not None:
+        found["roles"] = list(reading.roles)
+    if reading.tokens is not None:
+        found["tokens"] = describe_tokens(reading.tokens)
+    if corpus.chosen is not None:
+        found["n_counted"] = sum(int(corpus.counted(i).sum()) for i in range(len(corpus.sequences)))
+    return found
 
 
 def _units(groups: Sequence[Hashable], sequences: Sequence[np.ndarray]) -> tuple[int, ...] | None:
@@ -387,7 +569,7 @@ def tokenize(texts: Sequence[str], tokenizer: Any) -> list[np.ndarray]:
             "model, or token ids instead of texts"
         )
     encoded = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
-    start = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
+    start = _start(tokenizer)
     return [
         np.array(ids if ids[:1] == start or not ids else start + ids, dtype=np.int64)
         for ids in map(list, encoded)

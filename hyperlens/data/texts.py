@@ -11,11 +11,12 @@ from contextlib import contextmanager
 from itertools import chain, islice
 from numbers import Integral
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 from ..checks import check_types, is_list
 from ..errors import CorpusError, first_line
 from ..models.kinds import HUB_ID
+from .reading import EVERYTHING, Reading
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -38,6 +39,7 @@ class Texts(list[str]):
         source: kind, name and hash or fingerprint of where they were read, as JSON values.
         groups: for each text what it belongs to, such as its document; None where each text is by
             itself. Intervals and tests take groups, not texts, as independent.
+        reading: which of their tokens are counted.
     """
 
     def __init__(
@@ -45,19 +47,25 @@ class Texts(list[str]):
         texts: Iterable[str],
         source: Mapping[str, Any],
         groups: Sequence[Hashable] | None = None,
+        reading: Reading = EVERYTHING,
     ) -> None:
         super().__init__(texts)
         self.source = source
         self.groups = None if groups is None else tuple(groups)
+        self.reading = reading
 
     def __getitem__(self, at: Any) -> Any:
-        """One text, or a slice of them that keeps their groups."""
+        """One text, or a slice of them that keeps their groups, and which tokens are counted."""
         if not isinstance(at, slice):
             return super().__getitem__(at)
         texts = super().__getitem__(at)
-        if self.groups is None:
+        if self.groups is None and self.reading is EVERYTHING:
             return texts
-        return Texts(texts, {"kind": "list", "groups": self.source["groups"]}, self.groups[at])
+        reading = self.reading[at]
+        if self.groups is None:
+            return Texts(texts, {"kind": "list"}, None, reading)
+        source = {"kind": "list", "groups": self.source["groups"]}
+        return Texts(texts, source, self.groups[at], reading)
 
 
 @check_types
@@ -107,7 +115,7 @@ def read_texts(
     texts.source = origin_of(source, column, split, limit)
     if not texts:
         raise CorpusError(f"no texts in {_describe(source)}: expected at least one")
-    return _grouped(texts, source, groups, split, limit)
+    return grouped(texts, source, groups, split, limit)
 
 
 def check_limit(limit: Any) -> None:
@@ -116,17 +124,33 @@ def check_limit(limit: Any) -> None:
         raise CorpusError(f"limit must be at least 1 text (a whole number), got {limit}")
 
 
-def _grouped(
-    texts: Texts,
+T = TypeVar("T", bound="Grouped")
+
+
+@runtime_checkable
+class Grouped(Protocol):
+    """Texts or conversations: a list that says where it came from, and what belongs together."""
+
+    source: Mapping[str, Any]
+    groups: tuple[Hashable, ...] | None
+    reading: Reading
+
+    def __len__(self) -> int:
+        """How many there are."""
+
+
+def grouped(
+    texts: T,
     source: Any,
     groups: str | int | Sequence[Hashable] | None,
     split: str,
     limit: int | None,
-) -> Texts:
+) -> T:
     """The same texts with their groups, and how those were made in their source."""
     if groups is None:
         if isinstance(source, Texts):
             texts.groups = None if source.groups is None else source.groups[: len(texts)]
+            texts.reading = source.reading[: len(texts)]
             return texts
         is_file = isinstance(source, str | Path) and _kind(Path(source)) == ".txt"
         size = paragraphs_per_block(len(texts)) if is_file else 1
@@ -201,7 +225,7 @@ def paragraphs_per_block(n: int) -> int:
     return min(MOST_IN_BLOCK, max(1, n // FEWEST_BLOCKS))
 
 
-def _in_blocks(texts: Texts, size: int) -> Texts:
+def _in_blocks(texts: T, size: int) -> T:
     texts.groups = tuple(i // size for i in range(len(texts)))
     texts.source = {**texts.source, "groups": size}
     return texts

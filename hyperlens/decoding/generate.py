@@ -27,7 +27,7 @@ from ..randomness import own_randomness
 from ..results.fingerprint import versions, weights_sha256
 from ..results.resume import KeptRecords
 from .diversity import repetition, type_token_ratio
-from .prompts import batches, check_prompts, eos_ids
+from .prompts import batch_size_for, batches, check_prompts, eos_ids
 
 
 @check_types
@@ -264,7 +264,7 @@ class GenerationRunner:
             self.prompts,
             max_new_tokens=self.max_new_tokens,
             do_sample=do_sample,
-            batch_size=self.batch_size,
+            batch_size=batch_size_for(loaded, self.prompts, self.batch_size),
             stop_at_eos=False,
             seed=self.seed,
             logits_processors=tuple(processors),

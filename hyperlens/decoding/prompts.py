@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from os.path import commonprefix
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..checks import check_counts, check_seed
 from ..data.corpus import Corpus
 from ..errors import CorpusError, LoadingError
+from ..hooks.loading import LoadedModel
 from ..models.kinds import plain_model, text_config
 from ..pair import Pair
+from ..render.format import count
 
 
 def check_prompts(
@@ -57,8 +60,20 @@ def check_room(pair: Pair, length: int, max_new_tokens: int) -> None:
         )
 
 
-def choose_prompts(corpus: Corpus, n: int, length: int, seed: int) -> list[list[int]]:
+class Opening(NamedTuple):
+    """Where a text is continued, and how the text itself goes on."""
+
+    prompt: list[int]
+    after: list[int]
+
+
+def choose_prompts(
+    corpus: Corpus, n: int, length: int, seed: int, *, max_new_tokens: int = 0
+) -> list[list[int]]:
     """The first tokens of n texts drawn at random, or of all texts that are long enough.
+
+    Of conversations, all that stands before the assistant's last turn, whatever its length, with
+    the template's generation prompt; those that leave no room for `max_new_tokens` are left out.
 
     Where texts have groups, at most one of each is drawn, so that prompts are independent. They are
     sorted by their tokens (see `choose_examples` for a few of them to look at): the same texts and
@@ -68,25 +83,93 @@ def choose_prompts(corpus: Corpus, n: int, length: int, seed: int) -> list[list[
         CorpusError: if fewer than two texts have that many tokens, or a number is no count
             or no seed.
     """
+    openings = choose_openings(corpus, n, length, seed, max_new_tokens=max_new_tokens)
+    return [one.prompt for one in openings]
+
+
+def choose_openings(
+    corpus: Corpus, n: int, length: int, seed: int, *, n_after: int = 0, max_new_tokens: int = 0
+) -> list[Opening]:
+    """The same with the `n_after` tokens that follow in the text itself, or in the answer.
+
+    Raises:
+        CorpusError: as `choose_prompts`.
+    """
     check_counts(n_prompts=n, prompt_tokens=length)
     check_seed(seed)
     groups = corpus.groups or range(len(corpus.sequences))
     long = [
-        (sequence[:length], group)
-        for sequence, group in zip(corpus.sequences, groups, strict=True)
-        if len(sequence) >= length
+        (ids, group)
+        for ids, group in zip(
+            _continued(corpus, length, n_after, max_new_tokens), groups, strict=True
+        )
+        if ids is not None
     ]
     if len({group for _, group in long}) < 2:
         which = "texts" if corpus.groups is None else "groups of texts"
+        needed, remedy = f"the {length + n_after} tokens of a prompt", "lower prompt_tokens"
+        if corpus.turns is not None:
+            needed = "something before the assistant's last turn, room for an answer after it"
+            needed += f" and {n_after} tokens in it" if n_after else ""
+            remedy = "lower max_new_tokens"
         raise CorpusError(
-            f"{len({group for _, group in long})} of {corpus.n_units} {which} have the {length} "
-            "tokens of a prompt, and intervals need two: give longer texts, or lower prompt_tokens"
+            f"{len({group for _, group in long})} of {corpus.n_units} {which} have {needed}, and "
+            f"intervals need two: give longer texts, or {remedy}"
         )
-    openings = sorted(long, key=lambda one: one[0].tobytes())
+    openings = sorted(long, key=lambda one: np.concatenate(one[0]).tobytes())
     drawn: dict[int, int] = {}
     for i in np.random.default_rng(seed).permutation(len(openings)):
         drawn.setdefault(openings[i][1], int(i))
-    return [openings[i][0].tolist() for i in sorted(list(drawn.values())[:n])]
+    chosen = [openings[i][0] for i in sorted(list(drawn.values())[:n])]
+    return [Opening(prompt.tolist(), after.tolist()) for prompt, after in chosen]
+
+
+def _continued(
+    corpus: Corpus, length: int, n_after: int, max_new_tokens: int
+) -> Iterator[tuple[np.ndarray, np.ndarray] | None]:
+    """Of each text the prompt and what follows it; None where it is too short, or too long."""
+    if corpus.turns is None:
+        for ids in corpus.sequences:
+            end = length + n_after
+            yield (ids[:length], ids[length:end]) if len(ids) >= end else None
+        return
+    room = corpus.context_length or math.inf
+    for turn in corpus.turns:
+        fits = turn is not None and len(turn.prompt) + max(max_new_tokens, 1) <= room
+        if turn is None or not fits or len(turn.answer) < n_after:
+            yield None
+        else:
+            yield turn.prompt, turn.answer[:n_after]
+
+
+def prompt_lengths(
+    corpus: Corpus, prompts: Sequence[Sequence[int]], length: int
+) -> int | list[int]:
+    """Tokens of each prompt, for the record; of conversations those of the shortest and longest."""
+    if corpus.turns is None or not prompts:
+        return length
+    lengths = [len(prompt) for prompt in prompts]
+    return [min(lengths), max(lengths)]
+
+
+def lengths_in_words(lengths: int | Sequence[int]) -> str:
+    """What `prompt_lengths` has recorded.
+
+    >>> lengths_in_words(17)
+    '17 tokens'
+    >>> lengths_in_words([12, 40])
+    "12 to 40 tokens (conversations up to the assistant's last turn)"
+    """
+    if isinstance(lengths, int):
+        return count(lengths, "token")
+    low, high = lengths
+    return f"{low} to {high} tokens (conversations up to the assistant's last turn)"
+
+
+def batch_size_for(loaded: LoadedModel, prompts: Sequence[Sequence[int]], batch_size: int) -> int:
+    """How many prompts a model continues at once: one of several lengths, if it takes no pads."""
+    is_even = len({len(prompt) for prompt in prompts}) <= 1
+    return 1 if loaded.unpadded and not is_even else batch_size
 
 
 def choose_examples(n_prompts: int, n_examples: int, seed: int) -> list[int]:

@@ -18,7 +18,14 @@ from ..decoding.diversity import (
     words,
 )
 from ..decoding.generate import GenerationRunner
-from ..decoding.prompts import check_room, choose_examples, choose_prompts, opening_and_texts
+from ..decoding.prompts import (
+    check_room,
+    choose_examples,
+    choose_prompts,
+    lengths_in_words,
+    opening_and_texts,
+    prompt_lengths,
+)
 from ..errors import CorpusError
 from ..hooks.loading import LoadedModel
 from ..models.tokenizers import token_names
@@ -84,7 +91,8 @@ def measure_behaviour(
         base, tuned: what `compare_models` takes, but no hooked models.
         texts: what `compare_models` takes; their first tokens are the prompts.
         n_prompts: how many texts, drawn at random, are continued.
-        prompt_tokens: how many of their first tokens are the prompt, BOS included.
+        prompt_tokens: how many of their first tokens are the prompt, BOS included; of
+            conversations all before the assistant's last turn is.
         max_new_tokens: how many are added to it.
         strategies: "greedy", "sample" or both.
         n_examples: how many prompts, drawn at random, are kept as text, with each token's rank in
@@ -107,11 +115,19 @@ def measure_behaviour(
     check_counts(0, n_examples=n_examples)
     check_seed(seed)
     inputs = open_inputs(
-        base, tuned, texts, max_length=max(prompt_tokens, 2), device=device, dtype=dtype
+        base,
+        tuned,
+        texts,
+        max_length=max(prompt_tokens, 2),
+        only_prompts=True,
+        device=device,
+        dtype=dtype,
     )
     pair = inputs.pair
     check_room(pair, prompt_tokens, max_new_tokens)
-    prompts = choose_prompts(inputs.corpus, n_prompts, prompt_tokens, seed)
+    prompts = choose_prompts(
+        inputs.corpus, n_prompts, prompt_tokens, seed, max_new_tokens=max_new_tokens
+    )
     tokenizer = pair.tokenizer
     continuing = GenerationRunner(prompts, max_new_tokens, batch_size, seed, progress)
     table: list[dict[str, Any]] = []
@@ -132,7 +148,7 @@ def measure_behaviour(
         seed=seed,
         options={
             "n_prompts": len(prompts),
-            "prompt_tokens": prompt_tokens,
+            "prompt_tokens": prompt_lengths(inputs.corpus, prompts, prompt_tokens),
             "max_new_tokens": max_new_tokens,
             "strategies": list(strategies),
         },
@@ -311,7 +327,7 @@ class BehaviourResult(Result):
         options = self.meta["options"]
         written = Text(
             f"Each model continued {count(options['n_prompts'], 'prompt')} of "
-            f"{count(options['prompt_tokens'], 'token')} by {options['max_new_tokens']} tokens. "
+            f"{lengths_in_words(options['prompt_tokens'])} by {options['max_new_tokens']} tokens. "
             "TTR: distinct tokens / tokens, 1 repeats nothing. Repeated n-grams: the share that "
             "occurred before. Longest loop: the share of a text that only repeats itself."
         )

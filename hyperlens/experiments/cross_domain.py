@@ -13,11 +13,11 @@ import torch
 from tqdm.auto import tqdm
 
 from ..checks import check_counts, check_seed, check_types
+from ..data.conversations import read_examples
 from ..data.corpus import Corpus, are_token_ids, check_max_length
-from ..data.texts import read_texts
 from ..decoding.diversity import REPETITION_METRICS
 from ..decoding.generate import GenerationRunner
-from ..decoding.prompts import check_room, choose_prompts
+from ..decoding.prompts import check_room, choose_openings
 from ..errors import CorpusError, HyperlensError, PairError
 from ..files import check_new_folder, expand_user
 from ..models.sources import check_source
@@ -103,7 +103,8 @@ def compare_domains(
         corpora: name to texts, each what `compare_models` takes. Which of them a model was trained
             on is for the caller to know.
         n_prompts: how many texts of each corpus, drawn at random, are continued greedily.
-        prompt_tokens: how many of their first tokens are the prompt, BOS included.
+        prompt_tokens: how many of their first tokens are the prompt, BOS included; of
+            conversations all before the assistant's last turn is.
         max_new_tokens: how many are added; an end-of-text token is a token like any other.
         max_length: tokens per text, BOS included; longer texts are cut.
         mauve_features: a model that reads texts, for MAUVE between continuations and the texts' own
@@ -217,7 +218,7 @@ def _read_all(corpora: Any) -> dict[str, Any]:
     texts = {}
     for name, source in corpora.items():
         with _naming(f"corpus {name!r}"):
-            texts[name] = source if are_token_ids(source) else read_texts(source)
+            texts[name] = source if are_token_ids(source) else read_examples(source)
     return texts
 
 
@@ -240,7 +241,7 @@ def _identities(
 ) -> dict[Key, dict[str, Any]]:
     """For every row everything that decides it."""
     models = {name: _pair_identity(sources) for name, sources in pairs.items()}
-    hashes = {name: texts_sha256(of_one) for name, of_one in texts.items()}
+    hashes = {name: _texts_identity(of_one) for name, of_one in texts.items()}
     reader = None
     if isinstance(mauve_features, Featurizer):
         reader = mauve_features.describe()
@@ -254,10 +255,16 @@ def _identities(
         "versions": versions(),
     }
     return {
-        (pair, corpus): {"models": both, "texts": sha256} | same
+        (pair, corpus): {"models": both} | of_texts | same
         for pair, both in models.items()
-        for corpus, sha256 in hashes.items()
+        for corpus, of_texts in hashes.items()
     }
+
+
+def _texts_identity(texts: Any) -> dict[str, Any]:
+    """The texts, and how they are read where that was chosen."""
+    reading = {} if are_token_ids(texts) else texts.reading.describe()
+    return {"texts": texts_sha256(texts)} | ({"reading": reading} if reading else {})
 
 
 def _pair_identity(sources: Any) -> Any:
@@ -316,10 +323,15 @@ def draw_prompts(corpus: Corpus, options: RowOptions, with_continuations: bool) 
     Raises:
         CorpusError: if fewer than two texts are long enough.
     """
-    cut = options.prompt_tokens
-    length = cut + options.max_new_tokens if with_continuations else cut
-    sequences = choose_prompts(corpus, options.n_prompts, length, options.seed)
-    return Prompts([ids[:cut] for ids in sequences], [ids[cut:] for ids in sequences])
+    openings = choose_openings(
+        corpus,
+        options.n_prompts,
+        options.prompt_tokens,
+        options.seed,
+        n_after=options.max_new_tokens if with_continuations else 0,
+        max_new_tokens=options.max_new_tokens,
+    )
+    return Prompts([one.prompt for one in openings], [one.after for one in openings])
 
 
 def measure_row(
@@ -530,12 +542,18 @@ class CrossDomainResult(Result):
         values = [row[column] for row in self.table if math.isfinite(row[column])]
         return span(min(values), max(values), form) if values else form(math.nan)
 
+    def _of_chats(self) -> str:
+        """What prompts are in corpora of conversations, if there are any."""
+        described = [one for of in self.meta.get("corpus", {}).values() for one in of.values()]
+        is_chat = any("n_tokens_by_role" in one for one in described)
+        return " (of conversations all before the assistant's last turn)" * is_chat
+
     def evidence(self) -> list[Block]:
         """What was generated and what changed inside, for each pair; charts over all rows."""
         options = self.meta["options"]
         intro = Text(
             f"Greedy text: up to {count(options['n_prompts'], 'prompt')} of "
-            f"{count(options['prompt_tokens'], 'token')} from each corpus, "
+            f"{count(options['prompt_tokens'], 'token')}{self._of_chats()} from each corpus, "
             f"{options['max_new_tokens']} tokens added. TTR: distinct tokens / tokens, 1 repeats "
             "nothing. Repeated n-grams: the share that occurred before."
         )

@@ -19,11 +19,14 @@ from ..decoding.diversity import MEASURES, distinct_by_text, is_ttr_again
 from ..decoding.generate import check_sampling, continuations, keeping_continuations
 from ..decoding.guard import Guard
 from ..decoding.prompts import (
+    batch_size_for,
     check_room,
     choose_examples,
-    choose_prompts,
+    choose_openings,
     eos_ids,
+    lengths_in_words,
     opening_and_texts,
+    prompt_lengths,
 )
 from ..errors import DecodingError
 from ..hooks.loading import LoadedModel
@@ -144,7 +147,8 @@ def compare_decoding(
         guard_window: of GUARD; the paper's choice.
         contrastive_q: of adaptive contrastive search; its authors' choice.
         n_prompts: how many texts, drawn at random, are continued.
-        prompt_tokens: how many of their first tokens are the prompt, BOS included.
+        prompt_tokens: how many of their first tokens are the prompt, BOS included; of
+            conversations all before the assistant's last turn is.
         max_new_tokens: how many are added to it.
         n_samples: how often the methods that sample are run, with seeds from `seed` on.
         stop_at_eos: end at an end of text. Otherwise it is a token like any other, and all
@@ -183,12 +187,26 @@ def compare_decoding(
     n_own_tokens = 0 if mauve_features is None else max_new_tokens
     if mauve_features is not None:
         check_mauve(mauve_features)
-    length = prompt_tokens + n_own_tokens
-    inputs = open_inputs(base, tuned, texts, max_length=max(length, 2), device=device, dtype=dtype)
+    inputs = open_inputs(
+        base,
+        tuned,
+        texts,
+        max_length=max(prompt_tokens + n_own_tokens, 2),
+        only_prompts=True,
+        device=device,
+        dtype=dtype,
+    )
     pair = inputs.pair
     check_room(pair, prompt_tokens, max_new_tokens)
-    sequences = choose_prompts(inputs.corpus, n_prompts, length, seed)
-    prompts = [tokens[:prompt_tokens] for tokens in sequences]
+    openings = choose_openings(
+        inputs.corpus,
+        n_prompts,
+        prompt_tokens,
+        seed,
+        n_after=n_own_tokens,
+        max_new_tokens=max_new_tokens,
+    )
+    prompts = [one.prompt for one in openings]
     if mauve_features is not None:
         check_has_tokenizer(pair.tokenizer)
     runner = MethodRunner(prompts, parameters, max_new_tokens, batch_size, stop_at_eos, progress)
@@ -199,7 +217,7 @@ def compare_decoding(
         "methods": list(methods),
         "parameters": {name: parameters[name] for name in methods if name in parameters},
         "n_prompts": len(prompts),
-        "prompt_tokens": prompt_tokens,
+        "prompt_tokens": prompt_lengths(inputs.corpus, prompts, prompt_tokens),
         "max_new_tokens": max_new_tokens,
         "n_samples": n_samples,
         "stop_at_eos": stop_at_eos,
@@ -208,11 +226,11 @@ def compare_decoding(
     mauve: dict[Condition, float] = {}
     if mauve_features is not None:
         reader = open_featurizer(mauve_features, batch_size=batch_size, device=device, dtype=dtype)
-        own = [tokens[prompt_tokens:] for tokens in sequences]
+        own = [one.after for one in openings]
         reference = ReferenceTexts(reader, pair.tokenizer, own)
         mauve = _mauve(reference, generated)
         meta["mauve"] = reader.describe() | {"seeds": list(SEEDS)}
-        meta["notes"] += [*reference.notes, *few_texts_notes(len(sequences))]
+        meta["notes"] += [*reference.notes, *few_texts_notes(len(openings))]
     chosen = choose_examples(len(prompts), n_examples, seed)
     extras = {
         "methods": _method_facts(generated, parameters),
@@ -251,7 +269,7 @@ class MethodRunner:
     """The same prompts and options for every method of decoding.
 
     Attributes:
-        prompts: token ids, all of one length: nothing is padded.
+        prompts: token ids; those of conversations are of several lengths.
         parameters: of every method that has one.
         max_new_tokens: how many are added at most.
         batch_size: prompts per forward pass.
@@ -279,9 +297,12 @@ class MethodRunner:
 
     def _once(self, loaded: LoadedModel, method: str, seed: int) -> list[list[int]]:
         model, tokenizer = loaded.model, loaded.tokenizer
+        size = batch_size_for(loaded, self.prompts, self.batch_size)
+        if method == "guard" and len({len(prompt) for prompt in self.prompts}) > 1:
+            size = 1  # it would count pads as text
         common: dict[str, Any] = {
             "max_new_tokens": self.max_new_tokens,
-            "batch_size": self.batch_size,
+            "batch_size": size,
             "stop_at_eos": self.stop_at_eos,
             "progress": self.progress,
         }
@@ -561,7 +582,7 @@ class DecodingResult(Result):
         return Text(
             f"{self.base_name} decoded by several methods, {self.tuned_name} greedily: "
             f"{count(options['n_prompts'], 'prompt')} of "
-            f"{count(options['prompt_tokens'], 'token')}, {options['max_new_tokens']} tokens "
+            f"{lengths_in_words(options['prompt_tokens'])}, {options['max_new_tokens']} tokens "
             f"added; text {at_eos} an end-of-text token; {samples} of methods that sample. TTR: "
             "distinct tokens / tokens, 1 repeats nothing. Repeated bigrams: the share that "
             "occurred before. Longest loop: the share of a text that only repeats itself."

@@ -99,7 +99,8 @@ def find_first_divergence(
     Args:
         base, tuned: what `compare_models` takes, but no hooked models; or an open `Pair` and the
             texts.
-        texts: what `compare_models` takes; their first tokens are the prompts.
+        texts: what `compare_models` takes; their first tokens are the prompts, of conversations
+            all before the assistant's last turn.
         n_prompts: how many texts, drawn at random, both models continue.
         prompt_tokens: how many of their first tokens are the prompt, BOS included.
         max_new_tokens: how many are added to it at most; an end-of-text token is a token like any
@@ -122,11 +123,19 @@ def find_first_divergence(
     check_counts(0, n_examples=n_examples)
     check_seed(seed)
     inputs = open_inputs(
-        base, tuned, texts, max_length=max(prompt_tokens, 2), device=device, dtype=dtype
+        base,
+        tuned,
+        texts,
+        max_length=max(prompt_tokens, 2),
+        only_prompts=True,
+        device=device,
+        dtype=dtype,
     )
     pair = inputs.pair
     check_room(pair, prompt_tokens, max_new_tokens)
-    prompts = choose_prompts(inputs.corpus, n_prompts, prompt_tokens, seed)
+    prompts = choose_prompts(
+        inputs.corpus, n_prompts, prompt_tokens, seed, max_new_tokens=max_new_tokens
+    )
     runner = GenerationRunner(prompts, max_new_tokens, batch_size, seed, progress)
     written = [runner.run(loaded).tokens for loaded in (pair.base, pair.tuned)]
     parted = list(_partings(prompts, *written))

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -21,7 +20,7 @@ from ..checks import check_choice, check_counts, check_seed, check_types
 from ..data.corpus import Corpus
 from ..decoding.diversity import REPETITION_METRICS
 from ..decoding.generate import GenerationRunner
-from ..decoding.prompts import check_room, choose_prompts
+from ..decoding.prompts import check_room, choose_prompts, lengths_in_words, prompt_lengths
 from ..errors import HyperlensError, PairError, ResultsError
 from ..hooks.loading import LoadedModel, hook
 from ..models.sources import OpenedModel
@@ -112,7 +111,8 @@ def run_null_test(
         n_controls: how many random changes of each kind; one is held in memory at a time.
         max_length: tokens per text, BOS included.
         n_prompts: how many texts, drawn at random, are continued greedily.
-        prompt_tokens: how many of their first tokens are the prompt, BOS included.
+        prompt_tokens: how many of their first tokens are the prompt, BOS included; of
+            conversations all before the assistant's last turn is.
         max_new_tokens: how many are added to it.
         batch_size: texts per forward pass.
         seed: of the first control, of the choice of prompts and of the token sample; the other
@@ -132,7 +132,9 @@ def run_null_test(
     kinds = _checked_kinds(controls)
     inputs = open_inputs(base, tuned, texts, max_length=max_length, device=device, dtype=dtype)
     check_room(inputs.pair, prompt_tokens, max_new_tokens)
-    prompts = choose_prompts(inputs.corpus, n_prompts, prompt_tokens, seed)
+    prompts = choose_prompts(
+        inputs.corpus, n_prompts, prompt_tokens, seed, max_new_tokens=max_new_tokens
+    )
     generation = GenerationRunner(prompts, max_new_tokens, batch_size, seed, progress=False)
     plain_base, plain_tuned = merged(inputs.pair.base.model), merged(inputs.pair.tuned.model)
     if is_tied(plain_base) and not is_tied(plain_tuned):
@@ -165,7 +167,7 @@ def run_null_test(
             "n_controls": n_controls,
             "max_length": max_length,
             "n_prompts": len(prompts),
-            "prompt_tokens": prompt_tokens,
+            "prompt_tokens": prompt_lengths(inputs.corpus, prompts, prompt_tokens),
             "max_new_tokens": max_new_tokens,
         },
     )
@@ -319,14 +321,7 @@ class _RandomChanges:
 
 def _some(corpus: Corpus, n: int) -> Corpus:
     """Some of the texts, of all lengths."""
-    step = -(-len(corpus.sequences) // n)
-    sequences = corpus.sequences[::step]
-    counts = replace(
-        corpus.counts,
-        n_sequences=len(sequences),
-        n_tokens=sum(len(sequence) for sequence in sequences),
-    )
-    return replace(corpus, sequences=sequences, counts=counts)
+    return corpus.take(range(0, len(corpus.sequences), -(-len(corpus.sequences) // n)))
 
 
 Key = tuple[str, int, str]
@@ -625,7 +620,7 @@ class NullTestResult(Result):
             return ""
         return (
             f" Greedy text: {count(options['n_prompts'], 'prompt')} of "
-            f"{count(options['prompt_tokens'], 'token')}, continued by "
+            f"{lengths_in_words(options['prompt_tokens'])}, continued by "
             f"{options['max_new_tokens']}; mean over prompts."
         )
 

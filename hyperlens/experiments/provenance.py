@@ -14,13 +14,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ..checks import check_counts, check_seed, check_types
 from ..decoding.generate import GenerationRunner
-from ..decoding.prompts import check_room, choose_prompts
+from ..decoding.prompts import check_room, choose_prompts, prompt_lengths
 from ..models.kinds import plain_model
 from ..models.tokenizers import token_names, token_texts
 from ..pair import Pair, open_inputs
@@ -76,7 +77,8 @@ def trace_provenance(
             texts.
         texts: what `compare_models` takes; their first tokens are the prompts.
         n_prompts: how many texts, drawn at random, the tuned model continues.
-        prompt_tokens: how many of their first tokens are the prompt, BOS included.
+        prompt_tokens: how many of their first tokens are the prompt, BOS included; of
+            conversations all before the assistant's last turn is.
         max_new_tokens: how many are added to it.
         max_length: tokens per text, teacher-forced.
         n_examples: picks kept with their context, per mode and bucket of base ranks.
@@ -99,7 +101,9 @@ def trace_provenance(
     inputs = open_inputs(base, tuned, texts, max_length=max_length, device=device, dtype=dtype)
     pair = inputs.pair
     check_room(pair, prompt_tokens, max_new_tokens)
-    prompts = choose_prompts(inputs.corpus, n_prompts, prompt_tokens, seed)
+    prompts = choose_prompts(
+        inputs.corpus, n_prompts, prompt_tokens, seed, max_new_tokens=max_new_tokens
+    )
     contexts = read_contexts(
         pair.base.hooked, pair.tuned.hooked, inputs.corpus, batch_size, progress
     )
@@ -119,7 +123,7 @@ def trace_provenance(
         seed=seed,
         options={
             "n_prompts": len(prompts),
-            "prompt_tokens": prompt_tokens,
+            "prompt_tokens": prompt_lengths(inputs.corpus, prompts, prompt_tokens),
             "max_new_tokens": max_new_tokens,
             "max_length": max_length,
             "neighbours": NEIGHBOURS,
@@ -165,8 +169,8 @@ def along_texts(contexts: Contexts, progress: bool) -> list[Decisions]:
         if not bool(of_text.any()):
             continue
         ids = sequence.tolist()
-        # A decision follows every token but a BOS.
-        position = [i + 1 for i, token in enumerate(ids) if token != contexts.corpus.bos_id]
+        # A decision follows every token that is counted, as no BOS is.
+        position = (np.flatnonzero(contexts.corpus.counted(number)) + 1).tolist()
         decisions.append(
             Decisions(ids, position, *(column[of_text].tolist() for column in columns))
         )

@@ -24,7 +24,7 @@ from transformers import LogitsProcessor
 from ..checks import check_counts, check_seed, check_types
 from ..decoding.diversity import REPETITION_METRICS
 from ..decoding.generate import GenerationRunner
-from ..decoding.prompts import check_room, choose_prompts
+from ..decoding.prompts import check_room, choose_prompts, prompt_lengths
 from ..errors import ProbeError, ResultsError
 from ..models.tokenizers import special_ids, token_names
 from ..pair import Pair, open_inputs
@@ -122,7 +122,8 @@ def inject_static_bias(
         k: how many of the most promoted tokens get a bias; special tokens never do.
         alphas: strengths of the bias.
         n_prompts: how many texts, drawn at random, are continued greedily.
-        prompt_tokens: how many of their first tokens are the prompt, BOS included.
+        prompt_tokens: how many of their first tokens are the prompt, BOS included; of
+            conversations all before the assistant's last turn is.
         max_new_tokens: how many are added to it; an end-of-text token counts as any other.
         max_length: tokens per text.
         batch_size: texts or prompts per forward pass.
@@ -144,7 +145,9 @@ def inject_static_bias(
     inputs = open_inputs(base, tuned, texts, max_length=max_length, device=device, dtype=dtype)
     pair = inputs.pair
     check_room(pair, prompt_tokens, max_new_tokens)
-    prompts = choose_prompts(inputs.corpus, n_prompts, prompt_tokens, seed)
+    prompts = choose_prompts(
+        inputs.corpus, n_prompts, prompt_tokens, seed, max_new_tokens=max_new_tokens
+    )
     contexts = read_contexts(
         pair.base.hooked, pair.tuned.hooked, inputs.corpus, batch_size, progress
     )
@@ -164,7 +167,7 @@ def inject_static_bias(
         "k": k,
         "alphas": list(strengths),
         "n_prompts": len(prompts),
-        "prompt_tokens": prompt_tokens,
+        "prompt_tokens": prompt_lengths(inputs.corpus, prompts, prompt_tokens),
         "max_new_tokens": max_new_tokens,
         "max_length": inputs.corpus.max_length,
         "batch_size": batch_size,

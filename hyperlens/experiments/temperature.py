@@ -29,7 +29,7 @@ from ..decoding.entropy_matching import (
     tied_maxima,
 )
 from ..decoding.generate import GenerationRunner
-from ..decoding.prompts import check_room, choose_prompts
+from ..decoding.prompts import check_room, choose_prompts, prompt_lengths
 from ..errors import ResultsError
 from ..pair import open_inputs
 from ..passes.contexts import Contexts, read_contexts
@@ -101,7 +101,8 @@ def match_temperature(
             texts.
         texts: what `compare_models` takes.
         n_prompts: how many texts, drawn at random, are continued.
-        prompt_tokens: how many of their first tokens are the prompt, BOS included.
+        prompt_tokens: how many of their first tokens are the prompt, BOS included; of
+            conversations all before the assistant's last turn is.
         max_new_tokens: how many are added to it.
         max_length: tokens per text of the teacher-forced statistics.
         batch_size: texts or prompts per forward pass.
@@ -122,7 +123,9 @@ def match_temperature(
     inputs = open_inputs(base, tuned, texts, max_length=max_length, device=device, dtype=dtype)
     pair = inputs.pair
     check_room(pair, prompt_tokens, max_new_tokens)
-    prompts = choose_prompts(inputs.corpus, n_prompts, prompt_tokens, seed)
+    prompts = choose_prompts(
+        inputs.corpus, n_prompts, prompt_tokens, seed, max_new_tokens=max_new_tokens
+    )
     contexts = read_contexts(
         pair.base.hooked, pair.tuned.hooked, inputs.corpus, batch_size, progress
     )
@@ -143,7 +146,7 @@ def match_temperature(
         units |= {(*condition, metric): generated.metrics[metric] for metric in REPETITION_METRICS}
     options = {
         "n_prompts": len(prompts),
-        "prompt_tokens": prompt_tokens,
+        "prompt_tokens": prompt_lengths(inputs.corpus, prompts, prompt_tokens),
         "max_new_tokens": max_new_tokens,
         "max_length": inputs.corpus.max_length,
         "batch_size": batch_size,

@@ -13,12 +13,12 @@ from typing import Any, ClassVar
 import torch
 
 from ..checks import check_counts, check_seed, check_types
+from ..data.conversations import read_examples
 from ..data.corpus import are_token_ids
-from ..data.texts import read_texts
 from ..decoding.diversity import REPETITION_METRICS
 from ..decoding.entropy_matching import entropy_at
 from ..decoding.generate import GenerationRunner
-from ..decoding.prompts import check_room, choose_prompts
+from ..decoding.prompts import check_room, choose_prompts, lengths_in_words, prompt_lengths
 from ..errors import PairError, ResultsError
 from ..pair import Inputs, Pair, check_generates, open_pair, tokenized
 from ..passes.contexts import Contexts, logits_along, read_contexts
@@ -90,7 +90,8 @@ def compare_variants(
             the base and that model.
         texts: what `compare_models` takes.
         n_prompts: how many texts, drawn at random, are continued greedily.
-        prompt_tokens: how many of their first tokens are the prompt, BOS included.
+        prompt_tokens: how many of their first tokens are the prompt, BOS included; of
+            conversations all before the assistant's last turn is.
         max_new_tokens: how many are added to it; an end-of-text token counts as any other.
         max_length: tokens per text of the teacher-forced statistics.
         batch_size: texts or prompts per forward pass.
@@ -108,7 +109,7 @@ def compare_variants(
     check_counts(n_prompts=n_prompts, batch_size=batch_size)
     check_seed(seed)
     _check_variants(variants)
-    texts = texts if are_token_ids(texts) else read_texts(texts)
+    texts = texts if are_token_ids(texts) else read_examples(texts)
     units: dict[str, Units] = {}
     described: dict[str, Any] = {}
     notes: dict[str, None] = {}
@@ -119,7 +120,9 @@ def compare_variants(
             check_generates(pair.base.model, pair.tuned.model)
             check_room(pair, prompt_tokens, max_new_tokens)
             inputs = tokenized(pair, texts, max_length)
-            prompts = choose_prompts(inputs.corpus, n_prompts, prompt_tokens, seed)
+            prompts = choose_prompts(
+                inputs.corpus, n_prompts, prompt_tokens, seed, max_new_tokens=max_new_tokens
+            )
         except PairError as error:
             raise PairError(f"variant {name!r}: {error}") from error
         runner = GenerationRunner(prompts, max_new_tokens, batch_size, seed, progress)
@@ -132,7 +135,7 @@ def compare_variants(
             seed=seed,
             options={
                 "n_prompts": len(prompts),
-                "prompt_tokens": prompt_tokens,
+                "prompt_tokens": prompt_lengths(inputs.corpus, prompts, prompt_tokens),
                 "max_new_tokens": max_new_tokens,
                 "max_length": inputs.corpus.max_length,
                 "batch_size": batch_size,
@@ -344,7 +347,7 @@ class VariantsResult(Result):
         options = self.meta["options"]
         about = Text(
             f"Each model continued {count(options['n_prompts'], 'prompt')} of "
-            f"{count(options['prompt_tokens'], 'token')} greedily by {options['max_new_tokens']} "
+            f"{lengths_in_words(options['prompt_tokens'])} greedily by {options['max_new_tokens']} "
             "tokens. Entropy and agreement with the base are teacher-forced, over all texts."
         )
         main = self._table(SHOWN, [*map(self._loss, self.variants)])

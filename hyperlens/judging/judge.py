@@ -12,7 +12,14 @@ import torch
 
 from ..checks import check_counts, check_seed, check_types
 from ..decoding.generate import continuations
-from ..decoding.prompts import check_room, choose_examples, choose_prompts, opening_and_texts
+from ..decoding.prompts import (
+    batch_size_for,
+    check_room,
+    choose_examples,
+    choose_prompts,
+    opening_and_texts,
+    prompt_lengths,
+)
 from ..errors import CorpusError, JudgeError
 from ..hooks.loading import parse_device, parse_dtype
 from ..models.adapters import adapter_folder
@@ -104,7 +111,8 @@ def judge_models(
         texts: what `compare_models` takes; their first tokens are the prompts.
         judge: what `judge_continuations` takes. A local judge is held beside both models.
         n_prompts: how many texts, drawn at random, are continued.
-        prompt_tokens: how many of a text's first tokens are the prompt, BOS included.
+        prompt_tokens: how many of a text's first tokens are the prompt, BOS included; of
+            conversations all before the assistant's last turn is.
         max_new_tokens: the longest continuation, in tokens.
         tries: how often to ask until an answer can be read; pairs without one are left out then.
         prompt: ask about each pair once more in the paper's protocol, in one order with the texts
@@ -131,15 +139,18 @@ def judge_models(
         tuned if adapter is None else (adapter.model, adapter.tokenizer),
         texts,
         max_length=max(prompt_tokens, 2),
+        only_prompts=True,
         device=device,
         dtype=dtype,
     )
     check_room(inputs.pair, prompt_tokens, max_new_tokens)
-    prompts = choose_prompts(inputs.corpus, n_prompts, prompt_tokens, seed)
+    prompts = choose_prompts(
+        inputs.corpus, n_prompts, prompt_tokens, seed, max_new_tokens=max_new_tokens
+    )
     pairs = _generated(inputs.pair, prompts, max_new_tokens, batch_size, progress)
     options = {
         "n_prompts": len(prompts),
-        "prompt_tokens": prompt_tokens,
+        "prompt_tokens": prompt_lengths(inputs.corpus, prompts, prompt_tokens),
         "max_new_tokens": max_new_tokens,
     }
     meta = inputs.metadata(seed=seed, options=options)
@@ -222,7 +233,7 @@ def _generated(
             loaded.tokenizer or tokenizer,
             prompts,
             max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
+            batch_size=batch_size_for(loaded, prompts, batch_size),
             progress=progress,
         )
         for loaded in (pair.base, pair.tuned)

@@ -37,7 +37,7 @@ LogitRows = tuple[slice, Float[Tensor, "n d_vocab"], Float[Tensor, "n d_vocab"]]
 
 @dataclass(frozen=True)
 class Contexts:
-    """Every context of a corpus, as both models see it.
+    """Every counted context of a corpus, as both models see it.
 
     Attributes:
         base_model, tuned_model: the two hooked models.
@@ -110,7 +110,7 @@ def read_contexts(
     for batch in tqdm(
         list(corpus.batches(batch_size)), desc="reading", disable=not progress, leave=False
     ):
-        counted = batch.real & ~batch.bos
+        counted = batch.counted
         read = _last_residuals(base, tuned, batch.tokens, batch.real, shared)
         for role, last in zip(("base", "tuned"), read, strict=True):
             parts[role].append(last[counted])

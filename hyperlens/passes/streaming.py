@@ -214,7 +214,7 @@ def _update(probes: Sequence[RunsInAPass], pair: StreamPair) -> Int[Tensor, " la
         if not isinstance(probe, ReadsLogits):
             run_probe_step(probe, "update", pair)
     read_logits(pair, [probe for probe in probes if isinstance(probe, ReadsLogits)])
-    return (pair.sinks & (pair.real & ~pair.bos)).sum((-1, -2)).cpu()
+    return (pair.sinks & pair.mask(0, "decisions")).sum((-1, -2)).cpu()
 
 
 def pass_memory(
@@ -285,6 +285,8 @@ def read_pair(
         sample=TokenSample(batch.slot.to(here), batch.position.to(here)),
         device=device,
         shared=shared,
+        chosen=None if batch.chosen is None else batch.chosen.to(here),
+        roles=None if batch.roles is None else batch.roles.to(here),
     )
 
 

@@ -27,7 +27,8 @@ TokenSet = Literal["geometry", "decisions", "all"]
 
 `geometry`: without BOS and, layer by layer, without attention sinks, whose huge norms would
 dominate every distance and every covariance. `decisions`: without BOS only, because each
-next-token decision counts once however large its vector. `all`: every real token.
+next-token decision counts once however large its vector. `all`: every real token. Where roles or
+tokens were chosen (`Reading`), each set has those of them only.
 """
 TOKEN_SETS: tuple[TokenSet, ...] = get_args(TokenSet)
 # Each has the tokens of the one before it: attention sinks come in, then BOS.
@@ -258,6 +259,10 @@ class StreamPair:
         sample: the tokens kept for intervals.
         device: where statistics are computed (the CPU when the accelerator has no float64).
         shared: what both models have in common: computed once, whatever a probe asks for.
+        chosen: False where a position is in no token set, because of its role or by a mask; None
+            where all are.
+        roles: who speaks each token, as places in `hyperlens.data.reading.ROLES`; None where there
+            are no conversations.
     """
 
     base: ModelStream
@@ -269,6 +274,8 @@ class StreamPair:
     sample: TokenSample
     device: torch.device
     shared: SharedPrefix = NOTHING_SHARED
+    chosen: Bool[Tensor, "batch pos"] | None = None
+    roles: Int[Tensor, "batch pos"] | None = None
 
     @property
     def n_layers(self) -> int:
@@ -283,9 +290,10 @@ class StreamPair:
     def mask(self, layer: int, token_set: TokenSet) -> Bool[Tensor, "batch pos"]:
         """True where a token belongs to the set at this layer."""
         token_set = checked_token_set(token_set)
+        every = self.real if self.chosen is None else self.real & self.chosen
         if token_set == "all":
-            return self.real
-        decisions = self.real & ~self.bos
+            return every
+        decisions = every & ~self.bos
         return decisions if token_set == "decisions" else decisions & ~self.sinks[layer]
 
     def index(self, layer: int, token_set: TokenSet) -> Int[Tensor, " n"]:

@@ -21,6 +21,7 @@ from torch import Tensor
 from ..checks import check_choice, check_counts, check_seed, check_types
 from ..data.corpus import Corpus, pad
 from ..decoding.diversity import REPETITION_METRICS as REPETITION
+from ..decoding.prompts import prompt_lengths
 from ..errors import PatchError, ResultsError
 from ..hooks.loading import LoadedModel
 from ..hooks.partial_forward import Activations, check_resumes, read, resume, run_patched
@@ -200,7 +201,9 @@ def patch_blocks(
             "n_texts": len(inputs.corpus.sequences),
             "max_length": max_length,
             "n_prompts": len(generation.prompts) if generation else 0,
-            "prompt_tokens": prompt_tokens,
+            "prompt_tokens": prompt_lengths(
+                inputs.corpus, generation.prompts if generation else (), prompt_tokens
+            ),
             "max_new_tokens": max_new_tokens,
         },
     )

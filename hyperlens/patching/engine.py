@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
@@ -43,18 +43,7 @@ T = TypeVar("T")
 
 def subset(corpus: Corpus, chosen: Bool[Tensor, " text"]) -> Corpus:
     """Some of the texts of a corpus, in its order; the hash stays that of all."""
-    kept = [ids for ids, is_in in zip(corpus.sequences, chosen.tolist(), strict=True) if is_in]
-    counts = replace(
-        corpus.counts,
-        n_sequences=len(kept),
-        n_tokens=sum(map(len, kept)),
-        n_bos=sum(int((ids == corpus.bos_id).sum()) for ids in kept if corpus.bos_id is not None),
-    )
-    groups = corpus.groups
-    if groups is not None:
-        of_kept = [group for group, is_in in zip(groups, chosen.tolist(), strict=True) if is_in]
-        groups = tuple(np.unique(of_kept, return_inverse=True)[1].tolist())
-    return replace(corpus, sequences=tuple(kept), counts=counts, groups=groups)
+    return corpus.take([i for i, is_in in enumerate(chosen.tolist()) if is_in])
 
 
 def draw_texts(inputs: Inputs, n_texts: int, seed: int) -> Inputs:
@@ -94,7 +83,7 @@ class Batch(NamedTuple):
 
     Attributes:
         tokens, mask: padded on the right.
-        counted: True where a decision is counted: at real tokens that are not BOS.
+        counted: True where a decision is counted: at chosen tokens that are not BOS.
         number: the index of each text in the corpus.
     """
 
@@ -115,7 +104,7 @@ def batches(corpus: Corpus, batch_size: int, device: torch.device) -> Iterator[B
     for batch in corpus.batches(batch_size):
         number = torch.arange(first, first + len(batch.tokens))
         first += len(number)
-        parts = (batch.tokens, batch.real.long(), batch.real & ~batch.bos, number)
+        parts = (batch.tokens, batch.real.long(), batch.counted, number)
         yield Batch(*(x.to(device) for x in parts))
 
 
@@ -324,7 +313,7 @@ def greedy_generation(
     if not max_new_tokens:
         return None
     check_room(pair, prompt_tokens, max_new_tokens)
-    prompts = choose_prompts(corpus, n_prompts, prompt_tokens, seed)
+    prompts = choose_prompts(corpus, n_prompts, prompt_tokens, seed, max_new_tokens=max_new_tokens)
     return GenerationRunner(prompts, max_new_tokens, batch_size, seed, progress=False)
 
 

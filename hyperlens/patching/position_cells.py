@@ -146,8 +146,7 @@ def _changed_places(pair: Pair, corpus: Corpus, batch: Sequence[int]) -> list[np
     )
     differs = torch.zeros_like(real)
     differs[real] = base != tuned
-    if corpus.bos_id is not None:
-        differs &= tokens != corpus.bos_id
+    differs &= pad([corpus.counted(i) for i in batch])[0].bool()
     return [row.nonzero()[:, 0].numpy() for row in differs]
 
 

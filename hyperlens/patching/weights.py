@@ -18,6 +18,7 @@ import torch
 from ..checks import check_counts, check_seed, check_types
 from ..decoding.diversity import REPETITION_METRICS as REPETITION
 from ..decoding.generate import GenerationRunner
+from ..decoding.prompts import prompt_lengths
 from ..errors import PatchError
 from ..hooks.loading import LoadedModel, hook
 from ..models.kinds import is_peft
@@ -156,7 +157,9 @@ def patch_weights(
             "n_texts": len(inputs.corpus.sequences),
             "max_length": max_length,
             "n_prompts": len(generation.prompts) if generation else 0,
-            "prompt_tokens": prompt_tokens,
+            "prompt_tokens": prompt_lengths(
+                inputs.corpus, generation.prompts if generation else (), prompt_tokens
+            ),
             "max_new_tokens": max_new_tokens,
         },
         notes=list(_notes(pair.base, pair.tuned, of, outcomes)),

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -69,11 +70,13 @@ def versions() -> dict[str, str]:
 
 
 def texts_sha256(texts: Sequence[Any]) -> str:
-    """SHA-256 over texts, or sequences of token ids, in their order."""
+    """SHA-256 over texts, conversations or sequences of token ids, in their order."""
     digest = hashlib.sha256()
     for text in texts:
         if isinstance(text, str):
             content = text.encode("utf-8", "surrogatepass")
+        elif isinstance(text, Mapping):
+            content = json.dumps(text, sort_keys=True, default=str).encode()
         else:
             content = torch.as_tensor(text, dtype=torch.int64).cpu().numpy().tobytes()
         digest.update(len(content).to_bytes(8, "little") + content)

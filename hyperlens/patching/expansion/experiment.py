@@ -23,6 +23,7 @@ from torch import Tensor
 from ...checks import check_counts, check_seed, check_types
 from ...data.corpus import Corpus
 from ...decoding.diversity import REPETITION_METRICS as REPETITION
+from ...decoding.prompts import prompt_lengths
 from ...errors import CorpusError, PatchError
 from ...hooks.loading import LoadedModel
 from ...hooks.patched_generation import changing
@@ -176,7 +177,9 @@ def patch_expansion(
             "n_texts": len(corpus.sequences),
             "max_length": max_length,
             "n_prompts": len(generation.prompts) if generation else 0,
-            "prompt_tokens": prompt_tokens,
+            "prompt_tokens": prompt_lengths(
+                corpus, generation.prompts if generation else (), prompt_tokens
+            ),
             "max_new_tokens": max_new_tokens,
             "batch_size": batch_size,
         },
