@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..files import check_new_folder, expand_user
+from .answers import Answer, answer_of
 
 DEBUG = "HYPERLENS_DEBUG"
 
@@ -165,14 +166,13 @@ def given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
     return chosen | {"progress": shows_progress(args)}
 
 
-def saved(result: Any, args: argparse.Namespace) -> str:
-    """The summary; with --out, after saving everything."""
-    summary: str = result.summary()
+def saved(result: Any, args: argparse.Namespace) -> Answer:
+    """The result; with --out, after saving everything."""
     if args.out is None:
-        return summary
+        return answer_of(result)
     folder = result.save(args.out)
     files = ", ".join(sorted(file.name for file in folder.iterdir()))
-    return f"{summary}\n\nsaved in {folder}: {files}"
+    return answer_of(result, f"saved in {folder}: {files}")
 
 
 def names(text: str) -> tuple[str, ...]:

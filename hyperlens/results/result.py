@@ -250,17 +250,18 @@ class Result(ABC):
         write_text(folder / self.csv_name(), self.to_frame().to_csv(index=False))
         write_text(folder / "summary.txt", self.summary() + "\n")
 
+    def to_json(self) -> str:
+        """The text of <name>.json: `to_dict()`, with one-key objects for NaN and infinity.
+
+        Raises:
+            ResultsError: if the result holds something that is not JSON.
+        """
+        return to_json(self.name, self.to_dict())
+
     def write(self, folder: Path) -> Path:
         """Write only <name>.json into a folder that exists; atomic."""
-        try:
-            text = json.dumps(_mark(self.to_dict()), indent=1, allow_nan=False)
-        except (TypeError, ValueError) as error:
-            raise ResultsError(
-                f"{self.name} holds something that is not JSON ({error}): probes and experiments "
-                "return plain numbers, strings, lists and dicts"
-            ) from None
         path = folder / f"{self.name}.json"
-        write_text(path, text)
+        write_text(path, self.to_json())
         return path
 
     @classmethod
@@ -311,6 +312,25 @@ class Result(ABC):
             "table": _rename(data["table"], cls.renamed, labels),
             "extras": _rename(data["extras"], cls.renamed, labels),
         }
+
+
+def to_json(name: str, value: Any) -> str:
+    """JSON text of a document of this name; NaN and infinity as one-key objects.
+
+    >>> print(to_json("example", {"value": math.nan}))
+    {
+     "value": {
+      "float": "nan"
+     }
+    }
+    """
+    try:
+        return json.dumps(_mark(value), indent=1, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ResultsError(
+            f"{name} holds something that is not JSON ({error}): probes and experiments "
+            "return plain numbers, strings, lists and dicts"
+        ) from None
 
 
 def matching(
