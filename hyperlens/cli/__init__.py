@@ -35,7 +35,8 @@ Examples:
   hyperlens hyperfit ./base --texts stories.txt --recipe demo --out hyperfitted
 
 `hyperlens COMMAND --help` tells more. Exit codes: 0 done, 1 an error (one line on stderr),
-2 a wrong command line, 130 interrupted. With --json, stdout is one JSON document in every case."""
+2 a wrong command line, 130 interrupted; `check` has two more. With --json, stdout is one JSON
+document in every case."""
 
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 

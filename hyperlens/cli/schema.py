@@ -40,6 +40,7 @@ def json_schema() -> dict[str, Any]:
         "hyperfit": _hyperfit(),
         "merge": _named("merge", folder={"type": "string"}),
         "plan": _plan(),
+        "expectations": _named("expectations", file={"type": "string"}),
         **{name: _named(name, results=_list({"$ref": "#/$defs/result"})) for name in SEVERAL},
     }
     return {
