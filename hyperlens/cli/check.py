@@ -102,8 +102,9 @@ def run(args: argparse.Namespace) -> Answer:
     _check_sources(args)
     from ..compare.check import check_comparison, read_expectations, write_expectations
 
-    bounds = None if args.expect is None else read_expectations(args.expect)
-    probes = bounds and list(dict.fromkeys(one.metric.partition(".")[0] for one in bounds))
+    bounds = [] if args.expect is None else read_expectations(args.expect)
+    # Those that the bounds name; all for a first file.
+    probes = [*dict.fromkeys(one.metric.partition(".")[0] for one in bounds)]
     comparison = _comparison(args, probes or None)
     if args.write_expect is not None:
         path = write_expectations(comparison, args.write_expect)

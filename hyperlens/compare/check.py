@@ -74,7 +74,7 @@ class CheckResult(Result):
     @property
     def outcome(self) -> str:
         """That of all bounds together: "not met" decides, then "cannot tell"."""
-        return min((row["outcome"] for row in self.table), key=OUTCOMES.index)
+        return min((str(row["outcome"]) for row in self.table), key=OUTCOMES.index)
 
     def verdicts(self) -> list[Verdict]:
         """All bounds together, then each that is not met or cannot be told."""

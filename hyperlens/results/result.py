@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 from ..checks import check_field_types, check_type, check_types
 from ..errors import ResultsError, shortened
 from ..files import expand_user, new_folder, write_text
-from ..render import charts
+from ..render import charts, tables
 from ..render.blocks import Block, Text, Verdict
 from ..render.format import one_line
 from ..render.labels import label_of, name_of
@@ -141,6 +141,35 @@ class Result(ABC):
         import pandas as pd
 
         return pd.DataFrame([dict(row) for row in self.table], columns=list(self.columns))
+
+    @check_types
+    def to_latex(self, part: str | None = None) -> str:
+        """Tables as LaTeX, with the numbers as `print` shows them and captions that name the texts.
+
+        Args:
+            part: the heading above a table, or words of it that no other has, such as "output";
+                tables that are folded away on the page are found, too. None for all others.
+
+        Raises:
+            ResultsError: if no table, or more than one, is called so.
+        """
+        return tables.to_latex(self.name, self._captioned(part))
+
+    @check_types
+    def to_markdown(self, part: str | None = None) -> str:
+        """The same tables as Markdown, each under its caption; see `to_latex`.
+
+        Args:
+            part: as in `to_latex`.
+
+        Raises:
+            ResultsError: if no table, or more than one, is called so.
+        """
+        return tables.to_markdown(self._captioned(part))
+
+    def _captioned(self, part: str | None) -> list[tuple[tables.Part, str]]:
+        chosen = tables.chosen(tables.parts(self.blocks()), part)
+        return [(one, tables.caption(self, one)) for one in chosen]
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON values, NaN and infinity included as floats."""
