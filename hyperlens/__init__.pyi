@@ -7,6 +7,7 @@ from . import reproduction as reproduction
 from . import training as training
 from . import validation as validation
 from .compare import Comparison as Comparison
+from .compare import check_comparison as check_comparison
 from .compare import compare_models as compare_models
 from .errors import HyperlensError as HyperlensError
 from .experiments.behaviour import measure_behaviour as measure_behaviour

@@ -25,6 +25,7 @@ from .render.blocks import Table, Text, Verdict
 from .render.format import DIMENSIONS, FRACTION, MISSING, PERCENT, Form, interval, span
 from .render.page import write_report
 from .render.terminal import to_text
+from .results.result import Result
 from .results.resume import WorkFolder
 from .training import hyperfit
 
@@ -65,6 +66,15 @@ class Demo:
 
     measured: dict[str, Measured]
     report: Path
+
+    @property
+    def results(self) -> list[Result]:
+        """Everything that was measured, in the order of the page."""
+        return [
+            result
+            for one in self.measured.values()
+            for result in (one.comparison, one.behaviour, one.null_test)
+        ]
 
     def summary(self) -> str:
         """Base, both tuned models and their controls side by side, and what random changes give."""
@@ -107,13 +117,9 @@ def run_demo(
             _train(name, tales, tuned, progress)
         measured[name] = _measure(name, tales, tuned, work, progress, say)
     say("writing the report")
-    results = [
-        result
-        for one in measured.values()
-        for result in (one.comparison, one.behaviour, one.null_test)
-    ]
-    page = write_report(folder / "report.html", results, title="Hyperfitting the embedded model")
-    return Demo(measured, page)
+    demo = Demo(measured, folder / "report.html")
+    write_report(demo.report, demo.results, title="Hyperfitting the embedded model")
+    return demo
 
 
 def _train(name: str, tales: list[str], out: Path, progress: bool) -> None:

@@ -54,6 +54,10 @@ class ResultsError(HyperlensError):
     """A result folder cannot be written or read."""
 
 
+class ExpectationError(HyperlensError):
+    """Bounds for a comparison cannot be read, or name what does not exist or was not measured."""
+
+
 class ResourceError(HyperlensError):
     """The work does not fit in memory or on disk; raised before it starts where that is known."""
 

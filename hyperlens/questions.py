@@ -45,6 +45,7 @@ def _patch(name: str, module: str, result: str, old_names: tuple[str, ...]) -> Q
 
 QUESTIONS = (
     Question("comparison", "compare", "compare_models", "Comparison"),
+    Question("check", "compare.check", "check_comparison", "CheckResult", command="cli.check"),
     Question("behaviour", "experiments.behaviour", "measure_behaviour", "BehaviourResult"),
     Question("null_test", "experiments.null_test", "run_null_test", "NullTestResult"),
     Question("provenance", "experiments.provenance", "trace_provenance", "ProvenanceResult"),

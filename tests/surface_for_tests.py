@@ -133,6 +133,8 @@ def shared() -> dict[str, Any]:
         "path": "page.html",
         "out": "out",
         "results": [comparison],
+        "comparison": comparison,
+        "expectations": [{"metric": "drift.cosine", "at_least": 0.0}],
         "folders": ["saved"],
         "max_length": 16,
         "n_prompts": 2,

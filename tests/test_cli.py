@@ -783,7 +783,7 @@ COMMANDS = [*parsers()]
 
 
 def test_every_question_has_a_command() -> None:
-    own = {"judge", "patch", "reproduce", "sweep"}
+    own = {"check", "judge", "patch", "reproduce", "sweep"}
     assert {question.command for question in QUESTIONS if question.command} == {
         f"cli.{name.replace('-', '_')}" for name in own
     }

@@ -23,6 +23,7 @@ from ..errors import HyperlensError, ResourceError
 from ..questions import QUESTIONS
 from ..training.recipes import nearest
 from . import demo, experiments, hyperfit, merge, report, validate
+from .answers import Answer, add_json, error_document
 from .options import DEBUG, STYLE
 
 DESCRIPTION = """\
@@ -34,7 +35,8 @@ Examples:
   hyperlens hyperfit ./base --texts stories.txt --recipe demo --out hyperfitted
 
 `hyperlens COMMAND --help` tells more. Exit codes: 0 done, 1 an error (one line on stderr),
-2 a wrong command line, 130 interrupted."""
+2 a wrong command line, 130 interrupted; `check` has two more. With --json, stdout is one JSON
+document in every case."""
 
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
@@ -63,7 +65,10 @@ class Parser(argparse.ArgumentParser):
             fields = {name.removeprefix("--").replace("-", "_"): name for name in known}
             meant = fields.get(nearest(word.removeprefix("--").replace("-", "_"), fields) or "")
             instead = f" instead of {word}" if "required" in message else ""
-        super().error(f"{message}; did you mean {meant}{instead}?" if meant else message)
+        message = f"{message}; did you mean {meant}{instead}?" if meant else message
+        if "--json" in self._words:
+            _say_error("UsageError", message)
+        super().error(message)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As argparse does; remembers what was typed, for the message of an error."""
@@ -94,6 +99,7 @@ def build_parser() -> argparse.ArgumentParser:
     for command in (hyperfit, merge, report, validate):
         command.add(commands)
     for name, one in commands.choices.items():
+        add_json(one)
         one.set_defaults(parser=one, command=name)
     return parser
 
@@ -118,30 +124,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = args.debug or os.environ.get(DEBUG, "") not in ("", "0")
     try:
         _check_processes(args.command)
-        with _only_our_voice(debug), _shared(args.command):
-            text = args.run(args)
+        with _only_our_voice(debug, args.json), _shared(args.command):
+            answer: Answer = args.run(args)
+            said = answer.to_json() if args.json else answer.text
         # Started several times by torchrun, a command answers once.
         if processes.is_first():
-            _say(text)
-        return OK
+            _say(said)
+            if args.json and answer.note:
+                _note(answer.note)
+        return answer.code
     except processes.FailedElsewhere:
         return FAILED
     except BrokenPipeError:  # whoever read our output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return FAILED
-    except KeyboardInterrupt:
-        _complain(args.interrupted(args) if "interrupted" in args else "interrupted")
+    except KeyboardInterrupt as error:
+        message = args.interrupted(args) if "interrupted" in args else "interrupted"
+        _complain(message, message, error, args.json)
         return INTERRUPTED
     except Exception as error:
         if debug:
             traceback.print_exc()
         if isinstance(error, HyperlensError):
-            _complain(f"error: {error}")
+            _complain(f"error: {error}", str(error), error, args.json)
         elif isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-            _complain("error: out of memory: lower --batch-size, or choose another --device")
+            message = "out of memory: lower --batch-size, or choose another --device"
+            _complain(f"error: {message}", message, error, args.json)
         else:
             hint = "" if debug else "; see the traceback with --debug, and please report it"
-            _complain(f"unexpected error: {type(error).__name__}: {error}{hint}")
+            message = f"{type(error).__name__}: {error}"
+            _complain(f"unexpected error: {message}{hint}", message, error, args.json)
         return FAILED
 
 
@@ -160,10 +172,14 @@ def _shared(command: str) -> AbstractContextManager[None]:
 
 
 @contextmanager
-def _only_our_voice(debug: bool) -> Iterator[None]:
-    """Keep what other libraries print, log and warn off the terminal, unless debugging."""
+def _only_our_voice(debug: bool, as_json: bool) -> Iterator[None]:
+    """Keep what other libraries print, log and warn off the terminal, unless debugging.
+
+    Beside a document stdout is ours alone, also then.
+    """
     if debug:
-        yield
+        with redirect_stdout(sys.stderr) if as_json else nullcontext():
+            yield
         return
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
@@ -181,7 +197,29 @@ def _say(text: str) -> None:
     print(text.encode(encoding, "replace").decode(encoding), flush=True)
 
 
-def _complain(text: str) -> None:
+def _note(text: str) -> None:
     encoding = sys.stderr.encoding or "utf-8"
-    line = " ".join(f"hyperlens: {text}".split())
-    print(line.encode(encoding, "backslashreplace").decode(encoding), file=sys.stderr)
+    print(text.encode(encoding, "backslashreplace").decode(encoding), file=sys.stderr)
+
+
+def _complain(line: str, message: str, error: BaseException, as_json: bool) -> None:
+    """One line on stderr; for programs, a document on stdout too."""
+    _note(_one_line(f"hyperlens: {line}"))
+    if as_json and processes.is_first():
+        _say_error(type(error).__name__, message)
+
+
+def _say_error(kind: str, message: str) -> None:
+    try:
+        _say(error_document(kind, _one_line(message)))
+    except BrokenPipeError:
+        _drop_output()
+
+
+def _drop_output() -> None:
+    """Nobody reads stdout any more: what is left in its buffer must not be an error at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from .answers import Answer, answer_of_several
 from .options import STYLE, add_debug
 
 DESCRIPTION = """\
@@ -47,8 +48,8 @@ def add(commands: Any) -> None:
     add_debug(parser)
 
 
-def run(args: argparse.Namespace) -> str:
-    """Run the demo and return what to print."""
+def run(args: argparse.Namespace) -> Answer:
+    """Run the demo and answer."""
     from ..demo import run_demo
 
     def say(step: str) -> None:
@@ -56,7 +57,8 @@ def run(args: argparse.Namespace) -> str:
             sys.stderr.write(f"{step} …\n")
 
     shows = args.progress and sys.stderr.isatty()
-    return run_demo(args.out, progress=shows, say=say).summary()
+    demo = run_demo(args.out, progress=shows, say=say)
+    return answer_of_several("demo", demo.summary(), demo.results, f"report: {demo.report}")
 
 
 def interrupted(args: argparse.Namespace) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 from ..errors import CorpusError, HyperlensError, PairError
 from ..files import check_new_folder, expand_user
 from ..questions import Question, named_runs
+from .answers import Answer, answer_of
 from .options import (
     add_debug,
     add_how_to_read,
@@ -18,11 +19,11 @@ from .options import (
     add_pair,
     add_reading,
     add_running,
+    answer_saved,
     given,
     read,
     saved,
     shows_progress,
-    summary_of,
     texts_for,
 )
 from .signatures import add_command, add_options, option_names, read_signature
@@ -57,7 +58,7 @@ def _function(question: Question) -> Any:
     return getattr(import_module(f"hyperlens.{question.module}"), question.function)
 
 
-def _compare(question: Question, own: list[str], args: argparse.Namespace) -> str:
+def _compare(question: Question, own: list[str], args: argparse.Namespace) -> Answer:
     texts = texts_for(args)
     return saved(_function(question)(args.base, args.tuned, texts, **given(args, *own)), args)
 
@@ -67,10 +68,10 @@ def _add_pair_that_is_kept(parser: argparse.ArgumentParser) -> None:
     add_pair(parser)
 
 
-def _compare_and_save(question: Question, own: list[str], args: argparse.Namespace) -> str:
+def _compare_and_save(question: Question, own: list[str], args: argparse.Namespace) -> Answer:
     texts = texts_for(args)
     options = given(args, *own, "out")
-    return summary_of(_function(question)(args.base, args.tuned, texts, **options), args)
+    return answer_saved(_function(question)(args.base, args.tuned, texts, **options), args)
 
 
 def _add_mauve_texts(parser: argparse.ArgumentParser) -> None:
@@ -88,7 +89,7 @@ def _add_mauve_texts(parser: argparse.ArgumentParser) -> None:
     add_out(parser, "the results (default: print only)")
 
 
-def _compare_texts(question: Question, own: list[str], args: argparse.Namespace) -> str:
+def _compare_texts(question: Question, own: list[str], args: argparse.Namespace) -> Answer:
     if args.out is not None:
         check_new_folder(args.out)
     from ..experiments.mauve import compute_mauve
@@ -122,7 +123,7 @@ def _add_pairs_and_corpora(parser: argparse.ArgumentParser) -> None:
     add_out(parser, "the results (default: print only, keep nothing)")
 
 
-def _compare_domains(question: Question, own: list[str], args: argparse.Namespace) -> str:
+def _compare_domains(question: Question, own: list[str], args: argparse.Namespace) -> Answer:
     for named, error in ((args.pairs, PairError), (args.texts, CorpusError)):
         _check_names([name for name, *_ in named], error)
     pairs = {name: (base, tuned) for name, base, tuned in args.pairs}
@@ -135,9 +136,7 @@ def _compare_domains(question: Question, own: list[str], args: argparse.Namespac
         except HyperlensError as error:
             raise type(error)(f"corpus {name!r}: {error}") from error
     result = _function(question)(pairs, corpora, **given(args, *own, "out"))
-    if args.out is None:
-        return str(result)
-    return f"{result}\n\nsaved in {args.out}"
+    return answer_of(result, "" if args.out is None else f"saved in {args.out}")
 
 
 def _add_variants(parser: argparse.ArgumentParser) -> None:
@@ -156,7 +155,7 @@ def _add_variants(parser: argparse.ArgumentParser) -> None:
     add_out(parser, "the results (default: print only)")
 
 
-def _compare_variants(question: Question, own: list[str], args: argparse.Namespace) -> str:
+def _compare_variants(question: Question, own: list[str], args: argparse.Namespace) -> Answer:
     _check_names([name for name, _ in args.variants], PairError)
     texts = texts_for(args)
     result = _function(question)(args.base, dict(args.variants), texts, **given(args, *own))
@@ -178,13 +177,11 @@ def _add_trajectory(parser: argparse.ArgumentParser) -> None:
     add_out(parser, "the results (default: print only, keep nothing)")
 
 
-def _trace_trajectory(question: Question, own: list[str], args: argparse.Namespace) -> str:
+def _trace_trajectory(question: Question, own: list[str], args: argparse.Namespace) -> Answer:
     texts = texts_for(args)
     options = given(args, *own, "out")
     result = _function(question)(args.base, args.checkpoints, texts, **options)
-    if args.out is None:
-        return str(result)
-    return f"{result}\n\nsaved in {args.out}"
+    return answer_of(result, "" if args.out is None else f"saved in {args.out}")
 
 
 def _add_two_models(parser: argparse.ArgumentParser) -> None:
@@ -192,7 +189,7 @@ def _add_two_models(parser: argparse.ArgumentParser) -> None:
     add_out(parser, "the results (default: print only)")
 
 
-def _compare_weights(question: Question, own: list[str], args: argparse.Namespace) -> str:
+def _compare_weights(question: Question, own: list[str], args: argparse.Namespace) -> Answer:
     if args.out is not None:
         check_new_folder(args.out)
     options = {name: getattr(args, name) for name in (*own, "device")}
@@ -213,7 +210,7 @@ def _add_runs(parser: argparse.ArgumentParser) -> None:
     add_debug(parser)
 
 
-def _compare_runs(question: Question, own: list[str], args: argparse.Namespace) -> str:
+def _compare_runs(question: Question, own: list[str], args: argparse.Namespace) -> Answer:
     if args.out is not None:
         check_new_folder(args.out)
     return saved(_function(question)(named_runs(args.runs)), args)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from ..training.recipes import HELP, KINDS, PRESETS, Method, Recipe, preset, relevant_fields
+from .answers import Answer, named
 from .options import STYLE, add_out, add_reading, add_running, names
 
 HYPERFIT = """\
@@ -101,14 +102,15 @@ def read_both(args: argparse.Namespace) -> tuple[Any, Any]:
     return texts, read_examples(args.validation, split=args.validation_split or args.split, **how)
 
 
-def run(args: argparse.Namespace) -> str:
-    """Train, save and return what to print."""
+def run(args: argparse.Namespace) -> Answer:
+    """Train, save and answer."""
     recipe = preset(args.recipe, **recipe_changes(args))
     from ..training.folders import check_out
 
     check_out(args.out)
     texts, validation = read_both(args)
     from ..training import hyperfit
+    from ..training.hyperfitting import run_to_json
 
     run = hyperfit(
         args.model,
@@ -124,13 +126,14 @@ def run(args: argparse.Namespace) -> str:
         # Off a terminal, too: there it writes a line now and then.
         progress=args.progress,
     )
-    if run.manifest["data"].get("n_counted") is not None:  # no file of texts that compare reads
-        return run.summary()
-    return (
-        f"{run.summary()}\n"
-        "compare with the base; texts that were not trained on tell more:\n"
-        f"  {_compare_command(args)}"
-    )
+    text = run.summary()
+    if run.manifest["data"].get("n_counted") is None:  # compare reads a file of such texts
+        text += (
+            "\ncompare with the base; texts that were not trained on tell more:\n"
+            f"  {_compare_command(args)}"
+        )
+    document = named("hyperfit", folder=str(run.folder), **run_to_json(run))
+    return Answer(text, "hyperfit", document, f"weights in {run.folder}")
 
 
 def _compare_command(args: argparse.Namespace) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..errors import JudgeError
 from ..files import check_new_folder, expand_user
+from .answers import Answer, answer_of
 from .options import STYLE, add_out, add_reading, add_running, read, shows_progress
 from .signatures import add_options, read_signature
 
@@ -121,8 +122,8 @@ def add_judge(parser: argparse.ArgumentParser, required: bool = True) -> None:
         )
 
 
-def run(args: argparse.Namespace) -> str:
-    """Ask, save and return what to print."""
+def run(args: argparse.Namespace) -> Answer:
+    """Ask, save and answer."""
     if args.out is not None:
         check_new_folder(args.out)
     _check_sources(args)
@@ -143,9 +144,10 @@ def run(args: argparse.Namespace) -> str:
             args.a, args.b, texts, dtype=args.dtype, **_generation_options(args), **shared
         )
     if args.out is None:
-        return result.summary()
-    saved = result.save(args.out)
-    return f"{result.summary()}\n\nsaved in {saved}; answers are kept in {_cache(args)}"
+        return answer_of(result)
+    return answer_of(
+        result, f"saved in {result.save(args.out)}; answers are kept in {_cache(args)}"
+    )
 
 
 def interrupted(args: argparse.Namespace) -> str:

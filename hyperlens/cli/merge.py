@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from .answers import Answer, named
 from .options import STYLE, add_debug, add_dtype, add_out
 
 MERGE = """\
@@ -39,8 +40,10 @@ def add(commands: Any) -> None:
     add_debug(parser)
 
 
-def run(args: argparse.Namespace) -> str:
-    """Merge, save and return what to print."""
+def run(args: argparse.Namespace) -> Answer:
+    """Merge, save and answer."""
     from ..training import merge
 
-    return f"merged weights in {merge(args.adapter, args.out, base=args.base, dtype=args.dtype)}"
+    folder = merge(args.adapter, args.out, base=args.base, dtype=args.dtype)
+    note = f"merged weights in {folder}"
+    return Answer(note, "merge", named("merge", folder=str(folder)), note)

@@ -12,6 +12,7 @@ from typing import Any
 
 from .. import processes
 from ..files import check_new_folder, expand_user
+from .answers import Answer, answer_of
 
 DEBUG = "HYPERLENS_DEBUG"
 
@@ -185,20 +186,19 @@ def given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
     return chosen | {"progress": shows_progress(args)}
 
 
-def saved(result: Any, args: argparse.Namespace) -> str:
-    """The summary; with --out, after the first of several processes has saved everything."""
+def saved(result: Any, args: argparse.Namespace) -> Answer:
+    """The result; with --out, after the first of several processes has saved everything."""
     if args.out is not None and processes.is_first():
         result.save(args.out)
-    return summary_of(result, args)
+    return answer_saved(result, args)
 
 
-def summary_of(result: Any, args: argparse.Namespace) -> str:
-    """The summary; with --out, with the files that have been saved."""
-    summary: str = result.summary()
+def answer_saved(result: Any, args: argparse.Namespace) -> Answer:
+    """The result; with --out, with the files that have been saved."""
     if args.out is None or not processes.is_first():
-        return summary
+        return answer_of(result)
     files = ", ".join(sorted(file.name for file in args.out.iterdir()))
-    return f"{summary}\n\nsaved in {args.out}: {files}"
+    return answer_of(result, f"saved in {args.out}: {files}")
 
 
 def names(text: str) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__, patching
+from .answers import Answer, answer_of_several
 from .options import STYLE, add_pair, add_running, given, read
 
 if TYPE_CHECKING:
@@ -116,20 +117,25 @@ def add(commands: Any) -> None:
     add_running(parser, "the checkpoint's own")
 
 
-def run(args: argparse.Namespace) -> str:
-    """Run every part, save it when it is done, and return what to print."""
+def run(args: argparse.Namespace) -> Answer:
+    """Run every part, save it when it is done, and answer."""
     texts = read(args, args.texts, args.split)
     if args.out is None:
-        return "\n\n".join(_result(name, args, texts).summary() for name in args.what)
+        return _answer([_result(name, args, texts) for name in args.what])
     work = _work_folder(args, texts)
     work.check()
-    summaries = [_kept(name, args, texts, work).summary() for name in args.what]
+    results = [_kept(name, args, texts, work) for name in args.what]
     from ..questions import read_results
     from ..render.page import write_report
 
     # Parts of earlier calls belong on the page too.
     page = write_report(args.out / "report.html", read_results([args.out]))
-    return "\n\n".join([*summaries, f"saved in {args.out}; report: {page}"])
+    return _answer(results, f"saved in {args.out}; report: {page}")
+
+
+def _answer(results: Sequence[Any], *notes: str) -> Answer:
+    text = "\n\n".join([*(result.summary() for result in results), *notes])
+    return answer_of_several("patch", text, results, *notes)
 
 
 def _kept(name: str, args: argparse.Namespace, texts: Sequence[str], work: WorkFolder) -> Any:

@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from ..files import expand_user
+from .answers import Answer, answer_of_several
 from .options import STYLE, add_debug
 
 DESCRIPTION = """\
@@ -49,8 +50,8 @@ def add(commands: Any) -> None:
     add_debug(parser)
 
 
-def run(args: argparse.Namespace) -> str:
-    """Read, write and return what to print."""
+def run(args: argparse.Namespace) -> Answer:
+    """Read, write and answer."""
     from ..questions import read_results
     from ..render.format import count
     from ..render.page import write_report
@@ -59,4 +60,5 @@ def run(args: argparse.Namespace) -> str:
     page = write_report(args.out, results, args.title)
     names = ", ".join(dict.fromkeys(result.name for result in results))
     size = page.stat().st_size / 2**20
-    return f"{page}: {count(len(results), 'result')} ({names}), {size:.1f} MB"
+    note = f"{page}: {count(len(results), 'result')} ({names}), {size:.1f} MB"
+    return answer_of_several("report", note, results, note)

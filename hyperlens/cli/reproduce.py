@@ -10,6 +10,7 @@ from typing import Any
 from ..errors import CorpusError, HyperlensError, PairError
 from ..files import expand_user
 from ..reproduction.protocol import HELP, METHODS, SCALES, Protocol, protocol_for
+from .answers import Answer, answer_of, named
 from .judge import add_judge, judge_of
 from .options import STYLE, add_how_to_read, add_out, add_running, read, shows_progress
 from .signatures import Option, add_options
@@ -110,8 +111,8 @@ def _add_protocol(parser: argparse.ArgumentParser) -> None:
     add_options(group, options, only_given=True)
 
 
-def run(args: argparse.Namespace) -> str:
-    """Carry it out, or plan it, and return what to print."""
+def run(args: argparse.Namespace) -> Answer:
+    """Carry it out, or plan it, and answer."""
     changes = {name: getattr(args, name) for name in HELP if name in args}
     protocol = protocol_for(args.scale, **changes)
     base, texts = _inputs(args)
@@ -123,7 +124,8 @@ def run(args: argparse.Namespace) -> str:
     if args.dry_run:
         from ..reproduction.plan import plan
 
-        return str(plan(base, texts, device=args.device, **options))
+        planned = plan(base, texts, device=args.device, **options)
+        return Answer(str(planned), "plan", named("plan", **planned.to_dict()))
     from ..reproduction.reproduce import reproduce
 
     def say(step: str) -> None:
@@ -143,7 +145,7 @@ def run(args: argparse.Namespace) -> str:
         say=say,
         **options,
     )
-    return f"{result.summary()}\n\nreport: {args.out / 'report.html'}"
+    return answer_of(result, f"report: {args.out / 'report.html'}")
 
 
 def interrupted(args: argparse.Namespace) -> str:

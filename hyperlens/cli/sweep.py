@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from ..files import expand_user
+from .answers import Answer, answer_of
 from .hyperfit import add_checkpoint_minutes, add_recipe, add_texts, read_both, recipe_changes
 from .options import STYLE, add_running
 
@@ -90,8 +91,8 @@ def spans(text: str) -> tuple[int, ...]:
     return tuple(found)
 
 
-def run(args: argparse.Namespace) -> str:
-    """Sweep and return what to print."""
+def run(args: argparse.Namespace) -> Answer:
+    """Sweep and answer."""
     texts, validation = read_both(args)
     from ..training import sweep
 
@@ -111,7 +112,7 @@ def run(args: argparse.Namespace) -> str:
         progress=args.progress,
         **recipe_changes(args, without=SWEPT),
     )
-    return f"{result.summary()}\n\nreport: {args.out / 'report.html'}"
+    return answer_of(result, f"report: {args.out / 'report.html'}")
 
 
 def interrupted(args: argparse.Namespace) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from .answers import Answer, answer_of
 from .options import STYLE, add_debug, add_out, names, shows_progress
 
 DESCRIPTION = """\
@@ -68,8 +69,8 @@ def add(commands: Any) -> None:
     add_debug(parser)
 
 
-def run(args: argparse.Namespace) -> str:
-    """Validate and return what to print."""
+def run(args: argparse.Namespace) -> Answer:
+    """Validate and answer."""
     from ..validation import validate
 
     result = validate(
@@ -80,7 +81,7 @@ def run(args: argparse.Namespace) -> str:
         out=args.out,
         progress=shows_progress(args),
     )
-    return result.summary() if args.out is None else f"{result}\n\nsaved in {args.out}"
+    return answer_of(result, "" if args.out is None else f"saved in {args.out}")
 
 
 def interrupted(args: argparse.Namespace) -> str:

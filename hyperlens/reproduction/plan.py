@@ -88,6 +88,13 @@ class Plan:
         """Of all stages."""
         return sum(stage.seconds for stage in self.stages)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as JSON values."""
+        stages = [stage._asdict() for stage in self.stages]
+        return {
+            "model": self.model, "device": self.device, "seconds": self.seconds, "stages": stages
+        }  # fmt: skip
+
     def __str__(self) -> str:
         head = ["stage", "tokens", "FLOPs", "memory", "disk", "time"]
         rows = [

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 from ..checks import check_field_types, check_type, check_types
 from ..errors import ResultsError, shortened
 from ..files import expand_user, new_folder, write_text
-from ..render import charts
+from ..render import charts, tables
 from ..render.blocks import Block, Text, Verdict
 from ..render.format import one_line
 from ..render.labels import label_of, name_of
@@ -142,6 +142,35 @@ class Result(ABC):
 
         return pd.DataFrame([dict(row) for row in self.table], columns=list(self.columns))
 
+    @check_types
+    def to_latex(self, part: str | None = None) -> str:
+        """Tables as LaTeX, with the numbers as `print` shows them and captions that name the texts.
+
+        Args:
+            part: the heading above a table, or words of it that no other has, such as "output";
+                tables that are folded away on the page are found, too. None for all others.
+
+        Raises:
+            ResultsError: if no table, or more than one, is called so.
+        """
+        return tables.to_latex(self.name, self._captioned(part))
+
+    @check_types
+    def to_markdown(self, part: str | None = None) -> str:
+        """The same tables as Markdown, each under its caption; see `to_latex`.
+
+        Args:
+            part: as in `to_latex`.
+
+        Raises:
+            ResultsError: if no table, or more than one, is called so.
+        """
+        return tables.to_markdown(self._captioned(part))
+
+    def _captioned(self, part: str | None) -> list[tuple[tables.Part, str]]:
+        chosen = tables.chosen(tables.parts(self.blocks()), part)
+        return [(one, tables.caption(self, one)) for one in chosen]
+
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON values, NaN and infinity included as floats."""
         return {
@@ -250,17 +279,18 @@ class Result(ABC):
         write_text(folder / self.csv_name(), self.to_frame().to_csv(index=False))
         write_text(folder / "summary.txt", self.summary() + "\n")
 
+    def to_json(self) -> str:
+        """The text of <name>.json: `to_dict()`, with one-key objects for NaN and infinity.
+
+        Raises:
+            ResultsError: if the result holds something that is not JSON.
+        """
+        return to_json(self.name, self.to_dict())
+
     def write(self, folder: Path) -> Path:
         """Write only <name>.json into a folder that exists; atomic."""
-        try:
-            text = json.dumps(_mark(self.to_dict()), indent=1, allow_nan=False)
-        except (TypeError, ValueError) as error:
-            raise ResultsError(
-                f"{self.name} holds something that is not JSON ({error}): probes and experiments "
-                "return plain numbers, strings, lists and dicts"
-            ) from None
         path = folder / f"{self.name}.json"
-        write_text(path, text)
+        write_text(path, self.to_json())
         return path
 
     @classmethod
@@ -311,6 +341,25 @@ class Result(ABC):
             "table": _rename(data["table"], cls.renamed, labels),
             "extras": _rename(data["extras"], cls.renamed, labels),
         }
+
+
+def to_json(name: str, value: Any) -> str:
+    """JSON text of a document of this name; NaN and infinity as one-key objects.
+
+    >>> print(to_json("example", {"value": math.nan}))
+    {
+     "value": {
+      "float": "nan"
+     }
+    }
+    """
+    try:
+        return json.dumps(_mark(value), indent=1, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ResultsError(
+            f"{name} holds something that is not JSON ({error}): probes and experiments "
+            "return plain numbers, strings, lists and dicts"
+        ) from None
 
 
 def matching(
