@@ -44,9 +44,9 @@ Examples:
 
 
 def _options() -> list[Any]:
-    """Those of a comparison; which probes are needed, the bounds say."""
+    """Those of a comparison; which probes are needed, the bounds say, and --out is its own."""
     found = read_signature("hyperlens.compare.run", "compare_models")
-    return [one for one in found.options if one.name != "probes"]
+    return [one for one in found.options if one.name not in ("probes", "out")]
 
 
 def add(commands: Any) -> None:

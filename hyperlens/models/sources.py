@@ -124,7 +124,8 @@ def check_source(source: Any) -> None:
 def best_device() -> torch.device:
     """CUDA if there is one, of processes that share work each its own, else MPS, else the CPU."""
     if torch.cuda.is_available():
-        return torch.device("cuda", processes.number_here() if processes.sharing() else None)
+        own = torch.device("cuda", processes.number_here())
+        return own if processes.sharing() else torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
