@@ -503,11 +503,15 @@ def _sign(change: Mapping[str, Any], prefix: str = "") -> int:
     return 1 if value > 0 else -1
 
 
+# A sure change by its sign, and what goes on.
+SURE = {1: "surely above 0", -1: "surely below 0"}
+MOVES = {1: "surely rises", -1: "surely falls", 0: "cannot be told to move"}
+
 # What the maps show: title, probe, metric, view.
 MAPS = (
-    ("relative L2 distance of the raw streams", "drift", "relative_l2", "raw"),
     ("Δ effective dimension, raw", _PR, "delta", "raw"),
     ("Δ effective dimension, after the final norm", _PR, "delta", "final_norm"),
+    ("relative L2 distance of the raw streams", "drift", "relative_l2", "raw"),
     ("agreement of the two lenses' top-1 tokens", "logit_lens", "top1_agreement", "final_norm"),
 )
 STEP = Axis("step", "training step")
@@ -610,17 +614,21 @@ class TrajectoryResult(Result):
                 f"({_decided(last, quantity.form)}), {only}."
             )
         at = next(one for one in changes if one["step"] == found.step)
-        words = f"{what}: surely changed from step {found.step} on ({_decided(at, quantity.form)})"
-        if found.before is None:
-            words += ", the first checkpoint"
-        else:
-            one = next(one for one in changes if one["step"] == found.before)
-            state = "unchanged" if one["value"] == 0 else "not surely"
-            words += f"; {state} at step {found.before}, before it"
-            words += f" ({_decided(one, quantity.form)})" if one["value"] else ""
+        words = f"{what}: {SURE[_sign(at)]} from step {found.step} on"
+        words += f" ({_decided(at, quantity.form)}); {self._before(quantity, found.before)}"
         if last is at:
             return f"{words}."
         return f"{words}; {interval(last, quantity.form)} at the last, step {last['step']}."
+
+    def _before(self, quantity: Quantity, step: int | None) -> str:
+        """What is known of the checkpoint before a change began."""
+        if step is None:
+            return "that is the first checkpoint"
+        one = next(one for one in self.changes(quantity.name) if one["step"] == step)
+        if one["value"] == 0:
+            return f"unchanged at step {step}, before it"
+        state = SURE.get(_sign(one), "not surely changed")
+        return f"{state} at step {step}, before it ({_decided(one, quantity.form)})"
 
     def _growth(self, quantity: Quantity) -> str:
         """Between which checkpoints a quantity changed most, and whether it still does."""
@@ -633,7 +641,7 @@ class TrajectoryResult(Result):
         largest = max(grown, key=lambda one: abs(one["growth"]))
         sure = sum(_sign(_growth_of(one)) != 0 for one in grown)
         of_last = _growth_of(grown[-1])
-        still = "surely moves on" if _sign(of_last) else "cannot be told to move on"
+        still = MOVES[_sign(of_last)]
         return (
             f"{what}: moved most from step {before[largest['step']]} to {largest['step']} "
             f"({_decided(_growth_of(largest), quantity.gap)}), surely in {sure} of "
@@ -681,8 +689,8 @@ class TrajectoryResult(Result):
             Grid([self._dimension_chart(), self._line(QUANTITIES[2]), self._line(QUANTITIES[3])]),
             Details("from checkpoint to checkpoint", [self._growth_table()]),
             Heading("Step by layer"),
-            Grid(maps[:2]),
-            Grid(maps[2:]),
+            Grid(maps[:2]),  # of one unit, as they share their colours
+            *maps[2:],
         ]
 
     def _table(self) -> Table:
@@ -700,7 +708,7 @@ class TrajectoryResult(Result):
     def _words(self, step: int) -> str:
         """Which quantities are surely changed at a checkpoint."""
         sure = [one.short for one in QUANTITIES if step in self.onset(one.name).sure]
-        return ", ".join(sure) or "none"
+        return "all" if len(sure) == len(QUANTITIES) else ", ".join(sure) or "none"
 
     def _growth_table(self) -> Table:
         rows = []
