@@ -19,7 +19,6 @@ from ..passes.streaming import PassOptions, PassResult
 from ..probes import Probe, default_probes
 from ..render.format import count
 from ..results.result import unknown
-from ..results.rows import ProbeResult
 from .audit import without_doubt
 from .comparison import Comparison
 
@@ -98,7 +97,7 @@ def compare_models(
         dtype=dtype,
     )
     reading = {"max_length": max_length, "include_bos": include_bos}
-    return compare_inputs(inputs, chosen, options, reading)[0]
+    return compare_inputs(inputs, chosen, options, reading)
 
 
 def compare_inputs(
@@ -106,8 +105,7 @@ def compare_inputs(
     probes: Sequence[Probe],
     options: PassOptions,
     reading: dict[str, Any],
-    beside: Sequence[Probe] = (),
-) -> tuple[Comparison, dict[str, ProbeResult]]:
+) -> Comparison:
     """Compare a pair that is open on texts that are tokenized.
 
     Args:
@@ -115,15 +113,9 @@ def compare_inputs(
         probes: what the comparison is of; each is used up.
         options: how the texts are read.
         reading: how they were tokenized, for the record.
-        beside: probes that see the same pass, without being part of the comparison.
-
-    Returns:
-        The comparison, and what the probes beside it computed, by name.
     """
     pair = inputs.pair
-    outcome = run_passes(
-        pair.base.hooked, pair.tuned.hooked, inputs.corpus, [*probes, *beside], options
-    )
+    outcome = run_passes(pair.base.hooked, pair.tuned.hooked, inputs.corpus, probes, options)
     meta = inputs.metadata(
         seed=options.seed,
         options={
@@ -138,15 +130,13 @@ def compare_inputs(
         "sinks_per_layer": list(outcome.sinks_per_layer),
     }
     meta["probes"] = {probe.name: _json_options(probe) for probe in probes}
-    results = {probe.name: outcome.results[probe.name] for probe in probes}
-    rows = (row for result in results.values() for row in result.rows)
+    rows = (row for result in outcome.results.values() for row in result.rows)
     same = meta["base"]["sha256"] == meta["tuned"]["sha256"]
-    comparison = Comparison.of(
+    return Comparison.of(
         rows=without_doubt(rows) if same else rows,
-        extras={name: dict(r.extras) for name, r in results.items() if r.extras},
+        extras={name: dict(r.extras) for name, r in outcome.results.items() if r.extras},
         meta=meta,
     )
-    return comparison, {probe.name: outcome.results[probe.name] for probe in beside}
 
 
 def _check_is_one(base: Any, tuned: Any, texts: Any) -> None:
