@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -94,7 +95,7 @@ def test_a_planted_change_is_found_where_it_begins(result) -> None:
     for quantity in ("dimension_raw", "dimension_final_norm", "other_top1", "kl"):
         assert result.onset(quantity) == (30, 20, [30, 40]), quantity
     summary = " ".join(result.summary().split())
-    assert "dimension of the raw last block: surely changed from step 30 on" in summary
+    assert "dimension of the raw last block: surely below 0 from step 30 on" in summary
     assert "unchanged at step 20, before it" in summary
     assert "moved most from step 20 to 30" in summary
     assert "moves most in block 1" in summary
@@ -188,6 +189,19 @@ def test_when_it_began() -> None:
     # A lapse: it begins after it.
     lapse = [change(1, 1.0), change(2, 0.0), change(3, 1.0)]
     assert onset(lapse) == (3, 2, [1, 3])
+
+
+def test_a_change_that_turns_round_is_said(result) -> None:
+    """It begins where the last direction does, and was sure in the other one before."""
+    rows = [dict(row) for row in result.extras["changes"]]
+    for row in rows:
+        if (row["quantity"], row["step"]) == ("dimension_raw", 30):
+            row |= {"value": 9.0, "low": 8.0, "high": 10.0}
+    turned = replace(result, extras={**result.extras, "changes": rows})
+    assert turned.onset("dimension_raw") == (40, 30, [30, 40])
+    summary = " ".join(turned.summary().split())
+    assert "surely below 0 from step 40 on" in summary
+    assert "surely above 0 at step 30, before it (+9.0 [+8.0, +10.0]" in summary
 
 
 def test_what_cannot_be_told_is_said() -> None:

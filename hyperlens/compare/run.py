@@ -26,7 +26,6 @@ from ..passes.streaming import PassOptions, PassResult
 from ..probes import LogitProbe, OutputByPosition, OutputByRole, Probe, default_probes
 from ..render.format import count
 from ..results.result import unknown
-from ..results.rows import ProbeResult
 from .audit import without_doubt
 from .comparison import Comparison
 
@@ -121,9 +120,9 @@ def compare_models(
     )
     tokenized_as = {"max_length": max_length, "include_bos": include_bos}
     if out is None:
-        return compare_inputs(inputs, chosen, options, tokenized_as)[0]
+        return compare_inputs(inputs, chosen, options, tokenized_as)
     kept = _kept_beside(expand_user(out), inputs, chosen, options)
-    comparison, _ = compare_inputs(inputs, chosen, replace(options, kept=kept), tokenized_as)
+    comparison = compare_inputs(inputs, chosen, replace(options, kept=kept), tokenized_as)
     if processes.is_heard():
         comparison.save(out)
         kept.forget()
@@ -135,8 +134,7 @@ def compare_inputs(
     probes: Sequence[Probe],
     options: PassOptions,
     tokenized_as: dict[str, Any],
-    beside: Sequence[Probe] = (),
-) -> tuple[Comparison, dict[str, ProbeResult]]:
+) -> Comparison:
     """Compare a pair that is open on texts that are tokenized.
 
     Args:
@@ -144,17 +142,11 @@ def compare_inputs(
         probes: what the comparison is of; each is used up.
         options: how the texts are read.
         tokenized_as: how they were tokenized, for the record.
-        beside: probes that see the same pass, without being part of the comparison.
-
-    Returns:
-        The comparison, and what the probes beside it computed, by name.
     """
     pair = inputs.pair
     if inputs.corpus.roles is not None and _reads_output(probes):
         probes = [*probes, OutputByRole()]
-    outcome = run_passes(
-        pair.base.hooked, pair.tuned.hooked, inputs.corpus, [*probes, *beside], options
-    )
+    outcome = run_passes(pair.base.hooked, pair.tuned.hooked, inputs.corpus, probes, options)
     meta = inputs.metadata(
         seed=options.seed,
         options={
@@ -169,15 +161,13 @@ def compare_inputs(
         "sinks_per_layer": list(outcome.sinks_per_layer),
     }
     meta["probes"] = {probe.name: _json_options(probe) for probe in probes}
-    results = {probe.name: outcome.results[probe.name] for probe in probes}
-    rows = (row for result in results.values() for row in result.rows)
+    rows = (row for result in outcome.results.values() for row in result.rows)
     same = meta["base"]["sha256"] == meta["tuned"]["sha256"]
-    comparison = Comparison.of(
+    return Comparison.of(
         rows=without_doubt(rows) if same else rows,
-        extras={name: dict(r.extras) for name, r in results.items() if r.extras},
+        extras={name: dict(r.extras) for name, r in outcome.results.items() if r.extras},
         meta=meta,
     )
-    return comparison, {probe.name: outcome.results[probe.name] for probe in beside}
 
 
 def _kept_beside(

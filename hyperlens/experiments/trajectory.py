@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -33,11 +33,9 @@ from ..models.kinds import Backend
 from ..models.sources import check_source
 from ..models.training_steps import find_checkpoints
 from ..pair import Pair, open_pairs, tokenized
-from ..passes.logits_reader import LogitChunk
 from ..passes.streaming import PassOptions
-from ..probes import default_probes
-from ..probes.base import LogitProbe
-from ..probes.participation_ratio import ParticipationRatio
+from ..passes.streams import StreamSpec, View
+from ..probes import LogitLens, LogitProbe, ParticipationRatio, RankReordering, ResidualDrift
 from ..render.blocks import Axis, Block, Chart, Details, Grid, Heading, Table, Text, Verdict
 from ..render.format import (
     DIMENSIONS,
@@ -60,8 +58,8 @@ from ..results.fingerprint import texts_sha256, versions
 from ..results.result import Result, unknown
 from ..results.resume import KeptRecords, source_identity
 from ..results.rows import COLUMNS, ProbeResult
-from ..statistics import distances, shares, significance
-from ..statistics.ratios import jackknife_estimate, left_out, weighted_ratio
+from ..statistics import shares, significance
+from ..statistics.ratios import Ratio, jackknife_estimate, left_out, weighted_ratio
 from ..statistics.significance import Estimate
 
 EXAMPLES = (
@@ -255,69 +253,88 @@ def _measured(
 ) -> dict[str, Any]:
     """The comparison of one checkpoint, and what each text says, as JSON values."""
     inputs = tokenized(pair, texts, reading["max_length"], reading["include_bos"])
-    beside = [DimensionOfTexts(), LogitsOfTexts()]
-    comparison, found = compare_inputs(inputs, default_probes(), options, reading, beside)
+    probes = [
+        ResidualDrift(with_excluded=True),
+        DimensionWithTexts(with_excluded=True),
+        LensWithTexts(),
+        RanksWithTexts(),
+    ]
+    comparison = compare_inputs(inputs, probes, options, reading)
+    extras: dict[str, Any] = {}
     of_texts: dict[str, Any] = {}
-    for result in found.values():
-        of_texts |= result.extras
+    for name, of_probe in comparison.extras.items():
+        rest = dict(of_probe)
+        of_texts |= rest.pop(OF_TEXTS, {})
+        extras |= {name: rest} if rest else {}
+    found = {"comparison": comparison.to_dict() | {"extras": extras}, "texts": of_texts}
     # As it is read back: a run that was interrupted and one that was not give the same.
-    record: dict[str, Any] = json.loads(
-        json.dumps({"comparison": comparison.to_dict(), "texts": of_texts})
-    )
+    record: dict[str, Any] = json.loads(json.dumps(found))
     return record
 
 
-class DimensionOfTexts(ParticipationRatio):
-    """The change of dimension at the last layer without each text; no rows."""
+# The default probes of a comparison, which also say what each text says at the last layer.
 
-    name = "dimension_of_texts"
-
-    def __init__(self) -> None:
-        super().__init__(views=("raw", "final_norm"), layers=(-1,))
-
-    def compute(self) -> ProbeResult:
-        """By quantity: the change, and what it is without each text."""
-        (layer,) = self.spec.resolve_layers(self.layers)
-        found: dict[str, Any] = {}
-        for view in self.views:
-            measured = self.measured(layer, view)
-            if measured is None:
-                found[f"dimension_{view}"] = None
-                continue
-            base, tuned = measured
-            total = weighted_ratio([(1.0, tuned), (-1.0, base)])
-            in_all = float(self.sums["sequences"][0])
-            n_texts = len(total.sample.length) if self.spec.grouped else in_all
-            without = left_out(total, n_texts).tolist()
-            found[f"dimension_{view}"] = {"value": total.value, "left_out": without}
-        return ProbeResult((), found)
+OF_TEXTS = "of_texts"
 
 
-class LogitsOfTexts(LogitProbe):
-    """Sums of each text at the output; no rows."""
+def _with_texts(result: ProbeResult, found: Mapping[str, Any]) -> ProbeResult:
+    return ProbeResult(result.rows, {**result.extras, OF_TEXTS: found}) if found else result
 
-    name = "logits_of_texts"
-    metrics = OF_LOGITS
-    overwrites = True
 
-    def __init__(self) -> None:
-        super().__init__(layers=(-1,))
+class DimensionWithTexts(ParticipationRatio):
+    """And its change without each text."""
 
-    def read(self, chunk: LogitChunk) -> dict[str, Shaped[Tensor, " chunk"]]:
-        """Whether the top-1 token is another, and KL, of every decision."""
-        if chunk.same:
-            none = torch.zeros(len(chunk.base), dtype=torch.float64, device=chunk.base.device)
-            return dict.fromkeys(OF_LOGITS, none)
-        seen = distances.compare_logits_(chunk.base, chunk.tuned)
-        other = (seen.base_winner != seen.tuned_winner).double()
-        return {"other_top1": other, "kl": seen.kl}
+    def open(self, spec: StreamSpec) -> None:
+        """Start from zero."""
+        super().open(spec)
+        self._found: dict[str, Any] = {}
+
+    def measured(self, layer: int, view: View) -> tuple[Ratio, Ratio] | None:
+        """As of any participation ratio; of the last layer, what is asked for is kept."""
+        measured = super().measured(layer, view)
+        if layer == self.spec.n_layers:
+            self._found[f"dimension_{view}"] = self._without_texts(measured)
+        return measured
+
+    def _without_texts(self, measured: tuple[Ratio, Ratio] | None) -> dict[str, Any] | None:
+        if measured is None:
+            return None
+        base, tuned = measured
+        total = weighted_ratio([(1.0, tuned), (-1.0, base)])
+        in_all = float(self.sums["sequences"][-1])
+        n_texts = len(total.sample.length) if self.spec.grouped else in_all
+        return {"value": total.value, "left_out": left_out(total, n_texts).tolist()}
 
     def compute(self) -> ProbeResult:
-        """By quantity: sums y over each text's n decisions."""
-        n = self.sums["sampled_n"][0].tolist()
-        sums = self.sums["sampled_y"][:, 0, 0].tolist()
-        found = zip(OF_LOGITS, sums, strict=True)
-        return ProbeResult((), {name: {"y": y, "n": n} for name, y in found})
+        """The rows, and what was kept."""
+        return _with_texts(super().compute(), self._found)
+
+
+class LensWithTexts(LogitLens):
+    """And each text's sum of KL at the output."""
+
+    def compute(self) -> ProbeResult:
+        """The rows, and the sums."""
+        y, n = _sums_of_texts(self, "kl")
+        return _with_texts(super().compute(), {"kl": {"y": y.tolist(), "n": n.tolist()}})
+
+
+class RanksWithTexts(RankReordering):
+    """And each text's number of top-1 tokens that differ."""
+
+    def compute(self) -> ProbeResult:
+        """The rows, and the numbers."""
+        y, n = _sums_of_texts(self, "top1_agreement")
+        found = {"other_top1": {"y": (n - y).tolist(), "n": n.tolist()}}
+        return _with_texts(super().compute(), found)
+
+
+def _sums_of_texts(
+    probe: LogitProbe, metric: str
+) -> tuple[Float[Tensor, " text"], Float[Tensor, " text"]]:
+    """At the last layer the sum of each text that is sampled, and over how many decisions."""
+    k = probe.metrics.index(metric)
+    return probe.sums["sampled_y"][k, -1, 0].cpu(), probe.sums["sampled_n"][-1].cpu()
 
 
 # From the records of checkpoints to the result
@@ -503,11 +520,15 @@ def _sign(change: Mapping[str, Any], prefix: str = "") -> int:
     return 1 if value > 0 else -1
 
 
+# A sure change by its sign, and what goes on.
+SURE = {1: "surely above 0", -1: "surely below 0"}
+MOVES = {1: "surely rises", -1: "surely falls", 0: "cannot be told to move"}
+
 # What the maps show: title, probe, metric, view.
 MAPS = (
-    ("relative L2 distance of the raw streams", "drift", "relative_l2", "raw"),
     ("Δ effective dimension, raw", _PR, "delta", "raw"),
     ("Δ effective dimension, after the final norm", _PR, "delta", "final_norm"),
+    ("relative L2 distance of the raw streams", "drift", "relative_l2", "raw"),
     ("agreement of the two lenses' top-1 tokens", "logit_lens", "top1_agreement", "final_norm"),
 )
 STEP = Axis("step", "training step")
@@ -610,17 +631,21 @@ class TrajectoryResult(Result):
                 f"({_decided(last, quantity.form)}), {only}."
             )
         at = next(one for one in changes if one["step"] == found.step)
-        words = f"{what}: surely changed from step {found.step} on ({_decided(at, quantity.form)})"
-        if found.before is None:
-            words += ", the first checkpoint"
-        else:
-            one = next(one for one in changes if one["step"] == found.before)
-            state = "unchanged" if one["value"] == 0 else "not surely"
-            words += f"; {state} at step {found.before}, before it"
-            words += f" ({_decided(one, quantity.form)})" if one["value"] else ""
+        words = f"{what}: {SURE[_sign(at)]} from step {found.step} on"
+        words += f" ({_decided(at, quantity.form)}); {self._before(quantity, found.before)}"
         if last is at:
             return f"{words}."
         return f"{words}; {interval(last, quantity.form)} at the last, step {last['step']}."
+
+    def _before(self, quantity: Quantity, step: int | None) -> str:
+        """What is known of the checkpoint before a change began."""
+        if step is None:
+            return "that is the first checkpoint"
+        one = next(one for one in self.changes(quantity.name) if one["step"] == step)
+        if one["value"] == 0:
+            return f"unchanged at step {step}, before it"
+        state = SURE.get(_sign(one), "not surely changed")
+        return f"{state} at step {step}, before it ({_decided(one, quantity.form)})"
 
     def _growth(self, quantity: Quantity) -> str:
         """Between which checkpoints a quantity changed most, and whether it still does."""
@@ -633,7 +658,7 @@ class TrajectoryResult(Result):
         largest = max(grown, key=lambda one: abs(one["growth"]))
         sure = sum(_sign(_growth_of(one)) != 0 for one in grown)
         of_last = _growth_of(grown[-1])
-        still = "surely moves on" if _sign(of_last) else "cannot be told to move on"
+        still = MOVES[_sign(of_last)]
         return (
             f"{what}: moved most from step {before[largest['step']]} to {largest['step']} "
             f"({_decided(_growth_of(largest), quantity.gap)}), surely in {sure} of "
@@ -681,8 +706,8 @@ class TrajectoryResult(Result):
             Grid([self._dimension_chart(), self._line(QUANTITIES[2]), self._line(QUANTITIES[3])]),
             Details("from checkpoint to checkpoint", [self._growth_table()]),
             Heading("Step by layer"),
-            Grid(maps[:2]),
-            Grid(maps[2:]),
+            Grid(maps[:2]),  # of one unit, as they share their colours
+            *maps[2:],
         ]
 
     def _table(self) -> Table:
@@ -700,7 +725,7 @@ class TrajectoryResult(Result):
     def _words(self, step: int) -> str:
         """Which quantities are surely changed at a checkpoint."""
         sure = [one.short for one in QUANTITIES if step in self.onset(one.name).sure]
-        return ", ".join(sure) or "none"
+        return "all" if len(sure) == len(QUANTITIES) else ", ".join(sure) or "none"
 
     def _growth_table(self) -> Table:
         rows = []
