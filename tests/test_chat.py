@@ -25,10 +25,12 @@ from hyperlens.data.conversations import read_examples
 from hyperlens.data.reading import ROLES, read_as
 from hyperlens.decoding.prompts import choose_openings, choose_prompts
 from hyperlens.errors import HyperlensError
+from hyperlens.experiments.cross_domain import _texts_identity
 from hyperlens.experiments.decoding import compare_decoding
 from hyperlens.models.tokenizers import token_names
 from hyperlens.pair import Pair
 from hyperlens.probes import OutputByPosition
+from hyperlens.results.fingerprint import texts_sha256
 from hyperlens.training.examples import examples
 
 SYSTEM = {"role": "system", "content": "be kind"}
@@ -432,6 +434,18 @@ def test_decoding_and_patching_take_conversations(pair) -> None:
     )  # fmt: skip
     n_answer = len("the answer|") * 6
     assert traced.meta["corpus"]["n_counted"] == n_answer
+
+
+def test_what_is_resumed_was_read_in_the_same_way(pair) -> None:
+    plain = _texts_identity(read_examples(["a text"]))
+    assert plain == {"texts": texts_sha256(["a text"])}
+    ways: list[dict[str, Any]] = [
+        {}, {"roles": ["user"]}, {"chat_template": "base"}, {"chat_template": CHATML},
+        {"chat_template": GEMMA}, {"tokens": closing_over(3)},
+    ]  # fmt: skip
+    found = [_texts_identity(read_examples(rows(), **way)) for way in ways]
+    found.append(_texts_identity(read_examples(rows(5))))
+    assert len({json.dumps(one, sort_keys=True) for one in found}) == len(found)
 
 
 def test_groups_are_kept_with_conversations(pair, tmp_path) -> None:

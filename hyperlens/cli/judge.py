@@ -165,7 +165,8 @@ def _check_sources(args: argparse.Namespace) -> None:
         raise JudgeError("expected two models and --texts, or --pairs alone: give one or the other")
     if args.pairs is None:
         return
-    others = {name: getattr(args, name) for name in ("text_column", "limit", "groups", "dtype")}
+    reading = ("text_column", "limit", "groups", "chat_template", "roles", "dtype")
+    others = {name: getattr(args, name) for name in reading}
     useless = [
         *_generation_options(args),
         *(name for name, value in others.items() if value is not None),

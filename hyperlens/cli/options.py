@@ -69,8 +69,14 @@ def add_reading(parser: argparse.ArgumentParser, unless: str = "", groups: bool 
     return group
 
 
-def add_how_to_read(group: Any, groups: bool = True) -> None:
-    """Which texts of a source are read, and, where intervals are made, which belong together."""
+def add_how_to_read(group: Any, groups: bool = True, chats: bool = True) -> None:
+    """Which texts of a source are read, and how.
+
+    Args:
+        group: of options.
+        groups: whether intervals are made, so that it matters which texts belong together.
+        chats: whether they may be conversations, and tokens chosen by their roles.
+    """
     group.add_argument(
         "--text-column",
         metavar="NAME",
@@ -93,6 +99,7 @@ def add_how_to_read(group: Any, groups: bool = True) -> None:
             "do: intervals count a group once (default: blocks of the paragraphs of a .txt file; "
             "each text of other sources by itself)",
         )
+    if groups and chats:
         group.add_argument(
             "--chat-template",
             metavar="NAME",
@@ -163,16 +170,16 @@ def texts_for(args: argparse.Namespace) -> Any:
 def read(args: argparse.Namespace, source: str, split: str) -> Any:
     """The texts or conversations that the options of `add_reading` name."""
     how = {"column": args.text_column, "split": split, "limit": args.limit}
-    if "groups" not in args:
+    if "groups" in args:
+        groups = args.groups
+        how["groups"] = int(groups) if groups and groups.isdecimal() else groups
+    if "roles" not in args:
         from ..data.texts import read_texts
 
         return read_texts(source, **how)
     from ..data.conversations import read_examples
 
-    groups = int(args.groups) if args.groups and args.groups.isdecimal() else args.groups
-    return read_examples(
-        source, **how, groups=groups, chat_template=args.chat_template, roles=args.roles
-    )
+    return read_examples(source, **how, chat_template=args.chat_template, roles=args.roles)
 
 
 def shows_progress(args: argparse.Namespace) -> bool:

@@ -56,7 +56,7 @@ def add(commands: Any) -> None:
         "SOURCE, once for each; the paper's are FS, WP and AG (default: the embedded tales, at the "
         "scales demo and smoke)",
     )
-    add_how_to_read(texts)
+    add_how_to_read(texts, chats=False)
     add_out(parser, "models, results and report, or that of an earlier run", required=True)
     what = parser.add_argument_group("what is carried out")
     what.add_argument(

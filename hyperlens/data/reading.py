@@ -8,8 +8,6 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ..checks import is_list
 from ..errors import CorpusError, first_line, shortened
 
@@ -122,6 +120,8 @@ def describe_tokens(tokens: Tokens) -> str:
     if callable(tokens):
         name = str(getattr(tokens, "__qualname__", type(tokens).__name__))
         return f"{name} {hashlib.sha256(_code(tokens)).hexdigest()[:16]}"
+    import numpy as np  # not at the top: commands that only read texts answer at once
+
     digest = hashlib.sha256()
     for row in tokens:
         values = np.asarray(row.cpu() if hasattr(row, "cpu") else row, dtype=bool)
