@@ -44,9 +44,9 @@ Examples:
 
 
 def _options() -> list[Any]:
-    """Those of a comparison; which probes are needed, the bounds say."""
+    """Those of what a comparison measures; which probes are needed, the bounds say."""
     found = read_signature("hyperlens.compare.run", "compare_models")
-    return [one for one in found.options if one.name != "probes"]
+    return [one for one in found.options if one.name not in ("probes", "report_to")]
 
 
 def add(commands: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 
 from ..checks import check_counts, check_seed, check_types
-from ..errors import CorpusError, ProbeError
+from ..errors import CorpusError, ProbeError, ResultsError
 from ..models.kinds import Backend
 from ..pair import open_inputs
 from ..passes.multi_pass import run_passes
@@ -21,6 +22,7 @@ from ..render.format import count
 from ..results.result import unknown
 from .audit import without_doubt
 from .comparison import Comparison
+from .loggers import check_loggers, report_comparison
 
 EXAMPLES = (
     "hyperlens compare ./base ./tuned --texts held_out.txt --out comparison",
@@ -44,6 +46,7 @@ def compare_models(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     seed: int = 0,
+    report_to: str | Sequence[str] = (),
     progress: bool = True,
 ) -> Comparison:
     """Compare a base causal LM with a fine-tuned one on some text, at every block.
@@ -73,6 +76,8 @@ def compare_models(
         dtype: of the forward passes, for both models; None keeps the checkpoints' own.
             Statistics are always float32 with float64 sums.
         seed: of the token sample that participation-ratio intervals are computed from.
+        report_to: loggers that get every number by layer, the figures and the page:
+            "tensorboard", "wandb", "mlflow". One that fails then leaves a note.
         progress: show a progress bar.
 
     Returns:
@@ -80,8 +85,10 @@ def compare_models(
 
     Raises:
         HyperlensError: LoadingError, ParityError, PairError, CorpusError, ActivationError,
-            ProbeError or ResourceError, each with one line that says what to do.
+            ProbeError, ResourceError, or ResultsError for a logger that is not there, each with
+            one line that says what to do.
     """
+    loggers = check_loggers(report_to)
     chosen = _checked_probes(probes)
     options = _checked_options(batch_size, sink_threshold, seed, progress)
     inputs = open_inputs(
@@ -114,11 +121,26 @@ def compare_models(
     meta["probes"] = {probe.name: _json_options(probe) for probe in chosen}
     rows = (row for result in outcome.results.values() for row in result.rows)
     same = meta["base"]["sha256"] == meta["tuned"]["sha256"]
-    return Comparison.of(
+    comparison = Comparison.of(
         rows=without_doubt(rows) if same else rows,
         extras={name: dict(r.extras) for name, r in outcome.results.items() if r.extras},
         meta=meta,
     )
+    return _reported(comparison, loggers)
+
+
+def _reported(comparison: Comparison, loggers: Sequence[str]) -> Comparison:
+    """Sent to these loggers; what was measured is not lost where one fails."""
+    failures = []
+    for name in loggers:
+        try:
+            report_comparison(comparison, name)
+        except ResultsError as error:
+            failures.append(str(error))
+    if not failures:
+        return comparison
+    notes = [*comparison.meta["notes"], *failures]
+    return dataclasses.replace(comparison, meta={**comparison.meta, "notes": notes})
 
 
 def _checked_probes(given: Sequence[Probe | str] | None) -> list[Probe]:
