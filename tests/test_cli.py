@@ -166,6 +166,7 @@ def test_every_option_of_compare_arrives(
         "device": "cpu",
         "dtype": "float32",
         "seed": 5,
+        "report_to": (),
         "progress": False,
     }
     meta = Comparison.load(tmp_path / "out").meta

@@ -44,9 +44,9 @@ Examples:
 
 
 def _options() -> list[Any]:
-    """Those of a comparison; which probes are needed, the bounds say, and --out is its own."""
+    """What a comparison measures; which probes are needed, the bounds say."""
     found = read_signature("hyperlens.compare.run", "compare_models")
-    return [one for one in found.options if one.name not in ("probes", "out")]
+    return [one for one in found.options if one.name not in ("probes", "out", "report_to")]
 
 
 def add(commands: Any) -> None:

@@ -64,7 +64,7 @@ def _compare(question: Question, own: list[str], args: argparse.Namespace) -> An
 
 
 def _add_pair_that_is_kept(parser: argparse.ArgumentParser) -> None:
-    parser.set_defaults(interrupted=_interrupted)
+    parser.set_defaults(interrupted=_interrupted_pass)
     add_pair(parser)
 
 
@@ -226,6 +226,13 @@ def _interrupted(args: argparse.Namespace) -> str:
     if args.out is None:
         return "interrupted"
     return "interrupted: the same command goes on with what was kept of it"
+
+
+def _interrupted_pass(args: argparse.Namespace) -> str:
+    """Sums are kept about once a minute."""
+    if args.out is None or not args.out.with_name(f"{args.out.name}.partial").exists():
+        return "interrupted"
+    return _interrupted(args)
 
 
 # What a question takes instead of two models and texts, and what runs it.

@@ -177,6 +177,7 @@ KINDS: dict[str, tuple[Callable[[str], Any], str]] = {
     "str | Path": (str, "FILE"),
     "Any": (str, "MODEL"),
     "Sequence[str]": (names, "NAME[,NAME]"),
+    "str | Sequence[str]": (names, "NAME[,NAME]"),
     "Sequence[Probe | str]": (names, "NAME[,NAME]"),
     "Sequence[int]": (list_of(int, "0,1,2"), "N[,N]"),
     "Sequence[float]": (list_of(float, "0.1,0.5,1"), "X[,X]"),
@@ -206,7 +207,7 @@ def _add(group: Any, one: Option, default: Any) -> None:
 
 def _shown(default: Any) -> str:
     if isinstance(default, tuple | list):
-        return ",".join(map(_shown, default))
+        return ",".join(map(_shown, default)) or "none"
     if isinstance(default, bool):
         return "yes" if default else "no"
     return (

@@ -4,6 +4,7 @@ from .check import CheckResult as CheckResult
 from .check import check_comparison as check_comparison
 from .check import write_expectations as write_expectations
 from .comparison import Comparison as Comparison
+from .loggers import report_comparison as report_comparison
 from .run import compare_models as compare_models
 
 __all__ = [
@@ -11,5 +12,6 @@ __all__ = [
     "Comparison",
     "check_comparison",
     "compare_models",
+    "report_comparison",
     "write_expectations",
 ]

@@ -16,7 +16,7 @@ import torch
 from .. import processes
 from ..checks import check_counts, check_seed, check_types
 from ..data.reading import read_as
-from ..errors import CorpusError, PairError, ProbeError
+from ..errors import CorpusError, PairError, ProbeError, ResultsError
 from ..files import check_new_folder, expand_user
 from ..models.kinds import Backend
 from ..pair import Inputs, Pair, open_inputs
@@ -28,6 +28,7 @@ from ..render.format import count
 from ..results.result import unknown
 from .audit import without_doubt
 from .comparison import Comparison
+from .loggers import check_loggers, report_comparison
 
 EXAMPLES = (
     "hyperlens compare ./base ./tuned --texts held_out.txt --out comparison",
@@ -55,6 +56,7 @@ def compare_models(
     dtype: str | torch.dtype | None = None,
     seed: int = 0,
     out: str | Path | None = None,
+    report_to: str | Sequence[str] = (),
     progress: bool = True,
 ) -> Comparison:
     """Compare a base causal LM with a fine-tuned one on some text, at every block.
@@ -91,6 +93,8 @@ def compare_models(
         out: a new folder to save the result in. In a long run, sums are kept beside it, in
             `out.partial`, about every minute: the same call goes on after an interruption, and
             ends with the same numbers.
+        report_to: loggers that get every number by layer, the figures and the page:
+            "tensorboard", "wandb", "mlflow". One that fails then leaves a note.
         progress: show a progress bar.
 
     Returns:
@@ -98,10 +102,12 @@ def compare_models(
 
     Raises:
         HyperlensError: LoadingError, ParityError, PairError, CorpusError, ActivationError,
-            ProbeError, ResourceError or ResultsError, each with one line that says what to do.
+            ProbeError, ResourceError, or ResultsError where `out` cannot be written or a logger is
+            not there, each with one line that says what to do.
     """
     if out is not None:
         check_new_folder(expand_user(out))
+    loggers = check_loggers(report_to)
     chosen = _checked_probes(probes)
     options = checked_options(batch_size, sink_threshold, seed, progress)
     _check_is_one(base, tuned, texts)
@@ -119,11 +125,12 @@ def compare_models(
         reading=reading,
     )
     tokenized_as = {"max_length": max_length, "include_bos": include_bos}
-    if out is None:
-        return compare_inputs(inputs, chosen, options, tokenized_as)
-    kept = _kept_beside(expand_user(out), inputs, chosen, options)
+    kept = None if out is None else _kept_beside(expand_user(out), inputs, chosen, options)
     comparison = compare_inputs(inputs, chosen, replace(options, kept=kept), tokenized_as)
-    if processes.is_heard():
+    if not processes.is_heard():
+        return comparison
+    comparison = _reported(comparison, loggers)
+    if out is not None and kept is not None:
         comparison.save(out)
         kept.forget()
     return comparison
@@ -168,6 +175,20 @@ def compare_inputs(
         extras={name: dict(r.extras) for name, r in outcome.results.items() if r.extras},
         meta=meta,
     )
+
+
+def _reported(comparison: Comparison, loggers: Sequence[str]) -> Comparison:
+    """Sent to these loggers; what was measured is not lost where one fails."""
+    failures = []
+    for name in loggers:
+        try:
+            report_comparison(comparison, name)
+        except ResultsError as error:
+            failures.append(str(error))
+    if not failures:
+        return comparison
+    notes = [*comparison.meta["notes"], *failures]
+    return replace(comparison, meta={**comparison.meta, "notes": notes})
 
 
 def _kept_beside(
