@@ -166,6 +166,7 @@ def test_every_option_of_compare_arrives(
         "device": "cpu",
         "dtype": "float32",
         "seed": 5,
+        "out": tmp_path / "out",
         "report_to": (),
         "progress": False,
     }
@@ -351,6 +352,7 @@ CHANGES = {
     "gradient_checkpointing": True,
     "bf16": True,
     "record_every": 3,
+    "keep_every": 17,
     "n_validation": 12,
     "n_prompts": 13,
     "prompt_tokens": 14,

@@ -74,8 +74,9 @@ def compare_models(
             file, a `datasets.Dataset`, or a hub dataset name. With an open `Pair` as `base` the
             texts are the second argument.
         probes: what to measure: built-in probes by name (drift, participation_ratio, logit_lens,
-            rank_reordering) or probes of one's own; None for all of these. output_by_position tells
-            the output along answers, output_by_role for each role, which conversations have anyway.
+            rank_reordering; output_by_position tells the output along answers, and
+            output_by_role for each role, which conversations have anyway) or probes of one's own;
+            None for all of the first four.
         max_length: tokens per text, BOS included; longer texts are cut and counted.
         batch_size: texts per forward pass; does not change the result.
         include_bos: measure BOS positions too. They are left out, by id, by default.
