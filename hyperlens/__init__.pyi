@@ -9,6 +9,7 @@ from . import validation as validation
 from .compare import Comparison as Comparison
 from .compare import check_comparison as check_comparison
 from .compare import compare_models as compare_models
+from .compare.trajectory import trace_trajectory as trace_trajectory
 from .errors import HyperlensError as HyperlensError
 from .experiments.behaviour import measure_behaviour as measure_behaviour
 from .experiments.null_test import run_null_test as run_null_test

@@ -60,7 +60,7 @@ QUESTIONS = (
     Question("decoding", "experiments.decoding", "compare_decoding", "DecodingResult"),
     Question("cross_domain", "experiments.cross_domain", "compare_domains", "CrossDomainResult"),
     Question("variants", "experiments.variants", "compare_variants", "VariantsResult"),
-    Question("trajectory", "experiments.trajectory", "trace_trajectory", "TrajectoryResult"),
+    Question("trajectory", "compare.trajectory", "trace_trajectory", "TrajectoryResult"),
     Question("weights", "experiments.weights", "compare_weights", "WeightChangesResult"),
     Question("training", "training.course", "compare_training", "TrainingResult"),
     Question("sweep", "training.sweeping", "sweep", "SweepResult", command="cli.sweep"),

@@ -8,9 +8,8 @@ from conftest import make_tiny, token_texts
 from surface_for_tests import words_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-from hyperlens import read_results
+from hyperlens import read_results, trace_trajectory
 from hyperlens.errors import TrainingError
-from hyperlens.experiments import trace_trajectory
 from hyperlens.models.sources import OpenedModel, open_source
 from hyperlens.models.training_steps import find_checkpoints
 from hyperlens.training import hyperfit, sweep

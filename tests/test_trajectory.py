@@ -14,12 +14,12 @@ import torch
 from conftest import lora, make_tiny, perturbed, token_texts
 from surface_for_tests import words_tokenizer
 
-from hyperlens import cli, compare_models
+from hyperlens import cli, compare_models, trace_trajectory
 from hyperlens import pair as pair_module
+from hyperlens.compare import TrajectoryResult
+from hyperlens.compare import trajectory as module
+from hyperlens.compare.trajectory import QUANTITIES, onset
 from hyperlens.errors import LoadingError, PairError, ResultsError
-from hyperlens.experiments import TrajectoryResult, trace_trajectory
-from hyperlens.experiments import trajectory as module
-from hyperlens.experiments.trajectory import QUANTITIES, onset
 from hyperlens.models.training_steps import TRAINER_STATE, find_checkpoints
 from hyperlens.pair import open_pairs
 from hyperlens.render.blocks import Chart, flat

@@ -198,8 +198,8 @@ def restored_use_cache(model: Any) -> Iterator[None]:
 
 def use_cache_of(model: Any) -> bool | None:
     """What a model's configuration says of its cache; None where it says nothing."""
-    said: bool | None = vars(model.config).get("use_cache")
-    return said
+    use_cache: bool | None = vars(model.config).get("use_cache")
+    return use_cache
 
 
 def set_use_cache(model: Any, use_cache: bool | None) -> None:

@@ -216,8 +216,8 @@ def _check_is_one(base: Any, tuned: Any, texts: Any) -> None:
     if texts is not None and isinstance(tuned, list | Mapping) and not isinstance(base, Pair):
         raise PairError(
             f"expected one tuned model, got {len(tuned)}: the "
-            "checkpoints of a training run are for hyperlens.experiments.trace_trajectory, "
-            "variants for compare_variants beside it"
+            "checkpoints of a training run are for hyperlens.trace_trajectory, variants for "
+            "hyperlens.experiments.compare_variants"
         )
 
 

@@ -16,8 +16,6 @@ from .static_bias import StaticBiasResult as StaticBiasResult
 from .static_bias import inject_static_bias as inject_static_bias
 from .temperature import TemperatureResult as TemperatureResult
 from .temperature import match_temperature as match_temperature
-from .trajectory import TrajectoryResult as TrajectoryResult
-from .trajectory import trace_trajectory as trace_trajectory
 from .variants import VariantsResult as VariantsResult
 from .variants import compare_variants as compare_variants
 from .weights import WeightChangesResult as WeightChangesResult

@@ -22,9 +22,6 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..checks import check_types
-from ..compare.audit import largest_step, unchanged
-from ..compare.comparison import Comparison, small_models_note
-from ..compare.run import checked_options, compare_inputs
 from ..data.corpus import are_token_ids, check_max_length
 from ..data.texts import read_texts
 from ..errors import HyperlensError, PairError, ResultsError
@@ -61,6 +58,9 @@ from ..results.rows import COLUMNS, ProbeResult
 from ..statistics import shares, significance
 from ..statistics.ratios import Ratio, jackknife_estimate, left_out, weighted_ratio
 from ..statistics.significance import Estimate
+from .audit import largest_step, unchanged
+from .comparison import Comparison, small_models_note
+from .run import checked_options, compare_inputs
 
 EXAMPLES = (
     "hyperlens trajectory ./base ./run --texts held_out.txt --out trajectory",
@@ -585,7 +585,7 @@ class TrajectoryResult(Result):
         return [row for row in self.extras["changes"] if row["quantity"] == quantity]
 
     def onset(self, quantity: str) -> Onset:
-        """When a quantity began to change: see `hyperlens.experiments.trajectory.onset`.
+        """When a quantity began to change: see `hyperlens.compare.trajectory.onset`.
 
         Raises:
             ResultsError: if there is no such quantity.
