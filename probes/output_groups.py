@@ -71,10 +71,10 @@ class GroupedOutput(LogitProbe):
         return ProbeResult(tuple(self._rows_of_groups()))
 
     def _rows_of_groups(self) -> Iterator[Row]:
-        for name in self.groups:
-            part = self._of(name)
-            if bool(part.sums["n"].any()):
-                yield from (row._replace(metric=f"{row.metric}_{name}") for row in part._rows())
+        counted = [name for name in self.groups if bool(self._of(name).sums["n"].any())]
+        for name in counted or self.groups:  # without any decision, all are absent numbers
+            rows = self._of(name)._rows()
+            yield from (row._replace(metric=f"{row.metric}_{name}") for row in rows)
 
     def _of(self, name: str) -> GroupedOutput:
         """A probe of one group, with the same sums."""

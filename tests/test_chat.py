@@ -1,7 +1,9 @@
 """Conversations in comparisons: ids and roles of twelve templates, statistics over roles."""
 
+import functools
 import json
 import math
+from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
@@ -27,6 +29,7 @@ from hyperlens.decoding.prompts import choose_openings, choose_prompts
 from hyperlens.errors import HyperlensError
 from hyperlens.experiments.cross_domain import _texts_identity
 from hyperlens.experiments.decoding import compare_decoding
+from hyperlens.experiments.variants import compare_variants
 from hyperlens.models.tokenizers import token_names
 from hyperlens.pair import Pair
 from hyperlens.probes import OutputByPosition
@@ -69,14 +72,24 @@ def rows(n: int = 6, system: bool = True) -> list[dict[str, Any]]:
     ]
 
 
+@functools.cache
 def models() -> tuple[Any, Any]:
     base = make_tiny("llama", vocab_size=D_VOCAB, max_position_embeddings=LONG)
     return base, perturbed(base)
 
 
-def pair_with(base_template: str | None, tuned_template: str | None) -> Pair:
+@functools.cache
+def opened() -> Pair:
     base, tuned = models()
-    return open_pair((base, letters(base_template)), (tuned, letters(tuned_template)))
+    return open_pair((base, letters()), (tuned, letters()))
+
+
+def pair_with(base_template: str | None, tuned_template: str | None) -> Pair:
+    base, tuned = (
+        replace(loaded, tokenizer=letters(template))
+        for loaded, template in ((opened().base, base_template), (opened().tuned, tuned_template))
+    )
+    return Pair(base, tuned)
 
 
 @pytest.fixture(scope="module")
@@ -176,8 +189,9 @@ def test_whose_template_it_is_is_said() -> None:
         (CHATML, GEMMA, "base", "of the base model", "base"),
         (GEMMA, None, CHATML, "that was given", "given"),
     ):
-        opened = pair_with(base, tuned)
-        corpus = opened.tokenize(read_examples(rows(), chat_template=chosen), max_length=LONG)
+        corpus = pair_with(base, tuned).tokenize(
+            read_examples(rows(), chat_template=chosen), max_length=LONG
+        )
         assert any(words in note for note in corpus.notes), (corpus.notes, words)
         assert corpus.describe()["chat_template"]["from"] == origin
         messages = rows()[0]["messages"]
@@ -434,6 +448,15 @@ def test_decoding_and_patching_take_conversations(pair) -> None:
     )  # fmt: skip
     n_answer = len("the answer|") * 6
     assert traced.meta["corpus"]["n_counted"] == n_answer
+
+
+def test_variants_with_templates_of_their_own_are_refused(pair) -> None:
+    variants = {"one": pair, "other": pair_with(None, CHATML)}
+    with pytest.raises(HyperlensError, match="variant 'other': its chat template differs"):
+        compare_variants(None, variants, rows(), n_prompts=2, max_new_tokens=2, progress=False)
+    chats = read_examples(rows(), chat_template=CHATML)
+    found = compare_variants(None, variants, chats, n_prompts=2, max_new_tokens=2, progress=False)
+    assert found.meta["corpus"]["chat_template"]["from"] == "given"
 
 
 def test_what_is_resumed_was_read_in_the_same_way(pair) -> None:

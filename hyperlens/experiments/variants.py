@@ -120,6 +120,7 @@ def compare_variants(
             check_generates(pair.base.model, pair.tuned.model)
             check_room(pair, prompt_tokens, max_new_tokens)
             inputs = tokenized(pair, texts, max_length)
+            _check_same_template(meta, inputs)
             prompts = choose_prompts(
                 inputs.corpus, n_prompts, prompt_tokens, seed, max_new_tokens=max_new_tokens
             )
@@ -145,6 +146,17 @@ def compare_variants(
     meta |= {"variants": described, "notes": list(notes)}
     meta["title"] = f"{meta['base']['name']} and {', '.join(map(one_line, variants))}"
     return VariantsResult(tuple(_rows(units)), {"between": _between(units)}, meta)
+
+
+def _check_same_template(meta: Mapping[str, Any], inputs: Inputs) -> None:
+    """Raise where a variant's own chat template writes conversations otherwise than others'."""
+    before = meta.get("corpus", {}).get("chat_template", {}).get("sha256")
+    now = inputs.corpus.describe().get("chat_template", {}).get("sha256")
+    if meta and before != now:
+        raise PairError(
+            "its chat template differs from that of the variants before it, and all read the same "
+            'text: choose one template for all (chat_template="base", or a file)'
+        )
 
 
 def _check_variants(variants: Mapping[str, Any]) -> None:
