@@ -175,6 +175,13 @@ def test_every_option_of_compare_arrives(
     assert meta["options"]["include_bos"] is True
 
 
+def test_several_tuned_models_are_pointed_to_their_command(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert cli.main([*COMPARE, "checkpoint-10", "checkpoint-20"]) == cli.USAGE
+    assert "are for `hyperlens trajectory`" in capsys.readouterr().err
+
+
 def options_of(command: str) -> dict[str, argparse.Action]:
     """The options of a command by their names in Python."""
     return {action.dest: action for action in parsers()[command]._actions}

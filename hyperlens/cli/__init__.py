@@ -79,7 +79,12 @@ class Parser(argparse.ArgumentParser):
         """As argparse does, but unknown options are reported by the command they were given to."""
         found, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            getattr(found, "parser", self).error(f"unrecognized arguments: {' '.join(unknown)}")
+            message = f"unrecognized arguments: {' '.join(unknown)}"
+            if getattr(found, "command", "") == "compare" and not unknown[0].startswith("-"):
+                message += (
+                    "; one tuned model at a time: `trajectory` takes the checkpoints of a run"
+                )
+            getattr(found, "parser", self).error(message)
         return found
 
 
