@@ -21,10 +21,11 @@ from hyperlens.data.corpus import build_corpus
 from hyperlens.embedded import embedded_base
 from hyperlens.errors import PairError
 
-READING = {"batch_size": 2, "progress": False}
+READING = {"batch_size": 2, "probes": ["participation_ratio", "logit_lens"], "progress": False}
 WRITING = {"n_prompts": 6, "prompt_tokens": 4, "max_new_tokens": 8, "batch_size": 2}
 SCRIPT = """
 import json, os, sys, torch
+from pathlib import Path
 torch.set_num_threads(1)
 from hyperlens import compare_models, measure_behaviour, share_work
 base, tuned, ids_file, out, reading, writing = sys.argv[1:]
@@ -35,9 +36,9 @@ with share_work():
     few = compare_models(base, tuned, ids[:2], **json.loads(reading))
     written = measure_behaviour(base, tuned, ids, progress=False, **json.loads(writing))
 rank = os.environ["RANK"]
-read.save(f"{out}/read-{rank}")
-few.save(f"{out}/few-{rank}")
-written.save(f"{out}/written-{rank}")
+for name, result in (("read", read), ("few", few), ("written", written)):
+    os.mkdir(f"{out}/{name}-{rank}")
+    result.write(Path(f"{out}/{name}-{rank}"))
 """
 # The second process is gone after its first batch; the others have more to read.
 KILLED = """
