@@ -427,10 +427,10 @@ def _outcome(cell: Cell) -> dict[str, str]:
 
 def rounding(model: Any, wanted: torch.Tensor) -> float:
     """How far half precision itself is off: much, where an adapter is much larger than its base."""
-    wide = converted(weight_sharing_copy(model), None, torch.float32)
     try:
+        wide = converted(weight_sharing_copy(model), None, torch.float32)
         return gap(wanted, logits(wide))
-    except Exception:  # what does not run, or not in another dtype
+    except Exception:  # what cannot be copied, or does not run, or not in another dtype
         return 0.0
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from conftest import make_tiny, token_texts
+from conftest import lora, make_tiny, token_texts
 from memory_for_tests import PROC
 from peft.tuners.lora.config import CordaConfig, LoraGAConfig
 from peft.tuners.lora.corda import preprocess_corda
@@ -216,3 +216,15 @@ def test_an_adapter_takes_what_it_stores_and_no_copy_of_the_base() -> None:
         most, own, stored = map(int, line.split())
         assert own <= stored
         assert most <= own + 2 * 2**20
+
+
+def test_what_is_tied_to_a_saved_module_is_not_held_twice(tmp_path: Path) -> None:
+    """With `ensure_weight_tying` peft makes a copy for the tied head, as it does for the module."""
+    base = make_tiny("llama", tie_word_embeddings=True)
+    options = {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}
+    trained = lora(copy.deepcopy(base), "llama", **options)
+    trained.save_pretrained(tmp_path / "adapter")
+    opened = open_source(tmp_path / "adapter", base=open_source(base)).model.base_model.model
+    for module in (opened.model.embed_tokens, opened.lm_head):
+        assert module.original_module.weight.data_ptr() == base.lm_head.weight.data_ptr()
+        assert module.modules_to_save.default.weight.data_ptr() != base.lm_head.weight.data_ptr()

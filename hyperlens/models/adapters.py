@@ -252,14 +252,20 @@ def _unshare_written(shell: Any, stored: set[str], config: Any) -> None:
 
     Biases (`bias="all"`) and whole embeddings (`save_embedding_layers`) stand in the file beside
     the adapter's own weights, and peft copies them into the model that it is given. Modules of
-    `modules_to_save` stand there too, but peft itself makes copies for them.
+    `modules_to_save` stand there too, but peft itself makes copies for them, and with
+    `ensure_weight_tying` for what is tied to them.
     """
     copied = tuple(getattr(config, "modules_to_save", None) or ())
+    own: set[int] = set()
     replaced = {_in_base(key) for key in stored}
-    for module_name, _ in shell.named_modules():
+    for module_name, module in shell.named_modules():
         if module_name.endswith(copied):  # as peft finds them
+            own |= {id(parameter) for parameter in module.parameters()}
             replaced -= {name for name in replaced if name.startswith(f"{module_name}.")}
+    keeps_ties = getattr(config, "ensure_weight_tying", False)
     for name, parameter in shell.named_parameters(remove_duplicate=False):
+        if keeps_ties and id(parameter) in own:
+            continue
         if name in replaced:
             parameter.data = parameter.data.clone()
     for module_name, module in shell.named_modules():
