@@ -177,6 +177,33 @@ def test_a_template_that_rewrites_contents_is_refused() -> None:
         spoken(shouting, TALK)
 
 
+def test_a_template_that_writes_nothing_of_what_is_said_is_refused() -> None:
+    with pytest.raises(HyperlensError, match="writes nothing of what is said"):
+        pair_with("hello world", "hello world").tokenize(rows())
+
+
+def test_unknown_speakers_are_said() -> None:
+    odd = [{"messages": [{**TALK[0], "role": "critic"}, TALK[1]]} for _ in range(3)]
+    corpus = pair_with(CHATML, CHATML).tokenize(odd)
+    assert any("'critic' say counts as the user's" in note for note in corpus.notes)
+    usual = pair_with(CHATML, CHATML).tokenize(rows())
+    assert not any("counts as the user's" in note for note in usual.notes)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [{"role": "user", "content": "a\ud83d b"}]},
+        {"prompt": "a\ud83d b", "completion": "c"},
+        {"conversations": [{"from": ["human"], "value": "x"}]},
+    ],
+    ids=lambda row: next(iter(row)),
+)
+def test_what_is_no_text_or_no_name_is_told(row) -> None:
+    with pytest.raises(HyperlensError, match=r"^row 1"):
+        read_examples([row])
+
+
 # One template for both models
 
 

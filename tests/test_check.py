@@ -271,6 +271,13 @@ def test_a_first_file_from_the_command(tmp_path: Path, capsys: pytest.CaptureFix
     assert cli.main([*argv, "--write-expect", str(bounds)]) == cli.OK
     assert capsys.readouterr().out == f"bounds written to {bounds}\n"
     assert cli.main([*argv, "--expect", str(bounds)]) == cli.OK
+    capsys.readouterr()
+    for more, message in (
+        ((tmp_path / "new.json",), "call the file new.toml"),
+        ((tmp_path / "new.toml", "--out", tmp_path / "out"), "the comparison is saved already"),
+    ):
+        failed(capsys, cli.FAILED, (*argv, "--write-expect", *more), message)
+    assert {path.name for path in tmp_path.iterdir()} == {"saved", "bounds.toml"}
 
 
 @pytest.mark.parametrize(

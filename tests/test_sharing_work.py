@@ -16,7 +16,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from hyperlens import compare_models, measure_behaviour, processes, share_work
-from hyperlens.cli import FAILED, main
+from hyperlens.cli import FAILED, USAGE, main
 from hyperlens.data.corpus import build_corpus
 from hyperlens.embedded import embedded_base
 from hyperlens.errors import PairError
@@ -154,9 +154,11 @@ def test_commands_that_do_not_share_are_refused_once(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    command = ["weights", "a", "b"]
+    monkeypatch.setattr("hyperlens.cli.UNTIL_SAID", 0.0)
     for rank, said in (("0", 1), ("1", 0)):
         monkeypatch.setenv("RANK", rank)
-        assert main(command) == FAILED
+        assert main(["weights", "a", "b"]) == FAILED
         err = capsys.readouterr().err
         assert err.count("runs in one process") == said
+        assert main(["compare"]) == USAGE
+        assert capsys.readouterr().err.count("the following arguments are required") == said

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from chat_for_tests import CHATML, D_VOCAB, letters
 from conftest import lora, make_tiny, perturbed, token_texts
 from surface_for_tests import words_tokenizer
 
@@ -19,6 +20,7 @@ from hyperlens import pair as pair_module
 from hyperlens.compare import TrajectoryResult
 from hyperlens.compare import trajectory as module
 from hyperlens.compare.trajectory import QUANTITIES, onset
+from hyperlens.data.conversations import read_examples
 from hyperlens.errors import LoadingError, PairError, ResultsError
 from hyperlens.models.training_steps import TRAINER_STATE, find_checkpoints
 from hyperlens.pair import open_pairs
@@ -445,6 +447,27 @@ def test_a_comparison_of_several_models_names_this_question(tiny) -> None:
 
 
 # The command
+
+
+def test_conversations_are_compared_by_role() -> None:
+    base = make_tiny("llama", num_hidden_layers=2, vocab_size=D_VOCAB)
+    tuned = with_narrow_end(base, 1.5)
+    source, end = (base, letters(CHATML)), (tuned, letters(CHATML))
+    talks = read_examples(
+        [
+            {
+                "messages": [
+                    {"role": "user", "content": f"hi {i}"},
+                    {"role": "assistant", "content": "ho"},
+                ]
+            }
+            for i in range(6)
+        ],
+        roles=["assistant"],
+    )
+    found = trace_trajectory(source, {7: end}, talks, **QUIET)
+    alone = compare_models(source, end, talks, **QUIET)
+    assert as_written(found.comparison(7)) == as_written(alone)
 
 
 def test_the_command(tmp_path, capsys: pytest.CaptureFixture) -> None:

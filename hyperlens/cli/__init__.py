@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
@@ -43,6 +44,9 @@ OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 # Commands that divide their work among the processes that torchrun starts; training does so in
 # its own way.
 SHARED, OWN_WAY = ("compare", "behaviour"), ("hyperfit",)
+# A launcher ends all processes when one has failed: the others leave the one that says why some
+# time to do so, in seconds.
+UNTIL_SAID = 2.0
 
 
 class Parser(argparse.ArgumentParser):
@@ -51,7 +55,10 @@ class Parser(argparse.ArgumentParser):
     _words: Sequence[str] = ()
 
     def error(self, message: str) -> NoReturn:
-        """Print the usage and the message, and exit with 2."""
+        """Print the usage and the message, once of several processes, and exit with 2."""
+        if not processes.is_first():
+            time.sleep(UNTIL_SAID)
+            raise SystemExit(USAGE)
         instead = ""
         known = [name for action in self._actions for name in action.option_strings]
         if choice := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)$", message):
@@ -127,6 +134,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:  # argparse has said why
         return stop.code if isinstance(stop.code, int) else USAGE
     debug = args.debug or os.environ.get(DEBUG, "") not in ("", "0")
+    # Of processes that share work, only the one that failed first comes to say so.
+    as_json = args.json and (processes.is_first() or args.command in SHARED)
     try:
         _check_processes(args.command)
         with _only_our_voice(debug, args.json), _shared(args.command):
@@ -139,26 +148,27 @@ def main(argv: Sequence[str] | None = None) -> int:
                 _note(answer.note)
         return answer.code
     except processes.FailedElsewhere:
+        time.sleep(UNTIL_SAID)
         return FAILED
     except BrokenPipeError:  # whoever read our output has seen enough
         _drop_output()
         return FAILED
     except KeyboardInterrupt as error:
         message = args.interrupted(args) if "interrupted" in args else "interrupted"
-        _complain(message, message, error, args.json)
+        _complain(message, message, error, as_json)
         return INTERRUPTED
     except Exception as error:
         if debug:
             traceback.print_exc()
         if isinstance(error, HyperlensError):
-            _complain(f"error: {error}", str(error), error, args.json)
+            _complain(f"error: {error}", str(error), error, as_json)
         elif isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
             message = "out of memory: lower --batch-size, or choose another --device"
-            _complain(f"error: {message}", message, error, args.json)
+            _complain(f"error: {message}", message, error, as_json)
         else:
             hint = "" if debug else "; see the traceback with --debug, and please report it"
             message = f"{type(error).__name__}: {error}"
-            _complain(f"unexpected error: {message}{hint}", message, error, args.json)
+            _complain(f"unexpected error: {message}{hint}", message, error, as_json)
         return FAILED
 
 
@@ -210,7 +220,7 @@ def _note(text: str) -> None:
 def _complain(line: str, message: str, error: BaseException, as_json: bool) -> None:
     """One line on stderr; for programs, a document on stdout too."""
     _note(_one_line(f"hyperlens: {line}"))
-    if as_json and processes.is_first():
+    if as_json:
         _say_error(type(error).__name__, message)
 
 

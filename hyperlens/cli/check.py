@@ -100,22 +100,29 @@ def run(args: argparse.Namespace) -> Answer:
     if args.out is not None:
         check_new_folder(args.out)
     _check_sources(args)
-    from ..compare.check import check_comparison, read_expectations, write_expectations
+    from ..compare import check
 
-    bounds = [] if args.expect is None else read_expectations(args.expect)
+    if args.write_expect is not None:
+        check.check_new_expectations(args.write_expect)
+    bounds = [] if args.expect is None else check.read_expectations(args.expect)
     # Those that the bounds name; all for a first file.
     probes = [*dict.fromkeys(one.metric.partition(".")[0] for one in bounds)]
     comparison = _comparison(args, probes or None)
     if args.write_expect is not None:
-        path = write_expectations(comparison, args.write_expect)
+        path = check.write_expectations(comparison, args.write_expect)
         note = f"bounds written to {path}"
+        if args.out is not None:
+            comparison.save(args.out)
+            note += f", the comparison saved in {args.out}"
         return Answer(note, "expectations", named("expectations", file=str(path)), note)
-    result = check_comparison(comparison, args.expect)
+    result = check.check_comparison(comparison, args.expect)
     answer = _saved(result, comparison, args)
     return answer._replace(code=_code(result.outcome, args.cannot_tell))
 
 
 def _check_sources(args: argparse.Namespace) -> None:
+    if args.tuned is None and args.out is not None and args.write_expect is not None:
+        raise ExpectationError("the comparison is saved already: leave --out out")
     if args.tuned is not None:
         if args.texts is None:
             raise ExpectationError("two models are compared on texts: add --texts")

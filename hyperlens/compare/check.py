@@ -159,6 +159,18 @@ def read_expectations(source: str | Path | Sequence[Mapping[str, Any]]) -> list[
 
 
 @check_types
+def check_new_expectations(path: Path) -> None:
+    """Raise before the work for a file that `write_expectations` would refuse after it.
+
+    Raises:
+        ExpectationError: if it exists, or its name is that of another kind of file.
+    """
+    if path.exists():
+        raise ExpectationError(f"{path} already exists: choose a new file or remove it first")
+    if path.suffix != ".toml":
+        raise ExpectationError(f"bounds are written as TOML: call the file {path.stem}.toml")
+
+
 def write_expectations(comparison: Comparison, path: str | Path) -> Path:
     """Write a first .toml file of bounds for `check_comparison` from a comparison.
 
@@ -171,12 +183,12 @@ def write_expectations(comparison: Comparison, path: str | Path) -> Path:
         path: a new file.
 
     Raises:
-        ExpectationError: if the file exists, or no number of the last layer has an interval.
+        ExpectationError: if the file exists or is no .toml file, or no number of the last layer
+            has an interval.
         ResultsError: if it cannot be written.
     """
     path = expand_user(path)
-    if path.exists():
-        raise ExpectationError(f"{path} already exists: choose a new file or remove it first")
+    check_new_expectations(path)
     found = list(_starting(comparison))
     if not found:
         raise ExpectationError(
@@ -208,7 +220,7 @@ def _in_file(file: str | Path) -> tuple[Sequence[Any], str]:
     if path.suffix not in readers:
         raise ExpectationError(f"expected a .toml or .json file of bounds, got {str(path)!r}")
     try:
-        data = readers[path.suffix](path.read_text(encoding="utf-8"))
+        data = readers[path.suffix](path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise ExpectationError(f"no file of bounds {str(path)!r}: give a .toml or .json") from None
     except (OSError, ValueError, RecursionError) as error:

@@ -22,8 +22,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..checks import check_types
+from ..data.conversations import read_examples
 from ..data.corpus import are_token_ids, check_max_length
-from ..data.texts import read_texts
 from ..errors import HyperlensError, PairError, ResultsError
 from ..files import check_new_folder, expand_user
 from ..models.kinds import Backend
@@ -193,7 +193,7 @@ def trace_trajectory(
     if out is not None:
         check_new_folder(expand_user(out))
     # Before any model is loaded: a mistyped file name should not cost a minute.
-    texts = texts if are_token_ids(texts) else read_texts(texts)
+    texts = texts if are_token_ids(texts) else read_examples(texts)
     reading = {"max_length": max_length, "include_bos": include_bos}
     run = {"backend": backend, "device": str(device), "dtype": str(dtype)}
     identities: dict[int, dict[str, Any]] = {step: {} for step in sources}
@@ -232,11 +232,13 @@ def _identities(
 ) -> dict[int, dict[str, Any]]:
     """For every checkpoint everything that decides its comparison."""
     groups = getattr(texts, "groups", None)
+    reading = {} if are_token_ids(texts) else texts.reading.describe()
     same = {
         "question": TrajectoryResult.name,
         "base": source_identity(base),
         "texts": texts_sha256(texts),
         "groups": None if groups is None else list(map(str, groups)),
+        **({"reading": reading} if reading else {}),
         "batch_size": options.batch_size,
         "sink_threshold": options.sink_threshold,
         "seed": options.seed,
@@ -660,7 +662,8 @@ class TrajectoryResult(Result):
         of_last = _growth_of(grown[-1])
         still = MOVES[_sign(of_last)]
         return (
-            f"{what}: moved most from step {before[largest['step']]} to {largest['step']} "
+            f"{what}: between checkpoints it moved most from step {before[largest['step']]} to "
+            f"{largest['step']} "
             f"({_decided(_growth_of(largest), quantity.gap)}), surely in {sure} of "
             f"{count(len(grown), 'step')} from one checkpoint to the next; in the last, from "
             f"{before[grown[-1]['step']]} to {grown[-1]['step']}, it {still} "

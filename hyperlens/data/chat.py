@@ -30,6 +30,7 @@ MARKED = re.compile(r"hyperlens(\d+)mark")
 NOWHERE = (-1, -1)
 # All others, such as results of tools, are what the model is given to read, as the user's.
 SPEAKERS = {"system": SYSTEM, "developer": SYSTEM, "assistant": ASSISTANT}
+USERS = ("user", "tool", "function", "ipython")
 
 
 class Turn(NamedTuple):
@@ -168,7 +169,24 @@ def tag_rows(
         messages = row[MESSAGES]
         ids, roles = tag_conversation(messages, template, number)
         found.append(Tagged(ids, roles, _last_turn(messages, template, number, ids)))
+    if all(bool((one.roles == TEMPLATE).all()) for one in found):
+        raise CorpusError(
+            "the chat template writes nothing of what is said in any conversation: give another "
+            "one (chat_template)"
+        )
     return found
+
+
+def speaker_notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Says what speakers are taken for the user who may be none."""
+    roles = {message["role"] for row in rows for message in row.get(MESSAGES, ())}
+    others = sorted(roles - SPEAKERS.keys() - set(USERS))
+    if not others:
+        return []
+    return [
+        f"what {', '.join(map(repr, others))} say counts as the user's: known roles are system, "
+        "user, assistant and tool"
+    ]
 
 
 def tag_completion(prompt: str, completion: str, tokenizer: Any, start: list[int]) -> Tagged:

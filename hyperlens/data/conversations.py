@@ -15,6 +15,7 @@ from .texts import (
     COLUMN,
     Texts,
     check_limit,
+    encodable,
     grouped,
     is_hub_name,
     loaded,
@@ -26,7 +27,14 @@ from .texts import (
 MESSAGES, PROMPT, COMPLETION = "messages", "prompt", "completion"
 # As in ShareGPT, and what its speakers are called elsewhere.
 SHAREGPT, FROM, VALUE = "conversations", "from", "value"
-SPEAKERS = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}
+SPEAKERS = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "ai": "assistant",
+}
 
 
 class Conversations(list[dict[str, Any]]):
@@ -206,6 +214,8 @@ def _messages(messages: Any, number: int) -> dict[str, Any]:
             f"row {number}: expected messages as a list of objects with role and content, got "
             f"{shortened(messages)}"
         )
+    for message in read:
+        encodable(message["content"], f"row {number}")
     return {MESSAGES: read}
 
 
@@ -216,7 +226,9 @@ def _message(message: Any) -> Any:
     if FROM not in message or VALUE not in message:
         return dict(message)
     others = {name: value for name, value in message.items() if name not in (FROM, VALUE)}
-    return {"role": SPEAKERS.get(message[FROM], message[FROM]), "content": message[VALUE], **others}
+    speaker = message[FROM]
+    role = SPEAKERS.get(speaker, speaker) if isinstance(speaker, str) else speaker
+    return {"role": role, "content": message[VALUE], **others}
 
 
 def _is_message(message: Any) -> bool:
@@ -233,4 +245,5 @@ def _prompt(row: Mapping[str, Any], number: int) -> dict[str, Any]:
             raise CorpusError(
                 f"row {number}: expected a string as {name}, got {shortened(row[name])}"
             )
+        encodable(row[name], f"row {number}")
     return {PROMPT: row[PROMPT], COMPLETION: row[COMPLETION]}

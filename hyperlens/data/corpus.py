@@ -20,7 +20,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from ..errors import CorpusError, first_line
-from .chat import ChatTemplate, Tagged, Turn, tag_rows
+from .chat import ChatTemplate, Tagged, Turn, speaker_notes, tag_rows
 from .conversations import Conversations
 from .reading import EVERYTHING, ROLES, Reading, describe_tokens
 from .texts import read_texts
@@ -329,6 +329,7 @@ def build_corpus(
         groups = texts.groups
         tagged = tag_rows(texts, tokenizer, template, _start(tokenizer))
         raw = [one.ids for one in tagged]
+        notes += speaker_notes(texts)
     else:
         texts = read_texts(texts)
         groups = texts.groups

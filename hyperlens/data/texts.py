@@ -345,7 +345,7 @@ def _strings(source: Iterable[Any]) -> Iterator[str]:
     for i, text in enumerate(source):
         if not isinstance(text, str):
             raise CorpusError(f"text {i} is a {type(text).__name__}: expected strings")
-        yield _encodable(text, f"text {i}")
+        yield encodable(text, f"text {i}")
 
 
 def _named(source: str | Path, column: str | None, split: str, streaming: bool) -> Iterator[str]:
@@ -518,11 +518,15 @@ def _string_in(record: Mapping[str, Any], column: str, place: str) -> str:
             f"{place} has no string in {column!r}: remove it or put a text there "
             f"(found {type(value).__name__})"
         )
-    return _encodable(value, place)
+    return encodable(value, place)
 
 
-def _encodable(text: str, place: str) -> str:
-    """Raise for a lone surrogate (half of a cut emoji), which no tokenizer can read."""
+def encodable(text: str, place: str) -> str:
+    """Raise for a lone surrogate (half of a cut emoji), which no tokenizer can read.
+
+    Raises:
+        CorpusError: saying where it is.
+    """
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

@@ -109,8 +109,8 @@ def choose_openings(
         which = "texts" if corpus.groups is None else "groups of texts"
         needed, remedy = f"the {length + n_after} tokens of a prompt", "lower prompt_tokens"
         if corpus.turns is not None:
-            needed = "something before the assistant's last turn, room for an answer after it"
-            needed += f" and {n_after} tokens in it" if n_after else ""
+            needed = "something before the assistant's last turn and room for an answer after it"
+            needed += f" ({n_after} tokens of it given)" if n_after else ""
             remedy = "lower max_new_tokens"
         raise CorpusError(
             f"{len({group for _, group in long})} of {corpus.n_units} {which} have {needed}, and "

@@ -369,10 +369,10 @@ class FirstDivergenceResult(Result):
         parted, of = self.extras["n_parted"], self.extras["n_prompts"]
         if not parted:
             return [Verdict("where", f"The two models write the same after all {of} prompts.")]
-        steps = sorted(self.extras["steps"])
-        median = steps[(len(steps) - 1) // 2]
-        alike = f"after at most {count(median, 'token')} written alike" if median else "at once"
-        said = f"The models part on {parted} of {count(of, 'prompt')}, half of the time {alike}."
+        steps = self.extras["steps"]
+        at_once, last = steps.count(0), max(steps)
+        said = f"The models part on {parted} of {count(of, 'prompt')}, on {at_once} at once"
+        said += f", at the latest after {count(last, 'token')} written alike." if last else "."
         return [Verdict("where", said), *self._depth(), *self._words()]
 
     def _depth(self) -> Iterator[Verdict]:
@@ -386,7 +386,7 @@ class FirstDivergenceResult(Result):
             )
             return
         row = self.at(layer=self.n_layers - k, metric="late_share")
-        blocks = f"The last {count(k, 'block')}, the" if k else "The"
+        blocks = f"The last {f'{k} blocks' if k > 1 else 'block'}, the" if k else "The"
         yield Verdict(
             "which blocks",
             f"{blocks} final norm and the unembedding make more than half of what divides the "
@@ -400,9 +400,9 @@ class FirstDivergenceResult(Result):
             first, total = kinds[0], sum(one["count"] for one in kinds)
             yield Verdict(
                 "which tokens",
-                f"The most frequent of the {count(total, 'disagreement')}: the base writes a "
-                f"{first['base']} and the tuned model a {first['tuned']} ({first['count']}). Token "
-                "kinds come from an English word list.",
+                f"The most frequent of the {count(total, 'disagreement')}: the base writes "
+                f"{_one(first['base'])} and the tuned model {_one(first['tuned'])} "
+                f"({first['count']}). Token kinds come from an English word list.",
             )
 
     def evidence(self) -> list[Block]:
@@ -472,6 +472,11 @@ class FirstDivergenceResult(Result):
             yield _example_table(examples[:SHOWN], SHOWN_LENGTH)
         if len(examples) > SHOWN:
             yield Details(f"all {count(len(examples), 'example')}", [_example_table(examples)])
+
+
+def _one(kind: str) -> str:
+    others = {"other": "a token of another kind", "punctuation": "punctuation"}
+    return others.get(kind, f"a {kind}")
 
 
 def _example_table(examples: Sequence[Mapping[str, Any]], length: int = 0) -> Table:
