@@ -144,10 +144,11 @@ def share_work() -> Iterator[None]:
         ResourceError: if another process fails or ends before its share is done.
         PairError: if the processes do not read the same models and texts.
 
-    In a script for `torchrun --nproc-per-node 4 script.py`:
+    In a script for `torchrun --nproc-per-node 4 script.py`; alone it changes nothing:
 
-    >>> with share_work():  # doctest: +SKIP
-    ...     comparison = compare_models("base", "tuned", "texts.txt")
+    >>> with share_work():
+    ...     sharing()
+    False
     """
     if count() == 1 or sharing():
         yield

@@ -88,9 +88,7 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             message = f"unrecognized arguments: {' '.join(unknown)}"
             if getattr(found, "command", "") == "compare" and not unknown[0].startswith("-"):
-                message += (
-                    "; one tuned model at a time: `trajectory` takes the checkpoints of a run"
-                )
+                message += "; several checkpoints of a run are for `hyperlens trajectory`"
             getattr(found, "parser", self).error(message)
         return found
 

@@ -213,7 +213,11 @@ def _kept_beside(
 
 
 def _check_is_one(base: Any, tuned: Any, texts: Any) -> None:
-    if texts is not None and isinstance(tuned, list | Mapping) and not isinstance(base, Pair):
+    """Several models, where one is expected, have functions of their own."""
+    several = list(tuned.values()) if isinstance(tuned, Mapping) else tuned
+    if texts is None or isinstance(base, Pair) or not isinstance(several, list):
+        return
+    if all(isinstance(one, str | Path | torch.nn.Module) for one in several):
         raise PairError(
             f"expected one tuned model, got {len(tuned)}: the "
             "checkpoints of a training run are for hyperlens.trace_trajectory, variants for "
