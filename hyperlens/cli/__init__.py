@@ -133,7 +133,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return stop.code if isinstance(stop.code, int) else USAGE
     debug = args.debug or os.environ.get(DEBUG, "") not in ("", "0")
     # Of processes that share work, only the one that failed first comes to say so.
-    as_json = args.json and (processes.is_first() or args.command in SHARED)
+    shares = processes.count() > 1 and args.command in SHARED
+    as_json = args.json and (processes.is_first() or shares)
     try:
         _check_processes(args.command)
         with _only_our_voice(debug, args.json), _shared(args.command):
