@@ -23,6 +23,16 @@ def expand_user(path: str | Path) -> Path:
     return Path(os.path.expanduser(path))
 
 
+def partial_folder(out: str | Path) -> Path:
+    """Where work on `out` is kept until it is done: `out.partial`, beside it.
+
+    >>> partial_folder("/results/comparison").name
+    'comparison.partial'
+    """
+    place = expand_user(out).absolute()
+    return place.with_name(f"{place.name}.partial")
+
+
 def remedy(error: Exception) -> str:
     """What to do when something cannot be written.
 

@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import Any
 
 from ..errors import CorpusError, HyperlensError, PairError
-from ..files import check_new_folder, expand_user
+from ..files import check_new_folder, expand_user, partial_folder
 from ..questions import Question, named_runs
 from .answers import Answer, answer_of
 from .options import (
@@ -230,7 +230,7 @@ def _interrupted(args: argparse.Namespace) -> str:
 
 def _interrupted_pass(args: argparse.Namespace) -> str:
     """Sums are kept about once a minute."""
-    if args.out is None or not args.out.with_name(f"{args.out.name}.partial").exists():
+    if args.out is None or not partial_folder(args.out).exists():
         return "interrupted"
     return _interrupted(args)
 

@@ -17,7 +17,7 @@ from .. import processes
 from ..checks import check_counts, check_seed, check_types
 from ..data.reading import read_as
 from ..errors import CorpusError, PairError, ProbeError, ResultsError
-from ..files import check_new_folder, expand_user
+from ..files import check_new_folder, expand_user, partial_folder
 from ..models.kinds import Backend
 from ..pair import Inputs, Pair, open_inputs
 from ..passes.kept_sums import KeptSums
@@ -208,8 +208,7 @@ def _kept_beside(
         "seed": options.seed,
         "probes": [[type(one).__qualname__, one.name, _json_options(one)] for one in probes],
     }
-    place = out.absolute()
-    return KeptSums(place.with_name(f"{place.name}.partial"), identity)
+    return KeptSums(partial_folder(out), identity)
 
 
 def _check_is_one(base: Any, tuned: Any, texts: Any) -> None:

@@ -6,11 +6,9 @@ in them are enough to go on from, and to end with the same numbers, bit for bit 
 
 from __future__ import annotations
 
-import hashlib
-import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +20,7 @@ from tqdm.auto import tqdm
 
 from ..errors import ResultsError
 from ..files import write_tensors
+from ..results.resume import Identity, digest_of, make_folder
 
 # So often are sums written, in seconds, and seldom enough to take at most this share of the time.
 EVERY, LARGEST_SHARE = 60.0, 0.05
@@ -37,7 +36,7 @@ class KeptSums:
     """
 
     folder: Path
-    identity: Mapping[str, Any]
+    identity: Identity
 
     def of_part(self, *part: int) -> KeptSums:
         """For a part of the work: one of several passes, or of several processes."""
@@ -46,8 +45,7 @@ class KeptSums:
     @property
     def path(self) -> Path:
         """The file."""
-        text = json.dumps(self.identity, sort_keys=True)
-        return self.folder / f"sums-{hashlib.sha256(text.encode()).hexdigest()[:32]}.safetensors"
+        return self.folder / f"sums-{digest_of(self.identity)}.safetensors"
 
     def read(self, probes: Sequence[Any], sinks: Tensor) -> int:
         """Put what was kept into the sums of the probes; how many batches are in them, 0 for none.
@@ -74,10 +72,7 @@ class KeptSums:
         Raises:
             ResultsError: if it cannot be written.
         """
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ResultsError(f"cannot use {self.folder} ({error.strerror or error})") from None
+        make_folder(self.folder)
         write_tensors(self.path, _places(probes, sinks), {"batches": str(batches)})
 
     def forget(self) -> None:

@@ -20,11 +20,21 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 from torch import nn
 
 from ..errors import ResultsError
-from ..files import check_new_folder, expand_user, write_text
+from ..files import check_new_folder, expand_user, partial_folder, write_text
 from .fingerprint import weights_sha256
 
 Identity = Mapping[str, Any]
 """Everything that decides a record, as JSON values: models, texts, options, versions."""
+
+
+def digest_of(identity: Identity) -> str:
+    """What a file is called that is found again by everything that decides it.
+
+    >>> digest_of({"seed": 0, "texts": "a"}) == digest_of({"texts": "a", "seed": 0})
+    True
+    """
+    text = json.dumps(identity, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 @dataclass(frozen=True)
@@ -42,8 +52,7 @@ class KeptRecords:
         """Records of a result that will be saved in `out` are kept in `out.partial`."""
         if out is None:
             return cls(None)
-        place = expand_user(out).absolute()
-        return cls(place.with_name(f"{place.name}.partial"))
+        return cls(partial_folder(out))
 
     def find(self, identity: Identity) -> dict[str, Any] | None:
         """The record that was kept for this identity; None if no file holds it."""
@@ -70,7 +79,7 @@ class KeptRecords:
         path = self._path(identity)
         if path is None:
             return
-        _make_folder(path.parent)
+        make_folder(path.parent)
         # Python's JSON keeps NaN and every digit; nobody else reads this file.
         write_text(path, json.dumps({"identity": identity, "record": record}))
 
@@ -88,8 +97,7 @@ class KeptRecords:
     def _path(self, identity: Identity) -> Path | None:
         if self.folder is None:
             return None
-        text = json.dumps(identity, sort_keys=True)
-        return self.folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
+        return self.folder / f"{digest_of(identity)}.json"
 
 
 def _as_read_back(identity: Identity) -> Any:
@@ -187,7 +195,7 @@ class WorkFolder:
         """
         if self.check():
             return
-        _make_folder(self.folder)
+        make_folder(self.folder)
         write_text(self.folder / self.stamp_name, self._stamp_text())
 
     def _stamp_text(self) -> str:
@@ -202,7 +210,12 @@ def _is_stamp(text: str) -> bool:
     return isinstance(stamp, dict) and "hyperlens" in stamp
 
 
-def _make_folder(folder: Path) -> None:
+def make_folder(folder: Path) -> None:
+    """Make a folder unless it is there.
+
+    Raises:
+        ResultsError: if it cannot be made.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
