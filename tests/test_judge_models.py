@@ -140,7 +140,7 @@ def test_a_judge_that_will_not_do_is_said_before_anything_is_written(
     def opened(*_: object, **__: object) -> None:
         raise AssertionError("models were opened")
 
-    monkeypatch.setattr("hyperlens.judging.judge.open_inputs", opened)
+    monkeypatch.setattr("hyperlens.judging.judge.open_prompts", opened)
     with pytest.raises(JudgeError, match="identity"):
         judge_models(tiny, tiny, TEXTS, judge=longer, cache="answers", **SHORT)
     with pytest.raises(JudgeError, match="no chat template"):

@@ -8,9 +8,9 @@ import shlex
 import types
 from collections.abc import Collection
 from dataclasses import fields
-from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
+from ..files import partial_folder
 from ..training.recipes import HELP, KINDS, PRESETS, Method, Recipe, preset, relevant_fields
 from .answers import Answer, named
 from .options import STYLE, add_out, add_reading, add_running, names
@@ -152,7 +152,7 @@ def _compare_command(args: argparse.Namespace) -> str:
 
 def interrupted(args: argparse.Namespace) -> str:
     """The message after Ctrl-C; checkpoints are in a folder beside --out."""
-    if Path(f"{args.out}.partial").is_dir():
+    if partial_folder(args.out).is_dir():
         return "interrupted: the same command continues from the last checkpoint"
     return "interrupted"
 

@@ -14,7 +14,7 @@ from ..data.corpus import Corpus
 from ..errors import CorpusError, LoadingError
 from ..hooks.loading import LoadedModel
 from ..models.kinds import plain_model, text_config
-from ..pair import Pair
+from ..pair import Inputs, Pair, open_inputs
 from ..render.format import count
 
 
@@ -58,6 +58,44 @@ def check_room(pair: Pair, length: int, max_new_tokens: int) -> None:
             f"{length} prompt tokens and {max_new_tokens} new ones do not fit the model's context "
             f"of {room}: lower max_new_tokens to {max(1, room - length)} or less"
         )
+
+
+def open_prompts(
+    base: Any,
+    tuned: Any,
+    texts: Any,
+    *,
+    n_prompts: int,
+    prompt_tokens: int,
+    max_new_tokens: int,
+    seed: int,
+    device: Any,
+    dtype: Any,
+) -> tuple[Inputs, list[list[int]]]:
+    """Open a pair for experiments that read nothing but prompts, and choose these.
+
+    Args:
+        base, tuned, texts, device, dtype: as of `open_inputs`.
+        n_prompts, prompt_tokens, max_new_tokens, seed: as of `choose_prompts`.
+
+    Raises:
+        HyperlensError: if a source cannot be opened, the texts do not fit the models, or there
+            is no room for the continuations.
+    """
+    inputs = open_inputs(
+        base,
+        tuned,
+        texts,
+        max_length=max(prompt_tokens, 2),
+        only_prompts=True,
+        device=device,
+        dtype=dtype,
+    )
+    check_room(inputs.pair, prompt_tokens, max_new_tokens)
+    prompts = choose_prompts(
+        inputs.corpus, n_prompts, prompt_tokens, seed, max_new_tokens=max_new_tokens
+    )
+    return inputs, prompts
 
 
 class Opening(NamedTuple):

@@ -19,17 +19,16 @@ from ..decoding.diversity import (
 )
 from ..decoding.generate import GenerationRunner
 from ..decoding.prompts import (
-    check_room,
     choose_examples,
-    choose_prompts,
     lengths_in_words,
+    open_prompts,
     opening_and_texts,
     prompt_lengths,
 )
 from ..errors import CorpusError
 from ..hooks.loading import LoadedModel
 from ..models.tokenizers import token_names
-from ..pair import Pair, open_inputs
+from ..pair import Pair
 from ..passes.contexts import ranks_in
 from ..render.blocks import (
     Axis,
@@ -114,20 +113,18 @@ def measure_behaviour(
     check_counts(batch_size=batch_size, max_new_tokens=max_new_tokens)
     check_counts(0, n_examples=n_examples)
     check_seed(seed)
-    inputs = open_inputs(
+    inputs, prompts = open_prompts(
         base,
         tuned,
         texts,
-        max_length=max(prompt_tokens, 2),
-        only_prompts=True,
+        n_prompts=n_prompts,
+        prompt_tokens=prompt_tokens,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
         device=device,
         dtype=dtype,
     )
     pair = inputs.pair
-    check_room(pair, prompt_tokens, max_new_tokens)
-    prompts = choose_prompts(
-        inputs.corpus, n_prompts, prompt_tokens, seed, max_new_tokens=max_new_tokens
-    )
     tokenizer = pair.tokenizer
     continuing = GenerationRunner(prompts, max_new_tokens, batch_size, seed, progress)
     table: list[dict[str, Any]] = []

@@ -21,12 +21,12 @@ from tqdm.auto import tqdm
 from ..checks import check_counts, check_seed, check_types
 from ..data.corpus import pad
 from ..decoding.generate import GenerationRunner
-from ..decoding.prompts import check_room, choose_prompts
+from ..decoding.prompts import open_prompts, prompt_lengths
 from ..hooks import surface
 from ..hooks.loading import LoadedModel
 from ..hooks.partial_forward import check_resumes, read, resume
 from ..models.tokenizers import token_names, token_texts
-from ..pair import Pair, open_inputs
+from ..pair import Pair
 from ..passes.failures import explaining_out_of_memory
 from ..render.blocks import (
     Axis,
@@ -122,20 +122,18 @@ def find_first_divergence(
     check_counts(batch_size=batch_size)
     check_counts(0, n_examples=n_examples)
     check_seed(seed)
-    inputs = open_inputs(
+    inputs, prompts = open_prompts(
         base,
         tuned,
         texts,
-        max_length=max(prompt_tokens, 2),
-        only_prompts=True,
+        n_prompts=n_prompts,
+        prompt_tokens=prompt_tokens,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
         device=device,
         dtype=dtype,
     )
     pair = inputs.pair
-    check_room(pair, prompt_tokens, max_new_tokens)
-    prompts = choose_prompts(
-        inputs.corpus, n_prompts, prompt_tokens, seed, max_new_tokens=max_new_tokens
-    )
     runner = GenerationRunner(prompts, max_new_tokens, batch_size, seed, progress)
     written = [runner.run(loaded).tokens for loaded in (pair.base, pair.tuned)]
     parted = list(_partings(prompts, *written))
@@ -149,7 +147,7 @@ def find_first_divergence(
         seed=seed,
         options={
             "n_prompts": len(prompts),
-            "prompt_tokens": prompt_tokens,
+            "prompt_tokens": prompt_lengths(inputs.corpus, prompts, prompt_tokens),
             "max_new_tokens": max_new_tokens,
         },
     )

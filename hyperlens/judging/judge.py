@@ -14,9 +14,8 @@ from ..checks import check_counts, check_seed, check_types
 from ..decoding.generate import continuations
 from ..decoding.prompts import (
     batch_size_for,
-    check_room,
     choose_examples,
-    choose_prompts,
+    open_prompts,
     opening_and_texts,
     prompt_lengths,
 )
@@ -24,7 +23,7 @@ from ..errors import CorpusError, JudgeError
 from ..hooks.loading import parse_device, parse_dtype
 from ..models.adapters import adapter_folder
 from ..models.sources import OpenedModel, open_source
-from ..pair import Pair, open_inputs
+from ..pair import Pair
 from ..render.blocks import (
     Axis,
     Block,
@@ -134,18 +133,16 @@ def judge_models(
     # A problem with the judge is reported before two models have generated for it.
     asking = _Asking.checked(judge, device, tries, prompt, cache, n_examples, progress)
     adapter = None if isinstance(base, Pair) else _on_its_own_base(tuned, device, dtype)
-    inputs = open_inputs(
+    inputs, prompts = open_prompts(
         base,
         tuned if adapter is None else (adapter.model, adapter.tokenizer),
         texts,
-        max_length=max(prompt_tokens, 2),
-        only_prompts=True,
+        n_prompts=n_prompts,
+        prompt_tokens=prompt_tokens,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
         device=device,
         dtype=dtype,
-    )
-    check_room(inputs.pair, prompt_tokens, max_new_tokens)
-    prompts = choose_prompts(
-        inputs.corpus, n_prompts, prompt_tokens, seed, max_new_tokens=max_new_tokens
     )
     pairs = _generated(inputs.pair, prompts, max_new_tokens, batch_size, progress)
     options = {
