@@ -1,4 +1,4 @@
-"""Does a release say one version everywhere? Run by `make release`, with the folder it was built into.
+"""Does a release say one version everywhere? `make release` runs this on the folder it built into.
 
 The package, the changelog and CITATION.cff have to agree, and the files in the folder have to be of
 that version.

@@ -1,7 +1,7 @@
 """The demo as the folder of a static Hugging Face Space: `make space`.
 
-A Space of this kind shows a page and runs nothing. Everything is made here, by `hyperlens demo`; put
-the folder into the Space's repository to publish it.
+A Space of this kind shows a page and runs nothing. Everything is made here, by `hyperlens demo`;
+put the folder into the Space's repository to publish it.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ license: mit
 
 # hyperlens {__version__}: what did fine-tuning change?
 
-The page that `hyperlens demo` writes: the small model that ships with the package, hyperfitted with all
-weights and with LoRA on its last five blocks, and beside random changes of the same rank. It has 3.8
-million parameters: a demonstration of the tool, not evidence about large models.
+The page that `hyperlens demo` writes: the small model that ships with the package, hyperfitted with
+all weights and with LoRA on its last five blocks, and beside random changes of the same rank. It
+has 3.8 million parameters: a demonstration of the tool, not evidence about large models.
 """
 
 
