@@ -194,6 +194,7 @@ def prepare(
         A copy of the model to train, where it came from, what to train and measure on, and what
         the manifest says of all that.
     """
+    _check_whole_models()
     requested_device = processes.default_device(parse_device(device))
     opened = _open(model, recipe, requested_device, dtype)
     trainee = private_copy(opened, recipe)
@@ -393,6 +394,20 @@ def _data(model: Any, texts: Any, validation: Any, tokenizer: Any, recipe: Recip
             "give validation texts, or lower n_sequences"
         )
     return data
+
+
+def _check_whole_models() -> None:
+    """Check that every process is to hold all weights, which records and checkpoints are made of.
+
+    On CPUs accelerate ignores a configuration for FSDP and trains whole models without a word.
+    """
+    kind = processes.sharded_by()
+    if kind is not None:
+        raise TrainingError(
+            f"accelerate's configuration divides the weights by {kind}, and hyperfit needs them "
+            "whole in each process: launch with torchrun, or accelerate's MULTI_GPU; to save "
+            "memory train an adapter (late_lora) on bfloat16 weights, with gradient_checkpointing"
+        )
 
 
 def _check_shares(n_sequences: int, recipe: Recipe) -> None:
