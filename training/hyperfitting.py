@@ -366,6 +366,9 @@ def _open(
             "float16 weights become NaN in training, as Adam's small divisors round to 0: leave "
             "dtype out for float32, and set bf16=True for speed"
         )
+    plain = model[0] if isinstance(model, tuple) and model else model
+    if dtype is None and getattr(plain, "is_quantized", False):
+        weights_dtype = None  # cannot be cast; whether it can be trained is told by `private_copy`
     opened = open_source(model, device=device, dtype=weights_dtype)
     folder = Path(opened.name).expanduser()
     # The name is saved with the result, which others open from elsewhere.

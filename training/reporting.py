@@ -1,4 +1,4 @@
-"""The figure of a run in its loggers: they get the numbers from the Trainer, and this at the end."""
+"""The figure of a run, sent at its end to the loggers that have its numbers from the Trainer."""
 
 from __future__ import annotations
 
