@@ -7,7 +7,7 @@ Here W never changes. Instead a second, frozen adapter subtracts s B0 A0. The mo
 ordinary LoRA on the original base at all times, and in the end the two adapters are joined into one
 of rank 2r, whose update is s (B A - B0 A0).
 
-PEFT's own conversion (`path_initial_model_for_weight_conversion` of `save_pretrained`) joins the same
+PEFT's own conversion (`save_pretrained(path_initial_model_for_weight_conversion=…)`) joins the same
 four factors, and is not used here, because it serves an adapter whose base has been replaced by
 W - s B0 A0 in memory. That base, rounded anew in half precision, is not the one that the run names
 and hashes; the start has to be written to a folder before training and read again at every save;
