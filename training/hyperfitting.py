@@ -22,7 +22,7 @@ from ..results.fingerprint import versions, weights_sha256
 from . import history
 from .data import TrainingData, training_data
 from .folders import check_out, save, working_folder
-from .recipes import HELP, Method, Recipe, changed, nearest, preset
+from .recipes import HELP, Method, Recipe, changed, nearest, recipe_of
 from .weights import context_length, private_copy, trainers_randomness
 from .written import check_written
 
@@ -93,7 +93,7 @@ def hyperfit(
     texts: Any,
     method: Method | None = None,
     *,
-    recipe: str | Recipe | None = None,
+    recipe: str | Path | Recipe | None = None,
     validation: Any = None,
     out: str | Path | None = None,
     device: str | torch.device | None = None,
@@ -124,7 +124,8 @@ def hyperfit(
             is "all".
         method: "full" for all weights, "lora" for an adapter on all blocks, "late_lora" for one
             on the last `last_k` blocks; None takes the recipe's, "full" in the presets.
-        recipe: name of a preset or a `Recipe`; None for "li2026".
+        recipe: name of a preset, a `Recipe`, or the folder of a run (or its hyperfit.json) for that
+            run's; None for "li2026".
         validation: held-out texts for the record; None takes those that follow the training
             sequences.
         out: a new folder for weights or adapter, tokenizer, history.csv and hyperfit.json; with
@@ -296,7 +297,7 @@ def run_to_json(run: HyperfitRun) -> dict[str, Any]:
 
 
 def chosen_recipe(
-    recipe: str | Recipe | None, method: Method | None, overrides: dict[str, Any]
+    recipe: str | Path | Recipe | None, method: Method | None, overrides: dict[str, Any]
 ) -> Recipe:
     """The recipe that arguments of `hyperfit` name."""
     # A mistyped argument of `hyperfit` itself comes here, too.
@@ -307,7 +308,7 @@ def chosen_recipe(
             raise TrainingError(f"hyperfit has no argument {name!r}: did you mean {meant}?")
     if isinstance(recipe, Recipe):
         return changed(recipe, **overrides, **({} if method is None else {"method": method}))
-    return preset(recipe or "li2026", method or "full", **overrides)
+    return recipe_of(recipe or "li2026", method, **overrides)
 
 
 def check_can_keep(recipe: Recipe, out: str | Path | None) -> None:
