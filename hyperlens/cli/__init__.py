@@ -23,7 +23,7 @@ from .. import __version__, processes
 from ..errors import HyperlensError, ResourceError
 from ..questions import QUESTIONS
 from ..training.recipes import nearest
-from . import demo, experiments, hyperfit, merge, report, validate
+from . import config, demo, experiments, hyperfit, merge, report, validate
 from .answers import Answer, add_json, error_document
 from .options import DEBUG, STYLE, as_options
 
@@ -85,6 +85,11 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As argparse does; remembers what was typed, for the message of an error."""
         self._words = sys.argv[1:] if args is None else [str(word) for word in args]
+        if any(config.OPTION in action.option_strings for action in self._actions):
+            try:
+                args = self._words = config.expanded(self._words)
+            except ValueError as error:
+                self.error(str(error))
         return super().parse_known_args(args, namespace)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
