@@ -89,7 +89,9 @@ def test_the_links_of_llms_txt_exist() -> None:
 
 
 def test_one_version_everywhere() -> None:
-    spec = importlib.util.spec_from_file_location("check_release", ROOT / "scripts/check_release.py")
+    spec = importlib.util.spec_from_file_location(
+        "check_release", ROOT / "scripts/check_release.py"
+    )
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
