@@ -319,7 +319,7 @@ def _resize(shell: Any, shapes: dict[str, Any], folder: Path, base_name: str) ->
     if not wanted:
         return
     size, rows = max(wanted), tables[-1].weight.shape[0]
-    if len(wanted) > 1 or size > rows and any(id(t.weight) not in whole for t in tables):
+    if len(wanted) > 1 or (size > rows and any(id(t.weight) not in whole for t in tables)):
         raise PairError(
             f"adapter {folder} was trained with {size} tokens, and {base_name} has {rows}: resize "
             f"the base as for training (model.resize_token_embeddings({size})), and pass that "
