@@ -68,6 +68,11 @@ class Pair:
         """The tokenizer that texts are read with: the base's, else the tuned model's, else None."""
         return self.base.tokenizer or self.tuned.tokenizer
 
+    @property
+    def unpadded(self) -> bool:
+        """Whether texts have to be read without pads; a note says why."""
+        return self.base.unpadded or self.tuned.unpadded
+
     def describe(self) -> dict[str, Any]:
         """Sizes, names, hashes of the weights and library versions, as JSON values.
 
@@ -143,7 +148,7 @@ class Pair:
             is_shared=bool(self.whole),
             include_bos=include_bos,
             bos_id=bos if isinstance(bos, int) else None,
-            unpadded=self.base.unpadded or self.tuned.unpadded,
+            unpadded=self.unpadded,
             template=template,
             reading=reading,
         )

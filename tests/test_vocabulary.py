@@ -10,7 +10,7 @@ from conftest import D_VOCAB, lora, make_tiny, perturbed, short, token_texts
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from hyperlens import compare_models, measure_behaviour, open_pair
+from hyperlens import compare_models, load_hooked, measure_behaviour, open_pair
 from hyperlens.errors import CorpusError, LoadingError, PairError
 from hyperlens.models.sources import open_source
 from hyperlens.models.vocabulary import n_shared
@@ -105,6 +105,12 @@ def test_tokens_that_moved_are_refused() -> None:
     others = tokenizer([f"v{i}" for i in range(D_VOCAB)])
     with pytest.raises(PairError, match="only the first 0 are the same"):
         open_pair((base, tokenizer(words)), (wide, others))
+
+
+def test_hooked_models_need_one_vocabulary() -> None:
+    base = make_tiny("llama")
+    with pytest.raises(PairError, match="vocabulary: base 61, tuned 69; of hooked models"):
+        open_pair(load_hooked(base), load_hooked(padded(base)))
 
 
 def test_texts_with_tokens_of_one_model_are_refused() -> None:

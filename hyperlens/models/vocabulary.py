@@ -57,7 +57,8 @@ def n_shared(rows: tuple[int, int], tokenizers: tuple[Any, Any]) -> int:
         *(first[t] for t in first.keys() - second),
         *(second[t] for t in second.keys() - first),
     ]
-    return min([least, *alone])
+    shared: int = min([least, *alone])
+    return shared
 
 
 def resize_tables(model: Any, n: int) -> None:
@@ -155,5 +156,5 @@ def _reads_as_before(model: Any, copied: Any, n: int) -> bool:
 def mass_outside(model: Any, ids: Tensor, n: int) -> Float[Tensor, " pos"]:
     """Probability that a whole model gives the tokens from row n on, in each place of a text."""
     with torch.no_grad():
-        logits = model(input_ids=ids[None], use_cache=False).logits[0]
+        logits: Tensor = model(input_ids=ids[None], use_cache=False).logits[0]
     return logits.double().softmax(-1)[:, n:].sum(-1)
