@@ -342,19 +342,21 @@ def read_recipe(path: Path) -> Recipe:
     """
     file = path / RUN_FILE if path.is_dir() else path
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))["recipe"]
-        items = dict(values).items()
+        saved = dict(json.loads(file.read_text(encoding="utf-8"))["recipe"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise TrainingError(
             f"cannot read a recipe from {file} ({first_line(error)}): give the folder of a run, "
             f"its {RUN_FILE}, or one of {', '.join(PRESETS)}"
         ) from None
-    unknown = [name for name, _ in items if name not in HELP]
+    unknown = [name for name in saved if name not in HELP]
     if unknown:
         raise TrainingError(
             f"{file} has a recipe with {unknown[0]}, which this version does not know"
         )
-    return Recipe(**{name: tuple(v) if isinstance(v, list) else v for name, v in items})
+    values: dict[str, Any] = {
+        name: tuple(v) if isinstance(v, list) else v for name, v in saved.items()
+    }
+    return Recipe(**values)
 
 
 def changed(recipe: Recipe, **changes: Any) -> Recipe:

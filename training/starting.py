@@ -98,7 +98,7 @@ def _weights(model: nn.Module) -> dict[str, Tensor]:
     """The adapter's weights by the names in its file; they are those of the model, not copies."""
     from peft import get_peft_model_state_dict
 
-    (name,) = model.peft_config  # type: ignore[misc, union-attr]
+    (name,) = model.peft_config  # type: ignore[misc]
     found = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     return {key: weight.detach() for key, weight in found.items()}
 
