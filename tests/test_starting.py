@@ -93,6 +93,7 @@ def test_it_learns_on_and_a_killed_run_ends_the_same(
     [
         ({"lora_r": 8}, "lora_A.weight it has 4 x 32, and this run 8 x 32"),
         ({"last_k": 1}, "and this run nothing"),
+        ({"lora_init": "pissa", "lora_r": 2}, "it has 4 x 32, and this run 2 x 32"),
         ({"lora_alpha": 7.0}, "its lora_alpha is 6.0, and this run's 7.0"),
         ({"lora_rslora": True}, "its use_rslora is False"),
     ],

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import TrainingError
 from ..models.sources import OpenedModel
+from .pissa import TRAINED
 
 # What of PEFT's configuration decides what an adapter does, besides shapes and names of weights.
 DECISIVE = ("lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
@@ -46,8 +47,7 @@ class Start:
         Raises:
             TrainingError: naming the first difference.
         """
-        fresh = _weights(model)
-        name, config = "", _decisive(model)
+        fresh, config = _weights(model, TRAINED), _decisive(model.peft_config[TRAINED])
         for name in sorted({*fresh, *self.weights}):
             there, here = (_shape(weights.get(name)) for weights in (self.weights, fresh))
             if there != here:
@@ -59,7 +59,7 @@ class Start:
     def put_into(self, model: Any) -> None:
         """Replace the values of the adapter on `model`."""
         with torch.no_grad():
-            for name, weight in _weights(model).items():
+            for name, weight in _weights(model, TRAINED).items():
                 weight.copy_(self.weights[name])
 
     def _misfit(self, why: str) -> TrainingError:
@@ -85,8 +85,9 @@ def without_start(opened: OpenedModel) -> tuple[OpenedModel, Start]:
         )
     if any(getattr(module, "merged", False) for module in model.modules()):
         raise TrainingError(f"the adapter of {opened.name} is merged: unmerge it (unmerge_adapter)")
-    weights = {name: weight.clone() for name, weight in _weights(model).items()}
-    start = Start(opened.name, _decisive(model), weights)
+    (adapter,) = model.peft_config
+    weights = {name: weight.clone() for name, weight in _weights(model, adapter).items()}
+    start = Start(opened.name, _decisive(configs[0]), weights)
     named = configs[0].base_model_name_or_path
     kind = opened.kind
     if kind != "object":
@@ -94,17 +95,15 @@ def without_start(opened: OpenedModel) -> tuple[OpenedModel, Start]:
     return replace(opened, model=model.unload(), name=named or opened.name, kind=kind), start
 
 
-def _weights(model: nn.Module) -> dict[str, Tensor]:
-    """The adapter's weights by the names in its file; they are those of the model, not copies."""
+def _weights(model: Any, adapter: str) -> dict[str, Tensor]:
+    """An adapter's weights by the names in its file; they are those of the model, not copies."""
     from peft import get_peft_model_state_dict
 
-    (name,) = model.peft_config  # type: ignore[misc]
-    found = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    found = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
     return {key: weight.detach() for key, weight in found.items()}
 
 
-def _decisive(model: Any) -> dict[str, Any]:
-    (config,) = model.peft_config.values()
+def _decisive(config: Any) -> dict[str, Any]:
     return {name: getattr(config, name) for name in DECISIVE}
 
 
