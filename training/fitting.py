@@ -68,6 +68,8 @@ from .weights import (
 
 # Room for what a checkpoint holds besides weights, in bytes: of its own, and of each weight.
 ROOM, ROOM_PER_WEIGHT = 2**16, 2**11
+# Devices on which AdamW has a fused step.
+FUSED = ("cpu", "cuda")
 # Up to this share of the trained weights may be too coarse for a step of the learning rate.
 LARGEST_STUCK_SHARE = 0.5
 
@@ -480,9 +482,11 @@ def _trainer(
 ) -> TokenTrainer:
     trained = [p for p in model.parameters() if p.requires_grad]
     # One parameter group: as in PyTorch's default, decay applies to every weight, norms and biases
-    # included, which the Trainer's own optimiser would leave out.
+    # included, which the Trainer's own optimiser would leave out. Fused, a step of float32 weights
+    # is the same to the last digit or two and several times faster; narrower ones round otherwise.
+    fused = all(p.dtype == torch.float32 and p.device.type in FUSED for p in trained)
     optimizer = torch.optim.AdamW(
-        trained, lr=recipe.learning_rate, weight_decay=recipe.weight_decay
+        trained, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=fused or None
     )
     try:
         trainer = TokenTrainer(

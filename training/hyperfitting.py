@@ -447,8 +447,9 @@ def identity_of(recipe: Recipe, manifest: dict[str, Any]) -> dict[str, Any]:
     """Everything that decides the weights, as a flat dict, so that a difference can be named."""
     data = manifest["data"]
     fields = recipe.to_json()
-    if not recipe.keep_every:  # runs begun before there was such a field go on
-        del fields["keep_every"]
+    for name in ("keep_every", "pad_short"):
+        if not fields[name]:  # runs begun before there was such a field go on
+            del fields[name]
     start = {"start": manifest["start"]["sha256"]} if "start" in manifest else {}
     return (
         start

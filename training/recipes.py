@@ -137,6 +137,7 @@ class Recipe:
     sequence_length: int = _field(
         256, "tokens per sequence, BOS included; shorter texts are left out", least=2
     )
+    pad_short: bool = _field(False, "pad shorter texts at their ends instead; pads never count")
     packed: bool = _field(False, "join all texts, EOS after each, and cut them into sequences")
     selection: Selection = _field(
         "first", "which sequences: the first ones, or a random sample of them all"
@@ -486,6 +487,10 @@ def _check_together(values: Mapping[str, Any]) -> None:
     if values["stop_at_plateau"] and not values["record_every"]:
         raise TrainingError(
             "stop_at_plateau needs records, and record_every is 0: set record_every to 1 or more"
+        )
+    if values["pad_short"] and values["packed"]:
+        raise TrainingError(
+            "pad_short does not go with packed, which joins texts until none is short: leave it out"
         )
     if values["add_eos"] and values["packed"]:
         raise TrainingError(
