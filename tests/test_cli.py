@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 import warnings
 from dataclasses import fields
 from importlib import import_module
@@ -536,6 +537,9 @@ def test_errors_of_hyperfit(
         ((*COMPARE, "--dtype", "int8"), "choose from"),
         (HYPERFIT, "required: --out"),
         ((*HYPERFIT, "--out", "out", "--recipe", "nature"), "choose from"),
+        ((*HYPERFIT, "--out", "out", "--recipe", "./run"), "there is no ./run: give the folder"),
+        ((*HYPERFIT, "--out", "out", "--config", "no.toml"), "cannot read no.toml for --config"),
+        ((*HYPERFIT, "--out", "out", "--config"), "argument --config: expected a file"),
         ((*HYPERFIT, "--out", "out", "--method", "half"), "choose from"),
         ((*HYPERFIT, "--out", "out", "--blocks", "last"), "expected indices such as 0,5"),
         (("merge", "adapter"), "required: --out"),
@@ -547,6 +551,28 @@ def test_wrong_usage(
 ) -> None:
     line = failed(capsys, cli.USAGE, argv, expected)
     assert re.match(r"hyperlens( \w+)?: error: ", line)
+
+
+def test_a_file_of_options_comes_before_those_that_are_typed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text('texts = "t.txt"\npacked = false\nblocks = [0, 5]\nlora_r = 4\nbf16 = true\n')
+    same = tmp_path / "run.json"
+    same.write_text(json.dumps({**tomllib.loads(file.read_text()), "device": None}))
+    for path in (file, same):
+        argv = ["hyperfit", "base", "--out", "out", "--lora-r", "8", "--config", str(path)]
+        args = build_parser().parse_args(argv)
+        found = (args.texts, args.packed, args.blocks, args.lora_r, args.bf16, args.device)
+        assert found == ("t.txt", False, (0, 5), 8, True, None)
+    for text, expected in (
+        ("lerning_rate = 3", "did you mean --learning-rate?"),
+        ("lora_r = ", "cannot read"),
+        ("[lora]\nr = 3", "has a table [lora]"),
+    ):
+        file.write_text(text)
+        argv = ("hyperfit", "base", "--texts", "t", "--out", "out", f"--config={file}")
+        failed(capsys, cli.USAGE, argv, expected)
 
 
 @pytest.mark.parametrize(

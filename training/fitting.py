@@ -43,6 +43,7 @@ from .callbacks import (
     Progress,
     Pruning,
     Recording,
+    Starting,
     progress_display,
 )
 from .data import TrainingData
@@ -51,6 +52,7 @@ from .prefix import PrefixCache, SharedPrefixes, is_exact, plan
 from .recipes import Recipe
 from .record import Recorder
 from .reporting import Figure
+from .starting import Start
 from .token_loss import TokenLoss
 from .trainer import Sequences, TokenTrainer, arguments
 from .weights import (
@@ -66,6 +68,8 @@ from .weights import (
 
 # Room for what a checkpoint holds besides weights, in bytes: of its own, and of each weight.
 ROOM, ROOM_PER_WEIGHT = 2**16, 2**11
+# Devices on which AdamW has a fused step.
+FUSED = ("cpu", "cuda")
 # Up to this share of the trained weights may be too coarse for a step of the learning rate.
 LARGEST_STUCK_SHARE = 0.5
 
@@ -129,6 +133,7 @@ def fit(
     working: WorkingFolder,
     options: RunOptions,
     base_sha256: str,
+    start: Start | None = None,
 ) -> Fitted:
     """Train `model` in place, or an adapter on it.
 
@@ -141,6 +146,7 @@ def fit(
         working: where checkpoints and records are kept.
         options: how the run is carried out.
         base_sha256: of the base's weights.
+        start: an adapter to go on from.
 
     Raises:
         TrainingError: if the recipe does not fit the model, or the loss becomes NaN or infinite.
@@ -153,6 +159,8 @@ def fit(
     notes: list[str] = []
     with restored_use_cache(model), without_dropout(model):
         trained = _make_trainable(model, opened, block_list, blocks, recipe, scope, notes)
+        if start is not None:
+            start.check(trained)
         _check_steps_are_not_rounded_away(trained, recipe)
         if working.can_resume and working.checkpoint is None and processes.is_first():
             working.reserve(_bytes_to_save(trained, recipe))
@@ -177,7 +185,8 @@ def fit(
             try:
                 progress, ending = train(
                     *(trained, data.tokens, recipe, device, working, options),
-                    *(recorder, prefix, identity, notes, data.counted, opened.tokenizer),
+                    *(recorder, prefix, identity, notes, start, data.counted),
+                    opened.tokenizer,
                 )
             finally:
                 if prefix is not None:
@@ -341,6 +350,7 @@ def train(
     prefix: PrefixCache | None,
     identity: dict[str, Any],
     notes: list[str],
+    start: Start | None = None,
     counted: Bool[Tensor, "sequences pos"] | None = None,
     tokenizer: Any = None,
 ) -> tuple[Progress, Ending]:
@@ -357,6 +367,7 @@ def train(
         prefix: replaces the frozen blocks; None runs them every time.
         identity: the base, the texts and the first trained block, for the file of `prefix`.
         notes: what a reader of the result should know is added to them.
+        start: an adapter whose weights are put in place once the base has been recorded.
         counted: which tokens the loss is on; None for all.
         tokenizer: saved with the checkpoints that are kept, unless None.
 
@@ -382,6 +393,7 @@ def train(
     parts: Sequence[TrainerCallback | None] = (
         EpochLosses(progress),
         recording,
+        Starting(start) if start else None,
         keeping,
         checkpoints,
         Pruning(recording) if recording and checkpoints else None,
@@ -470,9 +482,11 @@ def _trainer(
 ) -> TokenTrainer:
     trained = [p for p in model.parameters() if p.requires_grad]
     # One parameter group: as in PyTorch's default, decay applies to every weight, norms and biases
-    # included, which the Trainer's own optimiser would leave out.
+    # included, which the Trainer's own optimiser would leave out. Fused, a step of float32 weights
+    # is the same to the last digit or two and several times faster; narrower ones round otherwise.
+    fused = all(p.dtype == torch.float32 and p.device.type in FUSED for p in trained)
     optimizer = torch.optim.AdamW(
-        trained, lr=recipe.learning_rate, weight_decay=recipe.weight_decay
+        trained, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=fused or None
     )
     try:
         trainer = TokenTrainer(

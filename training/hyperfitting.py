@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -15,7 +15,7 @@ from .. import processes
 from ..checks import check_types
 from ..errors import TrainingError
 from ..hooks.loading import load_hooked, parse_device, parse_dtype
-from ..models.kinds import Backend
+from ..models.kinds import Backend, is_peft
 from ..models.sources import OpenedModel, open_source
 from ..models.training_steps import CHECKPOINTS
 from ..results.fingerprint import versions, weights_sha256
@@ -23,6 +23,7 @@ from . import history
 from .data import TrainingData, training_data
 from .folders import check_out, save, working_folder
 from .recipes import HELP, Method, Recipe, changed, nearest, recipe_of
+from .starting import Start, without_start
 from .weights import context_length, private_copy, trainers_randomness
 from .written import check_written
 
@@ -116,8 +117,10 @@ def hyperfit(
     checkpoint and `SystemExit`.
 
     Args:
-        model: hub id, local folder, adapter folder, `PreTrainedModel`, `PeftModel` (merged
-            first; "full" only), or a pair (model, tokenizer). An object is copied, never changed.
+        model: hub id, local folder, adapter folder, `PreTrainedModel`, `PeftModel`, or a pair
+            (model, tokenizer). An object is copied, never changed. "full" merges an adapter first;
+            "lora" and "late_lora" go on from its weights, with a fresh optimiser, if the recipe
+            makes one of the same shape: that of its own run does (`recipe=` its folder).
         texts: anything `read_texts` takes, a list of token id sequences, or a source with
             conversations in a column `messages`, or with columns `prompt` and `completion`. Of
             these the loss is on what the assistant says and on completions only, unless `loss_on`
@@ -169,15 +172,31 @@ def hyperfit(
     folder = None if out is None else Path(out).expanduser()
     if folder is not None:
         check_out(folder)
-    trainee, opened, data, manifest = prepare(
-        model, texts, final_recipe, validation, device=device, dtype=dtype
-    )
+    prepared = prepare(model, texts, final_recipe, validation, device=device, dtype=dtype)
     # Imports transformers' Trainer, which takes seconds: after everything that may be refused.
     from .fitting import RunOptions
 
     loggers = (report_to,) if isinstance(report_to, str) else tuple(report_to)
     options = RunOptions(checkpoint_minutes, loggers, progress, prefix_cache, tuple(callbacks))
-    return train_and_save(trainee, opened, data, final_recipe, folder, options, manifest)
+    return train_and_save(prepared, final_recipe, folder, options)
+
+
+class Prepared(NamedTuple):
+    """A model that has been opened, and the texts for it.
+
+    Attributes:
+        trainee: a copy of the model to train.
+        opened: where it came from.
+        data: what to train and measure on.
+        manifest: base, data, device, dtype and notes, as JSON values.
+        start: the adapter to go on from; None for a fresh one, or none.
+    """
+
+    trainee: Any
+    opened: OpenedModel
+    data: TrainingData
+    manifest: dict[str, Any]
+    start: Start | None
 
 
 def prepare(
@@ -188,16 +207,14 @@ def prepare(
     *,
     device: str | torch.device | None,
     dtype: str | torch.dtype | None,
-) -> tuple[Any, OpenedModel, TrainingData, dict[str, Any]]:
-    """Open a model and read the texts for it.
-
-    Returns:
-        A copy of the model to train, where it came from, what to train and measure on, and what
-        the manifest says of all that.
-    """
+) -> Prepared:
+    """Open a model and read the texts for it."""
     _check_whole_models()
     requested_device = processes.default_device(parse_device(device))
     opened = _open(model, recipe, requested_device, dtype)
+    start = None
+    if is_peft(opened.model) and recipe.method != "full":
+        opened, start = without_start(opened)
     trainee = private_copy(opened, recipe)
     # Opening may have made another copy, cast or moved: do not hold it while training.
     opened = replace(opened, model=None)
@@ -212,38 +229,35 @@ def prepare(
         "dtype": str(next(trainee.parameters()).dtype).removeprefix("torch."),
         "notes": [*opened.notes, *data.notes],
     }
-    return trainee, opened, data, manifest
+    if start is not None:
+        manifest["start"] = start.to_json()
+    return Prepared(trainee, opened, data, manifest, start)
 
 
 def train_and_save(
-    trainee: Any,
-    opened: OpenedModel,
-    data: TrainingData,
+    prepared: Prepared,
     recipe: Recipe,
     folder: Path | None,
     options: RunOptions,
-    manifest: dict[str, Any],
     measure: Callable[[Any], dict[str, Any]] = lambda model: {},
 ) -> HyperfitRun:
     """Train what `hyperfit` has opened and read, and save it.
 
     Args:
-        trainee: a model that only this run uses; frozen weights may be another model's, too.
-        opened: where it came from.
-        data: what to train and measure on.
+        prepared: its model is only this run's; frozen weights may be another model's, too.
         recipe: how to train.
         folder: a new one for the result; None saves nothing.
         options: how the run is carried out.
-        manifest: base, data, device, dtype and notes.
         measure: what else the manifest is to say of the trained model, as JSON values.
     """
     from .fitting import fit
 
+    trainee, opened, data, manifest, start = prepared
     device = trainee.get_input_embeddings().weight.device
     with working_folder(folder, identity_of(recipe, manifest)) as working:
         with trainers_randomness(recipe.seed, device):
             sha256 = manifest["base"]["sha256"]
-            fitted = fit(trainee, opened, data, recipe, device, working, options, sha256)
+            fitted = fit(trainee, opened, data, recipe, device, working, options, sha256, start)
         notes = [*manifest["notes"], *fitted.notes]
         run = HyperfitRun(
             model=fitted.model,
@@ -433,12 +447,18 @@ def identity_of(recipe: Recipe, manifest: dict[str, Any]) -> dict[str, Any]:
     """Everything that decides the weights, as a flat dict, so that a difference can be named."""
     data = manifest["data"]
     fields = recipe.to_json()
-    if not recipe.keep_every:  # runs begun before there was such a field go on
-        del fields["keep_every"]
-    return fields | {
-        "base": manifest["base"]["sha256"],
-        "texts": data["sha256"],
-        "validation": data["held_out_sha256"],
-        "device": manifest["device"],
-        "dtype": manifest["dtype"],
-    }
+    for name in ("keep_every", "pad_short"):
+        if not fields[name]:  # runs begun before there was such a field go on
+            del fields[name]
+    start = {"start": manifest["start"]["sha256"]} if "start" in manifest else {}
+    return (
+        start
+        | fields
+        | {
+            "base": manifest["base"]["sha256"],
+            "texts": data["sha256"],
+            "validation": data["held_out_sha256"],
+            "device": manifest["device"],
+            "dtype": manifest["dtype"],
+        }
+    )

@@ -137,6 +137,7 @@ class Recipe:
     sequence_length: int = _field(
         256, "tokens per sequence, BOS included; shorter texts are left out", least=2
     )
+    pad_short: bool = _field(False, "pad shorter texts at their ends instead; pads never count")
     packed: bool = _field(False, "join all texts, EOS after each, and cut them into sequences")
     selection: Selection = _field(
         "first", "which sequences: the first ones, or a random sample of them all"
@@ -342,19 +343,21 @@ def read_recipe(path: Path) -> Recipe:
     """
     file = path / RUN_FILE if path.is_dir() else path
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))["recipe"]
-        items = dict(values).items()
+        saved = dict(json.loads(file.read_text(encoding="utf-8"))["recipe"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise TrainingError(
             f"cannot read a recipe from {file} ({first_line(error)}): give the folder of a run, "
             f"its {RUN_FILE}, or one of {', '.join(PRESETS)}"
         ) from None
-    unknown = [name for name, _ in items if name not in HELP]
+    unknown = [name for name in saved if name not in HELP]
     if unknown:
         raise TrainingError(
             f"{file} has a recipe with {unknown[0]}, which this version does not know"
         )
-    return Recipe(**{name: tuple(v) if isinstance(v, list) else v for name, v in items})
+    values: dict[str, Any] = {
+        name: tuple(v) if isinstance(v, list) else v for name, v in saved.items()
+    }
+    return Recipe(**values)
 
 
 def changed(recipe: Recipe, **changes: Any) -> Recipe:
@@ -484,6 +487,10 @@ def _check_together(values: Mapping[str, Any]) -> None:
     if values["stop_at_plateau"] and not values["record_every"]:
         raise TrainingError(
             "stop_at_plateau needs records, and record_every is 0: set record_every to 1 or more"
+        )
+    if values["pad_short"] and values["packed"]:
+        raise TrainingError(
+            "pad_short does not go with packed, which joins texts until none is short: leave it out"
         )
     if values["add_eos"] and values["packed"]:
         raise TrainingError(

@@ -39,7 +39,7 @@ class Figure(TrainerCallback):
 
     def join(self, trainer: Trainer) -> None:
         """Become the first callback: the loggers' own, when they hear of the end, close the run."""
-        self._loggers = [name for name in trainer.args.report_to if name in MODULES]
+        self._loggers = [name for name in trainer.args.report_to or () if name in MODULES]
         self._trainer = trainer
         trainer.callback_handler.callbacks.insert(0, self)
 

@@ -45,11 +45,6 @@ def private_copy(opened: OpenedModel, recipe: Recipe) -> Any:
             "it was made from, and hook the result with to_hooked"
         )
     if is_peft(model):
-        if recipe.method != "full":
-            raise TrainingError(
-                f"{opened.name} already has an adapter, and {recipe.method} would put another on "
-                "top: merge it (merge_and_unload), save it, and pass that folder"
-            )
         model = merged(model)
     if getattr(model, "_hf_peft_config_loaded", False):
         raise TrainingError(
