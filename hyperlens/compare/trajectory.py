@@ -31,7 +31,7 @@ from ..models.sources import check_source
 from ..models.training_steps import find_checkpoints
 from ..pair import Pair, open_pairs, tokenized
 from ..passes.streaming import PassOptions
-from ..passes.streams import StreamSpec, View
+from ..passes.streams import View
 from ..probes import LogitLens, LogitProbe, ParticipationRatio, RankReordering, ResidualDrift
 from ..render.blocks import Axis, Block, Chart, Details, Grid, Heading, Table, Text, Verdict
 from ..render.format import (
@@ -286,16 +286,14 @@ def _with_texts(result: ProbeResult, found: Mapping[str, Any]) -> ProbeResult:
 class DimensionWithTexts(ParticipationRatio):
     """And its change without each text."""
 
-    def open(self, spec: StreamSpec) -> None:
-        """Start from zero."""
-        super().open(spec)
-        self._found: dict[str, Any] = {}
+    _found: Mapping[str, Any] = {}
 
     def measured(self, layer: int, view: View) -> tuple[Ratio, Ratio] | None:
         """As of any participation ratio; of the last layer, what is asked for is kept."""
         measured = super().measured(layer, view)
         if layer == self.spec.n_layers:
-            self._found[f"dimension_{view}"] = self._without_texts(measured)
+            found = {f"dimension_{view}": self._without_texts(measured)}
+            self._found = {**self._found, **found}
         return measured
 
     def _without_texts(self, measured: tuple[Ratio, Ratio] | None) -> dict[str, Any] | None:
@@ -307,9 +305,10 @@ class DimensionWithTexts(ParticipationRatio):
         n_texts = len(total.sample.length) if self.spec.grouped else in_all
         return {"value": total.value, "left_out": left_out(total, n_texts).tolist()}
 
-    def compute(self) -> ProbeResult:
+    def compute_layer(self, layer: int) -> ProbeResult:
         """The rows, and what was kept."""
-        return _with_texts(super().compute(), self._found)
+        self._found = {}
+        return _with_texts(super().compute_layer(layer), self._found)
 
 
 class LensWithTexts(LogitLens):

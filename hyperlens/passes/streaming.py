@@ -143,7 +143,9 @@ def run_pass(
             sinks = torch.tensor(processes.summed(*sinks.tolist())).long()
             for probe in probes:
                 run_probe_step(probe, "all_reduce")
-        results = {probe.name: run_probe_step(probe, "compute") for probe in probes}
+        # A probe may divide what it makes of the sums, which are now the same everywhere.
+        with processes.in_step():
+            results = {probe.name: run_probe_step(probe, "compute") for probe in probes}
     return PassResult(results, tuple(sinks.tolist()), shared=shared)
 
 
