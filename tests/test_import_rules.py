@@ -38,7 +38,7 @@ ROOMS = (
     ("hooks",),
     ("passes",),
     ("probes",),
-    ("pair",),
+    ("pair", "costs"),
     ("decoding",),
     ("training",),
     ("compare", "experiments", "patching", "judging", "embedded"),

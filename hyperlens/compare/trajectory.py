@@ -135,6 +135,7 @@ def trace_trajectory(
     batch_size: int = 8,
     include_bos: bool = False,
     sink_threshold: float = 10.0,
+    lens_tokens: int | float | None = None,
     out: str | Path | None = None,
     backend: Backend = "residual",
     device: str | torch.device | None = None,
@@ -163,6 +164,8 @@ def trace_trajectory(
         batch_size: texts per forward pass; does not change the result.
         include_bos: measure BOS positions too.
         sink_threshold: as in `compare_models`.
+        lens_tokens: below the output, read the logit lens at so many tokens of each text, or at
+            this share of them, as in `compare_models`.
         out: a new folder to save the result in. Checkpoints that are done are kept beside it, in
             `out.partial`, until then: the same call goes on after an interruption.
         backend: how models are hooked, "residual", "bridge" or "hooked_transformer".
@@ -183,7 +186,7 @@ def trace_trajectory(
         result = trace_trajectory("base", "run", "held_out.txt", out="trajectory")
         result.comparison(500).summary()
     """
-    options = checked_options(batch_size, sink_threshold, seed, progress)
+    options = checked_options(batch_size, sink_threshold, seed, progress, lens_tokens)
     check_max_length(max_length)
     check_source(base)
     sources = find_checkpoints(checkpoints)
@@ -241,6 +244,7 @@ def _identities(
         **({"reading": reading} if reading else {}),
         "batch_size": options.batch_size,
         "sink_threshold": options.sink_threshold,
+        "lens_tokens": options.lens_tokens,
         "seed": options.seed,
         "versions": versions(),
     }

@@ -43,7 +43,7 @@ def run_passes(
     Raises:
         HyperlensError: as `run_pass`; ResourceError only if a single layer is too much.
     """
-    passes = _plan_passes(base, corpus, probes, options)
+    passes = plan_passes(base, corpus, probes, options)
     n_passes = len(passes)
     done: list[PassResult] = []
     while passes:
@@ -59,7 +59,7 @@ def run_passes(
     return PassResult(results, done[0].sinks_per_layer, n_passes, done[0].shared)
 
 
-def _plan_passes(
+def plan_passes(
     base: HookedModel, corpus: Corpus, probes: Sequence[RunsInAPass], options: PassOptions
 ) -> list[list[RunsInAPass]]:
     """The probes of each pass: as few passes as fit, or as many as there are."""
