@@ -24,6 +24,7 @@ from .hooks.loading import LoadedModel, check_backend, hook, parse_device, parse
 from .models.kinds import Backend, backend_of, is_peft, plain_model, text_config
 from .models.sources import OpenedModel, open_source, same_source
 from .models.weight_sharing import converted
+from .offloading import device_of
 from .results.fingerprint import Known, versions
 
 # The two tokenizers are compared on this many texts.
@@ -433,8 +434,7 @@ def _dtype(opened: OpenedModel) -> torch.dtype:
 
 
 def _device(opened: OpenedModel) -> torch.device:
-    device: torch.device = next(opened.model.parameters()).device
-    return device
+    return device_of(opened.model)
 
 
 def _check_sizes(pair: Pair) -> None:

@@ -189,7 +189,6 @@ class TokenMeans(Probe):
         n = pair.mask(layer, self.token_set).sum(-1).to(self.spec.device, torch.float64)
         sums["n"][i] += n.sum()
         sums["nn"][i] += n.square().sum()
-        sums["read"][i] += len(measured[self.views[0]][self.metrics[0]])
         sums["sequences"][i] += (n > 0).sum()
         slot = pair.sample.slot.to(self.spec.device)
         sampled = (
@@ -204,6 +203,7 @@ class TokenMeans(Probe):
                 sums["yy"][k, i, j] += y.square().sum()
                 sums["yn"][k, i, j] += (y * n).sum()
                 sums["sampled_y"][k, i, j].index_add_(0, slot, y[sampled])
+        sums["read"][i] += measured[self.views[0]][self.metrics[0]].numel()
 
     def per_sequence(
         self, pair: StreamPair, values: Float[Tensor, " n"], layer: int

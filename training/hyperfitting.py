@@ -18,6 +18,7 @@ from ..hooks.loading import load_hooked, parse_device, parse_dtype
 from ..models.kinds import Backend
 from ..models.sources import OpenedModel, open_source
 from ..models.training_steps import CHECKPOINTS
+from ..offloading import check_can_be_fetched, check_is_here
 from ..results.fingerprint import versions, weights_sha256
 from . import history
 from .data import TrainingData, training_data
@@ -365,6 +366,10 @@ def _open(
             "float16 weights become NaN in training, as Adam's small divisors round to 0: leave "
             "dtype out for float32, and set bf16=True for speed"
         )
+    source = model[0] if isinstance(model, tuple) and model else model
+    if isinstance(source, torch.nn.Module):
+        check_can_be_fetched(source)
+        check_is_here(source, "training it")
     opened = open_source(model, device=device, dtype=weights_dtype)
     folder = Path(opened.name).expanduser()
     # The name is saved with the result, which others open from elsewhere.

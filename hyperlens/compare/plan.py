@@ -230,7 +230,7 @@ def plan_comparison(
     )
 
 
-class _Described:
+class _Described(nn.Module):
     """A hooked model as far as its configuration tells, for those who ask for its sizes alone."""
 
     hook_dict: ClassVar[Mapping[str, Any]] = {}
@@ -238,6 +238,7 @@ class _Described:
     def __init__(
         self, config: Any, size: ModelSize, device: torch.device, dtype: torch.dtype
     ) -> None:
+        super().__init__()
         inner = config.get_text_config()
         self.config = config
         self.cfg = SimpleNamespace(
@@ -248,19 +249,11 @@ class _Described:
             dtype=dtype,
             device=device,
         )
-        self._nothing = torch.empty(0, device=device)
-
-    def parameters(self) -> Any:
-        """Nothing, on the device where the model would be."""
-        return iter([self._nothing])
+        self.nothing = nn.Parameter(torch.empty(0, device=device))
 
     def run_with_hooks(self, *args: Any, **kwargs: Any) -> Any:
         """It cannot be run."""
         raise NotImplementedError
-
-    def __getattr__(self, name: str) -> Any:
-        """It has no modules."""
-        raise AttributeError(name)
 
 
 def _dtype_of(config: Any) -> torch.dtype:
