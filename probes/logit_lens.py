@@ -76,7 +76,7 @@ class LogitLens(LogitProbe):
         sequence = read.index(layer, self.token_set).to(rank.device) // pair.tokens.shape[1]
         # Texts of one length are scaled alike, and counts are added up in a fixed order.
         scale = pair.lens_scale() if sampled else None
-        for one in [1.0] if scale is None else scale.unique().tolist():
+        for one in [1.0] if scale is None else sorted({*scale.tolist()}):
             of_these = rank if scale is None else rank[scale[sequence] == one]
             counts = torch.bincount(of_these - 1, minlength=self.spec.d_vocab)
             self.sums["rank_counts"][i].add_(counts.double(), alpha=one)

@@ -81,6 +81,9 @@ def test_a_plan_follows_the_options(whole, config_folder) -> None:
     layers, decisions = 4, N - len(TEXTS)
     of_sample = (3 * len(TEXTS) * (layers - 1) + decisions) / (decisions * layers)
     assert parts["logit lens"].flops / whole[1]["logit lens"].flops == pytest.approx(of_sample)
+    many, parts = planned(*both, probes=["logit_lens"], n_tuned=3)
+    assert parts["logit lens"].flops == 3 * whole[1]["logit lens"].flops
+    assert many.bytes_read == 2 * whole[0].bytes_read  # four models instead of two
     texts = ["once upon a time there was a plan"] * 3
     guessed = plan_comparison(*both, texts, device="cpu", probes=["drift"])
     assert guessed.n_tokens == 3 * (len(texts[0]) // 4)

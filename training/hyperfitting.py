@@ -15,7 +15,7 @@ from .. import processes
 from ..checks import check_types
 from ..errors import TrainingError
 from ..hooks.loading import load_hooked, parse_device, parse_dtype
-from ..models.kinds import Backend
+from ..models.kinds import Backend, plain_model
 from ..models.sources import OpenedModel, open_source
 from ..models.training_steps import CHECKPOINTS
 from ..offloading import check_can_be_fetched, check_is_here
@@ -368,8 +368,8 @@ def _open(
         )
     source = model[0] if isinstance(model, tuple) and model else model
     if isinstance(source, torch.nn.Module):
-        check_can_be_fetched(source)
-        check_is_here(source, "training it")
+        check_can_be_fetched(plain_model(source))
+        check_is_here(plain_model(source), "training it")
     opened = open_source(model, device=device, dtype=weights_dtype)
     folder = Path(opened.name).expanduser()
     # The name is saved with the result, which others open from elsewhere.

@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar, NamedTuple
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..checks import check_types
+from ..checks import check_counts, check_types
 from ..costs import ModelSize, build, config_of, fastest, in_bytes, in_time, size_of
 from ..data.conversations import read_examples
 from ..data.corpus import Batch, Corpus, are_token_ids, build_corpus, check_max_length
@@ -56,8 +57,12 @@ from .run import checked_options, checked_probes
 ONE, TWO = 1, 2
 # About so many operations are timed, and at least so many tokens.
 OPERATIONS, FEWEST_TOKENS = 1.5e10, 32
+# A threshold that has sinks looked for, as almost every comparison has.
+SINKS = 10.0
 # Of an interval; of more texts than that the rest is reckoned.
 OPERATIONS_OF_INTERVAL = 4e9
+# Of the distances of a layer, for each number of a vector: three views, about ten of each.
+DRIFT_OPERATIONS = 30
 # Letters of a token, where no tokenizer is at hand.
 LETTERS = 4
 COUNTED = (ResidualDrift, ParticipationRatio, LogitLens, RankReordering)
@@ -168,6 +173,7 @@ def plan_comparison(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     seed: int = 0,
+    n_tuned: int = 1,
     clock: Callable[[], float] = time.perf_counter,
 ) -> ComparisonPlan:
     """Say what `compare_models` would take, without reading any weights.
@@ -181,6 +187,8 @@ def plan_comparison(
         chat_template, roles, tokens, sink_threshold, lens_tokens: as in `compare_models`.
         backend: as in `compare_models`; the time is that of "residual".
         device, dtype, seed: as in `compare_models`.
+        n_tuned: how many tuned models like this one are compared with the base one after another,
+            as `trace_trajectory` does with checkpoints.
         clock: in seconds; `time.process_time` gives CPU seconds.
 
     Raises:
@@ -191,6 +199,7 @@ def plan_comparison(
 
         print(plan_comparison("base", "tuned", "held_out.txt"))
     """
+    check_counts(n_tuned=n_tuned)
     chosen = checked_probes(probes)
     options = checked_options(batch_size, sink_threshold, seed, False, lens_tokens)
     check_max_length(max_length)
@@ -205,15 +214,12 @@ def plan_comparison(
     passes = plan_passes(described, corpus, chosen, options)
     needed = max(pass_memory(described, corpus, part, options).likely for part in passes)
     weights = size.parameters * kind.itemsize
-    work = _Work(size, corpus, chosen, options, stream_spec(described, corpus, where), adapter)
+    spec = stream_spec(described, corpus, where)
+    work = _Work(size, corpus, chosen, options, spec, kind.itemsize, adapter, n_tuned)
     speed = measure_speed_of_reading(config, kind, where, work, clock)
     unknown = [probe.name for probe in chosen if type(probe) not in COUNTED]
     if unknown:
         notes = (*notes, f"not counted: {listed(unknown)}")
-    parts = [
-        part._replace(flops=part.flops * n, seconds=part.seconds * n)
-        for part, n in work.parts(speed, len(passes))
-    ]
     words = f"{size.parameters / 1e6:,.1f}M parameters, {count(size.n_layers, 'block')}"
     name = Path(str(base)).name if isinstance(base, str | Path) else type(base).__name__
     stored = size.parameters * _dtype_of(config).itemsize
@@ -222,8 +228,8 @@ def plan_comparison(
         device=str(where),
         n_texts=len(corpus.sequences),
         n_tokens=corpus.counts.n_tokens,
-        parts=tuple(parts),
-        bytes_read=stored + (stored if adapter is None else adapter.n_bytes),
+        parts=tuple(work.parts(speed, len(passes))),
+        bytes_read=stored + n_tuned * (stored if adapter is None else adapter.n_bytes),
         memory=needed + (2 * weights if adapter is None else weights + adapter.n_bytes),
         n_passes=len(passes),
         notes=notes,
@@ -299,12 +305,12 @@ def _corpus(
 ) -> tuple[Corpus, tuple[str, ...]]:
     """The texts as a comparison reads them, or about so where there is no tokenizer."""
     tokenizers = [_tokenizer(source) for source in (base, tuned)]
-    sides = [
+    first, second = (
         LoadedModel(described, one, "", "", (), hooked=described, backend="residual")
         for one in tokenizers
-    ]
+    )
     if are_token_ids(texts) or any(one is not None for one in tokenizers):
-        pair = Pair(*sides)
+        pair = Pair(first, second)
         found = pair.tokenize(
             texts, max_length=max_length, include_bos=include_bos, reading=reading
         )
@@ -376,7 +382,9 @@ class _Work:
         probes: what is measured.
         options: how it is read.
         spec: sizes of the pass.
+        itemsize: bytes of a weight.
         adapter: None where the tuned model is a whole one.
+        n_tuned: how many tuned models there are.
     """
 
     size: ModelSize
@@ -384,7 +392,9 @@ class _Work:
     probes: Sequence[Probe]
     options: PassOptions
     spec: StreamSpec
-    adapter: _Adapter | None = field(default=None)
+    itemsize: int
+    adapter: _Adapter | None = None
+    n_tuned: int = 1
 
     @property
     def shapes(self) -> list[tuple[int, int]]:
@@ -412,59 +422,47 @@ class _Work:
             for layer in self.spec.resolve_layers(getattr(one, "layers", None))
         )
 
-    def parts(self, speed: SpeedOfReading, n_passes: int) -> list[tuple[Part, int]]:
-        """Every part, and how often it is done."""
-        size, d = self.size, self.size.d_model
-        padded = float(sum(n * length for n, length in self.shapes))
-        squares = float(sum(n * length**2 for n, length in self.shapes))
+    def parts(self, speed: SpeedOfReading, n_passes: int) -> list[Part]:
+        """Every part, with all tuned models and passes."""
+        size, d, n = self.size, self.size.d_model, self.n_tuned
+        padded = float(sum(rows * length for rows, length in self.shapes))
+        squares = float(sum(rows * length**2 for rows, length in self.shapes))
         _, decisions = self.corpus.n_read_by_lens(1.0)
         blocks = 2 * size.n_layers - self.same_blocks
-        of_blocks = 2 * padded * size.in_blocks + 4 * squares * d * size.n_layers
+        of_blocks = 2 * padded * size.in_blocks / size.n_layers + 4 * squares * d
+        hashed = self.itemsize * size.parameters * (1 if self.adapter else 1 + n)
+        seconds = padded * (2 * speed.rest + blocks * speed.block)
         found = [
-            (
-                Part(
-                    "hashing the weights",
-                    0.0,
-                    speed.hash * size.parameters * 4 * (1 if self.adapter else 2),
-                ),
-                1,
-            ),
-            (
-                Part(
-                    "reading",
-                    of_blocks * blocks / size.n_layers,
-                    padded * (2 * speed.rest + blocks * speed.block),
-                ),
-                n_passes,
-            ),
+            Part("hashing the weights", 0.0, speed.hash * hashed),
+            Part("reading", n * n_passes * blocks * of_blocks, n * n_passes * seconds),
         ]
         lens = self.layers_of(LogitLens)
         if lens:
             n_read = decisions
             if self.options.lens_tokens is not None:
                 n_read, _ = self.corpus.n_read_by_lens(self.options.lens_tokens)
-            rows = sum(
+            rows = n * sum(
                 self.times(layer) * (n_read if layer < size.n_layers else decisions)
                 for layer in lens
             )
-            found.append((Part("logit lens", 4 * rows * size.in_head, rows * speed.lens), 1))
+            found.append(Part("logit lens", 4 * rows * size.in_head, rows * speed.lens))
         if self.layers_of(RankReordering):
+            rows = n * decisions
             alone = size.n_layers not in lens
-            flops = 4 * decisions * size.in_head if alone else 0.0
-            seconds = decisions * (speed.ranks + (speed.lens if alone else 0.0))
-            found.append((Part("output ranks", flops, seconds), 1))
-        drift = sum(self.times(layer) for layer in self.layers_of(ResidualDrift))
-        if drift:
-            flops = drift * decisions * 3 * 10 * d
-            found.append((Part("drift", flops, drift * decisions * speed.drift), 1))
-        views = [len(one.views) for one in self.probes if type(one) is ParticipationRatio]
-        if views:
-            sets = views[0] * sum(map(self.times, self.layers_of(ParticipationRatio)))
-            flops = 4 * sets * decisions * d**2
+            flops = 4 * rows * size.in_head if alone else 0.0
+            seconds = rows * (speed.ranks + (speed.lens if alone else 0.0))
+            found.append(Part("output ranks", flops, seconds))
+        if self.layers_of(ResidualDrift):
+            rows = n * decisions * sum(map(self.times, self.layers_of(ResidualDrift)))
+            found.append(Part("drift", DRIFT_OPERATIONS * rows * d, rows * speed.drift))
+        for probe in self.probes:
+            if type(probe) is not ParticipationRatio:
+                continue
+            sets = n * len(probe.views) * sum(map(self.times, self.layers_of(ParticipationRatio)))
             seconds = 2 * sets * (decisions * speed.moments + len(self.shapes) * speed.add)
-            found.append((Part("dimensions", flops, seconds), 1))
+            found.append(Part("dimensions", 4 * sets * decisions * d**2, seconds))
             flops = 2 * sets * interval_operations(self.spec.n_sampled_sequences, self.spec)
-            found.append((Part("intervals of dimensions", flops, sets * speed.interval), 1))
+            found.append(Part("intervals of dimensions", flops, sets * speed.interval))
         return found
 
 
@@ -504,7 +502,7 @@ def measure_speed_of_reading(
     for n_blocks in (ONE, TWO):
         model: Any = ResidualModel(build(config, n_blocks, device).to(dtype).eval())
         with evaluating(model), torch.no_grad():
-            read = lambda: read_pair(model, model, batch, 10.0, spec.device)  # noqa: B023, E731
+            read = partial(read_pair, model, model, batch, SINKS, spec.device)
             times[n_blocks] = seconds(read)
             pairs[n_blocks] = read()
     pair = pairs[ONE]

@@ -365,20 +365,20 @@ class StreamPair:
         return n / n_read.clamp_min(1.0)
 
     def logits(
-        self, layer: int, rows: Bool[Tensor, " n"] | None = None
+        self, layer: int, wanted: Bool[Tensor, " n"] | None = None
     ) -> Iterator[tuple[slice, Float[Tensor, "chunk d_vocab"], Float[Tensor, "chunk d_vocab"]]]:
         """Logit lens of both models over the `decisions` tokens, a few rows at a time: final norm,
         unembedding and soft cap applied at `layer`, as float32.
 
         Args:
             layer: 0 to L.
-            rows: True for the tokens of the set that are wanted; None for all.
+            wanted: True for those tokens of the set; None for all.
 
         Yields (rows, base logits, tuned logits), `rows` being the slice of the wanted tokens.
         """
         index = self.index(layer, "decisions")
-        if rows is not None:
-            index = index[rows]
+        if wanted is not None:
+            index = index[wanted]
         pieces = logit_rows(len(index), self.base.d_vocab, index.device)
         of_base = self.base.unembed, self.base.normed(layer, index)
         if self.has_shared_logits(layer):
