@@ -476,12 +476,17 @@ def _chat_template(pair: Pair, choice: str | None) -> tuple[ChatTemplate, tuple[
         if loaded.tokenizer is not None
     }
     own = {side: text for side, reader in readers.items() if (text := template_text(reader))}
+    reader = next(iter(readers.values()), None)
     if choice in OWN:
-        check_template(readers.get(choice), own.get(choice))
+        check_template(readers.get(choice, reader), own.get(choice), f"the {choice} model's")
         note = f"conversations are written by the chat template of the {choice} model"
         return ChatTemplate(readers[choice], own[choice], choice), (note,)
-    reader = next(iter(readers.values()), None)
     if choice is not None:
+        if not choice.strip():
+            raise CorpusError(
+                "the chat template that was given is empty: give the text of one, or leave "
+                "chat_template out"
+            )
         check_template(reader, choice)
         note = "conversations are written by a chat template that was given"
         return ChatTemplate(reader, choice, "given"), (note,)
@@ -491,7 +496,7 @@ def _chat_template(pair: Pair, choice: str | None) -> tuple[ChatTemplate, tuple[
             'chat_template="tuned" or "base", or give one'
         )
     side = next(iter(own), "tuned")
-    check_template(readers.get(side, reader), own.get(side))
+    check_template(readers.get(side, reader), own.get(side), "the models'")
     if len(own) == 2:
         note = "conversations are written by the chat template that both models have"
         return ChatTemplate(readers[side], own[side], "both"), (note,)

@@ -73,6 +73,17 @@ def join(device: torch.device) -> None:
         PartialState(cpu=device.type == "cpu")
 
 
+def sharded_by() -> str | None:
+    """What `accelerate launch` was told to divide the model's weights by; None for whole models."""
+    for name, variable in (
+        ("FSDP", "ACCELERATE_USE_FSDP"),
+        ("DeepSpeed", "ACCELERATE_USE_DEEPSPEED"),
+    ):
+        if count() > 1 and os.environ.get(variable, "false").lower() == "true":
+            return name
+    return None
+
+
 def wait() -> None:
     """Wait until every process has come here."""
     if count() > 1:

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 from .checks import check_types
 from .errors import ResultsError
-from .training.history import RUN_FILE, free_name
+from .training.history import free_name
+from .training.recipes import RUN_FILE
 
 
 class Question(NamedTuple):

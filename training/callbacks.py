@@ -162,6 +162,7 @@ class Recording(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Record the base; in a resumed run, write the checkpoint's records as a table again."""
+        self._progress.recording_seconds += self._recorder.seconds
         if not self._progress.records:
             self._measure(0, 0, float("nan"))
         else:

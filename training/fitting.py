@@ -50,6 +50,7 @@ from .folders import PROGRESS, WorkingFolder, is_ended
 from .prefix import PrefixCache, SharedPrefixes, is_exact, plan
 from .recipes import Recipe
 from .record import Recorder
+from .reporting import Figure
 from .token_loss import TokenLoss
 from .trainer import Sequences, TokenTrainer, arguments
 from .weights import (
@@ -176,7 +177,7 @@ def fit(
             try:
                 progress, ending = train(
                     *(trained, data.tokens, recipe, device, working, options),
-                    *(recorder, prefix, identity, data.counted, opened.tokenizer),
+                    *(recorder, prefix, identity, notes, data.counted, opened.tokenizer),
                 )
             finally:
                 if prefix is not None:
@@ -339,6 +340,7 @@ def train(
     recorder: Recorder | None,
     prefix: PrefixCache | None,
     identity: dict[str, Any],
+    notes: list[str],
     counted: Bool[Tensor, "sequences pos"] | None = None,
     tokenizer: Any = None,
 ) -> tuple[Progress, Ending]:
@@ -354,6 +356,7 @@ def train(
         recorder: measures loss, ranks and quality; None for no records.
         prefix: replaces the frozen blocks; None runs them every time.
         identity: the base, the texts and the first trained block, for the file of `prefix`.
+        notes: what a reader of the result should know is added to them.
         counted: which tokens the loss is on; None for all.
         tokenizer: saved with the checkpoints that are kept, unless None.
 
@@ -391,8 +394,10 @@ def train(
     trainer = _trainer(
         model, sequences, recipe, trainer_arguments, progress, working, prefix, callbacks
     )
+    figure = Figure(progress)
     if recording is not None and options.report_to:
         recording.log = trainer.log_record
+        figure.join(trainer)
     checkpoint = working.checkpoint if working.can_resume else None
     try:
         if checkpoint is not None:
@@ -428,6 +433,7 @@ def train(
         model.zero_grad(set_to_none=True)
         model.eval()
     progress.stop_clock()
+    notes += figure.notes
     if not all(bool(torch.isfinite(p).all()) for p in model.parameters() if p.requires_grad):
         raise TrainingError(
             f"a weight became NaN or infinite by step {trainer.state.global_step}, the last: "

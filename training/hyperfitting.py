@@ -23,7 +23,7 @@ from ..results.fingerprint import versions, weights_sha256
 from . import history
 from .data import TrainingData, training_data
 from .folders import check_out, save, working_folder
-from .recipes import HELP, Method, Recipe, changed, nearest, preset
+from .recipes import HELP, Method, Recipe, changed, nearest, recipe_of
 from .weights import context_length, private_copy, trainers_randomness
 from .written import check_written
 
@@ -94,7 +94,7 @@ def hyperfit(
     texts: Any,
     method: Method | None = None,
     *,
-    recipe: str | Recipe | None = None,
+    recipe: str | Path | Recipe | None = None,
     validation: Any = None,
     out: str | Path | None = None,
     device: str | torch.device | None = None,
@@ -125,7 +125,8 @@ def hyperfit(
             is "all".
         method: "full" for all weights, "lora" for an adapter on all blocks, "late_lora" for one
             on the last `last_k` blocks; None takes the recipe's, "full" in the presets.
-        recipe: name of a preset or a `Recipe`; None for "li2026".
+        recipe: name of a preset, a `Recipe`, or the folder of a run (or its hyperfit.json) for that
+            run's; None for "li2026".
         validation: held-out texts for the record; None takes those that follow the training
             sequences.
         out: a new folder for weights or adapter, tokenizer, history.csv and hyperfit.json; with
@@ -195,6 +196,7 @@ def prepare(
         A copy of the model to train, where it came from, what to train and measure on, and what
         the manifest says of all that.
     """
+    _check_whole_models()
     requested_device = processes.default_device(parse_device(device))
     opened = _open(model, recipe, requested_device, dtype)
     trainee = private_copy(opened, recipe)
@@ -296,7 +298,7 @@ def run_to_json(run: HyperfitRun) -> dict[str, Any]:
 
 
 def chosen_recipe(
-    recipe: str | Recipe | None, method: Method | None, overrides: dict[str, Any]
+    recipe: str | Path | Recipe | None, method: Method | None, overrides: dict[str, Any]
 ) -> Recipe:
     """The recipe that arguments of `hyperfit` name."""
     # A mistyped argument of `hyperfit` itself comes here, too.
@@ -307,7 +309,7 @@ def chosen_recipe(
             raise TrainingError(f"hyperfit has no argument {name!r}: did you mean {meant}?")
     if isinstance(recipe, Recipe):
         return changed(recipe, **overrides, **({} if method is None else {"method": method}))
-    return preset(recipe or "li2026", method or "full", **overrides)
+    return recipe_of(recipe or "li2026", method, **overrides)
 
 
 def check_can_keep(recipe: Recipe, out: str | Path | None) -> None:
@@ -366,10 +368,12 @@ def _open(
             "float16 weights become NaN in training, as Adam's small divisors round to 0: leave "
             "dtype out for float32, and set bf16=True for speed"
         )
-    source = model[0] if isinstance(model, tuple) and model else model
-    if isinstance(source, torch.nn.Module):
-        check_can_be_fetched(plain_model(source))
-        check_is_here(plain_model(source), "training it")
+    plain = model[0] if isinstance(model, tuple) and model else model
+    if isinstance(plain, torch.nn.Module):
+        check_can_be_fetched(plain_model(plain))
+        check_is_here(plain_model(plain), "training it")
+    if dtype is None and getattr(plain, "is_quantized", False):
+        weights_dtype = None  # cannot be cast; whether it can be trained is told by `private_copy`
     opened = open_source(model, device=device, dtype=weights_dtype)
     folder = Path(opened.name).expanduser()
     # The name is saved with the result, which others open from elsewhere.
@@ -398,6 +402,20 @@ def _data(model: Any, texts: Any, validation: Any, tokenizer: Any, recipe: Recip
             "give validation texts, or lower n_sequences"
         )
     return data
+
+
+def _check_whole_models() -> None:
+    """Check that every process is to hold all weights, which records and checkpoints are made of.
+
+    On CPUs accelerate ignores a configuration for FSDP and trains whole models without a word.
+    """
+    kind = processes.sharded_by()
+    if kind is not None:
+        raise TrainingError(
+            f"accelerate's configuration divides the weights by {kind}, and hyperfit needs them "
+            "whole in each process: launch with torchrun, or accelerate's MULTI_GPU; to save "
+            "memory train an adapter (late_lora) on bfloat16 weights, with gradient_checkpointing"
+        )
 
 
 def _check_shares(n_sequences: int, recipe: Recipe) -> None:

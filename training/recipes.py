@@ -8,14 +8,16 @@ saved.
 from __future__ import annotations
 
 import difflib
+import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from ..checks import LARGEST_COUNT, check_choice, check_types, is_number
-from ..errors import TrainingError, shortened
+from ..errors import TrainingError, first_line, shortened
 
 Method = Literal["full", "lora", "late_lora"]
 Schedule = Literal["constant", "linear", "cosine"]
@@ -23,6 +25,9 @@ Selection = Literal["first", "random"]
 LoraInit = Literal["zero", "gaussian", "pissa"]
 LossOn = Literal["completions", "all"]
 Origin = Literal["paper", "ours", "yours"]
+
+# What `hyperfit` writes beside the weights: how the model was made.
+RUN_FILE = "hyperfit.json"
 
 # arXiv 2605.22579, sections 2.1 and 5: 2,000 samples, 260 epochs, no weight decay; "last 5 layers"
 # in the text, though some captions leave 4 blocks unfrozen. Nothing else of the training, and
@@ -300,11 +305,56 @@ def preset(name: str, method: Method = "full", **changes: Any) -> Recipe:
     if name not in PRESETS:
         meant = nearest(name, PRESETS)
         hint = f"; did you mean {meant}?" if meant else ""
-        raise TrainingError(f"no recipe {name!r}: choose one of {', '.join(PRESETS)}{hint}")
+        raise TrainingError(
+            f"no recipe {name!r}: choose one of {', '.join(PRESETS)}, or the folder of a run{hint}"
+        )
     values = dict(PRESETS[name])
     if method != "full":
         values["learning_rate"] = LORA_LEARNING_RATE[name]
     return changed(Recipe(**{**values, "preset": name, "method": method}), **changes)
+
+
+def recipe_of(source: str | Path, method: Method | None = None, **changes: Any) -> Recipe:
+    """The recipe of a preset, or of a run, with changes.
+
+    Args:
+        source: name of a preset; or the folder of a run, or its hyperfit.json.
+        method: None takes the run's own, and "full" with a preset.
+        changes: other values for fields of `Recipe`.
+
+    Raises:
+        TrainingError: if there is no such preset or file, or as in `preset`.
+    """
+    if source in PRESETS or not Path(source).expanduser().exists():
+        return preset(str(source), **({"method": method or "full"} | changes))
+    method_change = {} if method is None else {"method": method}
+    return changed(read_recipe(Path(source).expanduser()), **method_change | changes)
+
+
+def read_recipe(path: Path) -> Recipe:
+    """The recipe that a run was made with.
+
+    Args:
+        path: its folder, or the hyperfit.json in it.
+
+    Raises:
+        TrainingError: if there is none, or one of another version.
+    """
+    file = path / RUN_FILE if path.is_dir() else path
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))["recipe"]
+        items = dict(values).items()
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise TrainingError(
+            f"cannot read a recipe from {file} ({first_line(error)}): give the folder of a run, "
+            f"its {RUN_FILE}, or one of {', '.join(PRESETS)}"
+        ) from None
+    unknown = [name for name, _ in items if name not in HELP]
+    if unknown:
+        raise TrainingError(
+            f"{file} has a recipe with {unknown[0]}, which this version does not know"
+        )
+    return Recipe(**{name: tuple(v) if isinstance(v, list) else v for name, v in items})
 
 
 def changed(recipe: Recipe, **changes: Any) -> Recipe:

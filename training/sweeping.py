@@ -105,7 +105,7 @@ def sweep(
     last_k: Sequence[int] | None = None,
     ranks: Sequence[int] | None = None,
     seeds: Sequence[int] = (0, 1, 2),
-    recipe: str | Recipe | None = None,
+    recipe: str | Path | Recipe | None = None,
     validation: Any = None,
     out: str | Path | None = None,
     device: str | torch.device | None = None,
@@ -133,7 +133,7 @@ def sweep(
         ranks: of the adapter; None for the recipe's. The scale alpha / r is the recipe's at every
             rank.
         seeds: of training. Intervals are over them: one seed has none.
-        recipe: name of a preset or a `Recipe`; None for "li2026".
+        recipe: name of a preset, a `Recipe`, or the folder of a run; None for "li2026".
         validation: held-out texts; None takes those that follow the training sequences.
         out: a new folder, or that of an earlier sweep; None keeps nothing.
         device, dtype: as in `hyperfit`.
@@ -190,7 +190,7 @@ def sweep(
     return result
 
 
-def _start(recipe: str | Recipe | None, overrides: dict[str, Any]) -> Recipe:
+def _start(recipe: str | Path | Recipe | None, overrides: dict[str, Any]) -> Recipe:
     """The recipe that all cells share."""
     for name in ("method", "blocks", *SWEPT):
         if name in overrides:

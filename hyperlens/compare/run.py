@@ -26,10 +26,11 @@ from ..passes.multi_pass import run_passes
 from ..passes.streaming import PassOptions, PassResult
 from ..probes import LogitProbe, OutputByPosition, OutputByRole, Probe, default_probes
 from ..render.format import count
+from ..results.loggers import check_loggers
 from ..results.result import unknown
 from .audit import without_doubt
 from .comparison import Comparison
-from .loggers import check_loggers, report_comparison
+from .loggers import report_comparison
 
 EXAMPLES = (
     "hyperlens compare ./base ./tuned --texts held_out.txt --out comparison",

@@ -43,7 +43,30 @@ def weight_sharing_copy(model: nn.Module) -> Any:
     for module in copied.modules():
         if "_original_forward" in vars(module):
             del module.forward, module._original_forward
+    keep_packing(copied)
     return copied
+
+
+# What modules of bitsandbytes keep: whether this CPU multiplies bfloat16 by 512 bits at a time, and
+# of weights of 4 bits whether they have been repacked for it.
+REPACKS, REPACKED = "support_avx512bf16_for_cpu", "packing_format_for_cpu"
+
+
+def keep_packing(model: nn.Module) -> None:
+    """Let bitsandbytes leave weights of 4 bits as they are when they are run.
+
+    On some CPUs it repacks them in place in the first forward pass without gradients. Their scales
+    are then rounded to bfloat16, the caller's model has another hash, and no gradient passes.
+    """
+    for module in model.modules():
+        if REPACKS in vars(module):
+            setattr(module, REPACKS, False)
+
+
+def is_repacked(model: nn.Module) -> bool:
+    """Whether that has happened already."""
+    states = (getattr(weight, "quant_state", None) for weight in model.parameters())
+    return any(getattr(state, REPACKED, False) for state in states)
 
 
 def converted(model: Any, device: torch.device | None, dtype: torch.dtype | None) -> Any:

@@ -19,8 +19,8 @@ from ..offloading import fetched
 
 PACKAGES = (
     *("torch", "transformers", "transformer-lens", "peft", "numpy", "scipy", "datasets"),
-    # optional: MAUVE
-    *("mauve-text", "faiss-cpu", "scikit-learn"),
+    # optional: MAUVE, weights of 4 bits
+    *("mauve-text", "faiss-cpu", "scikit-learn", "bitsandbytes"),
 )
 
 
@@ -71,7 +71,19 @@ def _tensor_digest(name: str, tensor: Tensor, known: Known) -> bytes:
     if place not in known:
         data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
         known[place] = hashlib.sha256(data).digest()
-    return hashlib.sha256(header + known[place]).digest()
+    return hashlib.sha256(header + known[place] + _scales(tensor)).digest()
+
+
+def _scales(tensor: Tensor) -> bytes:
+    """Digest of what bitsandbytes keeps beside packed weights; nothing for any other tensor."""
+    state = getattr(tensor, "quant_state", None)
+    if state is None:
+        return b""
+    digest = hashlib.sha256()
+    for name, part in sorted(state.as_dict(packed=True).items()):
+        values = part.detach().cpu().contiguous().flatten().view(torch.uint8)
+        digest.update(name.encode() + values.numpy().tobytes())
+    return digest.digest()
 
 
 def versions() -> dict[str, str]:
