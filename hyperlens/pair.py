@@ -25,6 +25,7 @@ from .models.kinds import Backend, backend_of, is_peft, plain_model, text_config
 from .models.sources import OpenedModel, open_source, same_source
 from .models.vocabulary import mass_outside, n_rows, n_shared, narrowed
 from .models.weight_sharing import converted
+from .offloading import device_of
 from .render.format import PERCENT, count
 from .results.fingerprint import Known, versions
 
@@ -498,8 +499,7 @@ def _dtype(opened: OpenedModel) -> torch.dtype:
 
 
 def _device(opened: OpenedModel) -> torch.device:
-    device: torch.device = next(opened.model.parameters()).device
-    return device
+    return device_of(opened.model)
 
 
 def _check_sizes(pair: Pair) -> None:

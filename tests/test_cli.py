@@ -148,7 +148,7 @@ def test_every_option_of_compare_arrives(
     flags = (
         "--max-length 7 --batch-size 3 --include-bos --sink-threshold 0 --backend bridge "
         "--device cpu --dtype float32 --seed 5 --quiet --probes logit_lens,drift "
-        "--text-column story --limit 4"
+        "--lens-tokens 3 --text-column story --limit 4"
     )
     argv = ["compare", "base", "tuned", "--texts", "tales.csv", *flags.split()]
     assert cli.main([*argv, "--out", str(tmp_path / "out")]) == cli.OK
@@ -163,6 +163,7 @@ def test_every_option_of_compare_arrives(
         "batch_size": 3,
         "include_bos": True,
         "sink_threshold": 0.0,
+        "lens_tokens": 3,
         "backend": "bridge",
         "device": "cpu",
         "dtype": "float32",

@@ -15,9 +15,10 @@ from .. import processes
 from ..checks import check_types
 from ..errors import TrainingError
 from ..hooks.loading import load_hooked, parse_device, parse_dtype
-from ..models.kinds import Backend, is_peft
+from ..models.kinds import Backend, is_peft, plain_model
 from ..models.sources import OpenedModel, open_source
 from ..models.training_steps import CHECKPOINTS
+from ..offloading import check_can_be_fetched, check_is_here
 from ..results.fingerprint import versions, weights_sha256
 from . import history
 from .data import TrainingData, training_data
@@ -382,6 +383,9 @@ def _open(
             "dtype out for float32, and set bf16=True for speed"
         )
     plain = model[0] if isinstance(model, tuple) and model else model
+    if isinstance(plain, torch.nn.Module):
+        check_can_be_fetched(plain_model(plain))
+        check_is_here(plain_model(plain), "training it")
     if dtype is None and getattr(plain, "is_quantized", False):
         weights_dtype = None  # cannot be cast; whether it can be trained is told by `private_copy`
     opened = open_source(model, device=device, dtype=weights_dtype)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..errors import LoadingError, PairError, first_line, shortened
+from ..offloading import check_is_here
 from .adapter_layout import PREFIX, layout_of
 from .kinds import HUB_ID
 from .vocabulary import resize_tables
@@ -164,6 +165,7 @@ def put_on(
 
     made_for = f"it was made for {named or 'another base'}; give that base"
     misfit = PairError(f"adapter {folder} does not fit {base_name}: {made_for}")
+    check_is_here(base, "putting an adapter on it")
     try:
         shell = weight_sharing_copy(base)
         with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..errors import LoadingError, first_line
+from ..offloading import check_is_here, has_offloaded, shared_by_copies
 from .kinds import is_peft, quantisation_of
 
 
@@ -22,7 +23,8 @@ def weight_sharing_copy(model: nn.Module) -> Any:
     and ties between weights survive. Costs no memory for weights. The autocast that accelerate
     wraps around `forward` while it trains in bfloat16 is left out.
     """
-    memo: dict[int, Any] = {id(b): b for b in model.buffers()}
+    kept = (*model.buffers(), *shared_by_copies(model))
+    memo: dict[int, Any] = {id(one): one for one in kept}
     for parameter in model.parameters():
         # Quantised parameters carry state of their own in a subclass: share those as they are.
         plain = type(parameter) is nn.Parameter
@@ -67,22 +69,6 @@ def is_repacked(model: nn.Module) -> bool:
     return any(getattr(state, REPACKED, False) for state in states)
 
 
-def check_has_values(model: nn.Module) -> None:
-    """Raise if some weights are elsewhere, or were never loaded.
-
-    Raises:
-        LoadingError: if some are on the "meta" device, as those are that accelerate offloads.
-    """
-    weights = list(model.parameters())
-    missing = sum(weight.device.type == "meta" for weight in weights)
-    if missing:
-        raise LoadingError(
-            f"{missing} of {len(weights)} weights of {type(model).__name__} have no values here "
-            "(offloaded, or never loaded): load it whole; where the GPU is too small, in "
-            "bfloat16 or on the CPU"
-        )
-
-
 def converted(model: Any, device: torch.device | None, dtype: torch.dtype | None) -> Any:
     """Move and cast a weight-sharing copy; tensors are copied only where something changes.
 
@@ -119,6 +105,11 @@ def _moved(model: Any, device: torch.device) -> Any:
 
 
 def _cast(model: Any, dtype: torch.dtype) -> None:
+    if has_offloaded(model):
+        raise LoadingError(
+            f"{type(model).__name__} is offloaded and cannot be cast to {dtype}: load it in that "
+            "dtype, or leave dtype out"
+        )
     if quantisation_of(model) is not None:
         raise LoadingError(
             f"{type(model).__name__} is quantised and cannot be cast to {dtype}: leave dtype out"
@@ -180,6 +171,7 @@ def merged(model: Any) -> Any:
     Raises:
         LoadingError: if this kind of adapter cannot be merged.
     """
+    check_is_here(model, "changing or converting it")
     model = weight_sharing_copy(model)
     if not is_peft(model):
         return model

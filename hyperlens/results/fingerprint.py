@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..offloading import fetched
+
 PACKAGES = (
     *("torch", "transformers", "transformer-lens", "peft", "numpy", "scipy", "datasets"),
     # optional: MAUVE, weights of 4 bits
@@ -37,10 +39,26 @@ def weights_sha256(model: nn.Module, known: Known | None = None) -> str:
             new ones are added. An adapter on its base has most weights in common with it.
     """
     known = {} if known is None else known
-    named = sorted(model.named_parameters(), key=lambda item: item[0])
+    # Offloading a model parts what is tied, of which one name stands for both.
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    here = (
+        (name, weight)
+        for name, weight in model.named_parameters()
+        if weight.device.type != "meta" or name not in tied
+    )
+    named = sorted(here, key=lambda item: item[0])
+
+    def digest(item: tuple[str, Tensor]) -> bytes:
+        name, tensor = item
+        if tensor.device.type != "meta":
+            return _tensor_digest(name, tensor, known)
+        prefix, _, own = name.rpartition(".")
+        value = fetched(model.get_submodule(prefix), own)
+        return _tensor_digest(name, value, {})  # known by no place: it is gone afterwards
+
     # Each thread holds one tensor's bytes; hashing lets other threads run.
     with ThreadPoolExecutor(max_workers=min(THREADS, os.cpu_count() or 1)) as pool:
-        digests = pool.map(lambda item: _tensor_digest(item[0], item[1], known), named)
+        digests = pool.map(digest, named)
         return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
