@@ -299,7 +299,8 @@ def _find_decisions(base: LoadedModel, tuned: LoadedModel, run: _Run, what: str)
         changed = top[0] != top[1]
         where = at[changed]
         parts.append((where[:, 0] + texts.first, where[:, 1], top[0][changed], top[1][changed]))
-    return Decisions(*map(torch.cat, zip(*parts, strict=True)), n)
+    text, position, base_token, tuned_token = map(torch.cat, zip(*parts, strict=True))
+    return Decisions(text, position, base_token, tuned_token, n)
 
 
 # Direct attribution
@@ -708,8 +709,8 @@ def _pattern_rows(base: LoadedModel, tuned: LoadedModel, run: _Run) -> list[Row]
                 ("pattern_distance", total),
                 ("pattern_distance_of_heads", apart[block]),
             ):
-                found = shares.ratio(values[:, head], n, within=(0.0, 1.0))
-                rows.append(_row(part, metric, found))
+                of_head = shares.ratio(values[:, head], n, within=(0.0, 1.0))
+                rows.append(_row(part, metric, of_head))
     return rows
 
 

@@ -509,7 +509,7 @@ def _of_heads(
             for one in readouts
         ]
     products = torch.stack(pulled).double() * z.double()
-    of_heads = products.unflatten(-1, (heads.n, -1)).sum(-1)
+    of_heads = products.view(*products.shape[:-1], heads.n, -1).sum(-1)
     with evaluating(heads.projection):
         bias = bias + readouts @ heads.offset(z).double()
     return torch.cat([of_heads, bias[..., None]], -1)

@@ -46,11 +46,8 @@ def attention_patterns(
 @contextmanager
 def _eager(model: nn.Module) -> Iterator[None]:
     """Inside, attention is written out, in the model and all that is in it."""
-    configs = {
-        id(module.config): module.config
-        for module in model.modules()
-        if hasattr(getattr(module, "config", None), "_attn_implementation")
-    }
+    found: list[Any] = [getattr(module, "config", None) for module in model.modules()]
+    configs = {id(one): one for one in found if hasattr(one, "_attn_implementation")}
     before = [(config, config._attn_implementation) for config in configs.values()]
     try:
         for config, _ in before:
