@@ -160,12 +160,13 @@ def attribute(
     )
     run = _Run(inputs.corpus, batch_size, progress)
     with explaining_out_of_memory(batch_size, ", or max_length"):
-        decisions = _find_decisions(pair.base, pair.tuned, run, "deciding")
+        top = _top_tokens(pair.base, "base", run)
+        decisions = _changed(top, _top_tokens(pair.tuned, "tuned", run), run.corpus)
         counts = {"decisions": decisions.n, "changed": len(decisions.text)}
         if not len(decisions.text):
             return AttributionResult((), counts, meta)
         sums = _measure(maps[0], maps[1], decisions, run, seed)
-        controls = list(_controls(inputs, maps[0], by, n_controls, run, seed))
+        controls = list(_controls(inputs, maps[0], top, by, n_controls, run, seed))
         rows = _rows(maps[0].components, sums, controls)
         chosen = _chosen(maps[0].components, sums, n_verified, seed)
         if chosen.leading:
@@ -273,34 +274,28 @@ class Decisions:
         return self.base[drawn], self.tuned[drawn]
 
 
-def _find_decisions(base: LoadedModel, tuned: LoadedModel, run: _Run, what: str) -> Decisions:
-    """Every decision that differs; both models read the texts once."""
-    parts: list[tuple[Tensor, ...]] = []
-    n = 0
-    models = {"base": base.hooked, "tuned": tuned.hooked}
-    for texts in run.batches(input_device(base.hooked), what):
-        last = []
-        for side, model in models.items():
-            with evaluating(model):
-                found = run_last_residual(model, texts.tokens, texts.mask)[texts.counted]
-            check_finite(f"the {side} model", found)
-            last.append(found)
-        top = [
-            torch.cat(
-                [
-                    distances.winner(residual_logits(model, residual[rows])).cpu()
-                    for rows in logit_rows(len(residual), model.cfg.d_vocab, residual.device)
-                ]
-            )
-            for model, residual in zip(models.values(), last, strict=True)
+def _top_tokens(loaded: LoadedModel, side: str, run: _Run) -> Int[Tensor, " n"]:
+    """A model's top-1 token after every counted token of all texts, in their order."""
+    model = loaded.hooked
+    found: list[Tensor] = []
+    for texts in run.batches(input_device(model), f"{side} model"):
+        with evaluating(model):
+            last = run_last_residual(model, texts.tokens, texts.mask)[texts.counted]
+        check_finite(f"the {side} model", last)
+        found += [
+            distances.winner(residual_logits(model, last[rows])).cpu()
+            for rows in logit_rows(len(last), model.cfg.d_vocab, last.device)
         ]
-        at = texts.counted.nonzero().cpu()
-        n += len(at)
-        changed = top[0] != top[1]
-        where = at[changed]
-        parts.append((where[:, 0] + texts.first, where[:, 1], top[0][changed], top[1][changed]))
-    text, position, base_token, tuned_token = map(torch.cat, zip(*parts, strict=True))
-    return Decisions(text, position, base_token, tuned_token, n)
+    return torch.cat(found)
+
+
+def _changed(base: Int[Tensor, " n"], tuned: Int[Tensor, " n"], corpus: Corpus) -> Decisions:
+    """Where two models' top-1 tokens differ."""
+    counted = [corpus.counted(i) for i in range(len(corpus.sequences))]
+    text = torch.tensor([i for i, of_text in enumerate(counted) for _ in range(of_text.sum())])
+    position = torch.cat([torch.from_numpy(of_text.nonzero()[0]) for of_text in counted])
+    at = base != tuned
+    return Decisions(text[at], position[at], base[at], tuned[at], len(base))
 
 
 # Direct attribution
@@ -429,9 +424,25 @@ class _Control(NamedTuple):
 
 
 def _controls(
-    inputs: Inputs, base: ComponentMap, by: str, n: int, run: _Run, seed: int
+    inputs: Inputs,
+    base: ComponentMap,
+    top: Int[Tensor, " n"],
+    by: str,
+    n: int,
+    run: _Run,
+    seed: int,
 ) -> Iterator[_Control]:
-    """Random changes, one in memory at a time; those that change no decision are left out."""
+    """Random changes, one in memory at a time; those that change no decision are left out.
+
+    Args:
+        inputs: the pair and its texts.
+        base: the base's components.
+        top: its top-1 tokens.
+        by: how components are split.
+        n: how many random changes.
+        run: how texts are read.
+        seed: of the first change, and of the exchanged tokens.
+    """
     if not n:
         return
     options = PassOptions(run.batch_size, SINK_THRESHOLD, seed, False)
@@ -439,7 +450,7 @@ def _controls(
     quiet = _Run(run.corpus, run.batch_size, False)
     for one in tqdm(range(seed, seed + n), desc="random changes", disable=not run.progress):
         model, factor = random.model(CONTROL, one)
-        decisions = _find_decisions(base.loaded, model, quiet, "")
+        decisions = _changed(top, _top_tokens(model, "randomly changed", quiet), run.corpus)
         if len(decisions.text):
             sums = _measure(base, find_components(model, by), decisions, quiet, seed)
             share = sums.written.sum(0) / sums.totals[:, 2].sum()
