@@ -5,6 +5,7 @@ from __future__ import annotations
 from .base import LogitProbe, MeanProbe, Probe
 from .drift import ResidualDrift
 from .logit_lens import LogitLens
+from .mean_shift import MeanShift
 from .output_groups import GroupedOutput, OutputByPosition, OutputByRole
 from .participation_ratio import ParticipationRatio
 from .rank_reordering import RankReordering
@@ -14,6 +15,7 @@ __all__ = [
     "LogitLens",
     "LogitProbe",
     "MeanProbe",
+    "MeanShift",
     "OutputByPosition",
     "OutputByRole",
     "ParticipationRatio",
