@@ -447,13 +447,19 @@ def test_a_norm_of_another_kind_is_refused() -> None:
 def test_shares_above_controls() -> None:
     controls = torch.tensor([[0.10, 0.30], [0.12, 0.50], [0.08, 0.40]])
     found = [Estimate(x, x, x, 0.01, 9) for x in (0.20, 0.50)]
-    p = beyond_controls(found, controls)
+    p = beyond_controls(found, controls, ["head", "head"])
     spread = float(controls.double().var(0).mean())  # more than the first's own
     for value, of in ((p[0], spread), (p[1], 0.1**2)):
         t = 0.10 / math.sqrt(of * 4 / 3 + 0.01**2)
         assert value == pytest.approx(float(stats.t.sf(t, 2)), rel=1e-4)
-    same = beyond_controls([Estimate(0.125, 0.1, 0.1, 0.0, 9)], torch.full((3, 1), 0.125).double())
+    same = beyond_controls(
+        [Estimate(0.125, 0.1, 0.1, 0.0, 9)], torch.full((3, 1), 0.125).double(), ["mlp"]
+    )
     assert math.isnan(same[0])
+    # Those of another kind tell nothing of it.
+    alone = beyond_controls(found, controls, ["head", "mlp"])
+    assert alone[1] == p[1]
+    assert alone[0] < p[0]
 
 
 def test_the_command_and_the_page(tmp_path, capsys) -> None:

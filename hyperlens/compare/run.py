@@ -24,11 +24,13 @@ from ..passes.kept_sums import KeptSums
 from ..passes.multi_pass import run_passes
 from ..passes.streaming import PassOptions, PassResult
 from ..probes import (
+    LinearCKA,
     LogitProbe,
     MeanShift,
     OutputByPosition,
     OutputByRole,
     Probe,
+    Procrustes,
     default_probes,
 )
 from ..render.format import count
@@ -82,6 +84,7 @@ def compare_models(
             texts are the second argument.
         probes: what to measure: built-in probes by name (drift, participation_ratio, logit_lens,
             rank_reordering; mean_shift tells what of the change all tokens have alike,
+            linear_cka and procrustes whether the streams have the same shape,
             output_by_position the output along answers, and output_by_role for each role, which
             conversations have anyway) or probes of one's own; None for all of the first four.
         max_length: tokens per text, BOS included; longer texts are cut and counted.
@@ -236,7 +239,7 @@ def _checked_probes(given: Sequence[Probe | str] | None) -> list[Probe]:
         return default_probes()
     if not given:
         raise ProbeError("there are no probes: name at least one, or pass None")
-    more = (MeanShift(), OutputByRole(), OutputByPosition())
+    more = (MeanShift(), LinearCKA(), Procrustes(), OutputByRole(), OutputByPosition())
     built_in = {one.name: one for one in (*default_probes(), *more)}
     for name in given:
         if isinstance(name, str) and name not in built_in:

@@ -474,7 +474,8 @@ def _rows(components: Sequence[Component], sums: _Sums, controls: Sequence[_Cont
     values = torch.stack([one.share for one in controls]) if controls else None
     p_share = [math.nan] * len(parts)
     if values is not None and len(values) > 1:
-        p_share[:own] = holm(beyond_controls(share[:own], values[:, :own]))
+        kinds = [one.kind for one in components]
+        p_share[:own] = holm(beyond_controls(share[:own], values[:, :own], kinds))
     for i, part in enumerate(parts):
         if i < own:
             of_model = (sums.base[:, i], sums.tuned[:, i])
@@ -494,27 +495,34 @@ def _rows(components: Sequence[Component], sums: _Sums, controls: Sequence[_Cont
 
 
 def beyond_controls(
-    share: Sequence[Estimate], controls: Float[Tensor, "control component"]
+    share: Sequence[Estimate],
+    controls: Float[Tensor, "control component"],
+    kinds: Sequence[str],
 ) -> list[float]:
     """One-sided p that each share is above what another random change would have.
 
     Random changes differ from each other more than texts do. A few of them tell the spread of one
-    component badly: at least the mean spread of all components is used, and the degrees of freedom
+    component badly: at least the mean spread of all of its kind is used, and the degrees of freedom
     are those of the few. NaN, and no test, for a component that is the same everywhere.
 
     >>> found = Estimate(0.5, 0.4, 0.6, 0.05, 20)
-    >>> p = beyond_controls([found], torch.tensor([[0.1], [0.12], [0.08]]))
+    >>> p = beyond_controls([found], torch.tensor([[0.1], [0.12], [0.08]]), ["mlp"])
     >>> p[0] < 0.05
     True
     """
     k = len(controls)
     means, spread = controls.double().mean(0), controls.double().var(0) * (1 + 1 / k)
     # Of those that vary: what is 0 everywhere would hide how much the others do.
-    typical = float(spread[spread > 0].mean()) if bool((spread > 0).any()) else 0.0
+    varying: dict[str, list[float]] = {}
+    for kind, variance in zip(kinds, spread.tolist(), strict=True):
+        varying.setdefault(kind, []).extend([variance] if variance > 0 else [])
+    typical = {kind: sum(some) / len(some) if some else 0.0 for kind, some in varying.items()}
     found = []
-    for one, mean, variance in zip(share, means.tolist(), spread.tolist(), strict=True):
+    for one, kind, mean, variance in zip(
+        share, kinds, means.tolist(), spread.tolist(), strict=True
+    ):
         is_same = one.value == mean and not variance
-        se = math.sqrt(max(variance, typical) + one.se**2) if one.se >= 0 else math.nan
+        se = math.sqrt(max(variance, typical[kind]) + one.se**2) if one.se >= 0 else math.nan
         above = (one.value - mean) / se if se else math.nan
         found.append(math.nan if is_same else float(stats.t.sf(above, k - 1)))
     return found
