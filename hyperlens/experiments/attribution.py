@@ -85,6 +85,8 @@ VERIFIABLE = ("embedding", "position", "head", "attention", "mlp")
 FEWEST, SHOWN = 5, 12
 # Shares leave 0 to 1 where components oppose each other.
 SHARE = Form(percent)
+# Shares of components before the first change, which differ by rounding only.
+ROUNDING = 1e-9
 
 Sums = Float[Tensor, "unit component"]
 
@@ -515,13 +517,13 @@ def beyond_controls(
     # Of those that vary: what is 0 everywhere would hide how much the others do.
     varying: dict[str, list[float]] = {}
     for kind, variance in zip(kinds, spread.tolist(), strict=True):
-        varying.setdefault(kind, []).extend([variance] if variance > 0 else [])
+        varying.setdefault(kind, []).extend([variance] if variance > ROUNDING**2 else [])
     typical = {kind: sum(some) / len(some) if some else 0.0 for kind, some in varying.items()}
     found = []
     for one, kind, mean, variance in zip(
         share, kinds, means.tolist(), spread.tolist(), strict=True
     ):
-        is_same = one.value == mean and not variance
+        is_same = abs(one.value - mean) <= ROUNDING and variance <= ROUNDING**2
         se = math.sqrt(max(variance, typical[kind]) + one.se**2) if one.se >= 0 else math.nan
         above = (one.value - mean) / se if se else math.nan
         found.append(math.nan if is_same else float(stats.t.sf(above, k - 1)))
