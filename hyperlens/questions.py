@@ -56,6 +56,7 @@ QUESTIONS = (
         "find_first_divergence",
         "FirstDivergenceResult",
     ),
+    Question("attribute", "experiments.attribution", "attribute", "AttributionResult"),
     Question("temperature", "experiments.temperature", "match_temperature", "TemperatureResult"),
     Question("static_bias", "experiments.static_bias", "inject_static_bias", "StaticBiasResult"),
     Question("decoding", "experiments.decoding", "compare_decoding", "DecodingResult"),

@@ -24,7 +24,16 @@ from ..pair import Inputs, Pair, open_inputs
 from ..passes.kept_sums import KeptSums
 from ..passes.multi_pass import run_passes
 from ..passes.streaming import PassOptions, PassResult
-from ..probes import LogitProbe, OutputByPosition, OutputByRole, Probe, default_probes
+from ..probes import (
+    LinearCKA,
+    LogitProbe,
+    MeanShift,
+    OutputByPosition,
+    OutputByRole,
+    Probe,
+    Procrustes,
+    default_probes,
+)
 from ..render.format import count
 from ..results.loggers import check_loggers
 from ..results.result import unknown
@@ -77,9 +86,10 @@ def compare_models(
             file, a `datasets.Dataset`, or a hub dataset name. With an open `Pair` as `base` the
             texts are the second argument.
         probes: what to measure: built-in probes by name (drift, participation_ratio, logit_lens,
-            rank_reordering; output_by_position tells the output along answers, and
-            output_by_role for each role, which conversations have anyway) or probes of one's own;
-            None for all of the first four.
+            rank_reordering; mean_shift tells what of the change all tokens have alike,
+            linear_cka and procrustes whether the streams have the same shape,
+            output_by_position the output along answers, and output_by_role for each role, which
+            conversations have anyway) or probes of one's own; None for all of the first four.
         max_length: tokens per text, BOS included; longer texts are cut and counted.
         batch_size: texts per forward pass; does not change the result.
         include_bos: measure BOS positions too. They are left out, by id, by default.
@@ -243,7 +253,8 @@ def checked_probes(given: Sequence[Probe | str] | None) -> list[Probe]:
         return default_probes()
     if not given:
         raise ProbeError("there are no probes: name at least one, or pass None")
-    built_in = {one.name: one for one in (*default_probes(), OutputByRole(), OutputByPosition())}
+    more = (MeanShift(), LinearCKA(), Procrustes(), OutputByRole(), OutputByPosition())
+    built_in = {one.name: one for one in (*default_probes(), *more)}
     for name in given:
         if isinstance(name, str) and name not in built_in:
             raise ProbeError(unknown("probe", name, list(built_in)))
