@@ -25,7 +25,6 @@ from hyperlens.statistics.moments import moments_of
 from hyperlens.statistics.ratios import (
     Ratio,
     SampledTokens,
-    jackknife_estimate,
     measured_ratio,
     ratio_ends,
     sum_ends,
@@ -124,7 +123,7 @@ class Population:
                 c = x.T @ x / len(x)
                 found[f"PR {side}, {view}"] = float(c.trace() ** 2 / c.square().sum())
             change = found[f"PR tuned, {view}"] - found[f"PR base, {view}"]
-            found[f"ΔPR, {view}"] = found[f"ΔPR between checkpoints, {view}"] = change
+            found[f"ΔPR, {view}"] = change
         return found
 
     def intervals(self, chosen: np.ndarray, seed: int) -> dict[str, tuple[float, float]]:
@@ -154,9 +153,6 @@ class Population:
                 found[f"PR {side}, {view}"] = ratio_ends(one, self.d_model)
             change = weighted_ratio([(1.0, both[1]), (-1.0, both[0])])
             found[f"ΔPR, {view}"] = sum_ends(change)
-            # What `trace_trajectory` keeps of each checkpoint are the estimates without each text.
-            growth = jackknife_estimate(change.value, change.draws.left_out)
-            found[f"ΔPR between checkpoints, {view}"] = (growth.low, growth.high)
         return found
 
     def ratio_of(self, texts: list[torch.Tensor], seed: int) -> Ratio:
