@@ -83,8 +83,9 @@ bench: .venv/.installed ## how fast late-stage LoRA trains at vocabularies of re
 
 # A pair and texts: make coverage COVERAGE_ARGS="BASE TUNED TEXTS..."
 COVERAGE_ARGS ?=
-coverage: .venv/.installed ## how often intervals hold the truth, on texts of yours (see docs/intervals.md)
+coverage: .venv/.installed ## how often intervals hold the truth and tests err, on texts of yours (see docs/intervals.md)
 	.venv/bin/python benchmarks/coverage.py $(COVERAGE_ARGS)
+	.venv/bin/python benchmarks/paired_tests.py $(COVERAGE_ARGS)
 
 lock: ## resolve both locks anew
 	$(call resolve,$(TL4),$(LOCK4))

@@ -23,6 +23,7 @@ from hyperlens.pair import open_pair
 from hyperlens.statistics import significance
 from hyperlens.statistics.moments import moments_of
 from hyperlens.statistics.ratios import (
+    Ratio,
     SampledTokens,
     measured_ratio,
     ratio_ends,
@@ -31,13 +32,18 @@ from hyperlens.statistics.ratios import (
 )
 from hyperlens.statistics.shares import ratio
 
+SIDES = ("base", "tuned")
 VIEWS = ("raw", "final norm")
 # What patching prints: of the decisions that differ, the share that the tuned model's norm and head
 # bring about, given the base's stream; its denominator is another one in each text.
 PATCHED = "changed decisions that norm and head bring"
 SHARES = ("top-1 agreement", "base rank ≥ 200", PATCHED)
+# Measured of both models and compared: between what its change lies, if it is a share.
+PAIRED = {"entropy": None, "next token is top-1": (-1.0, 1.0)}
 # As a comparison has it: so many sampled tokens in all, see `stream_spec`.
 SAMPLED = 3276
+# What a continuation begins with, besides BOS: the default of `measure_behaviour`.
+PROMPT_TOKENS = 16
 
 
 class Population:
@@ -48,15 +54,18 @@ class Population:
         self.d_model = pair.base.hooked.cfg.d_model
         self.vectors: dict[tuple[str, str], list[torch.Tensor]] = {}
         self.sums: dict[str, list[float]] = {}
+        self.paired: dict[tuple[str, str], list[float]] = {}
         self.n: list[float] = []
         self.changed: list[float] = []
+        self.prompts: list[list[int]] = []
         bos = pair.tokenizer.bos_token_id
         for passage in passages:
             ids = pair.tokenizer(passage, add_special_tokens=False)["input_ids"][:length]
             tokens = torch.tensor([[bos, *ids]])
+            self.prompts.append([bos, *ids[:PROMPT_TOKENS]])
             mask = torch.ones_like(tokens)
             logits, streams = {}, {}
-            for side in ("base", "tuned"):
+            for side in SIDES:
                 model = getattr(pair, side).hooked
                 with surface.evaluating(model):
                     raw = streams[side] = surface.run_residuals(model, tokens, mask)[-1][0]
@@ -67,14 +76,16 @@ class Population:
             tuned = pair.tuned.hooked
             with surface.evaluating(tuned):
                 moved = surface.unembed(tuned, surface.final_norm(tuned, streams["base"]))
-            self._add(logits, moved)
+            self._add(logits, moved, tokens[0])
         for name, texts in self.vectors.items():
             mean = torch.cat(texts).mean(0)
             self.vectors[name] = [x - mean for x in texts]
 
-    def _add(self, logits: dict[str, torch.Tensor], moved: torch.Tensor) -> None:
-        base, tuned = (logits[side].log_softmax(-1) for side in ("base", "tuned"))
-        a, b = (self.vectors[side, "raw"][-1] for side in ("base", "tuned"))
+    def _add(
+        self, logits: dict[str, torch.Tensor], moved: torch.Tensor, tokens: torch.Tensor
+    ) -> None:
+        base, tuned = (logits[side].log_softmax(-1) for side in SIDES)
+        a, b = (self.vectors[side, "raw"][-1] for side in SIDES)
         kl = (tuned.exp() * (tuned - base)).sum(-1)
         winner = tuned.argmax(-1, keepdim=True)
         rank = 1 + (base > base.gather(-1, winner)).sum(-1)
@@ -90,6 +101,11 @@ class Population:
         for name, values in numbers.items():
             self.sums.setdefault(name, []).append(float(values.sum()))
         self.n.append(float(len(a)))
+        for side, log_p in zip(SIDES, (base, tuned), strict=True):
+            entropy = -(log_p.exp() * log_p).sum(-1)[1:]
+            is_next = log_p[:-1].argmax(-1) == tokens[1:]
+            for name, values in zip(PAIRED, (entropy, is_next), strict=True):
+                self.paired.setdefault((side, name), []).append(float(values.sum()))
 
     def counts(self, name: str) -> list[float]:
         """What a statistic is taken over, text by text."""
@@ -98,12 +114,16 @@ class Population:
     def truths(self) -> dict[str, float]:
         """Every statistic of the population."""
         found = {name: sum(y) / sum(self.counts(name)) for name, y in self.sums.items()}
+        for name in PAIRED:
+            base, tuned = (sum(self.paired[side, name]) for side in SIDES)
+            found[f"change of {name}"] = (tuned - base) / sum(self.n)
         for view in VIEWS:
-            for side in ("base", "tuned"):
+            for side in SIDES:
                 x = torch.cat(self.vectors[side, view])
                 c = x.T @ x / len(x)
                 found[f"PR {side}, {view}"] = float(c.trace() ** 2 / c.square().sum())
-            found[f"ΔPR, {view}"] = found[f"PR tuned, {view}"] - found[f"PR base, {view}"]
+            change = found[f"PR tuned, {view}"] - found[f"PR base, {view}"]
+            found[f"ΔPR, {view}"] = change
         return found
 
     def intervals(self, chosen: np.ndarray, seed: int) -> dict[str, tuple[float, float]]:
@@ -119,15 +139,24 @@ class Population:
                 continue
             means = significance.estimate((y / n).tolist())
             found[f"{name}, mean over texts"] = (means.low, means.high)
+        n = torch.tensor([self.n[i] for i in chosen], dtype=torch.float64)
+        for name, within in PAIRED.items():
+            base, tuned = ([self.paired[side, name][i] for i in chosen] for side in SIDES)
+            gap = torch.tensor(tuned, dtype=torch.float64) - torch.tensor(base, dtype=torch.float64)
+            estimate = ratio(gap, n, within=within)
+            found[f"change of {name}"] = (estimate.low, estimate.high)
         for view in VIEWS:
-            both = [self._ratio((side, view), chosen, seed) for side in ("base", "tuned")]
-            for side, one in zip(("base", "tuned"), both, strict=True):
+            both = [
+                self.ratio_of([self.vectors[side, view][i] for i in chosen], seed) for side in SIDES
+            ]
+            for side, one in zip(SIDES, both, strict=True):
                 found[f"PR {side}, {view}"] = ratio_ends(one, self.d_model)
-            found[f"ΔPR, {view}"] = sum_ends(weighted_ratio([(1.0, both[1]), (-1.0, both[0])]))
+            change = weighted_ratio([(1.0, both[1]), (-1.0, both[0])])
+            found[f"ΔPR, {view}"] = sum_ends(change)
         return found
 
-    def _ratio(self, name: tuple[str, str], chosen: np.ndarray, seed: int):
-        texts = [self.vectors[name][i] for i in chosen]
+    def ratio_of(self, texts: list[torch.Tensor], seed: int) -> Ratio:
+        """The participation ratio of these texts' vectors, as a comparison keeps and reads them."""
         longest = max(map(len, texts))
         kept = max(2, min(longest, SAMPLED // len(texts)))
         vectors = torch.zeros(len(texts), kept, self.d_model, dtype=torch.float64)
@@ -152,8 +181,9 @@ def passages(files: list[Path], most: int, seed: int) -> list[str]:
     return [found[i] for i in order]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+def arguments(description: str) -> argparse.Namespace:
+    """What to measure on, and how often."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("base")
     parser.add_argument("tuned")
     parser.add_argument("texts", nargs="+", type=Path)
@@ -161,9 +191,13 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=400)
     parser.add_argument("--passages", type=int, default=1200)
     parser.add_argument("--length", type=int, default=96)
-    args = parser.parse_args()
-    drawn = passages(args.texts, args.passages, seed=0)
-    population = Population(args.base, args.tuned, drawn, args.length)
+    return parser.parse_args()
+
+
+def measure(
+    population: Population, sizes: list[int], trials: int, seed: int = 1
+) -> tuple[dict[str, float], dict[str, list[float]]]:
+    """The truths, and the share of draws of each size whose interval holds them."""
     truths = population.truths()
     # A mean over texts estimates another quantity: that of a text, not of a token.
     for name, sums in population.sums.items():
@@ -172,16 +206,24 @@ def main() -> None:
         truths[f"{name}, mean over texts"] = float(
             np.mean([y / n for y, n in zip(sums, population.n, strict=True)])
         )
-    rng = np.random.default_rng(1)
-    held = {name: [] for name in truths}
-    for size in args.sizes:
+    rng = np.random.default_rng(seed)
+    held: dict[str, list[float]] = {name: [] for name in truths}
+    for size in sizes:
         inside = dict.fromkeys(truths, 0)
-        for trial in range(args.trials):
-            found = population.intervals(rng.integers(0, len(drawn), size), trial)
+        for trial in range(trials):
+            found = population.intervals(rng.integers(0, len(population.n), size), trial)
             for name, (low, high) in found.items():
                 inside[name] += low <= truths[name] <= high
         for name, count in inside.items():
-            held[name].append(count / args.trials)
+            held[name].append(count / trials)
+    return truths, held
+
+
+def main() -> None:
+    args = arguments(__doc__.split("\n", 1)[0])
+    drawn = passages(args.texts, args.passages, seed=0)
+    population = Population(args.base, args.tuned, drawn, args.length)
+    truths, held = measure(population, args.sizes, args.trials)
     error = (0.95 * 0.05 / args.trials) ** 0.5
     print(f"{len(drawn)} passages, {int(sum(population.n)):,} tokens, {args.trials} trials each;")
     print(f"the standard error of a share of 95% is {error:.1%}.\n")

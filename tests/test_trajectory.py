@@ -165,6 +165,22 @@ def records(checkpoints: dict, *steps: int) -> list[dict]:
     return [module._measured(pair, TEXTS, options, reading) for pair in pairs]
 
 
+def test_growth_of_a_dimension_has_the_interval_of_a_comparison(checkpoints, result) -> None:
+    """From the base's checkpoint on, growth is the change that a comparison of the two gives."""
+    pairs = open_pairs(checkpoints[10], [checkpoints[10], checkpoints[40]])
+    reading = {"max_length": 256, "include_bos": False}
+    options = module.checked_options(8, 10.0, 0, False)
+    unchanged, changed = (module._measured(pair, TEXTS, options, reading) for pair in pairs)
+    for quantity in QUANTITIES[:2]:
+        row = result.changes(quantity.name)[-1]
+        for found in (
+            module._estimate(quantity, changed["texts"][quantity.name]),
+            module._grown(quantity, changed, unchanged),
+        ):
+            assert found[:3] == pytest.approx((row["value"], row["low"], row["high"]))
+            assert (shares.p_value(found) < 0.05) == (found.low > 0 or found.high < 0)
+
+
 def test_p_values_are_corrected_over_the_checkpoints(result, checkpoints) -> None:
     found = records(checkpoints, 30, 40)
     for quantity in QUANTITIES:

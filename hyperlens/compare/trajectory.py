@@ -56,7 +56,15 @@ from ..results.result import Result, unknown
 from ..results.resume import KeptRecords, source_identity
 from ..results.rows import COLUMNS, ProbeResult
 from ..statistics import shares, significance
-from ..statistics.ratios import Ratio, jackknife_estimate, left_out, weighted_ratio
+from ..statistics.ratios import (
+    Ratio,
+    Resampled,
+    jackknife_estimate,
+    left_out,
+    resampled_estimate,
+    share_of_texts,
+    weighted_ratio,
+)
 from ..statistics.significance import Estimate
 from .audit import largest_step, unchanged
 from .comparison import Comparison, small_models_note
@@ -288,7 +296,7 @@ def _with_texts(result: ProbeResult, found: Mapping[str, Any]) -> ProbeResult:
 
 
 class DimensionWithTexts(ParticipationRatio):
-    """And its change without each text."""
+    """And its change without each text, and over draws of the texts."""
 
     _found: Mapping[str, Any] = {}
 
@@ -307,7 +315,14 @@ class DimensionWithTexts(ParticipationRatio):
         total = weighted_ratio([(1.0, tuned), (-1.0, base)])
         in_all = float(self.sums["sequences"][-1])
         n_texts = len(total.sample.length) if self.spec.grouped else in_all
-        return {"value": total.value, "left_out": left_out(total, n_texts).tolist()}
+        kept = {"value": total.value, "left_out": left_out(total, n_texts).tolist()}
+        if total.draws is None:
+            return kept
+        return kept | {
+            "of_texts": total.draws.of_texts,
+            "draws": total.draws.draws.tolist(),
+            "shrink": share_of_texts(total),
+        }
 
     def compute_layer(self, layer: int) -> ProbeResult:
         """The rows, and what was kept."""
@@ -447,7 +462,7 @@ def _estimate(quantity: Quantity, of_texts: Mapping[str, Any] | None) -> Estimat
     if quantity.name in OF_LOGITS:
         within = (0.0, 1.0) if quantity.is_complement else None
         return shares.ratio(_tensor(of_texts["y"]), _tensor(of_texts["n"]), within=within)
-    return jackknife_estimate(of_texts["value"], _tensor(of_texts["left_out"]))
+    return _of_dimension(of_texts)
 
 
 def _grown(quantity: Quantity, record: Mapping[str, Any], previous: Mapping[str, Any]) -> Estimate:
@@ -463,8 +478,20 @@ def _grown(quantity: Quantity, record: Mapping[str, Any], previous: Mapping[str,
         return shares.ratio(gap, _tensor(now["n"]), within=within)
     if len(now["left_out"]) != len(before["left_out"]):
         return UNKNOWN  # attention sinks are all that is left of a text in one of the two
-    gap = _tensor(now["left_out"]) - _tensor(before["left_out"])
-    return jackknife_estimate(now["value"] - before["value"], gap)
+    # The draws are the same ones: of so many texts, from the same seed.
+    gap = {key: _tensor(now[key]) - _tensor(before[key]) for key in now.keys() & before.keys()}
+    if "shrink" in gap:
+        gap["shrink"] = max(now["shrink"], before["shrink"])
+    return _of_dimension(gap)
+
+
+def _of_dimension(kept: Mapping[str, Any]) -> Estimate:
+    """With a comparison's interval; with the jackknife's, where only some texts are sampled."""
+    value, without = float(kept["value"]), _tensor(kept["left_out"])
+    if "draws" not in kept:
+        return jackknife_estimate(value, without)
+    found = Resampled(float(kept["of_texts"]), _tensor(kept["draws"]), without)
+    return resampled_estimate(value, found, kept["shrink"])
 
 
 def _p(found: Estimate) -> float:
@@ -472,8 +499,8 @@ def _p(found: Estimate) -> float:
     return math.nan if found.value == found.se == 0 else shares.p_value(found)
 
 
-def _tensor(values: Sequence[float]) -> Float[Tensor, " text"]:
-    return torch.tensor(values, dtype=torch.float64)
+def _tensor(values: Any) -> Float[Tensor, "*texts"]:
+    return torch.as_tensor(values, dtype=torch.float64)
 
 
 class Onset(NamedTuple):

@@ -27,6 +27,9 @@ FEWEST_TEXTS = 5
 MOST_MOMENTS = 2**24
 # In so many stripes at least, which leave out 3/8 of what is below the diagonal.
 STRIPES = 4
+# How much of the bootstrap's excess over the jackknife the interval of one ratio takes: of those
+# tried, the least that held the truth in more than 93% of draws of 20 and 40 real texts.
+BOOTSTRAP_SHARE = 1 / 3
 
 
 @dataclass(frozen=True)
@@ -244,21 +247,29 @@ def products_of_tokens(x: Float[Tensor, "text token d"]) -> Float[Tensor, "text 
     return product
 
 
-def resampled_ends(found: Resampled, centre: float, shrink: float) -> tuple[float, float]:
-    """95% interval around `centre`: at either end the farther one of BCa bootstrap and jackknife.
+def resampled_ends(
+    found: Resampled, centre: float, shrink: float, bootstrap_share: float = 1.0
+) -> tuple[float, float]:
+    """95% interval around `centre`: the jackknife's, and where BCa's ends are farther, on to them.
 
     On heavy-tailed texts neither covers enough by itself (`make coverage`). A few texts unlike all
     others make most of a ratio's error: without them it is too high, and seems surer than it is.
     The jackknife does not see that skew; BCa does, and is too sure where skews of ratios cancel.
 
+    Of a single ratio BCa is too wide: a text that is drawn twice makes a pair with itself, which
+    resembles itself more than any two texts do, so that draws of few texts vary more than texts.
+    A part of that excess is kept, because nothing in a draw tells that its tail is missing.
+
     Args:
         found: the estimate over draws of the texts.
         centre: the estimate itself.
         shrink: what part of the spread over draws is that of the texts.
+        bootstrap_share: how far an end goes from the jackknife's to a farther one of BCa.
     """
-    low, high = _bca_quantiles(found)
+    low, high = (end - found.of_texts for end in _bca_quantiles(found))
     half = jackknife_half_width(found.left_out)
-    below, above = min(low - found.of_texts, -half), max(high - found.of_texts, half)
+    below = -half + bootstrap_share * min(low + half, 0.0)
+    above = half + bootstrap_share * max(high - half, 0.0)
     return centre + shrink * below, centre + shrink * above
 
 
@@ -351,7 +362,7 @@ def ratio_ends(ratio: Ratio, d_model: int) -> tuple[float, float]:
     else:
         draws = ratio.draws
         logs = Resampled(math.log(draws.of_texts), draws.draws.log(), draws.left_out.log())
-        ends = resampled_ends(logs, centre, _shrink(ratio))
+        ends = resampled_ends(logs, centre, share_of_texts(ratio), BOOTSTRAP_SHARE)
     low, high = (min(max(math.exp(end), 1.0), float(d_model)) for end in ends)
     return low, high
 
@@ -377,9 +388,27 @@ def sum_ends(total: Ratio) -> tuple[float, float]:
     if total.draws is None:
         half = influence_half_width(total.influence, total.n, total.sample)
         return total.value - half, total.value + half
-    if len(total.draws.left_out) < FEWEST_TEXTS:
-        return math.nan, math.nan
-    return resampled_ends(total.draws, total.value, _shrink(total))
+    found = resampled_estimate(total.value, total.draws, share_of_texts(total))
+    return found.low, found.high
+
+
+def resampled_estimate(value: float, found: Resampled, shrink: float) -> Estimate:
+    """A sum of ratios over all of its texts, with its interval; none below 5 texts.
+
+    The interval is not symmetric. `se` is that of its side towards 0, so that the t test against 0
+    finds a difference at 5% just where the interval is without 0.
+
+    Args:
+        value: the sum.
+        found: over draws of the texts.
+        shrink: what part of the spread over draws is that of the texts; see `share_of_texts`.
+    """
+    n = len(found.left_out)
+    if n < FEWEST_TEXTS:
+        return Estimate(value, math.nan, math.nan, math.nan, n)
+    low, high = resampled_ends(found, value, shrink)
+    towards_zero = value - low if value > 0 else high - value
+    return Estimate(value, low, high, towards_zero / t_factor(n - 1.0), n)
 
 
 def left_out(total: Ratio, n_texts: float) -> Float[Tensor, " text"]:
@@ -401,7 +430,7 @@ def _of_texts(ratio: Ratio) -> Float[Tensor, " text"]:
     return ratio.sample.length / kept.clamp_min(1) * ratio.influence.sum(-1) / ratio.n
 
 
-def _shrink(ratio: Ratio) -> float:
+def share_of_texts(ratio: Ratio) -> float:
     """What part of the spread over draws is that of the texts themselves.
 
     The rest comes of having kept only some tokens of each; 1 where all are kept.
