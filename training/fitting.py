@@ -48,6 +48,7 @@ from .callbacks import (
 )
 from .data import TrainingData
 from .folders import PROGRESS, WorkingFolder, is_ended
+from .memory import forget_peak, peak_memory
 from .prefix import PrefixCache, SharedPrefixes, is_exact, plan
 from .recipes import Recipe
 from .record import Recorder
@@ -182,6 +183,7 @@ def fit(
             if options.progress and processes.is_first():
                 _announce(scope)
             identity = {"base": base_sha256, "texts": data.manifest["sha256"], "first": blocks[0]}
+            forget_peak(device)
             try:
                 progress, ending = train(
                     *(trained, data.tokens, recipe, device, working, options),
@@ -191,6 +193,7 @@ def fit(
             finally:
                 if prefix is not None:
                     prefix.close()
+            scope["peak_memory"] = peak_memory(device)
         if recipe.method != "full":
             pissa.join(trained)
     scope["seconds"] = round(progress.seconds, 3)
