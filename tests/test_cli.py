@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerFast
 from hyperlens import Comparison, __version__, cli, compare, compare_models
 from hyperlens.cli import build_parser
 from hyperlens.cli.experiments import SPECIAL, command_of
-from hyperlens.cli.options import BACKENDS
+from hyperlens.cli.options import BACKENDS, as_options
 from hyperlens.errors import LoadingError
 from hyperlens.models.kinds import Backend
 from hyperlens.probes import default_probes
@@ -474,9 +474,9 @@ def test_an_existing_folder_is_refused_before_any_work(
         ({"texts.txt": "none.txt"}, "no text file 'none.txt'"),
         ({"texts.txt": "tales.csv", "--text-column": "title"}, "columns of text: id, story"),
         ({"--limit": "0"}, "limit must be at least 1"),
-        ({"--batch-size": "0"}, "batch_size must be at least 1"),
-        ({"--max-length": "1"}, "max_length must be at least 2"),
-        ({"--sink-threshold": "-1"}, "sink_threshold must be"),
+        ({"--batch-size": "0"}, "--batch-size must be at least 1"),
+        ({"--max-length": "1"}, "--max-length must be at least 2"),
+        ({"--sink-threshold": "-1"}, "--sink-threshold must be"),
         ({"--seed": "-1"}, "seed must be a whole number from 0 to 9223372036854775807, got -1"),
         ({"--device": "gpu"}, "device 'gpu' cannot be used here"),
         ({"--probes": "drift,drift"}, "two probes are named 'drift'"),
@@ -499,19 +499,19 @@ def test_errors_of_compare(
     ("flags", "expected"),
     [
         (("--epochs", "0"), "epochs must be a whole number from 1 up"),
-        (("--learning-rate", "0"), "learning_rate must be a number above 0"),
+        (("--learning-rate", "0"), "--learning-rate must be a number above 0"),
         (("--sequence-length", "200"), "positions for 64 tokens"),
         (("--sequence-length", "60", "--no-packed"), "hyperlens: error: "),
         (("--method", "late_lora", "--last-k", "4"), "choose 1 to 3"),
-        (("--method", "late_lora", "--blocks", "1"), "set last_k"),
-        (("--lora-r", "8"), "lora_r has no effect with the method full"),
-        (("--method", "lora", "--last-k", "2"), "last_k has no effect with the method lora"),
-        (("--patience", "2"), "patience has no effect without stop_at_plateau"),
+        (("--method", "late_lora", "--blocks", "1"), "set --last-k"),
+        (("--lora-r", "8"), "--lora-r has no effect with the method full"),
+        (("--method", "lora", "--last-k", "2"), "--last-k has no effect with the method lora"),
+        (("--patience", "2"), "patience has no effect without --stop-at-plateau"),
         (("--method", "lora", "--blocks", "1,3"), "indices go from 0 to 2"),
         (("--method", "lora", "--target-modules", "q_porj"), "did you mean q_proj"),
-        (("--stop-at-plateau", "--record-every", "0"), "set record_every"),
+        (("--stop-at-plateau", "--record-every", "0"), "set --record-every"),
         (("--validation", "none.txt"), "no text file 'none.txt'"),
-        (("--validation", "texts.txt", "--record-every", "0"), "record_every is 0"),
+        (("--validation", "texts.txt", "--record-every", "0"), "--record-every is 0"),
         (("--validation", "texts.txt", "--no-packed", "--limit", "4"), "also trained on"),
     ],
     ids=str,
@@ -957,3 +957,28 @@ def test_a_signal_interrupts_the_program(tmp_path: Path) -> None:
             process.kill()
     assert (process.returncode, out, err) == (cli.INTERRUPTED, "", "hyperlens: interrupted\n")
     assert os.listdir(tmp_path) == ["texts.txt"]
+
+
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        ("lower batch_size, now 8", "lower --batch-size, now 8"),
+        ("pass dtype='float32' or base=… (--base)", "pass --dtype float32 or --base …"),
+        ("set packed=True or drop_last=False", "set --packed or --no-drop-last"),
+        ("read_texts(…, groups=1), or --groups 1", "read_texts(…, groups=1), or --groups 1"),
+        ("no /tmp/batch_size/x; 'batch_size' is no field", None),
+        ("lower other_size, or a=1", None),
+        ("keep dtype=False", None),
+    ],
+)
+def test_errors_name_options_not_arguments(message: str, said: str | None) -> None:
+    known = ["--batch-size", "--dtype", "--base", "--packed", "--no-drop-last", "--groups"]
+    assert as_options(message, known) == (said or message)
+
+
+def test_an_error_of_a_command_is_in_its_words(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raising(monkeypatch, LoadingError("lower batch_size, or pass include_bos=False"))
+    said = "error: lower --batch-size, or pass --no-include-bos"
+    failed(capsys, cli.FAILED, COMPARE, said)

@@ -681,12 +681,13 @@ class TrajectoryResult(Result):
         if not blocks or last is None:
             return []
         parts = "; ".join(f"block {block} at step {_steps(of)}" for block, of in blocks.items())
-        same = "as at every other one" if len(blocks) == 1 else parts
+        others = "as at every other one" if len(blocks) == 1 else parts
+        more = f"; {others}" if len(self.steps) > 1 else ""
         return [
             Verdict(
                 "where",
                 f"At the last checkpoint the raw dimension moves most in block {last.layer - 1}, "
-                f"from {DIMENSIONS(last.before)} to {DIMENSIONS(last.after)}; {same}.",
+                f"from {DIMENSIONS(last.before)} to {DIMENSIONS(last.after)}{more}.",
             )
         ]
 
@@ -719,7 +720,10 @@ class TrajectoryResult(Result):
             for step in self.steps
         ]
         head = ["step", *(one.short for one in QUANTITIES), "surely changed"]
-        return Table(head, rows, "changes from the base, 95% intervals over texts")
+        caption = "changes from the base"
+        if any(math.isfinite(row["low"]) for row in self.extras["changes"]):
+            caption += ", 95% intervals over texts"
+        return Table(head, rows, caption)
 
     def _cell(self, quantity: Quantity, step: int) -> str:
         row = next(one for one in self.changes(quantity.name) if one["step"] == step)

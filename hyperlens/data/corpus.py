@@ -288,6 +288,7 @@ def build_corpus(
     max_length: int,
     context_length: int | None = None,
     d_vocab: int | None = None,
+    is_shared: bool = False,
     include_bos: bool = False,
     bos_id: int | None = None,
     unpadded: bool = False,
@@ -305,6 +306,7 @@ def build_corpus(
         max_length: tokens per sequence, BOS included.
         context_length: the model's own limit, if it has one.
         d_vocab: number of logits, to find ids that the model does not have.
+        is_shared: whether these are all that two models have in common, of more.
         include_bos: measure BOS positions too.
         bos_id: what BOS is where there is no tokenizer to tell.
         unpadded: put sequences of one length only into each batch.
@@ -350,7 +352,7 @@ def build_corpus(
         notes += _choice_notes(len(two_tokens), len(kept), longest)
     long_enough = [raw[i] for i in kept]
     cut = [ids[:longest] for ids in long_enough]
-    check_ids(cut, d_vocab)
+    check_ids(cut, d_vocab, is_shared)
     order = sorted(range(len(cut)), key=lambda i: (-len(cut[i]), cut[i].tobytes()))
     ordered = [cut[i] for i in order]
     rows = [kept[i] for i in order]
@@ -669,8 +671,13 @@ def _check_unpadded(sequences: list[np.ndarray], pad_id: int | None) -> None:
             )
 
 
-def check_ids(sequences: list[np.ndarray], d_vocab: int | None) -> None:
+def check_ids(sequences: list[np.ndarray], d_vocab: int | None, is_shared: bool = False) -> None:
     """Raise if an id is outside the model's vocabulary.
+
+    Args:
+        sequences: token ids of each text.
+        d_vocab: rows of the vocabulary; None where it is unknown.
+        is_shared: whether these are the rows that two models have in common.
 
     Raises:
         CorpusError: naming the id.
@@ -678,6 +685,12 @@ def check_ids(sequences: list[np.ndarray], d_vocab: int | None) -> None:
     lowest, highest = min(int(s.min()) for s in sequences), max(int(s.max()) for s in sequences)
     if lowest < 0 or (d_vocab is not None and highest >= d_vocab):
         bad = lowest if lowest < 0 else highest
+        if is_shared:
+            raise CorpusError(
+                f"token id {bad} is not among the {d_vocab} tokens that both models have: leave "
+                "out of the texts what only one of them knows, such as a chat template with "
+                "tokens of its own"
+            )
         raise CorpusError(
             f"token id {bad} is outside the model's vocabulary of {d_vocab}: "
             "give the texts, or the token ids, of this model's own tokenizer"
