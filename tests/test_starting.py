@@ -56,6 +56,7 @@ def test_a_run_goes_on_from_an_adapter(base: Path, first: HyperfitRun, tmp_path:
     assert first.model.peft_config["default"].r == 4
 
 
+@pytest.mark.long
 def test_it_learns_on_and_a_killed_run_ends_the_same(
     first: HyperfitRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -56,8 +56,8 @@ def training_data(
 
     A text is cut to the length, or left out if it is shorter; with `pad_short` it is padded, and
     pads never count. With `packed`, all texts are joined, EOS after each, and cut into sequences,
-    so that only what is left at the end is unused. A token then sees those of the text before it in
-    its sequence, as in pretraining.
+    so that only what is left at the end is unused. A token then sees those of the text before it
+    in its sequence, as in pretraining.
     BOS is prepended exactly where the tokenizer itself would. Files are read in their own order,
     as in Carlsson et al. 2025. Conversations, and prompts with completions, are cut to the length,
     too; shorter ones are padded, and the loss is on what the assistant says and on completions,
