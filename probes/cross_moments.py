@@ -108,8 +108,6 @@ class CrossProbe(Probe):
     def merge(self, other: Probe) -> None:
         """Add another shard's sums, first moved to this shard's origin (exact algebra)."""
         self._check_mergeable(other)
-        if not bool(self.sums["n"].any()):
-            self.sums["origin"].copy_(other.sums["origin"])
         for name, value in cast(CrossProbe, other)._about(self._origins(other)).items():
             if name != "origin":
                 self.sums[name] += value

@@ -121,11 +121,13 @@ class MeanShift(Probe):
                 within = of_text.square().sum() if self.spec.grouped else s["within"][i, j]
                 if texts < 2:  # pairs of different tokens
                     within, nn = squares[0], s["n"][i]
-                value = _shift(moved, within, *squares, s["n"][i], nn)
+                value = _shift(moved, within, squares[0], squares[1], s["n"][i], nn)
+                left = squares[:, None] - s["sampled_squares"][:, i, j][:, used]
                 without = _shift(
                     moved - of_text[used],
                     within - of_text[used].square().sum(-1),
-                    *(squares[:, None] - s["sampled_squares"][:, i, j][:, used]),
+                    left[0],
+                    left[1],
                     s["n"][i] - n_of_text[used],
                     nn - n_of_text[used].square(),
                 )

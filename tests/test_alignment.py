@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from conftest import trials
 from scipy.spatial import procrustes
 from streams_for_tests import N_LAYERS, Streams
 
@@ -62,7 +63,7 @@ def test_turned_moved_and_scaled_is_the_same_shape():
 def test_few_tokens_of_independent_streams_are_not_alike():
     """The biased estimate reads about 0.3 here; the debiased one is 0 on average."""
     found = []
-    for seed in range(60):
+    for seed in trials(60):
         streams = Streams(5, seed)
         generator = torch.Generator().manual_seed(seed)
         for side in ("base", "tuned"):

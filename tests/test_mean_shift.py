@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from conftest import trials
 from streams_for_tests import N_LAYERS, Streams
 
 from hyperlens.probes import MeanShift
@@ -64,11 +65,11 @@ def test_a_shift_of_all_tokens_is_all_of_the_change():
 
 def test_intervals_hold_the_truth():
     """Share of |by|² / (|by|² + 2 d noise²); of no shift, 0, whatever texts' tokens have alike."""
-    hits, trials = {True: 0, False: 0}, 60
-    for seed in range(trials):
+    hits = {True: 0, False: 0}
+    for seed in trials(40):
         for has_shift in hits:
             by = torch.full((6,), 0.5) if has_shift else torch.zeros(6)
             truth = 1.5 / (1.5 + 2 * 6 * 0.25) if has_shift else 0.0
             row = rows_of(shifted(40, seed, by, 0.5), layers=[0])["share", 0]
             hits[has_shift] += row.low <= truth <= row.high
-    assert all(n >= 51 for n in hits.values()), hits  # fewer in 1 of 1,000 at 95%
+    assert all(n >= 33 for n in hits.values()), hits  # fewer in 1 of 1,000 at 95%

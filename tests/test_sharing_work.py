@@ -21,7 +21,11 @@ from hyperlens.data.corpus import build_corpus
 from hyperlens.embedded import embedded_base
 from hyperlens.errors import PairError
 
-READING = {"batch_size": 2, "probes": ["participation_ratio", "logit_lens"], "progress": False}
+READING = {
+    "batch_size": 2,
+    "probes": ["participation_ratio", "logit_lens", "linear_cka", "mean_shift"],
+    "progress": False,
+}
 WRITING = {"n_prompts": 6, "prompt_tokens": 4, "max_new_tokens": 8, "batch_size": 2}
 SCRIPT = """
 import json, os, sys, torch
