@@ -23,7 +23,7 @@ unexport PYTHONDONTWRITEBYTECODE
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help env env-tl3 test test-tl3 test-long tutorials lint format types docs
-.PHONY: demo validate bench coverage lock clean
+.PHONY: demo validate bench coverage release space lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -63,6 +63,17 @@ docs: .venv/.installed ## build the API reference, warnings are errors
 demo: .venv/.installed ## hyperfit the embedded model, compare, write the report
 	.venv/bin/hyperlens demo $(DEMO_ARGS)
 
+release: ## build sdist and wheel into dist/, and check them and the page that they show
+	$(PYTHON) -m venv --clear .venv-release
+	.venv-release/bin/python $(PIP) install -q build twine
+	rm -rf dist
+	.venv-release/bin/python -m build --outdir dist
+	.venv-release/bin/python -m twine check --strict dist/*
+	$(PYTHON) scripts/check_release.py dist
+
+space: .venv/.installed ## the demo's page as the folder of a static Hugging Face Space, build/space
+	.venv/bin/python scripts/make_space.py build/space $(DEMO_ARGS)
+
 validate: .venv/.installed ## every experiment on planted pairs whose truth is known (see docs/validation.md)
 	.venv/bin/hyperlens validate $(VALIDATE_ARGS)
 
@@ -81,7 +92,7 @@ lock: ## resolve both locks anew
 	$(call resolve,$(TL3),$(LOCK3))
 
 clean: ## remove environments, caches and builds
-	rm -rf .venv .venv-tl3 .venv-lock build dist *.egg-info
+	rm -rf .venv .venv-tl3 .venv-lock .venv-release build dist *.egg-info
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

@@ -2,6 +2,7 @@
 
     python benchmarks/compare_speed.py [--layers 12 --d-model 256 --vocab 8192 --texts 64 …]
     python benchmarks/compare_speed.py --changed-blocks 5    # as by a late-stage adapter
+    python benchmarks/compare_speed.py --lens-tokens 16 --without by_torch by_numpy whole
 
 Each side runs in its own process on the same two random Llamas and the same token ids; memory
 is the peak resident size above what the process held once both models were loaded.
@@ -27,6 +28,7 @@ SIDES = {
     "by_numpy": "by hand, numpy argsort",
     "whole": "compare_models, both models run whole",
     "hyperlens": "compare_models (with intervals)",
+    "sampled": "compare_models, lens_tokens",
 }
 
 
@@ -71,7 +73,7 @@ def one_side(args):
     """Run one side in this process and print its seconds and megabytes as JSON."""
     torch.set_num_threads(args.threads)
     base, tuned, tokens = models(args)
-    if args.side in ("hyperlens", "whole"):
+    if args.side in ("hyperlens", "whole", "sampled"):
         from hyperlens import compare_models
         from hyperlens.passes import streaming
         from hyperlens.passes.streams import NOTHING_SHARED
@@ -81,7 +83,10 @@ def one_side(args):
 
         # Imports are not part of the work on either side.
         compare_models(base, tuned, tokens[:2, :8], progress=False)
-        run = lambda: compare_models(base, tuned, tokens, progress=False)  # noqa: E731
+        lens_tokens = args.lens_tokens if args.side == "sampled" else None
+        run = lambda: compare_models(  # noqa: E731
+            base, tuned, tokens, lens_tokens=lens_tokens, progress=False
+        )
     else:
         import by_hand
 
@@ -89,10 +94,11 @@ def one_side(args):
         by_hand.compare(base, tuned, tokens[:2, :8], ranks_of)
         run = lambda: by_hand.compare(base, tuned, tokens, ranks_of)  # noqa: E731
     before = peak_bytes(forget=True)
-    start = time.perf_counter()
+    start, busy = time.perf_counter(), time.process_time()
     run()
-    seconds = time.perf_counter() - start
-    print(json.dumps({"seconds": seconds, "megabytes": (peak_bytes() - before) / 2**20}))
+    seconds, busy = time.perf_counter() - start, time.process_time() - busy
+    used = (peak_bytes() - before) / 2**20
+    print(json.dumps({"seconds": seconds, "busy": busy, "megabytes": used}))
 
 
 def main():
@@ -103,13 +109,15 @@ def main():
         ("repeats", 3), ("threads", 2), ("changed-blocks", 0),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--lens-tokens", type=int, help="of each text, for a further side")
     parser.add_argument("--side", choices=list(SIDES))
     parser.add_argument("--without", nargs="*", default=[], help="sides to leave out")
     args = parser.parse_args()
     if args.side:
         one_side(args)
         return
-    runs = {side: [] for side in SIDES if side not in args.without}
+    left_out = [*args.without, *([] if args.lens_tokens else ["sampled"])]
+    runs = {side: [] for side in SIDES if side not in left_out}
     for _ in range(args.repeats):
         # They take turns, so that a change of the machine's mood meets all of them.
         for side in runs:
@@ -129,12 +137,13 @@ def main():
         f"{f'the last {args.changed_blocks}' if args.changed_blocks else 'all'} blocks changed, "
         f"median of {args.repeats}, {processor()}, torch {torch.__version__}"
     )
-    print(f"{'':36}{'seconds':>10}{'peak MB':>10}{'times':>8}{'memory':>8}")
+    print(f"{'':36}{'seconds':>10}{'CPU':>8}{'peak MB':>10}{'times':>8}{'CPU':>8}{'memory':>8}")
     for side, one in measured.items():
         label = SIDES[side]
-        slower, larger = one["seconds"] / ours["seconds"], one["megabytes"] / ours["megabytes"]
+        slower, busier, larger = (one[name] / ours[name] for name in one)
         print(
-            f"{label:36}{one['seconds']:10.1f}{one['megabytes']:10.0f}{slower:7.1f}x{larger:7.1f}x"
+            f"{label:36}{one['seconds']:10.1f}{one['busy']:8.1f}{one['megabytes']:10.0f}"
+            f"{slower:7.1f}x{busier:7.1f}x{larger:7.1f}x"
         )
 
 

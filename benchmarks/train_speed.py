@@ -15,6 +15,12 @@ Seconds of the processor per epoch, which other work on the machine lengthens le
 clock: the median over epochs after the first; the cache is filled before it. Each side runs in a
 process of its own; memory is the peak of what it holds above what it held before the model was
 made. The sides take turns, so that a change of the machine's mood meets all of them.
+
+Beside what was measured stands what multiplications alone would make of it: those that the side
+needs, in GFLOP, and as a ratio. Whoever trains these blocks exactly, with adapters beside them and
+every token's softmax over the vocabulary, needs at least those of hyperfit with its cache. What
+they take at the fastest product of matrices that this machine shows bounds how much faster than a
+side anything exact can be.
 """
 
 from __future__ import annotations
@@ -42,6 +48,7 @@ from hyperlens.training import hyperfit
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 BATCH = 8
+RANK = 16
 OURS = "hyperfit late_lora"
 
 
@@ -77,7 +84,7 @@ class Clock(TrainerCallback):
 def plain_peft(args, tokens, blocks):
     """What the documentation of peft and transformers shows."""
     config = LoraConfig(
-        r=16,
+        r=RANK,
         lora_alpha=32,
         target_modules=TARGETS,
         layers_to_transform=blocks,
@@ -147,7 +154,7 @@ def suffix_alone(args, tokens):
             model(tokens[start : start + BATCH], use_cache=False)
         handle.remove()
     hidden = torch.cat(hidden)
-    config = LoraConfig(r=16, lora_alpha=32, target_modules=TARGETS, task_type="CAUSAL_LM")
+    config = LoraConfig(r=RANK, lora_alpha=32, target_modules=TARGETS, task_type="CAUSAL_LM")
     core.layers = core.layers[first:]
     get_peft_model(model, config)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-4)
@@ -170,6 +177,46 @@ def suffix_alone(args, tokens):
             optimizer.step()
         seconds.append(time.process_time() - begun)
     return seconds
+
+
+def multiplications(args, vocab, run, trained):
+    """FLOP of an epoch whose forward passes run the last `run` blocks and train the last `trained`.
+
+    Of each token: a block's seven projections hold 12 d_model² weights, attention reads half of the
+    text on average, and adapters of rank r on all projections read and write 19 d_model r numbers.
+    Backward, weights that are frozen pass their input's gradient on, which the first trained block
+    owes to nobody but its output projections and MLP. The unembedding is as in the forward pass.
+    """
+    d = args.d_model
+    attention = 2 * args.length * d
+    adapters = 2 * 19 * d * RANK
+    forward = run * (24 * d**2 + attention) + trained * adapters
+    backward = trained * (24 * d**2 + 2 * attention + 2 * adapters) - 3 * 2 * d**2
+    head = 2 * 2 * d * vocab * (args.length - 1) / args.length
+    return args.sequences * args.length * (forward + backward + head)
+
+
+def flop_of(args, vocab, side):
+    """What `multiplications` are needed by a side."""
+    whole, some = args.layers, args.last_k
+    run, trained = {
+        "full LoRA": (whole, whole),
+        "late-stage LoRA": (whole, some),
+        "hyperfit, no cache": (whole, some),
+    }.get(side, (some, some))
+    return multiplications(args, vocab, run, trained)
+
+
+def fastest_product(threads):
+    """FLOP in a second of the processor, of the fastest of twenty products of large matrices."""
+    torch.set_num_threads(threads)
+    a, b = torch.randn(2, 1024, 1024).unbind()
+    seconds = []
+    for _ in range(20):
+        begun = time.process_time()
+        a @ b
+        seconds.append(time.process_time() - begun)
+    return 2 * 1024**3 / min(seconds)
 
 
 def late(args):
@@ -217,11 +264,23 @@ def compare(args, vocab):
         side: statistics.median(value for run in done for value in run["seconds"])
         for side, done in runs.items()
     }
-    print(f"vocabulary {vocab:<23,}{'s / epoch':>10}{'times':>8}{'MiB':>9}")
+    least = multiplications(args, vocab, args.last_k, args.last_k)
+    speed = fastest_product(args.threads)
+    print(
+        f"vocabulary {vocab:<23,}{'s / epoch':>10}{'times':>8}{'MiB':>9}{'GFLOP':>9}{'times':>8}"
+        f"{'at most':>9}"
+    )
     for side, done in runs.items():
         times = seconds[side] / seconds[OURS]
         mib = statistics.median(run["mib"] for run in done)
-        print(f"{side:34}{seconds[side]:10.2f}{times:7.2f}x{mib:9,.0f}", flush=True)
+        flop = flop_of(args, vocab, side)
+        bound = seconds[side] * speed / least
+        print(
+            f"{side:34}{seconds[side]:10.2f}{times:7.2f}x{mib:9,.0f}{flop / 1e9:9.1f}"
+            f"{flop / least:7.2f}x{bound:8.2f}x",
+            flush=True,
+        )
+    print(f"(at most: against {least / speed:.2f} s, multiplications at {speed / 1e9:.0f} GFLOP/s)")
 
 
 def vocabularies(text):

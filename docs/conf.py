@@ -11,6 +11,7 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphin
 html_theme = "furo"
 html_title = "hyperlens"
 exclude_patterns = ["build"]
+html_extra_path = ["llms.txt"]
 
 # Signatures keep their shapes as they are written: Float[Tensor, "batch pos d_model"].
 autodoc_typehints = "signature"

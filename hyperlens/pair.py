@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -23,11 +23,18 @@ from .errors import CorpusError, LoadingError, PairError
 from .hooks.loading import LoadedModel, check_backend, hook, parse_device, parse_dtype
 from .models.kinds import Backend, backend_of, is_peft, plain_model, text_config
 from .models.sources import OpenedModel, open_source, same_source
+from .models.vocabulary import mass_outside, n_rows, n_shared, narrowed
 from .models.weight_sharing import converted
+from .offloading import device_of
+from .render.format import PERCENT, count
 from .results.fingerprint import Known, versions
 
 # The two tokenizers are compared on this many texts.
 COMPARED_TEXTS = 64
+# Of vocabularies that differ, so large a part has to be the same.
+MIN_SHARED = 0.5
+# On so many texts the probability of the other tokens is measured.
+WEIGHED_TEXTS = 8
 # Longer than any text.
 WHOLE = 2**31
 
@@ -43,12 +50,14 @@ class Pair:
         base, tuned: the two models; `.hooked` is the hooked one, `.model` the Hugging Face one.
         notes: what a reader of any result should know about how they were opened.
         digests: of the base's tensors, as far as they have been hashed.
+        whole: by side, the models that have tokens beyond those that both have, with all of them.
     """
 
     base: LoadedModel
     tuned: LoadedModel
     notes: tuple[str, ...] = ()
     digests: Known = field(default_factory=dict, compare=False)
+    whole: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     def __repr__(self) -> str:
         cfg = self.base.hooked.cfg
@@ -59,6 +68,11 @@ class Pair:
     def tokenizer(self) -> Any:
         """The tokenizer that texts are read with: the base's, else the tuned model's, else None."""
         return self.base.tokenizer or self.tuned.tokenizer
+
+    @property
+    def unpadded(self) -> bool:
+        """Whether texts have to be read without pads; a note says why."""
+        return self.base.unpadded or self.tuned.unpadded
 
     def describe(self) -> dict[str, Any]:
         """Sizes, names, hashes of the weights and library versions, as JSON values.
@@ -132,13 +146,29 @@ class Pair:
             max_length=max_length,
             context_length=getattr(cfg, "n_ctx", None) or None,
             d_vocab=cfg.d_vocab,
+            is_shared=bool(self.whole),
             include_bos=include_bos,
             bos_id=bos if isinstance(bos, int) else None,
-            unpadded=self.base.unpadded or self.tuned.unpadded,
+            unpadded=self.unpadded,
             template=template,
             reading=reading,
         )
-        return replace(corpus, notes=(*corpus.notes, *notes))
+        return replace(corpus, notes=(*corpus.notes, *notes, *self._outside(corpus)))
+
+    def _outside(self, corpus: Corpus) -> Iterator[str]:
+        """How much probability is on tokens that only one of the models has."""
+        n = self.base.hooked.cfg.d_vocab
+        for side, model in self.whole.items():
+            device = next(model.parameters()).device
+            texts = [
+                torch.as_tensor(ids, device=device) for ids in corpus.sequences[:WEIGHED_TEXTS]
+            ]
+            mass = torch.cat([mass_outside(model, ids, n) for ids in texts]).mean()
+            yield (
+                f"the {side} model gives {PERCENT(float(mass))} of its probability to tokens that "
+                f"the other model does not have, mean over {count(len(texts), 'text')}; they are "
+                "left out"
+            )
 
 
 @check_types
@@ -211,7 +241,10 @@ def open_pairs(
         if is_cast:
             loaded, digests = None, {}
         pair = _hooked(opened, second, backend, loaded, digests)
-        opened, loaded = None if is_cast else opened, pair.base
+        if is_cast:
+            opened = None
+        elif "base" not in pair.whole:  # a part of its vocabulary is another base, too
+            loaded = pair.base
         del second
         yield pair
         del pair
@@ -242,10 +275,22 @@ def _hooked(
         )
     # A hooked model given on one side decides how the other is hooked.
     chosen = next((kind for kind in kinds if kind is not None), backend)
+    whole: dict[str, Any] = {}
+    if not kinds:
+        sides = {"base": first, "tuned": second}
+        (first, second), shared = _on_shared_vocabulary(first, second)
+        notes += shared
+        whole = {
+            side: one.model
+            for (side, one), now in zip(sides.items(), (first, second), strict=True)
+            if one is not now
+        }
+    if "base" in whole:
+        loaded, digests = None, {}
     if loaded is None or loaded.backend != chosen:
         loaded = hook(first, chosen)
     hooked = loaded, hook(second, chosen)
-    pair = Pair(*hooked, hooked[0].notes + hooked[1].notes + notes, digests)
+    pair = Pair(*hooked, hooked[0].notes + hooked[1].notes + notes, digests, whole)
     _check_sizes(pair)
     return pair
 
@@ -427,14 +472,34 @@ def _aligned(
     return first, second, tuple(notes)
 
 
+def _on_shared_vocabulary(
+    first: OpenedModel, second: OpenedModel
+) -> tuple[tuple[OpenedModel, OpenedModel], tuple[str, ...]]:
+    """Leave out the rows of the vocabulary that only one of the models has."""
+    rows = n_rows(first.model), n_rows(second.model)
+    if rows[0] == rows[1]:
+        return (first, second), ()
+    n = n_shared(rows, (first.tokenizer, second.tokenizer))
+    if n < MIN_SHARED * min(rows):
+        raise PairError(
+            f"the models have {rows[0]} and {rows[1]} tokens, of which only the first {n} are the "
+            "same: compare models that share a tokenizer"
+        )
+    first, second = (
+        replace(one, model=narrowed(one.model, n)) if own != n else one
+        for one, own in zip((first, second), rows, strict=True)
+    )
+    note = f"the vocabularies differ (base {rows[0]}, tuned {rows[1]}): both are read on {n} tokens"
+    return (first, second), (note,)
+
+
 def _dtype(opened: OpenedModel) -> torch.dtype:
     dtype: torch.dtype = next(p.dtype for p in opened.model.parameters() if p.is_floating_point())
     return dtype
 
 
 def _device(opened: OpenedModel) -> torch.device:
-    device: torch.device = next(opened.model.parameters()).device
-    return device
+    return device_of(opened.model)
 
 
 def _check_sizes(pair: Pair) -> None:
@@ -444,7 +509,7 @@ def _check_sizes(pair: Pair) -> None:
         ("width", "compare models of one size", base.d_model, tuned.d_model),
         (
             "vocabulary",
-            "if tokens were added, resize the base with resize_token_embeddings too",
+            "of hooked models only those of one vocabulary can be compared",
             base.d_vocab,
             tuned.d_vocab,
         ),
@@ -476,12 +541,17 @@ def _chat_template(pair: Pair, choice: str | None) -> tuple[ChatTemplate, tuple[
         if loaded.tokenizer is not None
     }
     own = {side: text for side, reader in readers.items() if (text := template_text(reader))}
+    reader = next(iter(readers.values()), None)
     if choice in OWN:
-        check_template(readers.get(choice), own.get(choice))
+        check_template(readers.get(choice, reader), own.get(choice), f"the {choice} model's")
         note = f"conversations are written by the chat template of the {choice} model"
         return ChatTemplate(readers[choice], own[choice], choice), (note,)
-    reader = next(iter(readers.values()), None)
     if choice is not None:
+        if not choice.strip():
+            raise CorpusError(
+                "the chat template that was given is empty: give the text of one, or leave "
+                "chat_template out"
+            )
         check_template(reader, choice)
         note = "conversations are written by a chat template that was given"
         return ChatTemplate(reader, choice, "given"), (note,)
@@ -491,7 +561,7 @@ def _chat_template(pair: Pair, choice: str | None) -> tuple[ChatTemplate, tuple[
             'chat_template="tuned" or "base", or give one'
         )
     side = next(iter(own), "tuned")
-    check_template(readers.get(side, reader), own.get(side))
+    check_template(readers.get(side, reader), own.get(side), "the models'")
     if len(own) == 2:
         note = "conversations are written by the chat template that both models have"
         return ChatTemplate(readers[side], own[side], "both"), (note,)

@@ -7,15 +7,18 @@ in environment variables. Only the first process writes files.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .errors import HyperlensError, PairError, ResourceError
 
 if TYPE_CHECKING:
     import torch
+
+T = TypeVar("T")
+Found = TypeVar("Found")
 
 
 def count() -> int:
@@ -70,6 +73,17 @@ def join(device: torch.device) -> None:
         PartialState(cpu=device.type == "cpu")
 
 
+def sharded_by() -> str | None:
+    """What `accelerate launch` was told to divide the model's weights by; None for whole models."""
+    for name, variable in (
+        ("FSDP", "ACCELERATE_USE_FSDP"),
+        ("DeepSpeed", "ACCELERATE_USE_DEEPSPEED"),
+    ):
+        if count() > 1 and os.environ.get(variable, "false").lower() == "true":
+            return name
+    return None
+
+
 def wait() -> None:
     """Wait until every process has come here."""
     if count() > 1:
@@ -121,6 +135,8 @@ def from_first_here(value: Any) -> Any:
 
 # Whether the processes divide the work of measuring, rather than each doing all of it.
 _sharing: ContextVar[bool] = ContextVar("sharing work", default=False)
+# Whether all of them are at the same step, with the same sums, and so can divide that one too.
+_in_step: ContextVar[bool] = ContextVar("in step", default=False)
 
 
 class FailedElsewhere(ResourceError):
@@ -213,6 +229,30 @@ def sharing_here() -> int:
 def share() -> tuple[int, int]:
     """Which of how many shares of the work is this process's: (0, 1) is all of it."""
     return (number(), count()) if sharing() else (0, 1)
+
+
+@contextmanager
+def in_step() -> Iterator[None]:
+    """Where all processes make the same calls on the same numbers: `divided` shares them there."""
+    token = _in_step.set(True)
+    try:
+        yield
+    finally:
+        _in_step.reset(token)
+
+
+def divided(function: Callable[[T], Found], items: Sequence[T]) -> list[Found]:
+    """What a function returns for each item; `in_step`, each process calls it for its share.
+
+    Args:
+        function: returns the same in every process.
+        items: the same in every process.
+    """
+    if not (sharing() and _in_step.get()):
+        return [function(item) for item in items]
+    first, step = share()
+    shares = from_all([function(item) for item in items[first::step]])
+    return [shares[i % step][i // step] for i in range(len(items))]
 
 
 def is_heard() -> bool:

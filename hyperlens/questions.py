@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 from .checks import check_types
 from .errors import ResultsError
-from .training.history import RUN_FILE, free_name
+from .training.history import free_name
+from .training.recipes import RUN_FILE
 
 
 class Question(NamedTuple):
@@ -55,6 +56,7 @@ QUESTIONS = (
         "find_first_divergence",
         "FirstDivergenceResult",
     ),
+    Question("attribute", "experiments.attribution", "attribute", "AttributionResult"),
     Question("temperature", "experiments.temperature", "match_temperature", "TemperatureResult"),
     Question("static_bias", "experiments.static_bias", "inject_static_bias", "StaticBiasResult"),
     Question("decoding", "experiments.decoding", "compare_decoding", "DecodingResult"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -16,7 +17,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from ..errors import ProbeError
-from ..passes.logits_reader import LogitChunk, read_logits
+from ..passes.logits_reader import LogitChunk, read_logits, reads_sample
 from ..passes.streams import (
     StreamPair,
     StreamSpec,
@@ -164,6 +165,7 @@ class TokenMeans(Probe):
             "yn": each,
             "n": (n_layers,),
             "nn": (n_layers,),
+            "read": (n_layers,),
             "sequences": (n_layers,),
             "sampled_y": (*each, spec.n_sampled_sequences),
             "sampled_n": (n_layers, spec.n_sampled_sequences),
@@ -175,7 +177,14 @@ class TokenMeans(Probe):
         layer: int,
         measured: Mapping[View, Mapping[str, Float[Tensor, " n"]]],
     ) -> None:
-        """Add one batch's numbers of one layer, one per counted token for each metric and view."""
+        """Add one batch's numbers of one layer, for each metric and view.
+
+        Args:
+            pair: the batch.
+            layer: 0 to L.
+            measured: one number per counted token, or per token that is read where a probe of
+                logits reads a sample of them.
+        """
         sums, i = self.sums, self.spec.resolve_layers(self.layers).index(layer)
         n = pair.mask(layer, self.token_set).sum(-1).to(self.spec.device, torch.float64)
         sums["n"][i] += n.sum()
@@ -189,11 +198,18 @@ class TokenMeans(Probe):
         sums["sampled_n"][i].index_add_(0, slot, n[sampled])
         for j, view in enumerate(self.views):
             for k, metric in enumerate(self.metrics):
-                y = pair.per_sequence(measured[view][metric], layer, self.token_set)
+                y = self.per_sequence(pair, measured[view][metric], layer)
                 sums["y"][k, i, j] += y.sum()
                 sums["yy"][k, i, j] += y.square().sum()
                 sums["yn"][k, i, j] += (y * n).sum()
                 sums["sampled_y"][k, i, j].index_add_(0, slot, y[sampled])
+        sums["read"][i] += measured[self.views[0]][self.metrics[0]].numel()
+
+    def per_sequence(
+        self, pair: StreamPair, values: Float[Tensor, " n"], layer: int
+    ) -> Float[Tensor, " batch"]:
+        """Each sequence's sum over its counted tokens, float64."""
+        return pair.per_sequence(values, layer, self.token_set)
 
     def compute(self) -> ProbeResult:
         """One row per metric, layer and view."""
@@ -218,7 +234,8 @@ class TokenMeans(Probe):
                     low, high = self.bounds.get(metric, (-math.inf, math.inf))
                     # NaN, the absence of an interval, must survive the bounds.
                     ends = (max(ends[0], low), min(ends[1], high))
-                    rows.append(Row(self.name, metric, layer, view, value, *ends, int(s["n"][i])))
+                    n_read = int(s["read"][i])
+                    rows.append(Row(self.name, metric, layer, view, value, *ends, n_read))
         return rows
 
     def _ends(
@@ -256,11 +273,14 @@ class LogitProbe(TokenMeans):
 
     Attributes:
         overwrites: whether `read` changes the logits it is given, which saves memory.
+        samples: whether a comparison's `lens_tokens` is of this probe: below the output it is shown
+            some tokens of each text, and its sums stand for all of them.
     """
 
     views: ClassVar[tuple[View, ...]] = ("final_norm",)
     token_set: TokenSet = "decisions"
     overwrites: bool = False
+    samples: bool = False
 
     def __init__(
         self, layers: Sequence[int] | None = None, token_set: TokenSet | None = None
@@ -280,6 +300,15 @@ class LogitProbe(TokenMeans):
         """Add the metrics that `read` returned, now of all the batch's tokens, to the sums."""
         means = {metric: numbers[metric] for metric in self.metrics}
         self.add(pair, layer, dict.fromkeys(self.views, means))
+
+    def per_sequence(
+        self, pair: StreamPair, values: Float[Tensor, " n"], layer: int
+    ) -> Float[Tensor, " batch"]:
+        """Each sequence's sum over its decisions, as far as the sample tells where there is one."""
+        if not reads_sample(pair, self, layer):
+            return super().per_sequence(pair, values, layer)
+        read = replace(pair, chosen=pair.lens)
+        return read.per_sequence(values, layer, self.token_set) * pair.lens_scale()
 
     def logit_layers(self) -> tuple[int, ...]:
         """The layers whose logits are read."""

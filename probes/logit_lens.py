@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from ..passes.logits_reader import LogitChunk
+from ..passes.logits_reader import LogitChunk, reads_sample
 from ..passes.streams import StreamPair, StreamSpec
 from ..results.rows import ProbeResult, Row
 from ..statistics import distances
@@ -42,6 +43,7 @@ class LogitLens(LogitProbe):
     name = "logit_lens"
     metrics = LENS_METRICS
     overwrites = True
+    samples = True
     bounds = LENS_BOUNDS
 
     def sum_shapes(self, spec: StreamSpec) -> dict[str, tuple[int, ...]]:
@@ -68,15 +70,23 @@ class LogitLens(LogitProbe):
 
     def _count_ranks(self, pair: StreamPair, layer: int, rank: Int[Tensor, " n"]) -> None:
         i = self.spec.resolve_layers(self.layers).index(layer)
-        counts = torch.bincount(rank - 1, minlength=self.spec.d_vocab)
-        self.sums["rank_counts"][i] += counts
+        sampled = reads_sample(pair, self, layer)
+        read = replace(pair, chosen=pair.lens) if sampled else pair
         edges = torch.tensor(rank_edges(self.spec.d_vocab), device=rank.device)
-        sequence = pair.index(layer, self.token_set).to(rank.device) // pair.tokens.shape[1]
+        sequence = read.index(layer, self.token_set).to(rank.device) // pair.tokens.shape[1]
+        # Texts of one length are scaled alike, and counts are added up in a fixed order.
+        scale = pair.lens_scale() if sampled else None
+        for one in [1.0] if scale is None else sorted({*scale.tolist()}):
+            of_these = rank if scale is None else rank[scale[sequence] == one]
+            counts = torch.bincount(of_these - 1, minlength=self.spec.d_vocab)
+            self.sums["rank_counts"][i].add_(counts.double(), alpha=one)
         bins = len(edges) + 1  # the last one for ranks above every edge
         place = sequence * bins + torch.bucketize(rank, edges)
         found = torch.bincount(place, minlength=pair.n_sequences * bins).view(-1, bins)
         below = found[:, :-1].cumsum(-1).double()
-        n = found.sum(-1, keepdim=True)
+        n = found.sum(-1, keepdim=True).double()
+        if scale is not None:
+            below, n = below * scale[:, None], n * scale[:, None]
         self.sums["below_yy"][i] += below.square().sum(0)
         self.sums["below_yn"][i] += (below * n).sum(0)
         if self.spec.grouped:
@@ -90,7 +100,7 @@ class LogitLens(LogitProbe):
         return ProbeResult((*self._rows(), *medians))
 
     def _median_row(self, i: int, layer: int) -> Row:
-        of_means = ("n", "nn", "sequences", "sampled_n")
+        of_means = ("n", "nn", "read", "sequences", "sampled_n")
         names = ("rank_counts", "below_yy", "below_yn", "below", *of_means)
         s = {name: self.sums[name][i].cpu() for name in names}
         edges = torch.tensor(rank_edges(self.spec.d_vocab))
@@ -107,7 +117,7 @@ class LogitLens(LogitProbe):
         if 0 < below < 1:  # scaled from the spread of that share to that of one half
             width *= 0.5 / math.sqrt(below * (1 - below))
         ends = quantile_interval(s["rank_counts"], width)
-        return Row(self.name, "median_base_rank", layer, "final_norm", *ends, int(s["n"]))
+        return Row(self.name, "median_base_rank", layer, "final_norm", *ends, int(s["read"]))
 
 
 def read_lenses(chunk: LogitChunk) -> dict[str, Shaped[Tensor, " chunk"]]:

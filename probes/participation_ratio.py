@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from .. import processes
 from ..errors import ProbeError
 from ..passes.streaming import MAX_SAMPLED_SEQUENCES
 from ..passes.streams import (
@@ -25,7 +26,7 @@ from ..passes.streams import (
     checked_token_set,
     checked_views,
 )
-from ..results.rows import ProbeResult, Row
+from ..results.rows import ProbeResult, Row, joined
 from ..statistics.moments import Moments, corrected_traces, moments_of, naive_traces
 from ..statistics.ratios import (
     Ratio,
@@ -313,34 +314,42 @@ class ParticipationRatio(Probe):
         return Moments(n=s["excluded_n"][c, i], **sums)
 
     def compute(self) -> ProbeResult:
-        """Nine rows per layer and view, and six where what is left out is counted in."""
-        return ProbeResult(tuple(self._rows()))
+        """Nine rows per layer and view, and six where what is left out is counted in.
 
-    def _rows(self) -> Iterator[Row]:
+        Their intervals take time: where a comparison is shared among processes, so are they.
+        """
+        layers = self.spec.resolve_layers(self.layers)
+        return joined(processes.divided(self.compute_layer, layers))
+
+    def compute_layer(self, layer: int) -> ProbeResult:
+        """What `compute` returns of one layer."""
+        return ProbeResult(tuple(self._rows(layer)))
+
+    def _rows(self, layer: int) -> Iterator[Row]:
         none = (math.nan, math.nan)
-        for i, layer in enumerate(self.spec.resolve_layers(self.layers)):
-            n = int(self.sums["n"][i])
-            for j, view in enumerate(self.views):
-                # One set at a time: the squares of all moments would double the memory.
-                moments = [self._moments_at(k, i, j) for k in range(2)]
-                plain = {
-                    "_row": [float(corrected_traces(m).ratio) for m in moments],
-                    "_naive": [float(naive_traces(m).ratio) for m in moments],
-                }
-                measured = self.measured(layer, view)
-                if measured is None:
-                    pairs = {"": plain["_row"]}
-                else:
-                    pairs = {"": [one.value for one in measured]}
-                for suffix, (base, tuned) in (pairs | plain).items():
-                    numbers = {"base": base, "tuned": tuned, "delta": tuned - base}
-                    for metric, value in numbers.items():
-                        ends = none
-                        if measured is not None and not suffix:
-                            ends = self._ends(measured, metric)
-                        yield Row(self.name, metric + suffix, layer, view, value, *ends, n)
-                if self.with_excluded and (i, j) in self._places(self.spec):
-                    yield from self._rows_with_excluded(i, j)
+        i = self.spec.resolve_layers(self.layers).index(layer)
+        n = int(self.sums["n"][i])
+        for j, view in enumerate(self.views):
+            # One set at a time: the squares of all moments would double the memory.
+            moments = [self._moments_at(k, i, j) for k in range(2)]
+            plain = {
+                "_row": [float(corrected_traces(m).ratio) for m in moments],
+                "_naive": [float(naive_traces(m).ratio) for m in moments],
+            }
+            measured = self.measured(layer, view)
+            if measured is None:
+                pairs = {"": plain["_row"]}
+            else:
+                pairs = {"": [one.value for one in measured]}
+            for suffix, (base, tuned) in (pairs | plain).items():
+                numbers = {"base": base, "tuned": tuned, "delta": tuned - base}
+                for metric, value in numbers.items():
+                    ends = none
+                    if measured is not None and not suffix:
+                        ends = self._ends(measured, metric)
+                    yield Row(self.name, metric + suffix, layer, view, value, *ends, n)
+            if self.with_excluded and (i, j) in self._places(self.spec):
+                yield from self._rows_with_excluded(i, j)
 
     def _rows_with_excluded(self, i: int, j: int) -> Iterator[Row]:
         none = (math.nan, math.nan)

@@ -5,14 +5,16 @@
 
 import signal
 import sys
+import tempfile
 from collections import Counter
 
+import peft
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from hyperlens import HyperlensError, load_hooked
+from hyperlens import HyperlensError, load_hooked, open_pair
 from hyperlens.hooks import surface
 
 KINDS = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
@@ -73,7 +75,15 @@ OWN = {
     "zaya": {"num_experts_per_tok": 1},
 }
 MOST_PARAMETERS = 2 * 10**7
-SECONDS = 120
+SECONDS = 240
+
+# Of the page: dtype, and in which form a model is given.
+COLUMNS = {
+    "float32": (torch.float32, "object"),
+    "bfloat16": (torch.bfloat16, "object"),
+    "folder": (torch.float32, "folder"),
+    "adapter": (torch.float32, "adapter"),
+}
 
 
 def tiny_config(kind: str) -> PretrainedConfig:
@@ -118,22 +128,44 @@ def make(kind: str, dtype: torch.dtype = torch.float32):
     return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
-def outcome(kind: str, dtype: torch.dtype = torch.float32) -> tuple[str, str]:
-    """What becomes of a model of this kind: "right", "refused", "wrong" or "not tried", and why."""
-    try:
-        model = make(kind, dtype)
-        tokens, mask = torch.randint(3, 50, (2, 9)), torch.ones(2, 9, dtype=torch.int64)
-        expected = plainly_read(model, tokens, mask)
-    except Exception as error:
-        return "not tried", f"{type(error).__name__}: {first(error)}"
-    try:
-        hooked = load_hooked(model, backend="residual")
-    except HyperlensError as error:
-        return "refused", first(error)
+def outcome(kind: str, dtype: torch.dtype = torch.float32, form: str = "object") -> tuple[str, str]:
+    """What becomes of a model of this kind: "right", "refused", "wrong" or "not tried", and why.
+
+    Its form is the object itself, a folder that transformers saved, or the folder of a LoRA adapter
+    that peft saved, which is put on the object.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            model = make(kind, dtype)
+            plain = adapted(model) if form == "adapter" else model
+            if form != "object":
+                plain.save_pretrained(folder)
+            tokens, mask = torch.randint(3, 50, (2, 9)), torch.ones(2, 9, dtype=torch.int64)
+            expected = plainly_read(plain, tokens, mask)
+        except Exception as error:
+            return "not tried", f"{type(error).__name__}: {first(error)}"
+        try:
+            if form == "adapter":  # peft has changed the other one's modules
+                hooked = open_pair(make(kind, dtype), folder).tuned.hooked
+            else:
+                hooked = load_hooked(model if form == "object" else folder, backend="residual")
+        except HyperlensError as error:
+            return "refused", first(error).replace(folder, "FOLDER")
+    return compared(hooked, expected, tokens, mask, 1e-4 if dtype == torch.float32 else 0.02)
+
+
+def adapted(model):
+    """LoRA with numbers of its own on all linear layers."""
+    torch.manual_seed(1)
+    config = peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    return peft.get_peft_model(model, config).eval()
+
+
+def compared(hooked, expected, tokens, mask, allowed: float) -> tuple[str, str]:
+    """Whether a hooked model reads what plain hooks have read."""
     with torch.no_grad():
         stream = surface.run_residuals(hooked, tokens, mask)
         logits = surface.float_logits(hooked, surface.final_norm(hooked, stream[-1].flatten(0, 1)))
-    allowed = 1e-4 if dtype == torch.float32 else 0.02
     candidates, own = expected
     if far(logits.view(own.shape), own) > allowed:
         return "wrong", f"logits differ by {far(logits.view(own.shape), own):.1e}"
@@ -191,19 +223,19 @@ def table() -> None:
     for kind in KINDS:
         signal.alarm(SECONDS)
         try:
-            found = [outcome(kind, dtype) for dtype in (torch.float32, torch.bfloat16)]
+            found = [outcome(kind, *column) for column in COLUMNS.values()]
         except TimeoutError as error:
-            found = [("not tried", str(error))] * 2
+            found = [("not tried", str(error))] * len(COLUMNS)
         signal.alarm(0)
         rows.append((kind, *found))
         print(kind, *found, file=sys.stderr)
-    for which, i in (("float32", 1), ("bfloat16", 2)):
+    for i, which in enumerate(COLUMNS, 1):
         counts = Counter(row[i][0] for row in rows)
         print(f"{which}: " + ", ".join(f"{n} {status}" for status, n in counts.most_common()))
-    print("\n| `model_type` | float32 | bfloat16 | why |\n|---|---|---|---|")
-    for kind, (status, why), (other, why_other) in rows:
-        reason = (why or why_other).replace("|", "\\|")
-        print(f"| `{kind}` | {status} | {other} | {reason} |")
+    print(f"\n| `model_type` | {' | '.join(COLUMNS)} | why |\n|{'---|' * (len(COLUMNS) + 2)}")
+    for kind, *found in rows:
+        reason = next((why for _, why in found if why), "").replace("|", "\\|")
+        print(f"| `{kind}` | {' | '.join(status for status, _ in found)} | {reason} |")
 
 
 if __name__ == "__main__":

@@ -167,6 +167,9 @@ def special() -> dict[tuple[str, str], Any]:
     hooked = load_hooked(base, backend="residual")
     two = [{"context": "a", "a": "b", "b": "c"}, {"context": "a", "a": "c", "b": "d"}]
     return {
+        ("attribute", "by"): "heads",
+        ("attribute", "n_verified"): 1,
+        ("attribute", "n_controls"): 2,
         ("compare_domains", "pairs"): pair,
         ("compare_domains", "corpora"): {"one": texts, "two": texts[::-1]},
         ("compare_domains", "out"): None,

@@ -267,12 +267,8 @@ def test_what_is_no_model(unchecked, base, source: object) -> None:
     [
         ({"num_hidden_layers": 2}, "depth: base 3, tuned 2; compare models with the same blocks"),
         ({"hidden_size": 16, "head_dim": 8}, "width: base 32, tuned 16; compare models of one"),
-        (
-            {"vocab_size": 67},
-            "vocabulary: base 61, tuned 67; if tokens were added, resize the base",
-        ),
     ],
-    ids=["depth", "width", "vocabulary"],
+    ids=["depth", "width"],
 )
 def test_different_sizes(base, changes: dict[str, int], expected: str) -> None:
     refused(PairError, comparing(base, make_tiny("llama", **changes)), expected)
@@ -600,6 +596,9 @@ def test_logits_that_overflow_are_not_hidden(base, tuned) -> None:
         ({"sink_threshold": float("nan")}, CorpusError, "sink_threshold"),
         ({"sink_threshold": "10"}, ArgumentError, "sink_threshold must be a number, got"),
         ({"sink_threshold": None}, ArgumentError, "sink_threshold must be a number, got"),
+        ({"lens_tokens": 0}, ProbeError, "lens_tokens must be a number of tokens of each text"),
+        ({"lens_tokens": 1.5}, ProbeError, "or a share of them, such as 0.1, got 1.5"),
+        ({"lens_tokens": True}, ArgumentError, "lens_tokens must be"),
         ({"seed": -1}, CorpusError, "seed must be a whole number from 0 to"),
         ({"seed": 1.5}, ArgumentError, "seed must be a whole number"),
         ({"seed": None}, ArgumentError, "seed must be a whole number"),

@@ -1,11 +1,16 @@
 """Blocks: the same numbers in terminal, notebook and page, and several results on one page."""
 
+import json
 import math
+import re
 from collections.abc import Sequence
 from html import unescape
+from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
+from hyperlens.errors import ResultsError
 from hyperlens.render import charts
 from hyperlens.render.blocks import (
     Axis,
@@ -25,6 +30,7 @@ from hyperlens.render.blocks import (
 )
 from hyperlens.render.html import to_html
 from hyperlens.render.terminal import to_text
+from hyperlens.render.tokens import token_view
 
 LAYER, VALUE = Axis("layer", "layer"), Axis("value", "dimensions", "zero")
 
@@ -177,3 +183,49 @@ def test_texts_and_verdicts_say_whose_they_are() -> None:
         Text("pair 0: m"),
         Text("pair 1: n"),
     ]
+
+
+def test_a_pointer_that_rests_on_a_mark_is_told_its_values() -> None:
+    drawn = charts.svg(charts.draw(lines("<b>tuned</b>")))
+    titles = [unescape(title) for title in re.findall(r"<title>(.*?)</title></path>", drawn)]
+    assert len(titles) == 6  # of points; neither of lines nor of bands
+    assert sum("of: <b>tuned</b>" in title for title in titles) == 3
+    assert any("layer: 2; dimensions: 2" in t and "95% from: 1; to: 9" in t for t in titles)
+    ElementTree.fromstring(drawn)
+
+
+class TestTokens:
+    """Texts with ranks, as circuitsvis shows them."""
+
+    def test_what_circuitsvis_draws(self, tmp_path: Path) -> None:
+        nasty = "</script><script>alert(1)</script>"
+        blocks = [
+            Samples("x", [Sample("judged", "without ranks")]),
+            Details(
+                "more", [Samples("<once>", [Sample("base", " upon", [" upon", nasty], [1, 100])])]
+            ),
+        ]
+        view = token_view(blocks)
+        assert "&lt;once&gt;" in view.html
+        assert view._repr_html_() == view.html
+        props = re.search(
+            r"CircuitsVis.ColoredTokensMulti,\s*(\{.*?\})\s*\)\s*</script>", view.html
+        )
+        assert props is not None
+        drawn = json.loads(props[1])
+        assert [unescape(token) for token in drawn["tokens"]] == [" upon", nasty]
+        assert drawn["values"] == [[0, 1], [2, 100]]
+        assert view.html.count("</script>") == 1  # ours
+        assert "unpkg.com" not in view.html
+        page = view.save(tmp_path / "tokens.html").read_text(encoding="utf-8")
+        assert page.endswith(view.html)
+
+    def test_which_example(self) -> None:
+        blocks = [Samples(str(i), [Sample("base", "a", ["a"], [1])]) for i in range(2)]
+        assert token_view(blocks, 1).prompt == "1"
+        with pytest.raises(ResultsError, match=r"2 examples.*give example=0 to 1"):
+            token_view(blocks, 2)
+        with pytest.raises(ResultsError, match=r"no examples.*measure_behaviour"):
+            token_view([])
+        with pytest.raises(ResultsError, match="example"):
+            token_view(blocks, -1)

@@ -84,7 +84,14 @@ def chromium() -> Iterator[Any]:
 class Opened:
     """A page, and all that it has said, asked for and fetched."""
 
-    def __init__(self, chromium: Any, file: Path, width: int = 1280, scheme: str = "light") -> None:
+    def __init__(
+        self,
+        chromium: Any,
+        file: Path,
+        width: int = 1280,
+        scheme: str = "light",
+        drawn: str = "html[data-drawn]",
+    ) -> None:
         self.page = chromium.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
         self.complaints: list[str] = []
         self.requests: list[str] = []
@@ -94,7 +101,7 @@ class Opened:
         self.page.on("request", lambda request: self.requests.append(request.url))
         self.page.on("dialog", self._asked)
         self.page.goto(file.as_uri())
-        self.page.wait_for_selector("html[data-drawn]")
+        self.page.wait_for_selector(drawn)
 
     def _said(self, message: Any) -> None:
         if message.type in ("error", "warning"):
@@ -207,6 +214,16 @@ def test_markup_in_names_texts_and_tokens_shows_as_text(chromium: Any, page_file
     assert NASTY in page.locator(".texts p").nth(1).inner_text()
     assert opened.dialogs == []
     page.close()
+
+
+def test_tokens_in_circuitsvis_fetch_nothing(chromium: Any, tmp_path: Path) -> None:
+    file = behaviour(n_examples=1).show_tokens().save(tmp_path / "tokens.html")
+    opened = Opened(chromium, file, drawn="[id^=circuits-vis] >> text=onerror")
+    assert opened.dialogs == []
+    assert [url.split(":")[0] for url in opened.requests] == ["file"]
+    assert opened.page.locator("[id^=circuits-vis]").count() == 2  # base and tuned
+    _keep(opened.page, "tokens.png")
+    opened.page.close()
 
 
 def test_a_large_report_is_small_and_opens_at_once(chromium: Any, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 import warnings
 from dataclasses import fields
 from importlib import import_module
@@ -26,7 +27,7 @@ from transformers import PreTrainedTokenizerFast
 from hyperlens import Comparison, __version__, cli, compare, compare_models
 from hyperlens.cli import build_parser
 from hyperlens.cli.experiments import SPECIAL, command_of
-from hyperlens.cli.options import BACKENDS
+from hyperlens.cli.options import BACKENDS, as_options
 from hyperlens.errors import LoadingError
 from hyperlens.models.kinds import Backend
 from hyperlens.probes import default_probes
@@ -147,7 +148,7 @@ def test_every_option_of_compare_arrives(
     flags = (
         "--max-length 7 --batch-size 3 --include-bos --sink-threshold 0 --backend bridge "
         "--device cpu --dtype float32 --seed 5 --quiet --probes logit_lens,drift "
-        "--text-column story --limit 4"
+        "--lens-tokens 3 --text-column story --limit 4"
     )
     argv = ["compare", "base", "tuned", "--texts", "tales.csv", *flags.split()]
     assert cli.main([*argv, "--out", str(tmp_path / "out")]) == cli.OK
@@ -162,6 +163,7 @@ def test_every_option_of_compare_arrives(
         "batch_size": 3,
         "include_bos": True,
         "sink_threshold": 0.0,
+        "lens_tokens": 3,
         "backend": "bridge",
         "device": "cpu",
         "dtype": "float32",
@@ -473,9 +475,9 @@ def test_an_existing_folder_is_refused_before_any_work(
         ({"texts.txt": "none.txt"}, "no text file 'none.txt'"),
         ({"texts.txt": "tales.csv", "--text-column": "title"}, "columns of text: id, story"),
         ({"--limit": "0"}, "limit must be at least 1"),
-        ({"--batch-size": "0"}, "batch_size must be at least 1"),
-        ({"--max-length": "1"}, "max_length must be at least 2"),
-        ({"--sink-threshold": "-1"}, "sink_threshold must be"),
+        ({"--batch-size": "0"}, "--batch-size must be at least 1"),
+        ({"--max-length": "1"}, "--max-length must be at least 2"),
+        ({"--sink-threshold": "-1"}, "--sink-threshold must be"),
         ({"--seed": "-1"}, "seed must be a whole number from 0 to 9223372036854775807, got -1"),
         ({"--device": "gpu"}, "device 'gpu' cannot be used here"),
         ({"--probes": "drift,drift"}, "two probes are named 'drift'"),
@@ -498,19 +500,19 @@ def test_errors_of_compare(
     ("flags", "expected"),
     [
         (("--epochs", "0"), "epochs must be a whole number from 1 up"),
-        (("--learning-rate", "0"), "learning_rate must be a number above 0"),
+        (("--learning-rate", "0"), "--learning-rate must be a number above 0"),
         (("--sequence-length", "200"), "positions for 64 tokens"),
         (("--sequence-length", "60", "--no-packed"), "hyperlens: error: "),
         (("--method", "late_lora", "--last-k", "4"), "choose 1 to 3"),
-        (("--method", "late_lora", "--blocks", "1"), "set last_k"),
-        (("--lora-r", "8"), "lora_r has no effect with the method full"),
-        (("--method", "lora", "--last-k", "2"), "last_k has no effect with the method lora"),
-        (("--patience", "2"), "patience has no effect without stop_at_plateau"),
+        (("--method", "late_lora", "--blocks", "1"), "set --last-k"),
+        (("--lora-r", "8"), "--lora-r has no effect with the method full"),
+        (("--method", "lora", "--last-k", "2"), "--last-k has no effect with the method lora"),
+        (("--patience", "2"), "patience has no effect without --stop-at-plateau"),
         (("--method", "lora", "--blocks", "1,3"), "indices go from 0 to 2"),
         (("--method", "lora", "--target-modules", "q_porj"), "did you mean q_proj"),
-        (("--stop-at-plateau", "--record-every", "0"), "set record_every"),
+        (("--stop-at-plateau", "--record-every", "0"), "set --record-every"),
         (("--validation", "none.txt"), "no text file 'none.txt'"),
-        (("--validation", "texts.txt", "--record-every", "0"), "record_every is 0"),
+        (("--validation", "texts.txt", "--record-every", "0"), "--record-every is 0"),
         (("--validation", "texts.txt", "--no-packed", "--limit", "4"), "also trained on"),
     ],
     ids=str,
@@ -536,6 +538,9 @@ def test_errors_of_hyperfit(
         ((*COMPARE, "--dtype", "int8"), "choose from"),
         (HYPERFIT, "required: --out"),
         ((*HYPERFIT, "--out", "out", "--recipe", "nature"), "choose from"),
+        ((*HYPERFIT, "--out", "out", "--recipe", "./run"), "there is no ./run: give the folder"),
+        ((*HYPERFIT, "--out", "out", "--config", "no.toml"), "cannot read no.toml for --config"),
+        ((*HYPERFIT, "--out", "out", "--config"), "argument --config: expected a file"),
         ((*HYPERFIT, "--out", "out", "--method", "half"), "choose from"),
         ((*HYPERFIT, "--out", "out", "--blocks", "last"), "expected indices such as 0,5"),
         (("merge", "adapter"), "required: --out"),
@@ -547,6 +552,28 @@ def test_wrong_usage(
 ) -> None:
     line = failed(capsys, cli.USAGE, argv, expected)
     assert re.match(r"hyperlens( \w+)?: error: ", line)
+
+
+def test_a_file_of_options_comes_before_those_that_are_typed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text('texts = "t.txt"\npacked = false\nblocks = [0, 5]\nlora_r = 4\nbf16 = true\n')
+    same = tmp_path / "run.json"
+    same.write_text(json.dumps({**tomllib.loads(file.read_text()), "device": None}))
+    for path in (file, same):
+        argv = ["hyperfit", "base", "--out", "out", "--lora-r", "8", "--config", str(path)]
+        args = build_parser().parse_args(argv)
+        found = (args.texts, args.packed, args.blocks, args.lora_r, args.bf16, args.device)
+        assert found == ("t.txt", False, (0, 5), 8, True, None)
+    for text, expected in (
+        ("lerning_rate = 3", "did you mean --learning-rate?"),
+        ("lora_r = ", "cannot read"),
+        ("[lora]\nr = 3", "has a table [lora]"),
+    ):
+        file.write_text(text)
+        argv = ("hyperfit", "base", "--texts", "t", "--out", "out", f"--config={file}")
+        failed(capsys, cli.USAGE, argv, expected)
 
 
 @pytest.mark.parametrize(
@@ -931,3 +958,28 @@ def test_a_signal_interrupts_the_program(tmp_path: Path) -> None:
             process.kill()
     assert (process.returncode, out, err) == (cli.INTERRUPTED, "", "hyperlens: interrupted\n")
     assert os.listdir(tmp_path) == ["texts.txt"]
+
+
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        ("lower batch_size, now 8", "lower --batch-size, now 8"),
+        ("pass dtype='float32' or base=… (--base)", "pass --dtype float32 or --base …"),
+        ("set packed=True or drop_last=False", "set --packed or --no-drop-last"),
+        ("read_texts(…, groups=1), or --groups 1", "read_texts(…, groups=1), or --groups 1"),
+        ("no /tmp/batch_size/x; 'batch_size' is no field", None),
+        ("lower other_size, or a=1", None),
+        ("keep dtype=False", None),
+    ],
+)
+def test_errors_name_options_not_arguments(message: str, said: str | None) -> None:
+    known = ["--batch-size", "--dtype", "--base", "--packed", "--no-drop-last", "--groups"]
+    assert as_options(message, known) == (said or message)
+
+
+def test_an_error_of_a_command_is_in_its_words(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raising(monkeypatch, LoadingError("lower batch_size, or pass include_bos=False"))
+    said = "error: lower --batch-size, or pass --no-include-bos"
+    failed(capsys, cli.FAILED, COMPARE, said)

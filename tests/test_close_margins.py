@@ -1,12 +1,15 @@
 """Half precision that hides what pads do, or chooses other experts when it rounds otherwise."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
+from conftest import make_tiny, perturbed
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from hyperlens import compare_models, open_pair
+import hyperlens
+from hyperlens import compare_models, experiments, open_pair, patching
 from hyperlens.errors import ParityError
 from hyperlens.hooks import parity
 from hyperlens.hooks.loading import hook
@@ -16,7 +19,10 @@ TEXTS = [[(i * j) % 50 + 3 for j in range(1, 6 + i % 3)] for i in range(1, 12)]
 
 
 def mixtral(near: float = 0.01, dtype: torch.dtype = torch.bfloat16) -> MixtralForCausalLM:
-    """12 blocks of experts; `near` is how far the router's rows are from one another."""
+    """12 blocks of experts; `near` is how far the router's rows are from one another.
+
+    Some machines round a row in a batch as they round it alone. Here routers do not, on any.
+    """
     torch.manual_seed(0)
     config = MixtralConfig(
         hidden_size=32,
@@ -36,7 +42,19 @@ def mixtral(near: float = 0.01, dtype: torch.dtype = torch.bfloat16) -> MixtralF
         for name, weight in model.named_parameters():
             if name.endswith("gate.weight"):
                 weight.copy_(weight.mean(0, keepdim=True) * 3 + near * weight)
+    for name, module in model.named_modules():
+        if name.endswith(".gate"):
+            module.register_forward_pre_hook(round_by_shape)
     return model.to(dtype)
+
+
+def round_by_shape(router, args) -> tuple | None:
+    """In half precision what enters differs in its last bits by the number of rows."""
+    x, *rest = args
+    if x.dtype == torch.float32:
+        return None
+    rows = x.shape[:-1].numel()
+    return (x + rows % 7 * 2**-9 * x.roll(1, -1), *rest)
 
 
 def test_experts_by_close_margins_are_read_without_pads() -> None:
@@ -109,3 +127,44 @@ def test_float32_holds_one_block_at_a_time() -> None:
     assert next(wide.model.layers[0].parameters()).dtype == torch.bfloat16
     torch.testing.assert_close(got, expected)
     assert all(torch.equal(plain.state_dict()[name], w.float()) for name, w in before.items())
+
+
+FEW = {"n_prompts": 3, "prompt_tokens": 4, "max_new_tokens": 3, "progress": False}
+WITHOUT_PADS = {
+    "compare": lambda *of: compare_models(*of, batch_size=4, progress=False),
+    "behaviour": lambda *of: hyperlens.measure_behaviour(*of, **FEW),
+    "provenance": lambda *of: hyperlens.trace_provenance(*of, **FEW),
+    "divergence": lambda *of: experiments.find_first_divergence(*of, **FEW),
+    "temperature": lambda *of: hyperlens.match_temperature(*of, **FEW),
+    "blocks": lambda *of: hyperlens.patch_blocks(
+        *of, batch_size=4, max_new_tokens=0, progress=False
+    ),
+    "positions": lambda *of: patching.patch_positions(
+        *of, offsets=3, n_texts=6, batch_size=4, progress=False
+    ),
+    "weights": lambda *of: patching.patch_weights(*of, **FEW),
+    "norm": lambda *of: patching.patch_norm(*of, batch_size=4, progress=False),
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_PADS)
+def test_no_experiment_lets_such_a_model_see_pads(name: str) -> None:
+    seen: list[bool] = []
+
+    def look(model, args, given) -> None:
+        mask = given.get("attention_mask")
+        seen.append(mask is None or bool(mask.bool().all()))
+
+    base = make_tiny("llama")
+    tuned = perturbed(base, 0.1)
+    expected = WITHOUT_PADS[name](base, tuned, TEXTS)
+    for model in (base, tuned):
+        model.register_forward_pre_hook(look, with_kwargs=True)
+    pair = open_pair(base, tuned)
+    pair = replace(pair, **{s: replace(getattr(pair, s), unpadded=True) for s in ("base", "tuned")})
+    seen.clear()  # opening looks at pads on purpose
+    found = WITHOUT_PADS[name](pair, TEXTS)
+    assert seen
+    assert all(seen)
+    for row, other in zip(found.to_frame().value, expected.to_frame().value, strict=True):
+        assert row == pytest.approx(other, rel=1e-3, abs=1e-4, nan_ok=True)

@@ -39,6 +39,8 @@ def test_numbers_are_those_that_were_saved(folder, result) -> None:
         assert known["final_loss"] == saved["history"][-1]
         assert known["hours"] == saved["manifest"]["seconds"] / 3600
         assert known["trained_parameters"] == saved["manifest"]["trained_parameters"]
+        # Python with torch takes some hundred MiB, a tiny model next to nothing.
+        assert 0.1 < known["peak_gib"] == saved["manifest"]["peak_memory"] / 2**30 < 8
         ttrs = {record["epoch"]: record["ttr"] for record in saved["records"]}
         assert known["ttr_peak"] == max(ttrs.values()) == ttrs[known["epoch_ttr_peak"]]
         assert known["perplexity_end"] == saved["records"][-1]["perplexity"]

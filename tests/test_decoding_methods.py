@@ -374,7 +374,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     for words in ("Would another way of decoding", "det.", "GUARD (w = 3)"):
         assert words in page
     assert cli.main([*command, "--top-p", "7"]) == cli.FAILED
-    assert "top_p must be above 0 and at most 1" in capsys.readouterr().err
+    assert "--top-p must be above 0 and at most 1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

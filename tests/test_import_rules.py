@@ -29,7 +29,7 @@ FOLDERS = {
 # list, never from one below. Modules directly in hyperlens/ are rooms of one file.
 ROOMS = (
     ("errors",),
-    ("checks", "files", "processes", "randomness"),
+    ("checks", "files", "offloading", "processes", "randomness"),
     ("statistics",),
     ("render",),
     ("results",),
@@ -38,7 +38,7 @@ ROOMS = (
     ("hooks",),
     ("passes",),
     ("probes",),
-    ("pair",),
+    ("pair", "costs"),
     ("decoding",),
     ("training",),
     ("compare", "experiments", "patching", "judging", "embedded"),

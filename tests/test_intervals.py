@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from hyperlens.passes.streams import ModelStream, StreamPair, StreamSpec, TokenSample
 from hyperlens.probes import LogitLens, ParticipationRatio, ResidualDrift
+from hyperlens.statistics import ratios
 from hyperlens.statistics.intervals import mean_half_width, quantile_interval, t_factor
 from hyperlens.statistics.moments import moments_of
 from hyperlens.statistics.ratios import SampledTokens, measured_ratio, ratio_ends
@@ -215,3 +216,15 @@ def test_intervals_narrow_with_more_sequences():
         widths.append(np.array(each))
     ratio = widths[0] / np.maximum(widths[1], 1e-12)
     assert 1.5 < np.median(ratio) < 6
+
+
+@pytest.mark.parametrize("shape", [(5, 3, 7), (3, 9, 2), (2, 1, 1)])
+@pytest.mark.parametrize("most", [ratios.MOST_MOMENTS, 40])
+def test_products_of_texts_are_traces(shape, most, monkeypatch):
+    """Of either way, and however few rows at a time."""
+    monkeypatch.setattr(ratios, "MOST_MOMENTS", most)
+    x = torch.from_numpy(np.random.default_rng(0).normal(size=shape))
+    moments = [one.T @ one for one in x]
+    traces = torch.stack([torch.stack([torch.trace(a @ b) for b in moments]) for a in moments])
+    torch.testing.assert_close(ratios.products_of_moments(x), traces)
+    torch.testing.assert_close(ratios.products_of_tokens(x), traces)

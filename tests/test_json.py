@@ -199,6 +199,7 @@ def test_a_validation_and_a_judge(
         ("judge", (*PAIR, *FEW, "--judge-rule")),
         ("mauve", ("texts.txt", "texts.jsonl", "--features", "base")),
         ("reproduce", ("--scale", "smoke", "--dry-run", "--out", "never")),
+        ("compare", (*PAIR, "--dry-run")),
     ],
     ids=lambda one: one if isinstance(one, str) else "",
 )
@@ -207,8 +208,8 @@ def test_what_each_command_prints_fits_the_schema(
     name: str, argv: tuple, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found, err = document(capsys, name, *argv, "-q")
-    planned = "plan" if name == "reproduce" else name.replace("-", "_")
-    assert found["name"] == planned
+    planned = {"reproduce": "plan", "compare": "comparison_plan"}
+    assert found["name"] == planned.get(name, name.replace("-", "_"))
     assert err == ""
 
 

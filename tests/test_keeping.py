@@ -1,5 +1,6 @@
 """`keep_every`: checkpoints beside the result are the model as it was after those epochs."""
 
+import copy
 import json
 
 import pytest
@@ -39,6 +40,8 @@ def base():
 
 
 def logits(model) -> torch.Tensor:
+    """In float64, where joining PiSSA's two adapters changes next to nothing."""
+    model = copy.deepcopy(model).double()
     with torch.no_grad():
         return model(input_ids=torch.tensor(TEXTS[0])[None], use_cache=False).logits
 
@@ -75,7 +78,7 @@ def test_they_are_the_model_after_these_epochs(name: str, tmp_path) -> None:
     )
     kept = find_checkpoints(out)
     assert [*kept] == [4, 8, 10]  # after epochs 2 and 4, and at the end
-    near = {"rtol": 0, "atol": 1e-6} if name == "pissa" else {"rtol": 0, "atol": 0}
+    near = {"rtol": 0, "atol": 1e-7} if name == "pissa" else {"rtol": 0, "atol": 0}
     for step, folder in kept.items():
         assert torch.allclose(logits_of(folder), memory.seen[step], **near), step
         state = json.loads((folder / "trainer_state.json").read_text())
@@ -128,7 +131,7 @@ def test_a_run_begun_without_such_a_field_goes_on() -> None:
         "device": "cpu",
         "dtype": "float32",
     }
-    assert "keep_every" not in identity_of(preset("demo"), manifest)
+    assert not {"keep_every", "pad_short"} & identity_of(preset("demo"), manifest).keys()
     assert identity_of(preset("demo", keep_every=2), manifest)["keep_every"] == 2
 
 

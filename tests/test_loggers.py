@@ -14,8 +14,9 @@ from test_cli import failed
 from test_results import make_comparison
 
 from hyperlens import Comparison, compare_models
-from hyperlens.compare.loggers import MODULES, SENDERS, report_comparison, scalars
+from hyperlens.compare.loggers import SENDERS, report_comparison, scalars
 from hyperlens.errors import ResultsError
+from hyperlens.results.loggers import MODULES
 from hyperlens.results.rows import Row
 
 WHOLE = make_comparison(2)

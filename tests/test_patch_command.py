@@ -133,7 +133,7 @@ def test_the_page_has_the_parts_of_earlier_calls(home: Path, tmp_path: Path) -> 
         (["--what", "q"], cli.USAGE, "expected some of blocks"),
         (["--positions", "a:b"], cli.USAGE, "expected token numbers"),
         (["--what", "blocks", "--positions", "99"], cli.FAILED, "choose from 0 to"),
-        (["--what", "blocks", "--n-texts", "0"], cli.FAILED, "n_texts must be at least 1"),
+        (["--what", "blocks", "--n-texts", "0"], cli.FAILED, "--n-texts must be at least 1"),
         (["--what", "weights", "--prompt-tokens", "900"], cli.FAILED, "lower"),
     ],
 )

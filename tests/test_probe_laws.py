@@ -10,11 +10,14 @@ from streams_for_tests import Streams
 
 from hyperlens.errors import ProbeError
 from hyperlens.probes import (
+    LinearCKA,
     LogitLens,
     LogitProbe,
     MeanProbe,
+    MeanShift,
     OutputByPosition,
     ParticipationRatio,
+    Procrustes,
     RankReordering,
     ResidualDrift,
     default_probes,
@@ -50,6 +53,9 @@ REGISTERED = {
     "participation ratio, one view": lambda: ParticipationRatio(
         views=["final_norm"], layers=[0, 2]
     ),
+    "mean shift": lambda: MeanShift(views=["raw", "final_norm"]),
+    "linear CKA": lambda: LinearCKA(views=["raw", "final_norm"]),
+    "Procrustes angle": lambda: Procrustes(layers=[0, 2]),
     "logit lens": LogitLens,
     "logit lens below the output": lambda: LogitLens(layers=[1]),
     "rank reordering": RankReordering,
@@ -205,7 +211,8 @@ def test_base_against_base_reads_no_change(make):
         "cosine": 1, "l2": 0, "relative_l2": 0, "delta": 0, "delta_naive": 0, "top1_agreement": 1,
         "kl": 0, "spearman": 1, "rank_1": 1, "rank_2_10": 0, "rank_gt_10": 0, "rank_ge_200": 0,
         "l2_with_sinks": 0, "delta_naive_with_sinks": 0, "l2_with_sinks_and_bos": 0,
-        "delta_naive_with_sinks_and_bos": 0, "ratio": 1, "spread": 0,
+        "delta_naive_with_sinks_and_bos": 0, "ratio": 1, "spread": 0, "share": 0,
+        "cka": 1, "angle": 0,
     }  # fmt: skip
     rows = Streams(same=True).run(make()).compute().rows
     for row in rows:

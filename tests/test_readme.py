@@ -1,17 +1,20 @@
 """Every snippet of the README is run, in order, as it stands there."""
 
 import contextlib
+import importlib.util
 import re
 
 import pytest
 from conftest import ROOT, lora, perturbed, unchecked
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import hyperlens
 from hyperlens.embedded import embedded_base, embedded_tales
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 N_LAYERS = 6
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+STARTED = (ROOT / "docs/getting-started.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +68,36 @@ def test_the_readme_is_short_and_its_links_exist() -> None:
     assert len(README.splitlines()) <= 200
     for link in re.findall(r"\]\(([^)#]+)\)", README):
         assert link.startswith("http") or (ROOT / link).exists(), link
+
+
+def test_the_first_comparison_is_the_readmes(ran: dict) -> None:
+    """Run there; what follows is printed, not written down."""
+    (snippet,) = re.findall(r"```python\n(.*?)```", STARTED, re.DOTALL)
+    for line in snippet.splitlines():
+        name = line.partition(" import ")[0] if " import " in line else line
+        assert name in README, line
+    for name in re.findall(r"`(\w+)[(`]", STARTED):
+        if name.islower() and "_" in name and name not in ("d_model",):
+            assert name in ran or hasattr(hyperlens, name), name
+
+
+def test_the_links_of_llms_txt_exist() -> None:
+    text = (ROOT / "docs/llms.txt").read_text(encoding="utf-8")
+    links = re.findall(r"\]\(([^)#]+)\)", text)
+    assert len(links) > 10
+    assert all((ROOT / "docs" / link).exists() for link in links)
+
+
+def test_one_version_everywhere() -> None:
+    spec = importlib.util.spec_from_file_location(
+        "check_release", ROOT / "scripts/check_release.py"
+    )
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.version() == hyperlens.__version__
+    assert module.problems() == []
 
 
 def test_the_folders_the_readme_names_exist() -> None:

@@ -13,7 +13,7 @@ import torch
 from conftest import ROOT
 from safetensors.torch import load_file
 
-from hyperlens.errors import TrainingError
+from hyperlens.errors import LoadingError, TrainingError
 from hyperlens.training import hyperfit
 
 LENGTH = 12
@@ -158,3 +158,50 @@ def test_what_cannot_be_shared_is_refused(
             **OPTIONS | changes,
         )
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
+def test_divided_weights_are_refused_before_anything_is_opened(
+    ids_file, tmp_path, monkeypatch, kind
+):
+    # What `accelerate launch` sets; one process alone has all weights in any case.
+    monkeypatch.setenv(f"ACCELERATE_USE_{kind}", "true")
+    with pytest.raises(LoadingError):
+        hyperfit(tmp_path / "nowhere", json.loads(ids_file.read_text()), **OPTIONS)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(TrainingError, match=f"(?i){kind}.*launch with torchrun") as caught:
+        hyperfit(tmp_path / "nowhere", json.loads(ids_file.read_text()), **OPTIONS)
+    assert "\n" not in str(caught.value)
+
+
+FSDP = """
+distributed_type: FSDP
+fsdp_config: {fsdp_version: 2, fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP}
+num_processes: 2
+num_machines: 1
+mixed_precision: 'no'
+use_cpu: true
+"""
+
+
+@pytest.mark.long
+def test_a_configuration_of_accelerate_for_fsdp_is_refused(llama_folder, ids_file, tmp_path):
+    """Two CPU processes: accelerate itself would train whole models there, without a word."""
+    (tmp_path / "fsdp.yaml").write_text(FSDP)
+    (tmp_path / "script.py").write_text(SCRIPT)
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "accelerate.commands.launch"),
+            *("--config_file", tmp_path / "fsdp.yaml", tmp_path / "script.py"),
+            *(llama_folder, ids_file, tmp_path / "out", "late_lora"),
+            json.dumps(OPTIONS | {"last_k": 1}),
+        ],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode
+    assert "divides the weights by FSDP" in done.stderr, done.stderr
+    assert not (tmp_path / "out").exists()

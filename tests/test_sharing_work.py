@@ -143,6 +143,28 @@ def test_alone_nothing_is_shared() -> None:
         assert processes.share() == (0, 1)
 
 
+def test_what_is_divided_comes_back_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of three processes does its share, but only where all of them come by."""
+    items, done = list(range(7)), list[int]()
+
+    def square(item: int) -> int:
+        done.append(item)
+        return item**2
+
+    assert processes.divided(square, items) == [item**2 for item in items]
+    monkeypatch.setattr(processes, "sharing", lambda: True)
+    monkeypatch.setattr(processes, "share", lambda: (1, 3))
+    others = {i: [item**2 for item in items[i::3]] for i in range(3)}
+    monkeypatch.setattr(processes, "from_all", lambda own: [*others.values()])
+    done.clear()
+    assert processes.divided(square, items) == [item**2 for item in items]
+    assert done == items
+    done.clear()
+    with processes.in_step():
+        assert processes.divided(square, items) == [item**2 for item in items]
+    assert done == [1, 4]
+
+
 def test_other_texts_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "sharing", lambda: True)
     monkeypatch.setattr(processes, "from_all", lambda value: [value, "other"])

@@ -11,6 +11,7 @@ import sys
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -535,6 +536,42 @@ def test_losses_reach_the_loggers_of_the_trainer(monkeypatch: pytest.MonkeyPatch
         for name in ("ttr", "rank_1", "top1_error", "perplexity", "entropy", "bigram_repetition"):
             assert logged[f"eval_{name}"] == getattr(record, name)
     assert "nobody is not supported" in refusal(llama(), texts(), report_to=["nobody"])
+
+
+def test_loggers_get_the_figure_before_they_close(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import TrainerCallback
+    from transformers.integrations import integration_utils
+
+    board, wandb, mlflow = [], ModuleType("wandb"), ModuleType("mlflow")
+
+    class Board(TrainerCallback):
+        """As transformers' own: a writer while it trains, which is closed at the end."""
+
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            self.tb_writer = SimpleNamespace(
+                add_image=lambda name, pixels, dataformats: board.append((name, pixels.ndim))
+            )
+
+        def on_train_end(self, *_: Any, **__: Any) -> None:
+            self.tb_writer = None
+
+    class Run(TrainerCallback):
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            wandb.run = SimpleNamespace(log=board.append)  # type: ignore[attr-defined]
+
+        def on_train_end(self, *_: Any, **__: Any) -> None:
+            wandb.run = None  # type: ignore[attr-defined]
+
+    wandb.Image = lambda path: Path(path).read_bytes()[:4]  # type: ignore[attr-defined]
+    for name, kind in (("tensorboard", Board), ("wandb", Run), ("mlflow", TrainerCallback)):
+        monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, name, kind)
+    for module in (wandb, mlflow):  # the second one fails: it takes no files
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    loggers = ["tensorboard", "wandb", "mlflow"]
+    run = hyperfit(llama(), texts(6), epochs=2, report_to=loggers, **FEW | RECORDED)
+    assert board == [("history", 3), {"history": b"\x89PNG"}]
+    (note,) = run.manifest["notes"]
+    assert "mlflow did not take the figure (AttributeError" in note
 
 
 def test_files_of_loggers_are_part_of_the_result(

@@ -75,6 +75,28 @@ def test_texts_are_cut_counted_and_kept_in_order() -> None:
     )
 
 
+def test_short_texts_are_padded_on_request() -> None:
+    """Pads stand at the end and never count; a single token predicts nothing."""
+    several = ["a b c d e", "a b", "", "k l m", "f"]
+    data = found(several, Words(), n_sequences=4, pad_short=True)
+    whole = [words("a b c"), words("a b"), words("k l m"), words("f")]
+    counted = [[True] * len(ids) + [False] * (4 - len(ids)) for ids in whole]
+    assert data.counted is not None
+    assert data.counted.tolist() == counted
+    assert [
+        row[mask].tolist() for row, mask in zip(data.tokens, data.counted, strict=True)
+    ] == whole
+    assert data.manifest["n_counted"] == sum(len(ids) - 1 for ids in whole)
+    assert data.notes == ("3 of 5 texts have fewer than 4 tokens and were padded",)
+    # Where none is short, nothing changes.
+    same = found(["a b c", "f g h"], Words(), n_sequences=2, pad_short=True)
+    assert same.counted is None
+    assert (
+        same.manifest["sha256"]
+        == found(["a b c", "f g h"], Words(), n_sequences=2).manifest["sha256"]
+    )
+
+
 def test_what_was_left_out_is_said_though_there_were_enough() -> None:
     data = found([[1], [1, 2, 3, 4], [1, 2, 3, 4, 5], [5, 6, 7, 8]], n_sequences=2)
     assert len(data.tokens) == 2

@@ -51,7 +51,7 @@ def test_a_planted_bias_is_named_by_every_experiment_and_none_contradicts_anothe
     names = {question.name for question in QUESTIONS}
     assert names - {one.name for one in verdicts.EXPERIMENTS} == {
         *("decoding", "cross_domain", "mauve", "judge", "variants", "training", "sweep"),
-        *("reproduction", "weights", "first_divergence", "trajectory", "check"),
+        *("reproduction", "weights", "first_divergence", "attribute", "trajectory", "check"),
     }
     # The null test's answer is not known there, and it is not asked.
     assert {row["verdict"] for row in found.table} == ANSWERS.keys() - {"random changes"}

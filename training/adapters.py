@@ -232,9 +232,11 @@ def _is_linear(module: nn.Module) -> bool:
 
 def _maps_vectors(module: nn.Linear) -> bool:
     """Whether a subclass of Linear maps vectors as Linear does: some routers return a tuple."""
+    # Packed weights of 4 bits are bytes, and read what the model's other weights are.
+    dtype = module.weight.dtype if module.weight.is_floating_point() else torch.float32
     try:
         with torch.no_grad():
-            output = module(module.weight.new_ones(2, module.in_features))
+            output = module(module.weight.new_ones(2, module.in_features, dtype=dtype))
     except Exception:  # it expects input of another shape
         return False
     return isinstance(output, Tensor) and output.shape == (2, module.out_features)

@@ -31,6 +31,7 @@ from .folders import WorkingFolder
 from .history import Record
 from .recipes import Recipe
 from .record import Recorder
+from .starting import Start
 from .stopping import Decision, decide
 from .weights import save_trained_weights, set_use_cache, use_cache_of
 
@@ -162,6 +163,7 @@ class Recording(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Record the base; in a resumed run, write the checkpoint's records as a table again."""
+        self._progress.recording_seconds += self._recorder.seconds
         if not self._progress.records:
             self._measure(0, 0, float("nan"))
         else:
@@ -212,6 +214,22 @@ class Recording(TrainerCallback):
         if processes.is_first():
             with suppress(ResultsError):
                 history.write(self._working.history, self._progress.records)
+
+
+class Starting(TrainerCallback):
+    """Puts the weights of an adapter in place before the first step, after the base's record.
+
+    Args:
+        start: the adapter that the run goes on from.
+    """
+
+    def __init__(self, start: Start) -> None:
+        self._start = start
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A resumed run has the weights of its checkpoint."""
+        if state.global_step == 0:
+            self._start.put_into(kwargs["model"])
 
 
 class Pruning(TrainerCallback):

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..models.kinds import HUB_ID
-from .history import METHOD_NAMES, RUN_FILE
+from .history import METHOD_NAMES
+from .recipes import RUN_FILE
 
 CARD = "README.md"
 

@@ -86,7 +86,8 @@ def _about(run: Any) -> dict[str, Any]:
     else:
         recipe = asdict(run.recipe) if hasattr(run, "recipe") else {}
         manifest = getattr(run, "manifest", {})
-    known = ("method", "trained_blocks", "trained_parameters", "seconds", "device", "prefix_cache")
+    known = ("method", "trained_blocks", "trained_parameters", "seconds", "peak_memory")
+    known += ("device", "prefix_cache")
     found = {name: manifest[name] for name in known if name in manifest}
     return {"method": recipe.get("method")} | found
 
@@ -110,6 +111,8 @@ def _metrics(
         yield "hours", seconds / HOUR
         if about_first.get("seconds"):
             yield "speedup", about_first["seconds"] / seconds
+    if about.get("peak_memory"):
+        yield "peak_gib", about["peak_memory"] / 2**30
     if weights:
         yield "trained_parameters", weights
     yield from _of_records(course.records)
@@ -172,6 +175,7 @@ SHOWN = (
     ("final_loss", "final loss", number),
     ("hours", "hours", number),
     ("speedup", "speed-up", lambda x: f"{x:.2f}x"),
+    ("peak_gib", "peak memory, GiB", lambda x: f"{x:.2f}"),
     ("trained_parameters", "trained weights", lambda x: f"{x:,.0f}"),
     ("ttr_start", "TTR, base", FRACTION),
     ("ttr_peak", "TTR, peak", FRACTION),
@@ -186,7 +190,8 @@ class TrainingResult(Result):
 
     The table has a row per run and metric. Of all epochs: `epochs`, `final_loss` (nats per token),
     `n_spikes` and `loss_factor`, by which the curve differs from the first run's. `hours` is the
-    time of training without that of records, `speedup` the first run's over it. Of the records:
+    time of training without that of records, `speedup` the first run's over it; `peak_gib` the most
+    memory held since training was last started (of a CPU the whole process's). Of the records:
     `ttr_start`, `ttr_peak`, `epoch_ttr_doubled`, `epoch_ttr_peak`, `hours_ttr_peak`,
     `perplexity_start`, `perplexity_end`, and base ranks at epoch 60, as in the paper's Figure 2.
     What is not known has no row.

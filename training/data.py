@@ -54,9 +54,10 @@ def training_data(
 ) -> TrainingData:
     """`n_sequences` distinct sequences of exactly `sequence_length` tokens, and held-out ones.
 
-    A text is cut to the length, or left out if it is shorter; with `packed`, all texts are joined,
-    EOS after each, and cut into sequences, so that only what is left at the end is unused. A token
-    then sees those of the text before it in its sequence, as in pretraining.
+    A text is cut to the length, or left out if it is shorter; with `pad_short` it is padded, and
+    pads never count. With `packed`, all texts are joined, EOS after each, and cut into sequences,
+    so that only what is left at the end is unused. A token then sees those of the text before it in
+    its sequence, as in pretraining.
     BOS is prepended exactly where the tokenizer itself would. Files are read in their own order,
     as in Carlsson et al. 2025. Conversations, and prompts with completions, are cut to the length,
     too; shorter ones are padded, and the loss is on what the assistant says and on completions,
@@ -169,7 +170,10 @@ def _distinct(
         rows = _of_examples(read, tokenizer, recipe, counts)
     else:
         pieces = _token_ids(texts) if is_ids else _tokenized(read, tokenizer)
-        rows = (Row(ids, None) for ids in _of_texts(pieces, start, tokenizer, recipe, counts))
+        rows = (
+            Row(ids, None if len(ids) == recipe.sequence_length else np.ones(len(ids), dtype=bool))
+            for ids in _of_texts(pieces, start, tokenizer, recipe, counts)
+        )
     for sequence in rows:
         key = sequence.ids.tobytes()
         if key in trained:
@@ -212,7 +216,7 @@ def _of_texts(
     if recipe.add_eos:
         eos = _eos(tokenizer)
         pieces = (ids if ids[-1:] == [eos] else np.append(ids, eos) for ids in pieces)
-    return _cut(pieces, start, recipe.sequence_length, counts)
+    return _cut(pieces, start, recipe, counts)
 
 
 def _of_examples(
@@ -245,15 +249,16 @@ def _eos(tokenizer: Any) -> int:
 
 
 def _cut(
-    pieces: Iterable[np.ndarray], start: list[int], length: int, counts: dict[str, int]
+    pieces: Iterable[np.ndarray], start: list[int], recipe: Recipe, counts: dict[str, int]
 ) -> Iterator[np.ndarray]:
-    """The beginning of every text that is long enough."""
-    room = length - len(start)
+    """The beginning of every text that is long enough: with `pad_short`, to predict a token of."""
+    room = recipe.sequence_length - len(start)
+    least = max(1, 2 - len(start)) if recipe.pad_short else room
     first = np.array(start, dtype=np.int64)
     for ids in pieces:
         counts["longest"] = max(counts["longest"], len(start) + len(ids))
-        if len(ids) < room:
-            counts["n_short"] += 1
+        counts["n_short"] += len(ids) < room
+        if len(ids) < least:
             continue
         counts["n_cut"] += len(ids) > room
         yield np.concatenate([first, ids[:room]])
@@ -378,7 +383,7 @@ def _none_long_enough(recipe: Recipe, counts: dict[str, int]) -> str:
         )
     return (
         f"none of the {n} texts has {length} tokens, the longest has {longest}: lower "
-        "sequence_length, or set packed=True to join consecutive texts"
+        "sequence_length, or set packed=True to join consecutive texts, or pad_short=True"
     )
 
 
@@ -391,9 +396,10 @@ def _notes(manifest: dict[str, Any], recipe: Recipe, n_held_out: int) -> tuple[s
     validation = manifest["validation"]
     for of, counts in (("", manifest), ("validation: ", validation or {})):
         if counts.get("n_short"):
+            done = "padded" if recipe.pad_short else "left out"
             notes.append(
                 f"{of}{counts['n_short']:,} of {counts['n_read']:,} texts have fewer than "
-                f"{recipe.sequence_length} tokens and were left out"
+                f"{recipe.sequence_length} tokens and were {done}"
             )
         if counts.get("n_without_completion"):
             notes.append(

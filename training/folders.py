@@ -27,9 +27,10 @@ from ..models.kinds import is_peft
 from ..models.training_steps import CHECKPOINTS, TRAINER_STATE
 from . import pissa
 from .cards import CARD, model_card
-from .history import FILE, RUN_FILE
+from .history import FILE
 from .locks import locked
 from .prefix import MAPPED
+from .recipes import RUN_FILE
 
 IDENTITY = "run.json"
 CHECKPOINT = "checkpoint"

@@ -20,14 +20,14 @@ from ..render import charts
 from ..render.blocks import Axis, Block, Chart, Grid, Role, Scale
 from ..render.format import one_line
 from ..statistics.rank_buckets import RANK_BUCKETS
+from .recipes import RUN_FILE
 
 if TYPE_CHECKING:
     import altair
     import pandas as pd
 
-# What `hyperfit` writes beside the weights: the records, and how the model was made.
+# What `hyperfit` writes beside the weights: the records.
 FILE = "history.csv"
-RUN_FILE = "hyperfit.json"
 
 
 @dataclass(frozen=True)

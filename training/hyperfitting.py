@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -15,14 +15,16 @@ from .. import processes
 from ..checks import check_types
 from ..errors import TrainingError
 from ..hooks.loading import load_hooked, parse_device, parse_dtype
-from ..models.kinds import Backend
+from ..models.kinds import Backend, is_peft, plain_model
 from ..models.sources import OpenedModel, open_source
 from ..models.training_steps import CHECKPOINTS
+from ..offloading import check_can_be_fetched, check_is_here
 from ..results.fingerprint import versions, weights_sha256
 from . import history
 from .data import TrainingData, training_data
 from .folders import check_out, save, working_folder
-from .recipes import HELP, Method, Recipe, changed, nearest, preset
+from .recipes import HELP, Method, Recipe, changed, nearest, recipe_of
+from .starting import Start, without_start
 from .weights import context_length, private_copy, trainers_randomness
 from .written import check_written
 
@@ -93,7 +95,7 @@ def hyperfit(
     texts: Any,
     method: Method | None = None,
     *,
-    recipe: str | Recipe | None = None,
+    recipe: str | Path | Recipe | None = None,
     validation: Any = None,
     out: str | Path | None = None,
     device: str | torch.device | None = None,
@@ -116,15 +118,18 @@ def hyperfit(
     checkpoint and `SystemExit`.
 
     Args:
-        model: hub id, local folder, adapter folder, `PreTrainedModel`, `PeftModel` (merged
-            first; "full" only), or a pair (model, tokenizer). An object is copied, never changed.
+        model: hub id, local folder, adapter folder, `PreTrainedModel`, `PeftModel`, or a pair
+            (model, tokenizer). An object is copied, never changed. "full" merges an adapter first;
+            "lora" and "late_lora" go on from its weights, with a fresh optimiser, if the recipe
+            makes one of the same shape: that of its own run does (`recipe=` its folder).
         texts: anything `read_texts` takes, a list of token id sequences, or a source with
             conversations in a column `messages`, or with columns `prompt` and `completion`. Of
             these the loss is on what the assistant says and on completions only, unless `loss_on`
             is "all".
         method: "full" for all weights, "lora" for an adapter on all blocks, "late_lora" for one
             on the last `last_k` blocks; None takes the recipe's, "full" in the presets.
-        recipe: name of a preset or a `Recipe`; None for "li2026".
+        recipe: name of a preset, a `Recipe`, or the folder of a run (or its hyperfit.json) for that
+            run's; None for "li2026".
         validation: held-out texts for the record; None takes those that follow the training
             sequences.
         out: a new folder for weights or adapter, tokenizer, history.csv and hyperfit.json; with
@@ -168,15 +173,31 @@ def hyperfit(
     folder = None if out is None else Path(out).expanduser()
     if folder is not None:
         check_out(folder)
-    trainee, opened, data, manifest = prepare(
-        model, texts, final_recipe, validation, device=device, dtype=dtype
-    )
+    prepared = prepare(model, texts, final_recipe, validation, device=device, dtype=dtype)
     # Imports transformers' Trainer, which takes seconds: after everything that may be refused.
     from .fitting import RunOptions
 
     loggers = (report_to,) if isinstance(report_to, str) else tuple(report_to)
     options = RunOptions(checkpoint_minutes, loggers, progress, prefix_cache, tuple(callbacks))
-    return train_and_save(trainee, opened, data, final_recipe, folder, options, manifest)
+    return train_and_save(prepared, final_recipe, folder, options)
+
+
+class Prepared(NamedTuple):
+    """A model that has been opened, and the texts for it.
+
+    Attributes:
+        trainee: a copy of the model to train.
+        opened: where it came from.
+        data: what to train and measure on.
+        manifest: base, data, device, dtype and notes, as JSON values.
+        start: the adapter to go on from; None for a fresh one, or none.
+    """
+
+    trainee: Any
+    opened: OpenedModel
+    data: TrainingData
+    manifest: dict[str, Any]
+    start: Start | None
 
 
 def prepare(
@@ -187,15 +208,14 @@ def prepare(
     *,
     device: str | torch.device | None,
     dtype: str | torch.dtype | None,
-) -> tuple[Any, OpenedModel, TrainingData, dict[str, Any]]:
-    """Open a model and read the texts for it.
-
-    Returns:
-        A copy of the model to train, where it came from, what to train and measure on, and what
-        the manifest says of all that.
-    """
+) -> Prepared:
+    """Open a model and read the texts for it."""
+    _check_whole_models()
     requested_device = processes.default_device(parse_device(device))
     opened = _open(model, recipe, requested_device, dtype)
+    start = None
+    if is_peft(opened.model) and recipe.method != "full":
+        opened, start = without_start(opened)
     trainee = private_copy(opened, recipe)
     # Opening may have made another copy, cast or moved: do not hold it while training.
     opened = replace(opened, model=None)
@@ -210,38 +230,35 @@ def prepare(
         "dtype": str(next(trainee.parameters()).dtype).removeprefix("torch."),
         "notes": [*opened.notes, *data.notes],
     }
-    return trainee, opened, data, manifest
+    if start is not None:
+        manifest["start"] = start.to_json()
+    return Prepared(trainee, opened, data, manifest, start)
 
 
 def train_and_save(
-    trainee: Any,
-    opened: OpenedModel,
-    data: TrainingData,
+    prepared: Prepared,
     recipe: Recipe,
     folder: Path | None,
     options: RunOptions,
-    manifest: dict[str, Any],
     measure: Callable[[Any], dict[str, Any]] = lambda model: {},
 ) -> HyperfitRun:
     """Train what `hyperfit` has opened and read, and save it.
 
     Args:
-        trainee: a model that only this run uses; frozen weights may be another model's, too.
-        opened: where it came from.
-        data: what to train and measure on.
+        prepared: its model is only this run's; frozen weights may be another model's, too.
         recipe: how to train.
         folder: a new one for the result; None saves nothing.
         options: how the run is carried out.
-        manifest: base, data, device, dtype and notes.
         measure: what else the manifest is to say of the trained model, as JSON values.
     """
     from .fitting import fit
 
+    trainee, opened, data, manifest, start = prepared
     device = trainee.get_input_embeddings().weight.device
     with working_folder(folder, identity_of(recipe, manifest)) as working:
         with trainers_randomness(recipe.seed, device):
             sha256 = manifest["base"]["sha256"]
-            fitted = fit(trainee, opened, data, recipe, device, working, options, sha256)
+            fitted = fit(trainee, opened, data, recipe, device, working, options, sha256, start)
         notes = [*manifest["notes"], *fitted.notes]
         run = HyperfitRun(
             model=fitted.model,
@@ -295,7 +312,7 @@ def run_to_json(run: HyperfitRun) -> dict[str, Any]:
 
 
 def chosen_recipe(
-    recipe: str | Recipe | None, method: Method | None, overrides: dict[str, Any]
+    recipe: str | Path | Recipe | None, method: Method | None, overrides: dict[str, Any]
 ) -> Recipe:
     """The recipe that arguments of `hyperfit` name."""
     # A mistyped argument of `hyperfit` itself comes here, too.
@@ -306,7 +323,7 @@ def chosen_recipe(
             raise TrainingError(f"hyperfit has no argument {name!r}: did you mean {meant}?")
     if isinstance(recipe, Recipe):
         return changed(recipe, **overrides, **({} if method is None else {"method": method}))
-    return preset(recipe or "li2026", method or "full", **overrides)
+    return recipe_of(recipe or "li2026", method, **overrides)
 
 
 def check_can_keep(recipe: Recipe, out: str | Path | None) -> None:
@@ -365,6 +382,12 @@ def _open(
             "float16 weights become NaN in training, as Adam's small divisors round to 0: leave "
             "dtype out for float32, and set bf16=True for speed"
         )
+    plain = model[0] if isinstance(model, tuple) and model else model
+    if isinstance(plain, torch.nn.Module):
+        check_can_be_fetched(plain_model(plain))
+        check_is_here(plain_model(plain), "training it")
+    if dtype is None and getattr(plain, "is_quantized", False):
+        weights_dtype = None  # cannot be cast; whether it can be trained is told by `private_copy`
     opened = open_source(model, device=device, dtype=weights_dtype)
     folder = Path(opened.name).expanduser()
     # The name is saved with the result, which others open from elsewhere.
@@ -395,6 +418,20 @@ def _data(model: Any, texts: Any, validation: Any, tokenizer: Any, recipe: Recip
     return data
 
 
+def _check_whole_models() -> None:
+    """Check that every process is to hold all weights, which records and checkpoints are made of.
+
+    On CPUs accelerate ignores a configuration for FSDP and trains whole models without a word.
+    """
+    kind = processes.sharded_by()
+    if kind is not None:
+        raise TrainingError(
+            f"accelerate's configuration divides the weights by {kind}, and hyperfit needs them "
+            "whole in each process: launch with torchrun, or accelerate's MULTI_GPU; to save "
+            "memory train an adapter (late_lora) on bfloat16 weights, with gradient_checkpointing"
+        )
+
+
 def _check_shares(n_sequences: int, recipe: Recipe) -> None:
     """Check that several processes can share each batch evenly, so that they train as one would."""
     n, remainder = processes.count(), n_sequences % recipe.batch_size
@@ -414,12 +451,18 @@ def identity_of(recipe: Recipe, manifest: dict[str, Any]) -> dict[str, Any]:
     """Everything that decides the weights, as a flat dict, so that a difference can be named."""
     data = manifest["data"]
     fields = recipe.to_json()
-    if not recipe.keep_every:  # runs begun before there was such a field go on
-        del fields["keep_every"]
-    return fields | {
-        "base": manifest["base"]["sha256"],
-        "texts": data["sha256"],
-        "validation": data["held_out_sha256"],
-        "device": manifest["device"],
-        "dtype": manifest["dtype"],
-    }
+    for name in ("keep_every", "pad_short"):
+        if not fields[name]:  # runs begun before there was such a field go on
+            del fields[name]
+    start = {"start": manifest["start"]["sha256"]} if "start" in manifest else {}
+    return (
+        start
+        | fields
+        | {
+            "base": manifest["base"]["sha256"],
+            "texts": data["sha256"],
+            "validation": data["held_out_sha256"],
+            "device": manifest["device"],
+            "dtype": manifest["dtype"],
+        }
+    )

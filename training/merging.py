@@ -24,8 +24,8 @@ from ..models.weight_sharing import (
 )
 from ..results.fingerprint import versions
 from .folders import save
-from .history import RUN_FILE
 from .hyperfitting import HyperfitRun, run_to_json
+from .recipes import RUN_FILE
 from .written import difference, few_tokens, is_exact, logits_of, logits_without
 
 ROUNDED_AWAY = (

@@ -6,6 +6,13 @@ scale. Implemented literally, that changes the base, and the adapter is wrong on
 Here W never changes. Instead a second, frozen adapter subtracts s B0 A0. The model is therefore an
 ordinary LoRA on the original base at all times, and in the end the two adapters are joined into one
 of rank 2r, whose update is s (B A - B0 A0).
+
+PEFT's own conversion (`save_pretrained(path_initial_model_for_weight_conversion=…)`) joins the same
+four factors, and is not used here, because it serves an adapter whose base has been replaced by
+W - s B0 A0 in memory. That base, rounded anew in half precision, is not the one that the run names
+and hashes; the start has to be written to a folder before training and read again at every save;
+and whatever looks at the model in between (records against the base, checkpoints that are kept,
+hooks on the finished run) would meet an adapter that is right on the changed base only.
 """
 
 from __future__ import annotations

@@ -8,14 +8,16 @@ saved.
 from __future__ import annotations
 
 import difflib
+import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from ..checks import LARGEST_COUNT, check_choice, check_types, is_number
-from ..errors import TrainingError, shortened
+from ..errors import TrainingError, first_line, shortened
 
 Method = Literal["full", "lora", "late_lora"]
 Schedule = Literal["constant", "linear", "cosine"]
@@ -23,6 +25,9 @@ Selection = Literal["first", "random"]
 LoraInit = Literal["zero", "gaussian", "pissa"]
 LossOn = Literal["completions", "all"]
 Origin = Literal["paper", "ours", "yours"]
+
+# What `hyperfit` writes beside the weights: how the model was made.
+RUN_FILE = "hyperfit.json"
 
 # arXiv 2605.22579, sections 2.1 and 5: 2,000 samples, 260 epochs, no weight decay; "last 5 layers"
 # in the text, though some captions leave 4 blocks unfrozen. Nothing else of the training, and
@@ -132,6 +137,7 @@ class Recipe:
     sequence_length: int = _field(
         256, "tokens per sequence, BOS included; shorter texts are left out", least=2
     )
+    pad_short: bool = _field(False, "pad shorter texts at their ends instead; pads never count")
     packed: bool = _field(False, "join all texts, EOS after each, and cut them into sequences")
     selection: Selection = _field(
         "first", "which sequences: the first ones, or a random sample of them all"
@@ -300,11 +306,58 @@ def preset(name: str, method: Method = "full", **changes: Any) -> Recipe:
     if name not in PRESETS:
         meant = nearest(name, PRESETS)
         hint = f"; did you mean {meant}?" if meant else ""
-        raise TrainingError(f"no recipe {name!r}: choose one of {', '.join(PRESETS)}{hint}")
+        raise TrainingError(
+            f"no recipe {name!r}: choose one of {', '.join(PRESETS)}, or the folder of a run{hint}"
+        )
     values = dict(PRESETS[name])
     if method != "full":
         values["learning_rate"] = LORA_LEARNING_RATE[name]
     return changed(Recipe(**{**values, "preset": name, "method": method}), **changes)
+
+
+def recipe_of(source: str | Path, method: Method | None = None, **changes: Any) -> Recipe:
+    """The recipe of a preset, or of a run, with changes.
+
+    Args:
+        source: name of a preset; or the folder of a run, or its hyperfit.json.
+        method: None takes the run's own, and "full" with a preset.
+        changes: other values for fields of `Recipe`.
+
+    Raises:
+        TrainingError: if there is no such preset or file, or as in `preset`.
+    """
+    if source in PRESETS or not Path(source).expanduser().exists():
+        return preset(str(source), **({"method": method or "full"} | changes))
+    method_change = {} if method is None else {"method": method}
+    return changed(read_recipe(Path(source).expanduser()), **method_change | changes)
+
+
+def read_recipe(path: Path) -> Recipe:
+    """The recipe that a run was made with.
+
+    Args:
+        path: its folder, or the hyperfit.json in it.
+
+    Raises:
+        TrainingError: if there is none, or one of another version.
+    """
+    file = path / RUN_FILE if path.is_dir() else path
+    try:
+        saved = dict(json.loads(file.read_text(encoding="utf-8"))["recipe"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise TrainingError(
+            f"cannot read a recipe from {file} ({first_line(error)}): give the folder of a run, "
+            f"its {RUN_FILE}, or one of {', '.join(PRESETS)}"
+        ) from None
+    unknown = [name for name in saved if name not in HELP]
+    if unknown:
+        raise TrainingError(
+            f"{file} has a recipe with {unknown[0]}, which this version does not know"
+        )
+    values: dict[str, Any] = {
+        name: tuple(v) if isinstance(v, list) else v for name, v in saved.items()
+    }
+    return Recipe(**values)
 
 
 def changed(recipe: Recipe, **changes: Any) -> Recipe:
@@ -434,6 +487,10 @@ def _check_together(values: Mapping[str, Any]) -> None:
     if values["stop_at_plateau"] and not values["record_every"]:
         raise TrainingError(
             "stop_at_plateau needs records, and record_every is 0: set record_every to 1 or more"
+        )
+    if values["pad_short"] and values["packed"]:
+        raise TrainingError(
+            "pad_short does not go with packed, which joins texts until none is short: leave it out"
         )
     if values["add_eos"] and values["packed"]:
         raise TrainingError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -74,6 +75,7 @@ class Recorder:
         counted: Bool[Tensor, "n pos"] | None = None,
         lengths: Int[Tensor, " n"] | None = None,
     ) -> None:
+        begun = time.perf_counter()
         self._model = model
         self._plain = plain_model(model)
         self._recipe = recipe
@@ -92,6 +94,8 @@ class Recorder:
                 self._base_head = copy.deepcopy(self._structure.head).requires_grad_(False)
             self._prefix = self._prefix_cache(frozen, last) if frozen else None
             self._base_states = [self._states(rows).cpu() for rows in self._batches]
+        # What was done once for all records.
+        self.seconds = time.perf_counter() - begun
 
     def measure(self, epoch: int, step: int, train_loss: float, seconds: float) -> Record:
         """The record of the model as it is now.

@@ -29,7 +29,6 @@ from ..errors import HyperlensError, TrainingError
 from ..files import expand_user
 from ..hooks.surface import evaluating
 from ..models.kinds import plain_model
-from ..models.sources import OpenedModel
 from ..models.structure import find_structure
 from ..models.weight_sharing import weight_sharing_copy
 from ..render.blocks import Axis, Block, Chart, Details, Grid, Reference, Role, Table, Text, Verdict
@@ -57,6 +56,7 @@ from .adapters import find_block_list
 from .data import TrainingData
 from .history import read_run
 from .hyperfitting import (
+    Prepared,
     check_can_keep,
     chosen_recipe,
     identity_of,
@@ -105,7 +105,7 @@ def sweep(
     last_k: Sequence[int] | None = None,
     ranks: Sequence[int] | None = None,
     seeds: Sequence[int] = (0, 1, 2),
-    recipe: str | Recipe | None = None,
+    recipe: str | Path | Recipe | None = None,
     validation: Any = None,
     out: str | Path | None = None,
     device: str | torch.device | None = None,
@@ -133,7 +133,7 @@ def sweep(
         ranks: of the adapter; None for the recipe's. The scale alpha / r is the recipe's at every
             rank.
         seeds: of training. Intervals are over them: one seed has none.
-        recipe: name of a preset or a `Recipe`; None for "li2026".
+        recipe: name of a preset, a `Recipe`, or the folder of a run; None for "li2026".
         validation: held-out texts; None takes those that follow the training sequences.
         out: a new folder, or that of an earlier sweep; None keeps nothing.
         device, dtype: as in `hyperfit`.
@@ -162,9 +162,13 @@ def sweep(
     work = None if folder is None else _work_folder(folder)
     if work is not None:
         work.check()
-    model, opened, data, manifest = prepare(
-        base, texts, start, validation, device=device, dtype=dtype
-    )
+    prepared = prepare(base, texts, start, validation, device=device, dtype=dtype)
+    model, _, data, manifest, adapter = prepared
+    if adapter is not None:
+        raise TrainingError(
+            f"{adapter.name} is an adapter, and each run of a sweep begins anew: give its base, or "
+            "merge it first (hyperlens merge)"
+        )
     _check_held_out(data, start)
     n_blocks = len(find_block_list(model).blocks)
     cells = _cells(
@@ -180,7 +184,7 @@ def sweep(
         if work is not None and folder is not None:
             work.claim()
             held.enter_context(locked(folder / LOCK))
-        run = _Sweep(model, opened, data, manifest, options, folder)
+        run = _Sweep(prepared, options, folder)
         done = _all_done(run, recipes, progress)
         result = _result(done, n_blocks, start, manifest)
         if folder is not None:
@@ -190,7 +194,7 @@ def sweep(
     return result
 
 
-def _start(recipe: str | Recipe | None, overrides: dict[str, Any]) -> Recipe:
+def _start(recipe: str | Path | Recipe | None, overrides: dict[str, Any]) -> Recipe:
     """The recipe that all cells share."""
     for name in ("method", "blocks", *SWEPT):
         if name in overrides:
@@ -255,18 +259,12 @@ class _Sweep:
     """What all cells share.
 
     Attributes:
-        model: the base, which no cell changes.
-        opened: where it came from.
-        data: what is trained and measured on.
-        manifest: of every cell.
+        prepared: the base, which no cell changes, and what is trained and measured on.
         options: how runs are carried out, with the prefixes that they share.
         folder: of the sweep; None keeps nothing.
     """
 
-    model: Any
-    opened: OpenedModel
-    data: TrainingData
-    manifest: dict[str, Any]
+    prepared: Prepared
     options: RunOptions
     folder: Path | None
     of_base: float | None = None
@@ -275,7 +273,7 @@ class _Sweep:
         """Where a cell is or will be."""
         if self.folder is None:
             return None
-        identity = json.dumps(identity_of(recipe, self.manifest), sort_keys=True)
+        identity = json.dumps(identity_of(recipe, self.prepared.manifest), sort_keys=True)
         digest = hashlib.sha256(identity.encode()).hexdigest()[:12]
         name = f"k{cell.last_k}-rank{cell.rank}-seed{cell.seed}-{digest}"
         return self.folder / "cells" / name
@@ -287,22 +285,20 @@ class _Sweep:
             return _saved(folder)
         run = train_and_save(
             # Frozen weights are shared with the base, everything else is the cell's own.
-            weight_sharing_copy(self.model),
-            self.opened,
-            self.data,
+            self.prepared._replace(trainee=weight_sharing_copy(self.prepared.trainee)),
             recipe,
             folder,
             self.options,
-            self.manifest,
             lambda tuned: self._measure(tuned, recipe.batch_size),
         )
         return run_to_json(run)
 
     def _measure(self, tuned: Any, rows: int) -> dict[str, Any]:
         """Effective dimension of the base and of a trained model, after the final norm."""
-        held_out, lengths = self.data.held_out, self.data.held_out_lengths
+        data = self.prepared.data
+        held_out, lengths = data.held_out, data.held_out_lengths
         if self.of_base is None:
-            self.of_base = dimension(final_states(self.model, held_out, rows), lengths)
+            self.of_base = dimension(final_states(self.prepared.trainee, held_out, rows), lengths)
         states = final_states(tuned, held_out, rows)
         found = {"base": self.of_base, "tuned": dimension(states, lengths)}
         # JSON has no NaN.

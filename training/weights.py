@@ -19,9 +19,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..errors import TrainingError
-from ..models.kinds import is_peft
+from ..models.kinds import is_peft, quantisation_of
 from ..models.sources import OpenedModel
-from ..models.weight_sharing import merged
+from ..models.weight_sharing import is_repacked, merged
 from ..randomness import own_randomness
 from .recipes import Recipe
 
@@ -45,21 +45,36 @@ def private_copy(opened: OpenedModel, recipe: Recipe) -> Any:
             "it was made from, and hook the result with to_hooked"
         )
     if is_peft(model):
-        if recipe.method != "full":
-            raise TrainingError(
-                f"{opened.name} already has an adapter, and {recipe.method} would put another on "
-                "top: merge it (merge_and_unload), save it, and pass that folder"
-            )
         model = merged(model)
     if getattr(model, "_hf_peft_config_loaded", False):
         raise TrainingError(
             f"{opened.name} already has an adapter, put in by load_adapter or add_adapter: open it "
             "with PeftModel.from_pretrained, or pass the adapter's folder"
         )
-    if getattr(model, "is_quantized", False):
-        raise TrainingError(f"{opened.name} is quantised: load it without quantisation to train it")
+    _check_quantisation(model, opened.name, recipe)
     # A model from a folder or the hub was opened for this run; an object is also the caller's.
     return copy.deepcopy(model) if opened.kind == "object" else model
+
+
+def _check_quantisation(model: Any, name: str, recipe: Recipe) -> None:
+    """An adapter learns beside weights of 4 bits (QLoRA); they themselves cannot be trained."""
+    if not getattr(model, "is_quantized", False):
+        return
+    if not getattr(model, "is_loaded_in_4bit", False):
+        raise TrainingError(
+            f"{name} is quantised ({quantisation_of(model)}): train it without quantisation, or an "
+            "adapter on 4 bits of bitsandbytes"
+        )
+    if is_repacked(model):
+        raise TrainingError(
+            f"{name} has been run on this CPU, for which bitsandbytes repacked its weights, and no "
+            "gradient passes through them any more: pass its folder, or load it anew"
+        )
+    if recipe.method == "full":
+        raise TrainingError(
+            f"{name} is quantised to 4 bits, which cannot be trained: choose the method lora or "
+            "late_lora, or load it without quantisation"
+        )
 
 
 def context_length(model: Any) -> int | None:

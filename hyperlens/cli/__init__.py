@@ -23,9 +23,9 @@ from .. import __version__, processes
 from ..errors import HyperlensError, ResourceError
 from ..questions import QUESTIONS
 from ..training.recipes import nearest
-from . import demo, experiments, hyperfit, merge, report, validate
+from . import config, demo, experiments, hyperfit, merge, report, validate
 from .answers import Answer, add_json, error_document
-from .options import DEBUG, STYLE
+from .options import DEBUG, STYLE, as_options
 
 DESCRIPTION = """\
 What did fine-tuning change inside a language model, in which block, and is it real?
@@ -54,13 +54,18 @@ class Parser(argparse.ArgumentParser):
 
     _words: Sequence[str] = ()
 
+    @property
+    def known(self) -> list[str]:
+        """All options, with their dashes."""
+        return [name for action in self._actions for name in action.option_strings]
+
     def error(self, message: str) -> NoReturn:
         """Print the usage and the message, once of several processes, and exit with 2."""
         if not processes.is_first():
             time.sleep(UNTIL_SAID)
             raise SystemExit(USAGE)
         instead = ""
-        known = [name for action in self._actions for name in action.option_strings]
+        known = self.known
         if choice := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)$", message):
             word, choices = choice.group(1), re.findall(r"[\w.-]+", choice.group(2))
             meant = nearest(word, choices)
@@ -80,6 +85,11 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As argparse does; remembers what was typed, for the message of an error."""
         self._words = sys.argv[1:] if args is None else [str(word) for word in args]
+        if any(config.OPTION in action.option_strings for action in self._actions):
+            try:
+                args = self._words = config.expanded(self._words)
+            except ValueError as error:
+                self.error(str(error))
         return super().parse_known_args(args, namespace)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
@@ -160,7 +170,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             traceback.print_exc()
         if isinstance(error, HyperlensError):
-            _complain(f"error: {error}", str(error), error, as_json)
+            message = as_options(str(error), args.parser.known)
+            _complain(f"error: {message}", message, error, as_json)
         elif isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
             message = "out of memory: lower --batch-size, or choose another --device"
             _complain(f"error: {message}", message, error, as_json)

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ExpectationError
+from ..errors import ExpectationError, ResultsError
 from ..files import check_new_folder, expand_user, new_folder
 from .answers import Answer, answer_of, named
 from .options import STYLE, add_out, add_reading, add_running, given, saved, texts_for
@@ -144,7 +144,13 @@ def _comparison(args: argparse.Namespace, probes: list[str] | None) -> Compariso
     from ..compare import Comparison, compare_models
 
     if args.tuned is None:
-        return Comparison.load(args.base)
+        try:
+            return Comparison.load(args.base)
+        except ResultsError as error:
+            raise ResultsError(
+                f"{error}; alone, {args.base} must be a saved comparison: to compare two models, "
+                "give TUNED and --texts"
+            ) from error
     options = given(args, *(name for name in option_names(_options()) if name in args))
     return compare_models(args.base, args.tuned, texts_for(args), probes=probes, **options)
 

@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import CorpusError, HyperlensError, PairError
 from ..files import check_new_folder, expand_user, partial_folder
 from ..questions import Question, named_runs
-from .answers import Answer, answer_of
+from .answers import Answer, answer_of, named
 from .options import (
     add_debug,
     add_how_to_read,
@@ -66,12 +66,36 @@ def _compare(question: Question, own: list[str], args: argparse.Namespace) -> An
 def _add_pair_that_is_kept(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(interrupted=_interrupted_pass)
     add_pair(parser)
+    _add_dry_run(parser)
+
+
+def _add_dry_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="only say how large this is and how long it may take, from configurations alone "
+        "(default: do it)",
+    )
 
 
 def _compare_and_save(question: Question, own: list[str], args: argparse.Namespace) -> Answer:
     texts = texts_for(args)
+    if args.dry_run:
+        return _plan_comparison(own, args, texts, args.tuned)
     options = given(args, *own, "out")
     return answer_saved(_function(question)(args.base, args.tuned, texts, **options), args)
+
+
+def _plan_comparison(
+    own: list[str], args: argparse.Namespace, texts: Any, tuned: Any, n_tuned: int = 1
+) -> Answer:
+    from ..compare.plan import plan_comparison
+
+    names = {*own, "device", "dtype"} - {"report_to"}
+    options = {name: getattr(args, name) for name in names}
+    planned = plan_comparison(args.base, tuned, texts, n_tuned=n_tuned, **options)
+    document = named("comparison_plan", **planned.to_dict())
+    return Answer(str(planned), "comparison_plan", document)
 
 
 def _add_mauve_texts(parser: argparse.ArgumentParser) -> None:
@@ -124,8 +148,8 @@ def _add_pairs_and_corpora(parser: argparse.ArgumentParser) -> None:
 
 
 def _compare_domains(question: Question, own: list[str], args: argparse.Namespace) -> Answer:
-    for named, error in ((args.pairs, PairError), (args.texts, CorpusError)):
-        _check_names([name for name, *_ in named], error)
+    for sources, error in ((args.pairs, PairError), (args.texts, CorpusError)):
+        _check_names([name for name, *_ in sources], error)
     pairs = {name: (base, tuned) for name, base, tuned in args.pairs}
     if args.out is not None:
         check_new_folder(args.out)
@@ -175,10 +199,16 @@ def _add_trajectory(parser: argparse.ArgumentParser) -> None:
     )
     add_reading(parser)
     add_out(parser, "the results (default: print only, keep nothing)")
+    _add_dry_run(parser)
 
 
 def _trace_trajectory(question: Question, own: list[str], args: argparse.Namespace) -> Answer:
     texts = texts_for(args)
+    if args.dry_run:
+        from ..models.training_steps import find_checkpoints
+
+        found = list(find_checkpoints(args.checkpoints).values())
+        return _plan_comparison(own, args, texts, found[-1], len(found))
     options = given(args, *own, "out")
     result = _function(question)(args.base, args.checkpoints, texts, **options)
     return answer_of(result, "" if args.out is None else f"saved in {args.out}")

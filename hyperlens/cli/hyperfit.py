@@ -8,11 +8,24 @@ import shlex
 import types
 from collections.abc import Collection
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from ..files import partial_folder
-from ..training.recipes import HELP, KINDS, PRESETS, Method, Recipe, preset, relevant_fields
+from ..models.kinds import HUB_ID
+from ..training.recipes import (
+    HELP,
+    KINDS,
+    PRESETS,
+    RUN_FILE,
+    Method,
+    Recipe,
+    preset,
+    recipe_of,
+    relevant_fields,
+)
 from .answers import Answer, named
+from .config import add_config
 from .options import STYLE, add_out, add_reading, add_running, names
 
 HYPERFIT = """\
@@ -46,6 +59,7 @@ def add(commands: Any) -> None:
     parser.add_argument("model", metavar="BASE", help="the model to train: a folder or hub id")
     add_texts(parser)
     add_out(parser, "the trained weights or adapter", required=True)
+    add_config(parser)
     add_recipe(parser)
     running = add_running(parser, "float32; for LoRA the checkpoint's own")
     running.add_argument(
@@ -104,7 +118,7 @@ def read_both(args: argparse.Namespace) -> tuple[Any, Any]:
 
 def run(args: argparse.Namespace) -> Answer:
     """Train, save and answer."""
-    recipe = preset(args.recipe, **recipe_changes(args))
+    recipe = recipe_of(args.recipe, **recipe_changes(args))
     from ..training.folders import check_out
 
     check_out(args.out)
@@ -172,14 +186,25 @@ def add_recipe(parser: argparse.ArgumentParser, without: Collection[str] = ()) -
     default = next(iter(PRESETS))
     group.add_argument(
         "--recipe",
-        choices=tuple(PRESETS),
+        type=_preset_or_run,
         default=default,
         metavar="NAME",
-        help=f"where to start from: %(choices)s (default: {default})",
+        help=f"where to start from: {', '.join(PRESETS)}; or the folder of a run, or its "
+        f"{RUN_FILE} (default: {default})",
     )
     for field in fields(Recipe):
         if field.name not in ("preset", *without):  # --recipe chooses the preset
             _add_field(group, field.name, KINDS[field.name])
+
+
+def _preset_or_run(text: str) -> str:
+    if text not in PRESETS and not Path(text).expanduser().exists():
+        raise argparse.ArgumentTypeError(
+            f"invalid choice: {text!r} (choose from {', '.join(PRESETS)})"
+            if HUB_ID.fullmatch(text)
+            else f"there is no {text}: give the folder of a run, or its {RUN_FILE}"
+        )
+    return text
 
 
 def recipe_changes(args: argparse.Namespace, without: Collection[str] = ()) -> dict[str, Any]:

@@ -6,8 +6,9 @@ Light to import, so that --help answers at once.
 from __future__ import annotations
 
 import argparse
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any
 
 from .. import processes
@@ -180,6 +181,44 @@ def read(args: argparse.Namespace, source: str, split: str) -> Any:
     from ..data.conversations import read_examples
 
     return read_examples(source, **how, chat_template=args.chat_template, roles=args.roles)
+
+
+# What a message says of an argument: `batch_size=…`, or its name alone where that is no word.
+# Calls such as read_texts(…, groups=1) and parts of paths and of quoted words stay as they are.
+QUOTES = "'\""
+_CALL = r"[\w.]+\([^()]*\)"
+_ARGUMENT = (
+    r"(?<![\w/.'\"-])(?P<name>[a-z][a-z_0-9]*)="
+    r"(?P<value>'[^']*'|\"[^\"]*\"|\[[^\]]*\]|…|[\w.+-]*\w)"
+)
+_NAME = r"(?<![\w/.'\"-])(?P<alone>[a-z0-9]+(?:_[a-z0-9]+)+)(?![\w/'\"=-]|\.\w)"
+_SAID = re.compile(f"{_CALL}|{_ARGUMENT}|{_NAME}")
+_TWICE = re.compile(r"(?P<option>--[\w-]+)(?P<value> \S+)? \((?P=option)( on the command line)?\)")
+
+
+def as_options(message: str, known: Container[str]) -> str:
+    """A message about arguments of Python, in words of the command line.
+
+    Args:
+        message: of an error, such as "lower batch_size" or "pass include_bos=True".
+        known: the options of the command, with their dashes; other names stay as they are.
+
+    >>> as_options("lower batch_size, or pass include_bos=True", ["--batch-size", "--include-bos"])
+    'lower --batch-size, or pass --include-bos'
+    """
+
+    def option(found: re.Match[str]) -> str:
+        name, value = found["name"] or found["alone"] or "", found["value"]
+        flag = f"--{name.replace('_', '-')}"
+        if value == "False":
+            return f"--no{flag[1:]}" if f"--no{flag[1:]}" in known else found[0]
+        if flag not in known:
+            return found[0]
+        if value in (None, "True"):
+            return flag
+        return f"{flag} {value.strip(QUOTES)}"
+
+    return _TWICE.sub(r"\g<option>\g<value>", _SAID.sub(option, message))
 
 
 def shows_progress(args: argparse.Namespace) -> bool:

@@ -40,6 +40,7 @@ def json_schema() -> dict[str, Any]:
         "hyperfit": _hyperfit(),
         "merge": _named("merge", folder={"type": "string"}),
         "plan": _plan(),
+        "comparison_plan": _comparison_plan(),
         "expectations": _named("expectations", file={"type": "string"}),
         **{name: _named(name, results=_list({"$ref": "#/$defs/result"})) for name in SEVERAL},
     }
@@ -153,6 +154,19 @@ def _plan() -> dict[str, Any]:
         device={"type": "string"},
         seconds={"type": "number"},
         stages=_list(_object(stage)),
+    )
+
+
+def _comparison_plan() -> dict[str, Any]:
+    amounts = ("n_texts", "n_tokens", "n_passes", "bytes_read", "memory", "seconds", "flops")
+    part = {"name": {"type": "string"}, "flops": {"type": "number"}, "seconds": {"type": "number"}}
+    return _named(
+        "comparison_plan",
+        model={"type": "string"},
+        device={"type": "string"},
+        **{name: {"type": "number"} for name in amounts},
+        parts=_list(_object(part)),
+        notes=_list({"type": "string"}),
     )
 
 

@@ -169,10 +169,16 @@ def add_options(group: Any, options: Iterable[Option], *, only_given: bool = Fal
             _add(group, one, argparse.SUPPRESS if only_given else one.default)
 
 
+def _count_or_share(text: str) -> int | float:
+    """A number of things, or with a decimal point a share of them."""
+    return float(text) if "." in text else int(text)
+
+
 # Annotation, without "| None", to what reads a value and what it is called in --help.
 KINDS: dict[str, tuple[Callable[[str], Any], str]] = {
     "int": (int, "N"),
     "float": (float, "X"),
+    "int | float": (_count_or_share, "N"),
     "str": (str, "NAME"),
     "str | Path": (str, "FILE"),
     "Any": (str, "MODEL"),

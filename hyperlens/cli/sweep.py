@@ -7,6 +7,7 @@ from typing import Any
 
 from ..files import expand_user
 from .answers import Answer, answer_of
+from .config import add_config
 from .hyperfit import add_checkpoint_minutes, add_recipe, add_texts, read_both, recipe_changes
 from .options import STYLE, add_running
 
@@ -46,6 +47,7 @@ def add(commands: Any) -> None:
         metavar="FOLDER",
         help="a folder for the runs and the result: a new one, or that of an earlier sweep",
     )
+    add_config(parser)
     swept = parser.add_argument_group("what is swept")
     swept.add_argument(
         "--last-k",

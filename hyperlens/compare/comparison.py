@@ -309,7 +309,9 @@ class Comparison(Result):
         groups = [*self._by_role(), *self._by_position()]
         if not rows and not groups:
             return [Text("Neither output ranks nor the logit lens was measured.")]
-        caption = f"teacher-forced, over {self._counted()}, 95% intervals over texts"
+        caption = f"teacher-forced, over {self._counted()}"
+        if any(math.isfinite(row.low) for row in found.values()):
+            caption += ", 95% intervals over texts"
         table = Table(["at the output", self.tuned_name], rows, caption, joins=True)
         return [Heading("The output"), *([table] if rows else []), *groups]
 
@@ -333,19 +335,7 @@ class Comparison(Result):
 
     def _by_role(self) -> list[Block]:
         found = self._by_group("output_by_role")
-        rows = [
-            [
-                role,
-                f"{next(iter(of_role.values())).n:,}",
-                *(
-                    interval(of_role[metric]._asdict(), FORMS[metric])
-                    if metric in of_role
-                    else MISSING
-                    for metric in BY_GROUP
-                ),
-            ]
-            for role, of_role in found.items()
-        ]
+        rows = [_group_row(role, of_role) for role, of_role in found.items()]
         if not rows:
             return []
         caption = "by who speaks the token that a decision follows; over decisions"
@@ -359,7 +349,16 @@ class Comparison(Result):
             for metric, words in BY_GROUP.items()
             if metric in ("kl", "top1_agreement")
         ]
-        return [Grid([chart for chart in charts_of if chart is not None])] if found else []
+        drawn = Grid([chart for chart in charts_of if chart is not None])
+        return [self._position_table(found), drawn] if found else []
+
+    def _position_table(self, found: Mapping[str, Mapping[str, Row]]) -> Table:
+        """The curves at the first positions and at those that double from there on."""
+        last = max(map(int, found))
+        shown = {0, *(2**i for i in range(last.bit_length())), last}
+        rows = [_group_row(at, of_one) for at, of_one in found.items() if int(at) in shown]
+        caption = "by the tokens of the answer before the decision; all are in to_frame()"
+        return Table(["position", "decisions", *BY_GROUP.values()], rows, caption)
 
     def _along(
         self, found: Mapping[str, Mapping[str, Row]], metric: str, words: str
@@ -397,7 +396,8 @@ class Comparison(Result):
         blocks: list[Block] = [Heading("Along the layers"), *table]
         if drawn:
             blocks.append(Grid(drawn))
-        return [*blocks, Text(PR_NOTE), *self._dimensions()]
+        dimensions = self._dimensions()
+        return [*blocks, *([Text(PR_NOTE)] if dimensions else []), *dimensions]
 
     def _layer_table(self, most: int) -> list[Block]:
         columns = {
@@ -486,6 +486,9 @@ class Comparison(Result):
 
     def _audit(self) -> list[Block]:
         found = audit(self)
+        measured = {row.probe for row in self.long}
+        if not found and measured.isdisjoint({"drift", "participation_ratio"}):
+            return []  # not asked for
         if not found:
             needs = (
                 "The audit needs the effective dimension or the drift as they are measured by "
@@ -604,6 +607,15 @@ class Comparison(Result):
         custom = [one_line(name) for name in measured if name not in {*PROBES, *GROUPED}]
         facts = {"Left out": items, "Not measured": absent, "Also in the table": custom}
         return [f"{what}: {', '.join(some)}." for what, some in facts.items() if some]
+
+
+def _group_row(name: str, found: Mapping[str, Row]) -> list[str]:
+    """What `output_by_role` and `output_by_position` have of one group of decisions."""
+    cells = (
+        interval(found[metric]._asdict(), FORMS[metric]) if metric in found else MISSING
+        for metric in BY_GROUP
+    )
+    return [name, f"{next(iter(found.values())).n:,}", *cells]
 
 
 def _audit_verdict(one: Decomposition) -> Verdict | None:

@@ -19,18 +19,14 @@ from ..checks import check_types
 from ..errors import ResultsError, first_line
 from ..files import expand_user
 from ..render.labels import label_of
-from ..results.result import unknown
+from ..results.loggers import (
+    TENSORBOARD_FOLDER,
+    WANDB_PROJECT,
+    add_images,
+    check_loggers,
+    log_images,
+)
 from .comparison import Comparison
-
-# Where transformers' Trainer looks, too.
-TENSORBOARD_FOLDER = "TENSORBOARD_LOGGING_DIR"
-WANDB_PROJECT = "WANDB_PROJECT"
-# Logger to the modules of its package; the extra of hyperlens is called like the logger.
-MODULES = {
-    "tensorboard": ("tensorboard", "torch.utils.tensorboard"),
-    "wandb": ("wandb",),
-    "mlflow": ("mlflow",),
-}
 
 
 @check_types
@@ -59,27 +55,6 @@ def report_comparison(comparison: Comparison, report_to: str | Sequence[str]) ->
                 raise ResultsError(f"{name} did not take the comparison ({message})") from error
 
 
-def check_loggers(report_to: str | Sequence[str]) -> list[str]:
-    """The names, once each, of loggers that can be used here.
-
-    Raises:
-        ResultsError: if one is unknown or its package is not installed.
-    """
-    names = [report_to] if isinstance(report_to, str) else list(dict.fromkeys(report_to))
-    for name in names:
-        if name not in MODULES:
-            raise ResultsError(unknown("logger", name, list(MODULES)))
-        for module in MODULES[name]:
-            try:
-                import_module(module)
-            except ImportError as error:
-                raise ResultsError(
-                    f"report_to={name!r} needs the package {name} ({first_line(error)}): "
-                    f"pip install 'hyperlens[{name}]'"
-                ) from None
-    return names
-
-
 def scalars(comparison: Comparison) -> Iterator[tuple[str, int, float]]:
     """Key, layer and number; the ends of an interval have keys of their own.
 
@@ -102,9 +77,6 @@ def _settings(comparison: Comparison) -> dict[str, Any]:
 
 
 def _to_tensorboard(comparison: Comparison, folder: Path) -> None:
-    import numpy as np
-    from PIL import Image
-
     tensorboard: Any = import_module("torch.utils.tensorboard")
     runs = expand_user(os.environ.get(TENSORBOARD_FOLDER) or "runs")
     name = re.sub(r"[^\w.-]+", "-", label_of(comparison)).strip("-.") or comparison.name
@@ -112,10 +84,7 @@ def _to_tensorboard(comparison: Comparison, folder: Path) -> None:
         for key, layer, number in scalars(comparison):
             writer.add_scalar(key, number, layer)
         writer.add_text(comparison.name, comparison.to_markdown())
-        for file in sorted(folder.glob("*.png")):
-            with Image.open(file) as image:
-                pixels = np.asarray(image.convert("RGB"))
-            writer.add_image(file.stem, pixels, dataformats="HWC")
+        add_images(writer, folder)
     # There are no artefacts: the page lies beside the events.
     (runs / name / "report.html").write_bytes((folder / "report.html").read_bytes())
 
@@ -140,7 +109,7 @@ def _to_wandb(comparison: Comparison, folder: Path) -> None:
             run.define_metric(f"{probe}/*", step_metric="layer")
         for layer in sorted(by_layer):
             run.log({"layer": layer, **by_layer[layer]})
-        run.log({file.stem: wandb.Image(str(file)) for file in sorted(folder.glob("*.png"))})
+        log_images(run, folder)
         artefact = wandb.Artifact(f"{comparison.name}-{run.id}", type=comparison.name)
         artefact.add_dir(str(folder))
         run.log_artifact(artefact)

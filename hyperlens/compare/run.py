@@ -15,6 +15,7 @@ import torch
 
 from .. import processes
 from ..checks import check_counts, check_seed, check_types
+from ..data.corpus import Corpus
 from ..data.reading import read_as
 from ..errors import CorpusError, PairError, ProbeError, ResultsError
 from ..files import check_new_folder, expand_user, partial_folder
@@ -23,12 +24,22 @@ from ..pair import Inputs, Pair, open_inputs
 from ..passes.kept_sums import KeptSums
 from ..passes.multi_pass import run_passes
 from ..passes.streaming import PassOptions, PassResult
-from ..probes import LogitProbe, OutputByPosition, OutputByRole, Probe, default_probes
+from ..probes import (
+    LinearCKA,
+    LogitProbe,
+    MeanShift,
+    OutputByPosition,
+    OutputByRole,
+    Probe,
+    Procrustes,
+    default_probes,
+)
 from ..render.format import count
+from ..results.loggers import check_loggers
 from ..results.result import unknown
 from .audit import without_doubt
 from .comparison import Comparison
-from .loggers import check_loggers, report_comparison
+from .loggers import report_comparison
 
 EXAMPLES = (
     "hyperlens compare ./base ./tuned --texts held_out.txt --out comparison",
@@ -51,6 +62,7 @@ def compare_models(
     roles: Sequence[str] | None = None,
     tokens: Any = None,
     sink_threshold: float = 10.0,
+    lens_tokens: int | float | None = None,
     backend: Backend | None = None,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
@@ -74,9 +86,10 @@ def compare_models(
             file, a `datasets.Dataset`, or a hub dataset name. With an open `Pair` as `base` the
             texts are the second argument.
         probes: what to measure: built-in probes by name (drift, participation_ratio, logit_lens,
-            rank_reordering; output_by_position tells the output along answers, and
-            output_by_role for each role, which conversations have anyway) or probes of one's own;
-            None for all of the first four.
+            rank_reordering; mean_shift tells what of the change all tokens have alike,
+            linear_cka and procrustes whether the streams have the same shape,
+            output_by_position the output along answers, and output_by_role for each role, which
+            conversations have anyway) or probes of one's own; None for all of the first four.
         max_length: tokens per text, BOS included; longer texts are cut and counted.
         batch_size: texts per forward pass; does not change the result.
         include_bos: measure BOS positions too. They are left out, by id, by default.
@@ -85,12 +98,16 @@ def compare_models(
             counts where the token that it follows does.
         sink_threshold: positions whose norm exceeds this many times their sequence's median are
             masked as attention sinks, layer by layer; 0 masks none.
+        lens_tokens: below the output, read the logit lens at so many tokens of each text, or at
+            this share of them (0.1), drawn at random; intervals include the sampling. All else is
+            measured at every token.
         backend: how models are hooked, "residual" (the default), "bridge" or
             "hooked_transformer".
         device: None leaves objects where they are and puts folders on the best device.
         dtype: of the forward passes, for both models; None keeps the checkpoints' own.
             Statistics are always float32 with float64 sums.
-        seed: of the token sample that participation-ratio intervals are computed from.
+        seed: of the token samples that participation-ratio intervals are computed from, and that
+            `lens_tokens` draws.
         out: a new folder to save the result in. In a long run, sums are kept beside it, in
             `out.partial`, about every minute: the same call goes on after an interruption, and
             ends with the same numbers.
@@ -109,8 +126,8 @@ def compare_models(
     if out is not None:
         check_new_folder(expand_user(out))
     loggers = check_loggers(report_to)
-    chosen = _checked_probes(probes)
-    options = checked_options(batch_size, sink_threshold, seed, progress)
+    chosen = checked_probes(probes)
+    options = checked_options(batch_size, sink_threshold, seed, progress, lens_tokens)
     _check_is_one(base, tuned, texts)
     reading = read_as(chat_template, roles, tokens)
     inputs = open_inputs(
@@ -160,9 +177,10 @@ def compare_inputs(
         options={
             "batch_size": options.batch_size,
             "sink_threshold": options.sink_threshold,
+            "lens_tokens": options.lens_tokens,
             **tokenized_as,
         },
-        notes=_passes_note(outcome),
+        notes=[*_passes_note(outcome), *_sample_note(inputs.corpus, probes, options)],
     )
     meta["excluded"] = {
         "bos": inputs.corpus.counts.n_bos,
@@ -206,6 +224,7 @@ def _kept_beside(
         "batch_size": options.batch_size,
         "sink_threshold": options.sink_threshold,
         "seed": options.seed,
+        "lens_tokens": options.lens_tokens,
         "probes": [[type(one).__qualname__, one.name, _json_options(one)] for one in probes],
     }
     return KeptSums(partial_folder(out), identity)
@@ -224,12 +243,18 @@ def _check_is_one(base: Any, tuned: Any, texts: Any) -> None:
         )
 
 
-def _checked_probes(given: Sequence[Probe | str] | None) -> list[Probe]:
+def checked_probes(given: Sequence[Probe | str] | None) -> list[Probe]:
+    """Probes by name or as they are given, copied: a run leaves the caller's as they were.
+
+    Raises:
+        ProbeError: if there are none, or a name is unknown or there twice.
+    """
     if given is None:
         return default_probes()
     if not given:
         raise ProbeError("there are no probes: name at least one, or pass None")
-    built_in = {one.name: one for one in (*default_probes(), OutputByRole(), OutputByPosition())}
+    more = (MeanShift(), LinearCKA(), Procrustes(), OutputByRole(), OutputByPosition())
+    built_in = {one.name: one for one in (*default_probes(), *more)}
     for name in given:
         if isinstance(name, str) and name not in built_in:
             raise ProbeError(unknown("probe", name, list(built_in)))
@@ -238,7 +263,6 @@ def _checked_probes(given: Sequence[Probe | str] | None) -> list[Probe]:
         if not isinstance(getattr(probe, "name", None), str):
             raise ProbeError(f"{type(probe).__name__} has no name: give its class name = '...'")
         _json_options(probe)  # now rather than after the run
-    # Copies: a run leaves the caller's probes as they were.
     chosen = [copy.deepcopy(probe) for probe in probes]
     names = [probe.name for probe in chosen]
     repeated = sorted({name for name in names if names.count(name) > 1})
@@ -264,7 +288,11 @@ def _json_options(probe: Probe) -> Any:
 
 
 def checked_options(
-    batch_size: int, sink_threshold: float, seed: int, progress: bool
+    batch_size: int,
+    sink_threshold: float,
+    seed: int,
+    progress: bool,
+    lens_tokens: int | float | None = None,
 ) -> PassOptions:
     """How the texts are read, if it can be so.
 
@@ -277,7 +305,13 @@ def checked_options(
         raise CorpusError(
             f"sink_threshold must be 0 (off) or more than 1 median norm, got {sink_threshold}"
         )
-    return PassOptions(batch_size, float(sink_threshold), seed, progress)
+    is_share = isinstance(lens_tokens, float)
+    if lens_tokens is not None and not (0 < lens_tokens <= 1 if is_share else lens_tokens >= 1):
+        raise ProbeError(
+            "lens_tokens must be a number of tokens of each text, such as 32, or a share of them, "
+            f"such as 0.1, got {lens_tokens}"
+        )
+    return PassOptions(batch_size, float(sink_threshold), seed, progress, lens_tokens=lens_tokens)
 
 
 def _passes_note(outcome: PassResult) -> list[str]:
@@ -291,3 +325,17 @@ def _passes_note(outcome: PassResult) -> list[str]:
             "bit for bit: they were run once"
         )
     return notes
+
+
+def _sample_note(corpus: Corpus, probes: Sequence[Probe], options: PassOptions) -> list[str]:
+    """What is read at some tokens only."""
+    names = [probe.name for probe in probes if getattr(probe, "samples", False)]
+    if options.lens_tokens is None or not names:
+        return []
+    n_read, n = corpus.n_read_by_lens(options.lens_tokens)
+    if n_read == n:
+        return []
+    return [
+        f"below the output, {' and '.join(names)} read {n_read:,} of {n:,} tokens, drawn at random "
+        "from each text (lens_tokens); intervals include the sampling"
+    ]

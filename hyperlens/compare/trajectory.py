@@ -31,7 +31,7 @@ from ..models.sources import check_source
 from ..models.training_steps import find_checkpoints
 from ..pair import Pair, open_pairs, tokenized
 from ..passes.streaming import PassOptions
-from ..passes.streams import StreamSpec, View
+from ..passes.streams import View
 from ..probes import LogitLens, LogitProbe, ParticipationRatio, RankReordering, ResidualDrift
 from ..render.blocks import Axis, Block, Chart, Details, Grid, Heading, Table, Text, Verdict
 from ..render.format import (
@@ -143,6 +143,7 @@ def trace_trajectory(
     batch_size: int = 8,
     include_bos: bool = False,
     sink_threshold: float = 10.0,
+    lens_tokens: int | float | None = None,
     out: str | Path | None = None,
     backend: Backend = "residual",
     device: str | torch.device | None = None,
@@ -171,6 +172,8 @@ def trace_trajectory(
         batch_size: texts per forward pass; does not change the result.
         include_bos: measure BOS positions too.
         sink_threshold: as in `compare_models`.
+        lens_tokens: below the output, read the logit lens at so many tokens of each text, or at
+            this share of them, as in `compare_models`.
         out: a new folder to save the result in. Checkpoints that are done are kept beside it, in
             `out.partial`, until then: the same call goes on after an interruption.
         backend: how models are hooked, "residual", "bridge" or "hooked_transformer".
@@ -191,7 +194,7 @@ def trace_trajectory(
         result = trace_trajectory("base", "run", "held_out.txt", out="trajectory")
         result.comparison(500).summary()
     """
-    options = checked_options(batch_size, sink_threshold, seed, progress)
+    options = checked_options(batch_size, sink_threshold, seed, progress, lens_tokens)
     check_max_length(max_length)
     check_source(base)
     sources = find_checkpoints(checkpoints)
@@ -249,6 +252,7 @@ def _identities(
         **({"reading": reading} if reading else {}),
         "batch_size": options.batch_size,
         "sink_threshold": options.sink_threshold,
+        "lens_tokens": options.lens_tokens,
         "seed": options.seed,
         "versions": versions(),
     }
@@ -294,16 +298,14 @@ def _with_texts(result: ProbeResult, found: Mapping[str, Any]) -> ProbeResult:
 class DimensionWithTexts(ParticipationRatio):
     """And its change without each text, and over draws of the texts."""
 
-    def open(self, spec: StreamSpec) -> None:
-        """Start from zero."""
-        super().open(spec)
-        self._found: dict[str, Any] = {}
+    _found: Mapping[str, Any] = {}
 
     def measured(self, layer: int, view: View) -> tuple[Ratio, Ratio] | None:
         """As of any participation ratio; of the last layer, what is asked for is kept."""
         measured = super().measured(layer, view)
         if layer == self.spec.n_layers:
-            self._found[f"dimension_{view}"] = self._without_texts(measured)
+            found = {f"dimension_{view}": self._without_texts(measured)}
+            self._found = {**self._found, **found}
         return measured
 
     def _without_texts(self, measured: tuple[Ratio, Ratio] | None) -> dict[str, Any] | None:
@@ -322,9 +324,10 @@ class DimensionWithTexts(ParticipationRatio):
             "shrink": share_of_texts(total),
         }
 
-    def compute(self) -> ProbeResult:
+    def compute_layer(self, layer: int) -> ProbeResult:
         """The rows, and what was kept."""
-        return _with_texts(super().compute(), self._found)
+        self._found = {}
+        return _with_texts(super().compute_layer(layer), self._found)
 
 
 class LensWithTexts(LogitLens):
@@ -709,12 +712,13 @@ class TrajectoryResult(Result):
         if not blocks or last is None:
             return []
         parts = "; ".join(f"block {block} at step {_steps(of)}" for block, of in blocks.items())
-        same = "as at every other one" if len(blocks) == 1 else parts
+        others = "as at every other one" if len(blocks) == 1 else parts
+        more = f"; {others}" if len(self.steps) > 1 else ""
         return [
             Verdict(
                 "where",
                 f"At the last checkpoint the raw dimension moves most in block {last.layer - 1}, "
-                f"from {DIMENSIONS(last.before)} to {DIMENSIONS(last.after)}; {same}.",
+                f"from {DIMENSIONS(last.before)} to {DIMENSIONS(last.after)}{more}.",
             )
         ]
 
@@ -747,7 +751,10 @@ class TrajectoryResult(Result):
             for step in self.steps
         ]
         head = ["step", *(one.short for one in QUANTITIES), "surely changed"]
-        return Table(head, rows, "changes from the base, 95% intervals over texts")
+        caption = "changes from the base"
+        if any(math.isfinite(row["low"]) for row in self.extras["changes"]):
+            caption += ", 95% intervals over texts"
+        return Table(head, rows, caption)
 
     def _cell(self, quantity: Quantity, step: int) -> str:
         row = next(one for one in self.changes(quantity.name) if one["step"] == step)

@@ -112,8 +112,13 @@ class ChatTemplate:
         return self._skeletons[key]
 
 
-def check_template(tokenizer: Any, text: Any) -> None:
+def check_template(tokenizer: Any, text: Any, whose: str = "the") -> None:
     """Raise unless there is a template, and the tokenizer knows where tokens stand in a text.
+
+    Args:
+        tokenizer: of a model.
+        text: the template.
+        whose: "the base model's", where there are several.
 
     Raises:
         CorpusError: saying what is missing.
@@ -122,15 +127,15 @@ def check_template(tokenizer: Any, text: Any) -> None:
         raise CorpusError(
             "no tokenizer was found for either model: pass (model, tokenizer) instead of the model"
         )
-    if not text:
+    if not text or not str(text).strip():
         raise CorpusError(
-            "the texts are conversations and the tokenizer has no chat template: set "
+            f"the texts are conversations and {whose} tokenizer has no chat template: set "
             "tokenizer.chat_template, or give prompt and completion columns"
         )
     if not getattr(tokenizer, "is_fast", False):
         raise CorpusError(
-            "conversations need a fast tokenizer, which knows where tokens stand in a text: load "
-            "it with use_fast=True"
+            f"conversations need a fast tokenizer, which knows where tokens stand in a text: load "
+            f"{whose} tokenizer with use_fast=True"
         )
 
 

@@ -8,6 +8,7 @@ one that could run out of memory, comes first.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
@@ -30,6 +31,8 @@ PaddingSide = Literal["right", "left"]
 
 # Groups of texts that are kept apart: each has a row in the sample that intervals are made from.
 MAX_GROUPS = 512
+# Of the two samples of a text's tokens, the stream of random numbers of the logit lens's.
+LENS = 1
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,7 @@ class Batch:
         chosen: False where a position is left out because of its role, or by a mask; None for no
             such choice.
         roles: who speaks each token, as places in `ROLES`; None where there are no conversations.
+        lens: True where the logit lens is read below the output; None where it is everywhere.
     """
 
     tokens: Int[Tensor, "batch pos"]
@@ -78,6 +82,7 @@ class Batch:
     position: Int[Tensor, "batch sampled"]
     chosen: Bool[Tensor, "batch pos"] | None = None
     roles: Int[Tensor, "batch pos"] | None = None
+    lens: Bool[Tensor, "batch pos"] | None = None
 
     @property
     def counted(self) -> Bool[Tensor, "batch pos"]:
@@ -177,6 +182,7 @@ class Corpus:
         *,
         n_sampled_sequences: int = 0,
         n_sampled_tokens: int = 0,
+        lens_tokens: int | float | None = None,
         seed: int = 0,
         share: tuple[int, int] = (0, 1),
     ) -> Iterator[Batch]:
@@ -186,7 +192,9 @@ class Corpus:
             batch_size: sequences per batch.
             n_sampled_sequences: of how many sequences, or groups, tokens are sampled.
             n_sampled_tokens: how many tokens of each.
-            seed: of the choice of the sample, which depends on content alone otherwise.
+            lens_tokens: how many counted tokens of each sequence the logit lens reads, or what
+                share of them; None for all.
+            seed: of the choice of both samples, which depends on content alone otherwise.
             share: (i, n) gives every n-th batch, from number i on, which makes about equal shares.
         """
         sample = self._sample(n_sampled_sequences, n_sampled_tokens, seed)
@@ -203,6 +211,9 @@ class Corpus:
             is_bos = torch.zeros_like(real) if self.bos_id is None else tokens == self.bos_id
             chosen = None if self.chosen is None else pad(_taken(self.chosen, indices))[0].bool()
             roles = None if self.roles is None else pad(_taken(self.roles, indices))[0]
+            lens = None
+            if lens_tokens is not None:
+                lens = pad([self._read_by_lens(i, lens_tokens, seed) for i in indices])[0].bool()
             yield Batch(
                 tokens=tokens,
                 real=real,
@@ -211,7 +222,25 @@ class Corpus:
                 position=torch.from_numpy(position),
                 chosen=chosen,
                 roles=roles,
+                lens=lens,
             )
+
+    def n_read_by_lens(self, lens_tokens: int | float) -> tuple[int, int]:
+        """How many tokens the logit lens reads of this sample of each text, and of how many."""
+        counted = [int(self.counted(i).sum()) for i in range(len(self.sequences))]
+        return sum(_sample_size(n, lens_tokens) for n in counted), sum(counted)
+
+    def _read_by_lens(
+        self, i: int, lens_tokens: int | float, seed: int
+    ) -> Bool[np.ndarray, " pos"]:
+        """Counted tokens of a sequence, drawn without replacement."""
+        counted = np.flatnonzero(self.counted(i))
+        # Another stream than that of the tokens kept for intervals.
+        generator = np.random.default_rng([_hash(self.sequences[i], seed), LENS])
+        chosen = generator.permutation(counted)[: _sample_size(len(counted), lens_tokens)]
+        read = np.zeros(len(self.sequences[i]), dtype=bool)
+        read[chosen] = True
+        return read
 
     def _batch_indices(self, batch_size: int) -> Iterator[range]:
         """Consecutive sequences, at most `batch_size`; of one length where there are no pads."""
@@ -246,6 +275,16 @@ class Corpus:
                 places = np.flatnonzero(owner[drawn] == i)
                 sample[i] = slot, places, at[places]
         return sample
+
+
+def _sample_size(n: int, wanted: int | float) -> int:
+    """How many of n tokens are drawn, by their number or their share.
+
+    >>> _sample_size(10, 4), _sample_size(3, 4), _sample_size(10, 0.25), _sample_size(10, 0.7)
+    (4, 3, 3, 7)
+    """
+    # The share of a decimal fraction may lie above a whole number by a rounding error.
+    return min(n, wanted if isinstance(wanted, int) else math.ceil(wanted * n - 1e-9))
 
 
 def _taken(values: Sequence[T], kept: Iterable[int]) -> tuple[T, ...]:
@@ -288,6 +327,7 @@ def build_corpus(
     max_length: int,
     context_length: int | None = None,
     d_vocab: int | None = None,
+    is_shared: bool = False,
     include_bos: bool = False,
     bos_id: int | None = None,
     unpadded: bool = False,
@@ -305,6 +345,7 @@ def build_corpus(
         max_length: tokens per sequence, BOS included.
         context_length: the model's own limit, if it has one.
         d_vocab: number of logits, to find ids that the model does not have.
+        is_shared: whether these are all that two models have in common, of more.
         include_bos: measure BOS positions too.
         bos_id: what BOS is where there is no tokenizer to tell.
         unpadded: put sequences of one length only into each batch.
@@ -350,7 +391,7 @@ def build_corpus(
         notes += _choice_notes(len(two_tokens), len(kept), longest)
     long_enough = [raw[i] for i in kept]
     cut = [ids[:longest] for ids in long_enough]
-    check_ids(cut, d_vocab)
+    check_ids(cut, d_vocab, is_shared)
     order = sorted(range(len(cut)), key=lambda i: (-len(cut[i]), cut[i].tobytes()))
     ordered = [cut[i] for i in order]
     rows = [kept[i] for i in order]
@@ -669,8 +710,13 @@ def _check_unpadded(sequences: list[np.ndarray], pad_id: int | None) -> None:
             )
 
 
-def check_ids(sequences: list[np.ndarray], d_vocab: int | None) -> None:
+def check_ids(sequences: list[np.ndarray], d_vocab: int | None, is_shared: bool = False) -> None:
     """Raise if an id is outside the model's vocabulary.
+
+    Args:
+        sequences: token ids of each text.
+        d_vocab: rows of the vocabulary; None where it is unknown.
+        is_shared: whether these are the rows that two models have in common.
 
     Raises:
         CorpusError: naming the id.
@@ -678,6 +724,12 @@ def check_ids(sequences: list[np.ndarray], d_vocab: int | None) -> None:
     lowest, highest = min(int(s.min()) for s in sequences), max(int(s.max()) for s in sequences)
     if lowest < 0 or (d_vocab is not None and highest >= d_vocab):
         bad = lowest if lowest < 0 else highest
+        if is_shared:
+            raise CorpusError(
+                f"token id {bad} is not among the {d_vocab} tokens that both models have: leave "
+                "out of the texts what only one of them knows, such as a chat template with "
+                "tokens of its own"
+            )
         raise CorpusError(
             f"token id {bad} is outside the model's vocabulary of {d_vocab}: "
             "give the texts, or the token ids, of this model's own tokenizer"

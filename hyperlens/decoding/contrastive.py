@@ -25,6 +25,7 @@ from ..hooks.attach import attach
 from ..hooks.surface import evaluating
 from ..models.kinds import plain_model
 from ..models.structure import find_structure
+from ..offloading import device_of
 from .prompts import batches, check_prompts, eos_ids
 
 # Of adaptive contrastive search: k is 5 to 15.
@@ -135,7 +136,7 @@ def _search(
     check_prompts(model, prompts, max_new_tokens, batch_size)
     eos = set(eos_ids(model, tokenizer)) if stop_at_eos else set()
     generated: list[list[int]] = [[] for _ in prompts]
-    device = next(model.parameters()).device
+    device = device_of(model)
     bar = tqdm(total=len(prompts), desc="searching", unit="text", disable=not progress)
     # By hook: whether `hidden_states[-1]` is before or after the norm is up to the configuration
     # (tie_last_hidden_states, transformers 5.23).

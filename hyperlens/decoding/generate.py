@@ -22,6 +22,7 @@ from ..errors import DecodingError
 from ..hooks.loading import LoadedModel
 from ..hooks.surface import evaluating
 from ..models.kinds import plain_model
+from ..offloading import device_of
 from ..passes.failures import explaining_out_of_memory
 from ..randomness import own_randomness
 from ..results.fingerprint import versions, weights_sha256
@@ -98,7 +99,7 @@ def continuations(
     first, step = processes.share() if shares else (0, 1)
     hidden = not progress or not processes.is_heard()
     bar = tqdm(total=len(prompts), desc="generating", unit="text", disable=hidden)
-    device = next(model.parameters()).device
+    device = device_of(model)
     with (
         explaining_out_of_memory(batch_size, ", or max_new_tokens"),
         bar,
@@ -153,7 +154,7 @@ class _Kept:
             self.hashes[model] = weights_sha256(model)
         return {
             "weights": self.hashes[model],
-            "device": str(next(model.parameters()).device),
+            "device": str(device_of(model)),
             "prompts": [list(prompt) for prompt in prompts],
             "max_new_tokens": max_new_tokens,
             "eos": list(eos),

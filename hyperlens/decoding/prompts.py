@@ -201,7 +201,8 @@ def lengths_in_words(lengths: int | Sequence[int]) -> str:
     if isinstance(lengths, int):
         return count(lengths, "token")
     low, high = lengths
-    return f"{low} to {high} tokens (conversations up to the assistant's last turn)"
+    span = str(low) if low == high else f"{low} to {high}"
+    return f"{span} tokens (conversations up to the assistant's last turn)"
 
 
 def batch_size_for(loaded: LoadedModel, prompts: Sequence[Sequence[int]], batch_size: int) -> int:

@@ -1,3 +1,5 @@
+from .attribution import AttributionResult as AttributionResult
+from .attribution import attribute as attribute
 from .behaviour import BehaviourResult as BehaviourResult
 from .behaviour import measure_behaviour as measure_behaviour
 from .cross_domain import CrossDomainResult as CrossDomainResult

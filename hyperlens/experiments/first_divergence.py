@@ -194,6 +194,7 @@ def _margins(
 ) -> list[Float[Tensor, "layer entering late"]]:
     """Of each parting, the margin for every cut and combination of the two models."""
     found: list[Tensor] = []
+    batch_size = 1 if pair.unpadded else batch_size  # histories are of many lengths
     order = sorted(range(len(partings)), key=lambda i: -len(partings[i].history))
     bar = tqdm(total=len(order), desc="crossing", unit="text", disable=not progress)
     with bar:

@@ -136,15 +136,8 @@ def run_null_test(
         inputs.corpus, n_prompts, prompt_tokens, seed, max_new_tokens=max_new_tokens
     )
     generation = GenerationRunner(prompts, max_new_tokens, batch_size, seed, progress=False)
-    plain_base, plain_tuned = merged(inputs.pair.base.model), merged(inputs.pair.tuned.model)
-    if is_tied(plain_base) and not is_tied(plain_tuned):
-        untie(plain_base)  # as merging an adapter of one of two tied weights does
-    changes = changed_tensors(plain_base, plain_tuned)
-    if not changes:
-        raise PairError(
-            "the two models have the same weights: there is no change to compare random changes to"
-        )
     options = PassOptions(batch_size, SINK_THRESHOLD, seed, False)
+    random = RandomChanges(inputs, options)
     seeds = list(range(seed, seed + n_controls))
     measured: dict[str, list[dict[Key, float]]] = {kind: [] for kind in kinds}
     factors: dict[str, list[float]] = {kind: [] for kind in kinds}
@@ -152,7 +145,6 @@ def run_null_test(
     with tqdm(total=total, desc="null test", unit="model", disable=not progress) as bar:
         tuned_values = _measure(inputs, inputs.pair.tuned, options, generation)
         bar.update()
-        random = _RandomChanges(inputs, options, plain_base, changes)
         for kind in kinds:
             for one in seeds:
                 model, factor = random.model(kind, one)
@@ -171,12 +163,12 @@ def run_null_test(
             "max_new_tokens": max_new_tokens,
         },
     )
-    norms = [float(change.norm()) for change in changes.values()]
+    norms = [float(change.norm()) for change in random.changes.values()]
     extras = {
         "base": {
             metric: estimate(base_text.metrics[metric]).value for metric in REPETITION_METRICS
         },
-        "changed_tensors": len(changes),
+        "changed_tensors": len(random.changes),
         "norm_of_change": math.sqrt(sum(norm**2 for norm in norms)),
         "control_seeds": seeds,
         "factors": factors,
@@ -269,14 +261,28 @@ def _token_tables(model: Any) -> set[str]:
     return {name for name, weight in model.named_parameters() if id(weight) in weights}
 
 
-class _RandomChanges:
-    """Makes controls, and finds the factors of rescaled ones."""
+class RandomChanges:
+    """Makes controls, and finds the factors of rescaled ones.
 
-    def __init__(
-        self, inputs: Inputs, options: PassOptions, base: Any, changes: dict[str, Tensor]
-    ) -> None:
+    Args:
+        inputs: the pair, whose change is made random, and texts to rescale on.
+        options: of the passes over them.
+
+    Raises:
+        PairError: if nothing changed, or the models differ in the shapes of their weights.
+    """
+
+    def __init__(self, inputs: Inputs, options: PassOptions) -> None:
         self._inputs, self._options = inputs, options
-        self._base, self._changes = base, changes
+        self._base, tuned = merged(inputs.pair.base.model), merged(inputs.pair.tuned.model)
+        if is_tied(self._base) and not is_tied(tuned):
+            untie(self._base)  # as merging an adapter of one of two tied weights does
+        self.changes = changed_tensors(self._base, tuned)
+        if not self.changes:
+            raise PairError(
+                "the two models have the same weights: there is no change to compare random "
+                "changes to"
+            )
         self._corpus = _some(inputs.corpus, SCALED_ON)
         self._wanted: float | None = None
 
@@ -307,7 +313,7 @@ class _RandomChanges:
         return model, factor
 
     def _hooked(self, kind: str, seed: int, factor: float) -> LoadedModel:
-        model = randomly_changed(self._base, self._changes, seed, kind, factor)
+        model = randomly_changed(self._base, self.changes, seed, kind, factor)
         tokenizer = self._inputs.pair.base.tokenizer
         return hook(OpenedModel(model, tokenizer, f"control {seed}", "object"), "residual")
 

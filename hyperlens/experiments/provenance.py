@@ -24,6 +24,7 @@ from ..decoding.generate import GenerationRunner
 from ..decoding.prompts import check_room, choose_prompts, prompt_lengths
 from ..models.kinds import plain_model
 from ..models.tokenizers import token_names, token_texts
+from ..offloading import value_of
 from ..pair import Pair, open_inputs
 from ..passes.contexts import Contexts, ranks_in, read_contexts
 from ..probes.rank_reordering import rank_bins
@@ -220,7 +221,7 @@ def _picks(pair: Pair, decisions: Sequence[Decisions]) -> list[list[Pick]]:
         for top1, rank in zip(one.base_top1, one.rank, strict=True)
         if rank > 1
     ]
-    unembedding = plain_model(pair.base.model).get_output_embeddings().weight
+    unembedding = value_of(plain_model(pair.base.model).get_output_embeddings(), "weight")
     near = neighbours(unembedding, changed, min(NEIGHBOURS, len(unembedding) - 1))
     return [list(_picks_of(one, near, pair.tokenizer)) for one in decisions]
 

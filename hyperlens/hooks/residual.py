@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import LoadingError
 from ..models.structure import ModelStructure, find_structure
+from ..offloading import device_of
 from .attach import attach, entering_at
 from .surface import IN_A_BLOCK, NORM_OUT, import_transformer_lens
 
@@ -114,7 +115,7 @@ class ResidualModel(HookedRootModule):
             d_vocab=head.weight.shape[0],
             n_ctx=max(0, getattr(text, "max_position_embeddings", 0) or 0),
             dtype=weight.dtype,
-            device=weight.device,
+            device=device_of(self.model),
             output_logits_soft_cap=self.structure.soft_cap,
             model_name=getattr(self._config, "_name_or_path", "") or type(self.model).__name__,
         )

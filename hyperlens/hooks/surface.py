@@ -11,13 +11,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from types import ModuleType
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, cast, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from ..errors import ActivationError
+from ..offloading import device_of
 
 # The attribute names that TransformerLens gives the two ends of a block, what its two branches add
 # to the stream in between, and what leaves the final norm.
@@ -155,7 +156,8 @@ def run_layers(
     residuals: dict[int, Tensor] = {}
 
     def keep(residual: Tensor, hook: Any, layer: int) -> None:
-        residuals[layer] = residual.detach()
+        # Of a model that is spread over devices: to where it began.
+        residuals[layer] = residual.detach().to(tokens.device)
 
     model.run_with_hooks(
         tokens,
@@ -170,12 +172,12 @@ def run_layers(
 def final_norm(model: HookedModel, x: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_model"]:
     """The model's own final norm, applied to residual vectors."""
     normed: Tensor = model.ln_final(x[:, None])[:, 0]
-    return normed
+    return normed.to(x.device)
 
 
 def unembed(model: HookedModel, x: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_vocab"]:
     """Logits of final-normed vectors; TransformerLens leaves the soft cap to the caller."""
-    logits: Tensor = model.unembed(x[:, None])[:, 0]
+    logits: Tensor = model.unembed(x[:, None])[:, 0].to(x.device)
     cap = getattr(model.cfg, "output_logits_soft_cap", None)
     return cap * torch.tanh(logits / cap) if cap is not None and cap > 0 else logits
 
@@ -199,8 +201,7 @@ def residual_logits(
 
 def input_device(model: HookedModel) -> torch.device:
     """Where token ids must live."""
-    device: torch.device = next(model.parameters()).device
-    return device
+    return device_of(cast(Any, model))
 
 
 def first_bad_layer(

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 
 from ..errors import LoadingError, PairError, first_line, shortened
+from ..offloading import check_is_here
 from .adapter_layout import PREFIX, layout_of
 from .kinds import HUB_ID
+from .vocabulary import resize_tables
 from .weight_sharing import token_tables, weight_sharing_copy
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -163,6 +165,7 @@ def put_on(
 
     made_for = f"it was made for {named or 'another base'}; give that base"
     misfit = PairError(f"adapter {folder} does not fit {base_name}: {made_for}")
+    check_is_here(base, "putting an adapter on it")
     try:
         shell = weight_sharing_copy(base)
         with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
@@ -173,7 +176,7 @@ def put_on(
         _check_scales_saved(shell, config, folder)
         placed = {layout.in_base(key): shape for key, shape in shapes.items()}
         stored = {key: shape for key, shape in placed.items() if key is not None}
-        _check_vocabulary(shell, stored, folder, base_name)
+        _resize(shell, stored, folder, base_name)
         _unshare_written(shell, set(stored), config)
         _unshare_initialised(shell, config)
         with warnings.catch_warnings():
@@ -290,28 +293,41 @@ def _in_base(key: str) -> str:
     return key.removeprefix(PREFIX).replace(".base_layer.", ".")
 
 
-def _check_vocabulary(shell: Any, shapes: dict[str, Any], folder: Path, base_name: str) -> None:
-    """Raise where the adapter was trained with another number of tokens.
+def _resize(shell: Any, shapes: dict[str, Any], folder: Path, base_name: str) -> None:
+    """Give the base the number of tokens that the adapter was trained with.
+
+    What the adapter does not store of tokens that the base lacks is unknown: it has to store all
+    rows of embedding and unembedding, as peft does for models that were resized.
 
     Raises:
-        PairError: with both numbers.
+        PairError: if it does not, with both numbers.
     """
     tables = token_tables(shell)
     names = {
-        name: module.weight.shape[0]
+        name: module
         for name, module in shell.named_modules()
         if any(module is table for table in tables)
     }
+    sizes: dict[str, int] = {}
+    whole: set[int] = set()
     for key, shape in shapes.items():
-        module, _, weight = _in_base(key).rpartition(".")
-        module, weight = (module, weight) if module in names else _of_adapter(module, weight)
+        name, _, weight = _in_base(key).rpartition(".")
+        name, weight = (name, weight) if name in names else _of_adapter(name, weight)
         axis = {"weight": 0, "lora_B": 0, "lora_embedding_A": 1}.get(weight)
-        if module in names and axis is not None and shape[axis] != names[module]:
-            raise PairError(
-                f"adapter {folder} was trained with {shape[axis]} tokens, and {base_name} has "
-                f"{names[module]}: resize the base as for training "
-                f"(model.resize_token_embeddings({shape[axis]})), and pass that model as the base"
-            )
+        if name in names and axis is not None:
+            sizes[name] = shape[axis]
+            whole |= {id(names[name].weight)} if weight == "weight" else set()
+    wanted = {size for name, size in sizes.items() if size != names[name].weight.shape[0]}
+    if not wanted:
+        return
+    size, rows = max(wanted), tables[-1].weight.shape[0]
+    if len(wanted) > 1 or (size > rows and any(id(t.weight) not in whole for t in tables)):
+        raise PairError(
+            f"adapter {folder} was trained with {size} tokens, and {base_name} has {rows}: resize "
+            f"the base as for training (model.resize_token_embeddings({size})), and pass that "
+            "model as the base"
+        )
+    resize_tables(shell, size)
 
 
 def _of_adapter(module: str, weight: str) -> tuple[str, str]:

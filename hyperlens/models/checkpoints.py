@@ -12,6 +12,7 @@ import torch
 
 from ..errors import LoadingError, first_line
 from .adapters import ADAPTER_CONFIG
+from .weight_sharing import keep_packing
 
 # A configuration that asks for more is damaged, and transformers would build it for hours: blocks,
 # and other sizes as a multiple of the largest one of the checkpoint's own tensors.
@@ -82,6 +83,7 @@ def read_checkpoint(name: str, kind: str, dtype: torch.dtype | None) -> tuple[An
     if info["unexpected_keys"]:
         keys = sorted(info["unexpected_keys"])
         notes = (f"{name}: {len(keys)} weights of the checkpoint are not used ({keys[0]}, …)",)
+    keep_packing(model)
     return model.eval(), notes
 
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from .. import processes
 from ..errors import LoadingError, PairError
+from ..offloading import check_can_be_fetched
 from .adapters import (
     ADAPTER_CONFIG,
     adapter_folder,
@@ -24,7 +25,7 @@ from .adapters import (
 from .checkpoints import check_causal, check_checkpoint_folder, read_checkpoint
 from .kinds import HUB_ID, backend_of, is_peft, plain_model
 from .tokenizers import read_tokenizer, tokenizer_of_object
-from .weight_sharing import check_has_values, converted, weight_sharing_copy
+from .weight_sharing import converted, weight_sharing_copy
 
 
 @dataclass(frozen=True, repr=False)
@@ -152,7 +153,7 @@ def _open_object(
         check_adapter_kind(*configs.values())
     else:
         check_not_injected(model)
-    check_has_values(plain)
+    check_can_be_fetched(plain)
     name = getattr(config, "_name_or_path", "") or kind
     tokenizer = getattr(model, "tokenizer", None) or tokenizer_of_object(name)
     return OpenedModel(

@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..errors import LoadingError
+from ..offloading import device_of
 
 # Two correct sums differ by about one machine epsilon; more than a few means another sum.
 ROUNDINGS = 4.0
@@ -173,7 +174,7 @@ def _trace(model: Any) -> list[_Call]:
 def _run(model: Any) -> Float[Tensor, "batch pos d_vocab"]:
     """Logits of four tokens."""
     weight = model.get_input_embeddings().weight
-    tokens = torch.arange(len(PROBES), device=weight.device)[None] % weight.shape[0]
+    tokens = torch.arange(len(PROBES), device=device_of(model))[None] % weight.shape[0]
     logits: Tensor = model(
         input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False
     ).logits

@@ -92,9 +92,12 @@ def _step_of(folder: Path) -> int:
     """The training step that a checkpoint records, else the number at the end of its name."""
     try:
         step = json.loads((folder / TRAINER_STATE).read_text(encoding="utf-8"))["global_step"]
-        return int(step)
+        recorded = int(step)
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        number = NUMBER_AT_END.search(folder.absolute().name)
+        recorded = -1
+    if recorded >= 0:
+        return recorded
+    number = NUMBER_AT_END.search(folder.absolute().name)
     if number is None:
         raise LoadingError(
             f"{folder} does not tell after which step it was saved: expected {TRAINER_STATE} in "

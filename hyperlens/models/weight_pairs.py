@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LoadingError, PairError, first_line
+from ..offloading import check_can_be_fetched, check_is_here
 from .adapter_layout import PREFIX
 from .adapters import (
     ADAPTER_WEIGHTS,
@@ -29,7 +30,7 @@ from .adapters import (
 )
 from .kinds import backend_of, plain_model, quantisation_of
 from .sources import check_source, same_source
-from .weight_sharing import check_has_values, is_tied
+from .weight_sharing import is_tied
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 # What wraps the language model in one checkpoint and not in another of the same model.
@@ -486,7 +487,8 @@ def _of_object(model: Any) -> _Weights:
             f"{type(plain).__name__} is quantised: give the model before it was, or one merged in "
             "full precision"
         )
-    check_has_values(plain)
+    check_can_be_fetched(plain)
+    check_is_here(plain, "comparing weights")
     name = getattr(getattr(plain, "config", None), "_name_or_path", "") or type(plain).__name__
     factors = _factors_of(plain, name)
     parameters = _own_parameters(plain)

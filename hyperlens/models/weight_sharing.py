@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..errors import LoadingError, first_line
+from ..offloading import check_is_here, has_offloaded, shared_by_copies
 from .kinds import is_peft, quantisation_of
 
 
@@ -22,7 +23,8 @@ def weight_sharing_copy(model: nn.Module) -> Any:
     and ties between weights survive. Costs no memory for weights. The autocast that accelerate
     wraps around `forward` while it trains in bfloat16 is left out.
     """
-    memo: dict[int, Any] = {id(b): b for b in model.buffers()}
+    kept = (*model.buffers(), *shared_by_copies(model))
+    memo: dict[int, Any] = {id(one): one for one in kept}
     for parameter in model.parameters():
         # Quantised parameters carry state of their own in a subclass: share those as they are.
         plain = type(parameter) is nn.Parameter
@@ -41,23 +43,30 @@ def weight_sharing_copy(model: nn.Module) -> Any:
     for module in copied.modules():
         if "_original_forward" in vars(module):
             del module.forward, module._original_forward
+    keep_packing(copied)
     return copied
 
 
-def check_has_values(model: nn.Module) -> None:
-    """Raise if some weights are elsewhere, or were never loaded.
+# What modules of bitsandbytes keep: whether this CPU multiplies bfloat16 by 512 bits at a time, and
+# of weights of 4 bits whether they have been repacked for it.
+REPACKS, REPACKED = "support_avx512bf16_for_cpu", "packing_format_for_cpu"
 
-    Raises:
-        LoadingError: if some are on the "meta" device, as those are that accelerate offloads.
+
+def keep_packing(model: nn.Module) -> None:
+    """Let bitsandbytes leave weights of 4 bits as they are when they are run.
+
+    On some CPUs it repacks them in place in the first forward pass without gradients. Their scales
+    are then rounded to bfloat16, the caller's model has another hash, and no gradient passes.
     """
-    weights = list(model.parameters())
-    missing = sum(weight.device.type == "meta" for weight in weights)
-    if missing:
-        raise LoadingError(
-            f"{missing} of {len(weights)} weights of {type(model).__name__} have no values here "
-            "(offloaded, or never loaded): load it whole; where the GPU is too small, in "
-            "bfloat16 or on the CPU"
-        )
+    for module in model.modules():
+        if REPACKS in vars(module):
+            setattr(module, REPACKS, False)
+
+
+def is_repacked(model: nn.Module) -> bool:
+    """Whether that has happened already."""
+    states = (getattr(weight, "quant_state", None) for weight in model.parameters())
+    return any(getattr(state, REPACKED, False) for state in states)
 
 
 def converted(model: Any, device: torch.device | None, dtype: torch.dtype | None) -> Any:
@@ -96,6 +105,11 @@ def _moved(model: Any, device: torch.device) -> Any:
 
 
 def _cast(model: Any, dtype: torch.dtype) -> None:
+    if has_offloaded(model):
+        raise LoadingError(
+            f"{type(model).__name__} is offloaded and cannot be cast to {dtype}: load it in that "
+            "dtype, or leave dtype out"
+        )
     if quantisation_of(model) is not None:
         raise LoadingError(
             f"{type(model).__name__} is quantised and cannot be cast to {dtype}: leave dtype out"
@@ -157,6 +171,7 @@ def merged(model: Any) -> Any:
     Raises:
         LoadingError: if this kind of adapter cannot be merged.
     """
+    check_is_here(model, "changing or converting it")
     model = weight_sharing_copy(model)
     if not is_peft(model):
         return model

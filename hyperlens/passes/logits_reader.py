@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from ..statistics import distances
@@ -46,7 +46,8 @@ class LogitChunk:
 class ReadsLogits(Protocol):
     """A probe that reads logits together with others.
 
-    `overwrites` says whether `read` changes the logits it is given.
+    `overwrites` says whether `read` changes the logits it is given. A reader with a true attribute
+    `samples` is shown the tokens of `StreamPair.lens` alone, below the output.
     """
 
     overwrites: bool
@@ -74,23 +75,62 @@ def read_logits(pair: StreamPair, readers: Sequence[ReadsLogits]) -> None:
     final = None if pair.n_layers in wanted else _final_top1(pair)
     for layer in sorted(wanted, reverse=True):
         here = [reader for reader in in_turn if layer in reader.logit_layers()]
-        parts: list[dict[str, list[Tensor]]] = [defaultdict(list) for _ in here]
-        top1_parts = []
-        for rows, base, tuned in pair.logits(layer):
-            top1 = distances.winner(tuned) if final is None else final[rows]
-            top1_parts.append(top1)
-            chunk = LogitChunk(layer, base, tuned, top1, pair.has_shared_logits(layer))
-            for reader, numbers in zip(here, parts, strict=True):
-                needs_copy = reader.overwrites and reader is not here[-1]
-                shown = chunk.copied() if needs_copy else chunk
-                for name, values in run_probe_step(reader, "read", shown).items():
-                    numbers[name].append(values)
-        if not top1_parts:
+        sampling = [reader for reader in here if reads_sample(pair, reader, layer)]
+        complete = [reader for reader in here if reader not in sampling]
+        if complete:
+            top1 = _read_layer(pair, layer, complete, final)
+            final = top1 if final is None else final
+        if final is None or not len(final):
             return  # a batch without a single decision
-        final = torch.cat(top1_parts)
-        for reader, numbers in zip(here, parts, strict=True):
-            of_layer = {name: torch.cat(values) for name, values in numbers.items()}
-            run_probe_step(reader, "finish", pair, layer, of_layer)
+        if sampling and pair.lens is not None:
+            decisions = pair.mask(layer, "decisions")
+            rows = pair.lens[decisions]
+            _read_layer(pair, layer, sampling, final[rows.to(final.device)], rows)
+
+
+def reads_sample(pair: StreamPair, reader: ReadsLogits, layer: int) -> bool:
+    """Whether a reader is shown a sample of the tokens at this layer."""
+    sampled = pair.lens is not None and layer < pair.n_layers
+    return sampled and bool(getattr(reader, "samples", False))
+
+
+def _read_layer(
+    pair: StreamPair,
+    layer: int,
+    readers: Sequence[ReadsLogits],
+    final: Int[Tensor, " n"] | None,
+    rows: Bool[Tensor, " decision"] | None = None,
+) -> Int[Tensor, " n"]:
+    """Show the logits of one layer to these readers, of all decisions or of some.
+
+    Args:
+        pair: both streams.
+        layer: where.
+        readers: those that overwrite last.
+        final: the tuned model's top-1 token at the output, of each that is read; None at the
+            output itself.
+        rows: True for the decisions that are read; None for all.
+
+    Returns:
+        `final`.
+    """
+    parts: list[dict[str, list[Tensor]]] = [defaultdict(list) for _ in readers]
+    top1_parts = []
+    for part, base, tuned in pair.logits(layer, rows):
+        top1 = distances.winner(tuned) if final is None else final[part]
+        top1_parts.append(top1)
+        chunk = LogitChunk(layer, base, tuned, top1, pair.has_shared_logits(layer))
+        for reader, numbers in zip(readers, parts, strict=True):
+            needs_copy = reader.overwrites and reader is not readers[-1]
+            shown = chunk.copied() if needs_copy else chunk
+            for name, values in run_probe_step(reader, "read", shown).items():
+                numbers[name].append(values)
+    if not top1_parts:
+        return torch.zeros(0, dtype=torch.int64, device=pair.device)
+    for reader, numbers in zip(readers, parts, strict=True):
+        of_layer = {name: torch.cat(values) for name, values in numbers.items()}
+        run_probe_step(reader, "finish", pair, layer, of_layer)
+    return torch.cat(top1_parts)
 
 
 def _final_top1(pair: StreamPair) -> Int[Tensor, " n"]:

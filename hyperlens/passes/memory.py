@@ -18,22 +18,31 @@ from .streams import StreamSpec, logit_chunk_bytes
 CGROUPS, OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 # Temporary float64 copies of a batch's (or the sample's) vectors that statistics make.
 COPIES = 6
+# Room for so many chunks of logits, of both models and of what is made of them, and how many there
+# are found to be at the peak.
+LOGIT_CHUNKS, LIKELY_CHUNKS = 8, 4.5
 # glibc adapts its threshold to freed blocks of up to 32 MiB, their own bookkeeping included.
 LARGEST_ADAPTIVE_BLOCK = 32 * 2**20 - 2**16
 
 
 @dataclass(frozen=True)
 class MemoryNeeded:
-    """Bytes of the probes' sums, of both models' streams over a batch, and of temporaries."""
+    """Bytes of the probes' sums, both models' streams over a batch, logits and temporaries."""
 
     sums: int
     streams: int
+    logits: int
     work: int
 
     @property
     def total(self) -> int:
         """The sum, as if all were needed at the same moment."""
-        return self.sums + self.streams + self.work
+        return self.sums + self.streams + self.logits + self.work
+
+    @property
+    def likely(self) -> int:
+        """The peak that is to be expected; the room kept for logits is rarely filled."""
+        return self.total - int(self.logits * (1 - LIKELY_CHUNKS / LOGIT_CHUNKS))
 
 
 def memory_needed(
@@ -45,11 +54,13 @@ def memory_needed(
         ProbeError: if a probe's `state_bytes` fails.
     """
     d = spec.d_model
+    chunk = logit_chunk_bytes(spec.d_vocab, spec.device)
     widest = max(rows, spec.n_sampled_sequences * spec.n_sampled_tokens)
     return MemoryNeeded(
         sums=sum(int(run_probe_step(probe, "state_bytes", spec)) for probe in probes),
         streams=2 * len(spec.layers) * rows * d * dtype.itemsize,
-        work=8 * logit_chunk_bytes(spec.d_vocab, spec.device) + 8 * d * (COPIES * widest + 4 * d),
+        logits=LOGIT_CHUNKS * min(chunk, 4 * spec.d_vocab * rows),
+        work=8 * d * (COPIES * widest + 4 * d),
     )
 
 

@@ -6,15 +6,15 @@ such sums can be split by layers, and each part gets its own pass: the same numb
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import zip_longest
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 from ..data.corpus import Corpus
 from ..hooks import surface
 from ..hooks.surface import HookedModel
-from ..results.rows import ProbeResult, Row
+from ..results.rows import joined
 from .failures import run_probe_step
 from .memory import free_bytes
 from .streaming import PassOptions, PassResult, RunsInAPass, pass_memory, run_pass, stream_spec
@@ -43,7 +43,7 @@ def run_passes(
     Raises:
         HyperlensError: as `run_pass`; ResourceError only if a single layer is too much.
     """
-    passes = _plan_passes(base, corpus, probes, options)
+    passes = plan_passes(base, corpus, probes, options)
     n_passes = len(passes)
     done: list[PassResult] = []
     while passes:
@@ -53,13 +53,13 @@ def run_passes(
         own = replace(options, title=title or options.title, kept=kept)
         done.append(run_pass(base, tuned, corpus, chosen, own))
     results = {
-        probe.name: _joined(part.results[probe.name] for part in done if probe.name in part.results)
+        probe.name: joined(part.results[probe.name] for part in done if probe.name in part.results)
         for probe in probes
     }
     return PassResult(results, done[0].sinks_per_layer, n_passes, done[0].shared)
 
 
-def _plan_passes(
+def plan_passes(
     base: HookedModel, corpus: Corpus, probes: Sequence[RunsInAPass], options: PassOptions
 ) -> list[list[RunsInAPass]]:
     """The probes of each pass: as few passes as fit, or as many as there are."""
@@ -80,12 +80,3 @@ def _plan_passes(
             [probe for probe in together if probe is not None] for together in zip_longest(*parts)
         ]
     return passes
-
-
-def _joined(parts: Iterable[ProbeResult]) -> ProbeResult:
-    rows: list[Row] = []
-    extras: dict[str, Any] = {}
-    for part in parts:
-        rows.extend(part.rows)
-        extras.update(part.extras)
-    return ProbeResult(tuple(rows), extras)

@@ -84,10 +84,12 @@ class PassOptions:
         batch_size: sequences per batch.
         sink_threshold: a position whose raw norm exceeds this many times its sequence's median
             at a layer, in either model, is an attention sink there; 0 turns the mask off.
-        seed: of the token sample.
+        seed: of the token samples.
         progress: show a progress bar.
         title: what the bar is called.
         kept: where sums are kept while the pass runs, to go on from; None keeps nothing.
+        lens_tokens: how many tokens of each text a sampled logit lens reads below the output, or
+            what share of them; None for all.
     """
 
     batch_size: int
@@ -96,6 +98,7 @@ class PassOptions:
     progress: bool
     title: str = "comparing"
     kept: KeptSums | None = None
+    lens_tokens: int | float | None = None
 
 
 @dataclass(frozen=True)
@@ -143,7 +146,9 @@ def run_pass(
             sinks = torch.tensor(processes.summed(*sinks.tolist())).long()
             for probe in probes:
                 run_probe_step(probe, "all_reduce")
-        results = {probe.name: run_probe_step(probe, "compute") for probe in probes}
+        # A probe may divide what it makes of the sums, which are now the same everywhere.
+        with processes.in_step():
+            results = {probe.name: run_probe_step(probe, "compute") for probe in probes}
     return PassResult(results, tuple(sinks.tolist()), shared=shared)
 
 
@@ -163,6 +168,7 @@ def _read_texts(
         options.batch_size,
         n_sampled_sequences=spec.n_sampled_sequences,
         n_sampled_tokens=spec.n_sampled_tokens,
+        lens_tokens=options.lens_tokens,
         seed=options.seed,
         share=share,
     )
@@ -287,6 +293,7 @@ def read_pair(
         shared=shared,
         chosen=None if batch.chosen is None else batch.chosen.to(here),
         roles=None if batch.roles is None else batch.roles.to(here),
+        lens=None if batch.lens is None else batch.lens.to(here),
     )
 
 

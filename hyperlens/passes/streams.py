@@ -263,6 +263,7 @@ class StreamPair:
             where all are.
         roles: who speaks each token, as places in `hyperlens.data.reading.ROLES`; None where there
             are no conversations.
+        lens: of the `decisions` tokens those at which a sampled logit lens is read; None for all.
     """
 
     base: ModelStream
@@ -276,6 +277,7 @@ class StreamPair:
     shared: SharedPrefix = NOTHING_SHARED
     chosen: Bool[Tensor, "batch pos"] | None = None
     roles: Int[Tensor, "batch pos"] | None = None
+    lens: Bool[Tensor, "batch pos"] | None = None
 
     @property
     def n_layers(self) -> int:
@@ -351,15 +353,32 @@ class StreamPair:
         """Whether both models have the same vectors here, bit for bit."""
         return layer < self.shared.layers and (view != "final_norm" or self.shared.norm)
 
+    def lens_scale(self) -> Float[Tensor, " batch"]:
+        """By how much a sequence's sum over the tokens that a sampled lens reads is too small.
+
+        The number of its decisions by that of those read: the sums so scaled are, over draws of the
+        sample, on average those over all decisions (Horvitz and Thompson 1952).
+        """
+        decisions = self.mask(0, "decisions")
+        read = decisions if self.lens is None else decisions & self.lens
+        n, n_read = (mask.sum(-1).to(self.device, torch.float64) for mask in (decisions, read))
+        return n / n_read.clamp_min(1.0)
+
     def logits(
-        self, layer: int
+        self, layer: int, wanted: Bool[Tensor, " n"] | None = None
     ) -> Iterator[tuple[slice, Float[Tensor, "chunk d_vocab"], Float[Tensor, "chunk d_vocab"]]]:
         """Logit lens of both models over the `decisions` tokens, a few rows at a time: final norm,
         unembedding and soft cap applied at `layer`, as float32.
 
-        Yields (rows, base logits, tuned logits), `rows` being the slice of the set's tokens.
+        Args:
+            layer: 0 to L.
+            wanted: True for those tokens of the set; None for all.
+
+        Yields (rows, base logits, tuned logits), `rows` being the slice of the wanted tokens.
         """
         index = self.index(layer, "decisions")
+        if wanted is not None:
+            index = index[wanted]
         pieces = logit_rows(len(index), self.base.d_vocab, index.device)
         of_base = self.base.unembed, self.base.normed(layer, index)
         if self.has_shared_logits(layer):

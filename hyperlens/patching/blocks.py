@@ -17,6 +17,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..checks import check_choice, check_counts, check_seed, check_types
 from ..data.corpus import Corpus, pad
@@ -278,10 +279,29 @@ class _ModelReading(NamedTuple):
 
 
 class _OtherTexts(NamedTuple):
-    """For each text of a batch, another one: the next of the corpus."""
+    """For each text of a batch, another one: the next of the corpus.
+
+    Attributes:
+        tokens, mask: padded on the right to the width of the batch.
+        unpadded: whether each is to be read by itself.
+    """
 
     tokens: Int[Tensor, "batch pos"]
     mask: Int[Tensor, "batch pos"]
+    unpadded: bool
+
+    def read(self, model: HookedModel, sites: Sequence[Site]) -> Activations:
+        """A model's activations on them, zeros at pads that it has not seen."""
+        if not self.unpadded:
+            return read(model, self.tokens, self.mask, sites)[1]
+        width, found = self.tokens.shape[1], []
+        for tokens, n in zip(self.tokens, self.mask.sum(-1).tolist(), strict=True):
+            alone = tokens[None, :n]
+            found.append(read(model, alone, torch.ones_like(alone), sites)[1])
+        return {
+            site: torch.cat([F.pad(of[site], (0, 0, 0, width - of[site].shape[1])) for of in found])
+            for site in sites
+        }
 
 
 def run_sweep(
@@ -320,7 +340,8 @@ def _other_texts(corpus: Corpus, batch: Batch) -> _OtherTexts:
     n, width = len(corpus.sequences), batch.tokens.shape[1]
     following = [corpus.sequences[(text + 1) % n][:width] for text in batch.number.tolist()]
     tokens, mask = pad(following, width=width)
-    return _OtherTexts(tokens.to(batch.tokens.device), mask.to(batch.tokens.device))
+    device = batch.tokens.device
+    return _OtherTexts(tokens.to(device), mask.to(device), corpus.unpadded)
 
 
 def _read(
@@ -330,7 +351,7 @@ def _read(
     check_stream(side, stream, batch.mask.bool())
     elsewhere: Activations = {}
     if sweep.with_controls:
-        elsewhere = read(model, others.tokens, others.mask, sweep.sites)[1]
+        elsewhere = others.read(model, sweep.sites)
     return _ModelReading(model, stream, here, elsewhere)
 
 

@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..checks import check_counts, check_seed, check_types
+from ..offloading import named_values
 from ..pair import open_inputs
 from ..passes.streaming import PassOptions, run_pass
 from ..passes.streams import VIEWS, StreamPair, View
@@ -169,7 +170,7 @@ class SwappedNorms(OutputReader[str]):
 
 def same_norm(base: Any, tuned: Any) -> bool:
     """Whether the two final norms have the same weights, bit for bit."""
-    first, second = (list(model.ln_final.parameters()) for model in (base, tuned))
+    first, second = ([x for _, x in named_values(model.ln_final)] for model in (base, tuned))
     return len(first) == len(second) and all(map(torch.equal, first, second))
 
 

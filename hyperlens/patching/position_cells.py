@@ -112,6 +112,7 @@ def draw_changed(
     long = [int(i) for i in order if len(corpus.sequences[i]) >= offsets]
     found: list[int] = []
     texts: list[np.ndarray] = []
+    batch_size = 1 if corpus.unpadded else batch_size
     with tqdm(total=n_texts, desc="drawing", unit="text", disable=not progress) as bar:
         for start in range(0, len(long), batch_size):
             batch = long[start : start + batch_size]
@@ -386,9 +387,10 @@ def map_positions(
         {direction: torch.zeros(shape, dtype=torch.float64) for direction in DIRECTIONS},
     )
     order = sorted(range(n), key=lambda i: (-len(texts[i]), i))
+    n_texts = 1 if pair.unpadded else batch_size
     with tqdm(total=n, desc="patching", unit="text", disable=not progress) as bar:
-        for start in range(0, n, batch_size):
-            batch = order[start : start + batch_size]
+        for start in range(0, n, n_texts):
+            batch = order[start : start + n_texts]
             # On the left, so that all texts end together.
             tokens, mask = (x.to(device) for x in pad([texts[i] for i in batch], side="left"))
             endings = {

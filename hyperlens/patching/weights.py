@@ -23,6 +23,7 @@ from ..errors import PatchError
 from ..hooks.loading import LoadedModel, hook
 from ..models.kinds import is_peft
 from ..models.weight_sharing import merged
+from ..offloading import check_is_here
 from ..pair import open_inputs
 from ..passes.failures import explaining_out_of_memory
 from ..render.blocks import Axis, Block, Chart, Grid, Reference, Role, Table, Text, Verdict
@@ -177,6 +178,7 @@ def patch_weights(
 
 def _plain(loaded: LoadedModel) -> LoadedModel:
     """The model itself, or with its adapter merged."""
+    check_is_here(loaded.model, "putting weights into another model")
     if not is_peft(loaded.model):
         return loaded
     return hook(replace(loaded, model=merged(loaded.model)), "residual")

@@ -8,6 +8,7 @@ Ito, which colour-blind readers tell apart. Dashes and shapes of marks carry the
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -91,14 +92,30 @@ def _names_in(chart: Chart) -> tuple[str, ...]:
     return (*chart.series, *(one.name for one in chart.references))
 
 
+# Marks that stand for one row; Vega describes a line and a band by their first row alone.
+MARK = re.compile(
+    r'<(?P<kind>path|rect)(?P<inside> aria-label="(?P<label>[^"]*)"[^>]*'
+    r'aria-roledescription="(?:point|bar|rect mark)"[^>]*?)/>'
+)
+NAMED_TWICE = re.compile(r"series: (?P<name>.*?); of: (?P=name)")
+
+
 def svg(chart: altair.TopLevelMixin) -> str:
-    """A figure as SVG without a background, so that it suits light and dark pages."""
+    """A figure as SVG without a background, so that it suits light and dark pages.
+
+    Marks tell their values to a pointer that rests on them, without a script.
+    """
     import vl_convert
 
     spec: Any = chart.to_dict()
     spec["background"] = "transparent"
     spec["config"] = {**spec.get("config", {}), **QUIET}
-    return vl_convert.vegalite_to_svg(spec)
+    return MARK.sub(_with_title, vl_convert.vegalite_to_svg(spec))
+
+
+def _with_title(mark: re.Match[str]) -> str:
+    label = NAMED_TWICE.sub(r"of: \g<name>", mark["label"])
+    return f"<{mark['kind']}{mark['inside']}><title>{label}</title></{mark['kind']}>"
 
 
 def png(chart: altair.TopLevelMixin, scale: float = 2.0) -> bytes:

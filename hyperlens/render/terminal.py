@@ -11,10 +11,18 @@ WIDTH = 100
 
 
 def to_text(title: str, blocks: Sequence[Block]) -> str:
-    """A screenful of text: title, verdicts, texts and tables; charts and details are left out."""
-    lines = [*textwrap.wrap(title, WIDTH), ""]
+    """A screenful of text: title, verdicts, texts and tables; charts and details are left out.
+
+    So is a heading with nothing but those under it.
+    """
+    lines, heading = [*textwrap.wrap(title, WIDTH), ""], list[str]()
     for block in blocks:
-        lines += _lines(block)
+        shown = _lines(block)
+        if isinstance(block, Heading):
+            heading = shown
+        elif shown:
+            lines += [*heading, *shown]
+            heading = []
     return "\n".join(map(_printable, lines)).rstrip()
 
 

@@ -1,37 +1,26 @@
 """What a reproduction will take, before any of it is done: tokens, FLOPs, memory, disk and time.
 
-Nothing but the base's configuration is needed. Times come from models of the same width and
-vocabulary with one and with three blocks, random weights, timed on the device that is asked about;
-everything grows in proportion to the number of blocks.
+Nothing but the base's configuration is needed (see `hyperlens.costs`).
 """
 
 from __future__ import annotations
 
-import copy
 import math
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 
 from ..checks import check_types
-from ..errors import LoadingError, first_line
-from ..files import expand_user
+from ..costs import ModelSize, Speed, config_of, in_bytes, in_time, measure_speed, size_of
 from ..hooks.loading import parse_device
-from ..models.kinds import plain_model, text_config
 from ..render.blocks import Table, Text
 from ..render.terminal import to_text
 from .paper import STAGES, exhibits, stages_of
 from .protocol import METHODS, Protocol, protocol_for
 
-# Blocks of the two models that are timed.
-FEW, MORE = 1, 3
-TOKENS, GENERATED = 32, 8
-REPEATS = 2
 # Passes over all logits that the experiments make besides the models' own: rank correlations sort
 # the whole vocabulary, entropy matching and fitted biases iterate. In forward passes of the head.
 LOGIT_PASSES = {
@@ -102,9 +91,9 @@ class Plan:
                 one.name,
                 f"{one.tokens:,.0f}",
                 f"{one.flops:.1e}",
-                _bytes(one.memory),
-                _bytes(one.disk),
-                _duration(one.seconds),
+                in_bytes(one.memory),
+                in_bytes(one.disk),
+                in_time(one.seconds),
             ]
             for one in self.stages
         ]
@@ -113,9 +102,9 @@ class Plan:
                 "all",
                 f"{sum(one.tokens for one in self.stages):,.0f}",
                 f"{sum(one.flops for one in self.stages):.1e}",
-                _bytes(max(one.memory for one in self.stages)),
-                _bytes(sum(one.disk for one in self.stages)),
-                _duration(self.seconds),
+                in_bytes(max(one.memory for one in self.stages)),
+                in_bytes(sum(one.disk for one in self.stages)),
+                in_time(self.seconds),
             ]
         )
         caption = (
@@ -157,7 +146,7 @@ def plan(
     settings = protocol or protocol_for("paper")
     config = config_of(base)
     where = parse_device(device) or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    size = _size(config)
+    size = size_of(config)
     speed = measure_speed(config, where)
     n_domains = len(texts) if isinstance(texts, Mapping) else 1
     needed = {stage for one in (only or exhibits()) for stage in stages_of(one)}
@@ -172,159 +161,10 @@ def plan(
 
 
 @dataclass(frozen=True)
-class _Size:
-    """Of the whole model."""
-
-    parameters: float
-    in_blocks: float
-    in_head: float
-    n_layers: int
-    d_model: int
-    d_vocab: int
-
-
-@dataclass(frozen=True)
-class Speed:
-    """Seconds per token: of everything but the blocks, and of one block.
-
-    Attributes:
-        read: of a forward pass.
-        train: of forward, backward and optimiser.
-        write: of a step of generation, per sequence.
-    """
-
-    read: tuple[float, float]
-    train: tuple[float, float]
-    write: tuple[float, float]
-
-
-def config_of(base: Any) -> Any:
-    """The configuration of a model, its folder or hub id.
-
-    Raises:
-        LoadingError: if there is none.
-    """
-    from transformers import AutoConfig, PretrainedConfig
-
-    if isinstance(base, PretrainedConfig):
-        return base
-    if isinstance(base, tuple) and base:
-        return config_of(base[0])
-    if isinstance(base, nn.Module):
-        return plain_model(base).config
-    try:
-        return AutoConfig.from_pretrained(str(expand_user(base)))
-    except (OSError, ValueError) as error:
-        raise LoadingError(
-            f"cannot read a configuration from {base} ({first_line(error)}): give a folder with a "
-            "config.json, or a hub id"
-        ) from None
-
-
-def _build(config: Any, n_blocks: int | None, device: torch.device) -> Any:
-    """A model with random weights; with so many blocks where a number is given."""
-    from transformers import AutoModelForCausalLM
-
-    changed = copy.deepcopy(config)
-    inner = changed.get_text_config()
-    if n_blocks is not None:
-        inner.num_hidden_layers = n_blocks
-        if getattr(inner, "layer_types", None):
-            inner.layer_types = inner.layer_types[:n_blocks]
-    try:
-        with torch.device(device):
-            return AutoModelForCausalLM.from_config(changed)
-    except (ValueError, TypeError, AttributeError) as error:
-        raise LoadingError(
-            f"no causal language model can be built from this configuration: {first_line(error)}"
-        ) from None
-
-
-def _size(config: Any) -> _Size:
-    whole = _build(config, None, torch.device("meta"))
-    few, more = (_count(_build(config, n, torch.device("meta"))) for n in (FEW, MORE))
-    block = (more - few) / (MORE - FEW)
-    inner = text_config(whole)
-    n_layers = int(inner.num_hidden_layers)
-    head = float(inner.vocab_size * inner.hidden_size)
-    return _Size(
-        _count(whole), block * n_layers, head, n_layers, inner.hidden_size, inner.vocab_size
-    )
-
-
-def _count(model: nn.Module) -> float:
-    return float(sum(parameter.numel() for parameter in model.parameters()))
-
-
-def measure_speed(config: Any, device: torch.device) -> Speed:
-    """Time models with one and with three blocks, and take the difference as two blocks.
-
-    Args:
-        config: of the whole model.
-        device: to time on.
-    """
-    few, more = (_times(_build(config, n, device).eval(), device) for n in (FEW, MORE))
-    found = []
-    for less, longer in zip(few, more, strict=True):
-        block = max(0.0, (longer - less) / (MORE - FEW))
-        found.append((max(0.0, less - FEW * block), block))
-    return Speed(*found)
-
-
-def _times(model: Any, device: torch.device) -> tuple[float, float, float]:
-    """Seconds per token of reading, training and writing with a small model."""
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    batch = 4
-    ids = torch.randint(vocabulary, (batch, TOKENS), device=device)
-    mask = torch.ones_like(ids)
-
-    def read() -> None:
-        with torch.no_grad():
-            model(input_ids=ids, attention_mask=mask)
-
-    optimiser = torch.optim.AdamW(model.parameters(), lr=0.0)
-
-    def train() -> None:
-        model(input_ids=ids, attention_mask=mask, labels=ids).loss.backward()
-        optimiser.step()
-        optimiser.zero_grad()
-
-    def write() -> None:
-        model.generate(
-            input_ids=ids[:, :1], attention_mask=mask[:, :1], max_new_tokens=GENERATED,
-            min_new_tokens=GENERATED, do_sample=False, pad_token_id=0,
-        )  # fmt: skip
-
-    per_token = batch * TOKENS
-    return (
-        _fastest(read, device) / per_token,
-        _fastest(train, device) / per_token,
-        _fastest(write, device) / GENERATED / batch,
-    )
-
-
-def _fastest(function: Callable[[], None], device: torch.device) -> float:
-    """The least of several times, the first call left out."""
-    times = []
-    for _ in range(REPEATS + 1):
-        _wait(device)
-        start = time.perf_counter()
-        function()
-        _wait(device)
-        times.append(time.perf_counter() - start)
-    return min(times[1:])
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-@dataclass(frozen=True)
 class _Estimates:
     """Stages of one protocol on one model."""
 
-    size: _Size
+    size: ModelSize
     speed: Speed
     protocol: Protocol
     n_domains: int
@@ -383,23 +223,3 @@ class _Estimates:
         rest, block = self.speed.write
         tokens = self.protocol.n_prompts * self.protocol.max_new_tokens
         return times * tokens * (rest + block * self.size.n_layers)
-
-
-def _bytes(n: float) -> str:
-    """`1.5 GB`, `300 MB`.
-
-    >>> _bytes(1.5e9), _bytes(3e6)
-    ('1.5 GB', '3 MB')
-    """
-    return f"{n / 1e9:.1f} GB" if n >= 1e9 else f"{n / 1e6:,.0f} MB"
-
-
-def _duration(seconds: float) -> str:
-    """`3.2 h`, `14 min`, `20 s`.
-
-    >>> _duration(11520.0), _duration(840.0), _duration(20.0)
-    ('3.2 h', '14 min', '20 s')
-    """
-    if seconds >= 3600:
-        return f"{seconds / 3600:,.1f} h"
-    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"

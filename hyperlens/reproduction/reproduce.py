@@ -19,6 +19,7 @@ import torch
 
 from ..checks import check_choice, check_types
 from ..compare import Comparison, compare_models
+from ..costs import config_of
 from ..data.texts import Texts, read_texts
 from ..decoding.generate import keeping_continuations
 from ..errors import CorpusError, HyperlensError, LoadingError, PairError, ResultsError, shortened
@@ -46,7 +47,6 @@ from ..training.history import read_run
 from ..training.hyperfitting import hyperfit
 from .claims import judge_claims
 from .paper import STAGES, exhibits, stages_of
-from .plan import config_of
 from .protocol import METHODS, SCALES, Protocol, Scale, protocol_for
 from .readings import beside, readings, said
 from .result import ReproductionResult, side_by_side

@@ -15,10 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..offloading import fetched
+
 PACKAGES = (
     *("torch", "transformers", "transformer-lens", "peft", "numpy", "scipy", "datasets"),
-    # optional: MAUVE
-    *("mauve-text", "faiss-cpu", "scikit-learn"),
+    # optional: MAUVE, weights of 4 bits
+    *("mauve-text", "faiss-cpu", "scikit-learn", "bitsandbytes"),
 )
 
 
@@ -37,10 +39,26 @@ def weights_sha256(model: nn.Module, known: Known | None = None) -> str:
             new ones are added. An adapter on its base has most weights in common with it.
     """
     known = {} if known is None else known
-    named = sorted(model.named_parameters(), key=lambda item: item[0])
+    # Offloading a model parts what is tied, of which one name stands for both.
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    here = (
+        (name, weight)
+        for name, weight in model.named_parameters()
+        if weight.device.type != "meta" or name not in tied
+    )
+    named = sorted(here, key=lambda item: item[0])
+
+    def digest(item: tuple[str, Tensor]) -> bytes:
+        name, tensor = item
+        if tensor.device.type != "meta":
+            return _tensor_digest(name, tensor, known)
+        prefix, _, own = name.rpartition(".")
+        value = fetched(model.get_submodule(prefix), own)
+        return _tensor_digest(name, value, {})  # known by no place: it is gone afterwards
+
     # Each thread holds one tensor's bytes; hashing lets other threads run.
     with ThreadPoolExecutor(max_workers=min(THREADS, os.cpu_count() or 1)) as pool:
-        digests = pool.map(lambda item: _tensor_digest(item[0], item[1], known), named)
+        digests = pool.map(digest, named)
         return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
@@ -53,7 +71,19 @@ def _tensor_digest(name: str, tensor: Tensor, known: Known) -> bytes:
     if place not in known:
         data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
         known[place] = hashlib.sha256(data).digest()
-    return hashlib.sha256(header + known[place]).digest()
+    return hashlib.sha256(header + known[place] + _scales(tensor)).digest()
+
+
+def _scales(tensor: Tensor) -> bytes:
+    """Digest of what bitsandbytes keeps beside packed weights; nothing for any other tensor."""
+    state = getattr(tensor, "quant_state", None)
+    if state is None:
+        return b""
+    digest = hashlib.sha256()
+    for name, part in sorted(state.as_dict(packed=True).items()):
+        values = part.detach().cpu().contiguous().flatten().view(torch.uint8)
+        digest.update(name.encode() + values.numpy().tobytes())
+    return digest.digest()
 
 
 def versions() -> dict[str, str]:

@@ -25,6 +25,7 @@ from ..render.format import one_line
 from ..render.labels import label_of, name_of
 from ..render.page import notebook_html, write_report
 from ..render.terminal import to_text
+from ..render.tokens import TokenView, token_view
 
 if TYPE_CHECKING:
     import altair
@@ -166,6 +167,20 @@ class Result(ABC):
             ResultsError: if no table, or more than one, is called so.
         """
         return tables.to_markdown(self._captioned(part))
+
+    @check_types
+    def show_tokens(self, example: int = 0) -> TokenView:
+        """The texts of one example in circuitsvis, each token coloured by its base rank.
+
+        In a notebook the view shows itself, offline too; `save` writes it as a page.
+
+        Args:
+            example: which of the examples whose tokens have ranks, from 0 up.
+
+        Raises:
+            ResultsError: if there is no such example.
+        """
+        return token_view(self.blocks(), example)
 
     def _captioned(self, part: str | None) -> list[tuple[tables.Part, str]]:
         chosen = tables.chosen(tables.parts(self.blocks()), part)

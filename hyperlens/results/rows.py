@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -37,6 +37,16 @@ class ProbeResult:
 
     rows: tuple[Row, ...]
     extras: Mapping[str, Any] = field(default_factory=dict)
+
+
+def joined(parts: Iterable[ProbeResult]) -> ProbeResult:
+    """The results of parts of a probe, such as some of its layers each, as one."""
+    rows: list[Row] = []
+    extras: dict[str, Any] = {}
+    for part in parts:
+        rows.extend(part.rows)
+        extras.update(part.extras)
+    return ProbeResult(tuple(rows), extras)
 
 
 def chosen_layers(layers: Sequence[int], most: int) -> list[int]:

@@ -77,10 +77,10 @@ def quantile_interval(
     >>> quantile_interval(torch.tensor([2.0, 1.0, 1.0]), 0.25)
     (1.5, 1.0, 2.0)
     """
-    total = float(counts.sum())
+    cumulative = counts.cumsum(0)
+    total = float(cumulative[-1])  # counts that stand for several tokens each are no whole numbers
     if total == 0:
         return (math.nan,) * 3
-    cumulative = counts.cumsum(0)
 
     def value_at(order: float) -> float:
         target = torch.tensor(min(max(order, 1.0), total), dtype=cumulative.dtype)
