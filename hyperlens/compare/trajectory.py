@@ -479,10 +479,11 @@ def _grown(quantity: Quantity, record: Mapping[str, Any], previous: Mapping[str,
     if len(now["left_out"]) != len(before["left_out"]):
         return UNKNOWN  # attention sinks are all that is left of a text in one of the two
     # The draws are the same ones: of so many texts, from the same seed.
-    gap = {key: _tensor(now[key]) - _tensor(before[key]) for key in now.keys() & before.keys()}
-    if "shrink" in gap:
-        gap["shrink"] = max(now["shrink"], before["shrink"])
-    return _of_dimension(gap)
+    keys = now.keys() & before.keys()
+    grown: dict[str, Any] = {key: _tensor(now[key]) - _tensor(before[key]) for key in keys}
+    if "shrink" in grown:
+        grown["shrink"] = max(now["shrink"], before["shrink"])
+    return _of_dimension(grown)
 
 
 def _of_dimension(kept: Mapping[str, Any]) -> Estimate:
