@@ -86,8 +86,10 @@ def _about(run: Any) -> dict[str, Any]:
     else:
         recipe = asdict(run.recipe) if hasattr(run, "recipe") else {}
         manifest = getattr(run, "manifest", {})
-    known = ("method", "trained_blocks", "trained_parameters", "seconds", "peak_memory")
-    known += ("device", "prefix_cache")
+    known = (
+        *("method", "trained_blocks", "trained_parameters", "seconds"),
+        *("peak_memory", "device", "prefix_cache"),
+    )
     found = {name: manifest[name] for name in known if name in manifest}
     return {"method": recipe.get("method")} | found
 
