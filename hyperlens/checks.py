@@ -153,7 +153,16 @@ def _is(value: Any, kind: Any) -> bool:
             _is(key, inner[0]) and _is(one, inner[1]) for key, one in value.items()
         )
     plain = NoneType if kind is None else origin or kind
-    return isinstance(value, plain) if isinstance(plain, type) else True
+    return _is_instance(value, plain) if isinstance(plain, type) else True
+
+
+def _is_instance(value: Any, kind: type) -> bool:
+    """`isinstance`; of shapes without what their axes are in a function of the caller's."""
+    shapes = sys.modules.get("jaxtyping")  # slow to import, and there if a shape is
+    if shapes is None or not issubclass(kind, shapes.AbstractArray):
+        return isinstance(value, kind)
+    with shapes.jaxtyped("context"):
+        return isinstance(value, kind)
 
 
 def is_number(value: Any, kind: Any) -> bool:

@@ -7,9 +7,13 @@ from types import ModuleType
 import checking_for_tests
 import pytest
 import torch
+from beartype import beartype
 from beartype.roar import BeartypeCallHintViolation
-from jaxtyping import TypeCheckError, config
+from jaxtyping import Float, TypeCheckError, config, jaxtyped
 from jaxtyping._import_hook import Typechecker, _JaxtypingLoader
+from torch import Tensor
+
+from hyperlens.checks import check_types
 
 SOURCE = """
 from jaxtyping import Float
@@ -83,3 +87,17 @@ def test_the_first_calls_of_each_test_are_checked(
     monkeypatch.setattr(checking_for_tests.Test, "number", -2)
     with pytest.raises(BeartypeCallHintViolation):
         checked.named(1, y=2)
+
+
+def test_axes_of_the_callers_own_functions_do_not_bind_ours() -> None:
+    """A caller may check shapes, too, and call a function of ours twice with other sizes."""
+
+    @check_types
+    def ours(x: Float[Tensor, "batch pos"]) -> int:
+        return x.numel()
+
+    @jaxtyped(typechecker=beartype)
+    def of_caller(x: Float[Tensor, "batch pos"]) -> int:
+        return ours(x[:, 1:])
+
+    assert of_caller(torch.zeros(2, 3)) == 4

@@ -340,6 +340,7 @@ CHANGES = {
     "selection": "random",
     "loss_on": "all",
     "add_eos": True,
+    "pad_short": True,
     "epochs": 4,
     "batch_size": 5,
     "drop_last": True,
@@ -375,10 +376,10 @@ CHANGES = {
 
 @pytest.mark.parametrize(
     ("method", "left_out"),
-    [("lora", ("last_k", "packed")), ("late_lora", ("blocks", "add_eos"))],
+    [("lora", ("last_k", "packed")), ("late_lora", ("blocks", "add_eos", "pad_short"))],
 )
 def test_every_field_of_the_recipe_is_an_option(
-    method: Method, left_out: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+    method: Method, left_out: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
 

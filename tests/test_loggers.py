@@ -238,7 +238,7 @@ def test_a_missing_package_is_told_before_a_model_is_opened(
     monkeypatch.setattr("hyperlens.pair.open_pair", None)
     Path("texts.txt").write_text("w3 w4 w5")
     argv = ("compare", "base", "tuned", "--texts", "texts.txt", "--report-to", "mlflow")
-    failed(capsys, 1, argv, "error: report_to='mlflow' needs the package mlflow")
+    failed(capsys, 1, argv, "error: --report-to mlflow needs the package mlflow")
 
 
 @pytest.fixture(scope="module")

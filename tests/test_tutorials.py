@@ -23,6 +23,8 @@ AT_MOST = {
     "new_tokens": 12,
     "max_new_tokens": 6,
     "batch_size": 8,
+    "n_controls": 2,
+    "n_verified": 3,
 }
 # ... and these words for others. Each of them must be found in some tutorial.
 INSTEAD = {

@@ -490,3 +490,13 @@ def test_a_head_of_its_own_is_read_whatever_the_configuration_says(other, tmp_pa
     save_file(weights | {"lm_head.weight": head.clone()}, file, metadata={"format": "pt"})
     found = compare_weights(tmp_path / "base", tmp_path / "tuned", progress=False)
     assert [row["module"] for row in found.table if row["change"] > 0] == ["lm_head.weight"] * other
+
+
+def test_a_pair_has_the_names_that_it_was_opened_by(tmp_path: Path) -> None:
+    base = make_tiny("llama")
+    base.save_pretrained(tmp_path / "before")
+    lora(base, "llama").save_pretrained(tmp_path / "after")
+    pair = open_pair(tmp_path / "before", tmp_path / "after")
+    meta = compare_weights(pair, n_controls=1, progress=False).meta
+    assert [meta[side]["name"] for side in ("base", "tuned")] == ["before", "after"]
+    assert meta["tuned"]["source"] == str(tmp_path / "after")

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from ..checks import check_choice, check_counts, check_seed, check_types, check_whole
 from ..errors import ArgumentError, PairError
 from ..hooks.loading import parse_device
+from ..models.sources import identity
 from ..models.weight_pairs import WeightPair, WeightPairs, block_of, read_weight_pairs
 from ..pair import Pair
 from ..render.blocks import Axis, Block, Chart, Details, Role, Table, Text, Verdict
@@ -132,7 +133,10 @@ def _opened(base: Any, tuned: Any) -> WeightPairs:
     if isinstance(base, Pair):
         if tuned is not None:
             raise PairError("a pair holds both models: leave the second out")
-        return read_weight_pairs(base.base.model, base.tuned.model)
+        pairs = read_weight_pairs(base.base.model, base.tuned.model)
+        for about, opened in ((pairs.base, base.base), (pairs.tuned, base.tuned)):
+            about |= identity(opened.name, opened.kind)
+        return pairs
     if tuned is None:
         raise PairError("expected two models, or one pair made with open_pair; got one model")
     return read_weight_pairs(base, tuned)

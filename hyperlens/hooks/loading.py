@@ -13,7 +13,7 @@ import torch
 from ..checks import check_choice, check_types
 from ..errors import HyperlensError, LoadingError, ParityError, first_line
 from ..models.kinds import Backend, backend_of, quantisation_of
-from ..models.sources import OpenedModel, open_source
+from ..models.sources import OpenedModel, identity, open_source
 from ..models.weight_sharing import merged
 from ..results.fingerprint import Known, weights_sha256
 from .parity import check_parity
@@ -56,15 +56,7 @@ class LoadedModel(OpenedModel):
         Args:
             known: see `weights_sha256`.
         """
-        # A folder is called by its own name in titles; where it lies is recorded as `source`.
-        is_path = self.kind in ("folder", "adapter") and Path(self.name).is_dir()
-        is_path = is_path or Path(self.name).is_absolute()
-        return {
-            "name": Path(self.name).resolve().name if is_path else self.name,
-            "source": self.name,
-            "kind": self.kind,
-            "sha256": weights_sha256(self.model, known),
-        }
+        return identity(self.name, self.kind) | {"sha256": weights_sha256(self.model, known)}
 
 
 @check_types

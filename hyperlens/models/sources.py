@@ -90,6 +90,16 @@ def open_source(
     return OpenedModel(model, read_tokenizer(name, local=is_folder), name, kind, notes)
 
 
+def identity(name: str, kind: str) -> dict[str, str]:
+    """How results call a source: its name in titles, and where it is.
+
+    A folder is called by its own name; where it lies is recorded as `source`.
+    """
+    is_path = kind in ("folder", "adapter") and Path(name).is_dir()
+    is_path = is_path or Path(name).is_absolute()
+    return {"name": Path(name).resolve().name if is_path else name, "source": name, "kind": kind}
+
+
 def check_source(source: Any) -> None:
     """Raise at once for what is clearly no model, without opening anything.
 

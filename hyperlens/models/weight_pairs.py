@@ -29,7 +29,7 @@ from .adapters import (
     read_adapter_config,
 )
 from .kinds import backend_of, plain_model, quantisation_of
-from .sources import check_source, same_source
+from .sources import check_source, identity, same_source
 from .weight_sharing import is_tied
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -115,9 +115,7 @@ class _Weights:
 
     def describe(self) -> dict[str, Any]:
         """Name, source and kind, as JSON values."""
-        is_path = self.kind in ("folder", "adapter") and Path(self.name).is_dir()
-        name = Path(self.name).resolve().name if is_path else self.name
-        return {"name": name, "source": self.name, "kind": self.kind}
+        return identity(self.name, self.kind)
 
 
 @dataclass
