@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -174,8 +175,9 @@ def put_on(
         config = layout.config(PeftConfig.from_pretrained(str(folder)), shell)
         check_adapter_kind(config)
         _check_scales_saved(shell, config, folder)
-        placed = {layout.in_base(key): shape for key, shape in shapes.items()}
-        stored = {key: shape for key, shape in placed.items() if key is not None}
+        placed = {layout.in_base(key): key for key in shapes}
+        keys = {name: key for name, key in placed.items() if name is not None}
+        stored = {name: shapes[key] for name, key in keys.items()}
         _resize(shell, stored, folder, base_name)
         _unshare_written(shell, set(stored), config)
         _unshare_initialised(shell, config)
@@ -186,7 +188,9 @@ def put_on(
                 shell, str(folder), config=config, key_mapping=layout.key_mapping
             ).eval()
             # Told not to look for resized embeddings, peft does not ask the hub about the base.
-            expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+            loaded = get_peft_model_state_dict(model, save_embedding_layers=False)
+        _check_values(loaded, keys, folder)
+        expected = set(loaded)
     except (LoadingError, PairError):
         raise
     except SafetensorError as error:
@@ -211,6 +215,35 @@ def put_on(
         raise misfit
     unused = len(shapes) - len(stored)
     return model, _unused_note(folder, config, unused) if unused else ()
+
+
+def _check_values(loaded: Mapping[str, Any], keys: Mapping[str, str], folder: Path) -> None:
+    """Raise unless peft has put every tensor of the file where it was saved from.
+
+    It renames some on the way, as transformers does for a few mixtures of experts, finds no module
+    of the new name, and leaves what it initialised at random.
+
+    Args:
+        loaded: the adapter's tensors in the model, by the names that peft would save them by.
+        keys: those names to the file's.
+        folder: of the adapter.
+
+    Raises:
+        LoadingError: naming one that is not there.
+    """
+    from safetensors import safe_open
+
+    with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
+        for name, tensor in loaded.items():
+            if name not in keys:
+                continue
+            value = file.get_tensor(keys[name]).to(tensor.device, tensor.dtype)
+            if value.shape != tensor.shape or not value.equal(tensor):
+                raise LoadingError(
+                    f"peft does not read the adapter {folder} as it was saved ({name} has other "
+                    "values): pass the PeftModel that was trained, or save what its "
+                    "merge_and_unload() returns and pass that folder"
+                )
 
 
 def _check_scales_saved(base: Any, config: Any, folder: Path) -> None:
