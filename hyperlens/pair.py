@@ -593,7 +593,8 @@ def _compared_tokenizers(pair: Pair, texts: list[str], used: Any) -> tuple[str, 
         t(texts, add_special_tokens=False, verbose=False)["input_ids"] for t in (ours, theirs)
     ]
     changed = sum(a != b for a, b in zip(*encoded, strict=True))
-    if moved or only[0] or changed:
+    gone = [] if pair.whole else only[0]  # of two vocabularies what both have is read
+    if moved or gone or changed:
         details = []
         if moved:
             token = moved[0]
@@ -601,14 +602,15 @@ def _compared_tokenizers(pair: Pair, texts: list[str], used: Any) -> tuple[str, 
                 f"{len(moved)} tokens have other ids ({token!r} is {vocabularies[0][token]} and "
                 f"{vocabularies[1][token]})"
             )
-        if only[0]:
-            details.append(f"{len(only[0])} base tokens are gone ({only[0][0]!r})")
+        if gone:
+            details.append(f"{len(gone)} base tokens are gone ({gone[0]!r})")
         if changed:
             details.append(f"{changed} of {len(texts)} texts are split differently")
-        raise PairError(
-            f"the tokenizers differ: {'; '.join(details)}: compare models that share a tokenizer"
-        )
-    if only[1]:
+        advice = "compare models that share a tokenizer"
+        if only[0] or only[1]:
+            advice += ", or leave out of the texts what only one of them knows"
+        raise PairError(f"the tokenizers differ: {'; '.join(details)}: {advice}")
+    if only[1] and not pair.whole:
         return (
             f"the tuned tokenizer adds {len(only[1])} tokens ({only[1][0]!r}, …): "
             f"the {'base' if used is ours else 'tuned model'}'s is used",

@@ -65,8 +65,19 @@ class ResidualDrift(MeanProbe):
 
     def compute(self) -> ProbeResult:
         """One row per metric, layer and view, and those with more tokens."""
-        rows = super().compute().rows
+        rows = self._exact_where_still(super().compute().rows)
         return ProbeResult((*rows, *self._rows_with_excluded()) if self.with_excluded else rows)
+
+    @staticmethod
+    def _exact_where_still(rows: Sequence[Row]) -> tuple[Row, ...]:
+        """Where no vector moved, cosines are 1 for that reason, and not by chance."""
+        still = {(r.layer, r.view) for r in rows if r.metric == "l2" and r.value == r.high == 0}
+        return tuple(
+            row._replace(low=row.value, high=row.value)
+            if row.metric == "cosine" and (row.layer, row.view) in still
+            else row
+            for row in rows
+        )
 
     def _rows_with_excluded(self) -> Iterator[Row]:
         s = {name: value.cpu() for name, value in self.sums.items()}

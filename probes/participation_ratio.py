@@ -29,6 +29,7 @@ from ..passes.streams import (
 from ..results.rows import ProbeResult, Row, joined
 from ..statistics.moments import Moments, corrected_traces, moments_of, naive_traces
 from ..statistics.ratios import (
+    FEWEST_TEXTS,
     Ratio,
     SampledTokens,
     measured_ratio,
@@ -40,6 +41,8 @@ from .base import WITH_EXCLUDED, Probe, views_with_excluded
 
 MOMENTS = tuple(f.name for f in fields(Moments) if f.name != "n")
 MODELS = ("base", "tuned")
+# So little beyond 1 or d_model a ratio may be, as a share of it, by rounding alone.
+ROUNDING = 1e-9
 
 
 class ParticipationRatio(Probe):
@@ -340,13 +343,13 @@ class ParticipationRatio(Probe):
             if measured is None:
                 pairs = {"": plain["_row"]}
             else:
-                pairs = {"": [one.value for one in measured]}
+                pairs = {"": [self._possible(one) for one in measured]}
             for suffix, (base, tuned) in (pairs | plain).items():
                 numbers = {"base": base, "tuned": tuned, "delta": tuned - base}
                 for metric, value in numbers.items():
                     ends = none
                     if measured is not None and not suffix:
-                        ends = self._ends(measured, metric)
+                        ends = self._ends(measured, metric, value)
                     yield Row(self.name, metric + suffix, layer, view, value, *ends, n)
             if self.with_excluded and (i, j) in self._places(self.spec):
                 yield from self._rows_with_excluded(i, j)
@@ -363,11 +366,26 @@ class ParticipationRatio(Probe):
                 name, n = f"{metric}_naive_{words}", int(moments[0].n)
                 yield Row(self.name, name, layer, self.views[j], value, *none, n)
 
-    def _ends(self, measured: tuple[Ratio, Ratio], metric: str) -> tuple[float, float]:
+    def _possible(self, measured: Ratio) -> float:
+        """A ratio within 1 and d_model, which the quotient of two noisy sums may leave.
+
+        NaN where it does and there are too few texts to say how noisy it is.
+        """
+        value = min(max(measured.value, 1.0), float(self.spec.d_model))
+        beyond = abs(measured.value - value) > ROUNDING * value
+        has_interval = measured.draws is None or len(measured.draws.left_out) >= FEWEST_TEXTS
+        return value if has_interval or not beyond else math.nan
+
+    def _ends(
+        self, measured: tuple[Ratio, Ratio], metric: str, value: float
+    ) -> tuple[float, float]:
+        """An interval that holds its own value, also where that was brought back into the range."""
         base, tuned = measured
         if metric == "delta":
-            return sum_ends(weighted_ratio([(1.0, tuned), (-1.0, base)]))
-        return ratio_ends(base if metric == "base" else tuned, self.spec.d_model)
+            low, high = sum_ends(weighted_ratio([(1.0, tuned), (-1.0, base)]))
+        else:
+            low, high = ratio_ends(base if metric == "base" else tuned, self.spec.d_model)
+        return min(low, value), max(high, value)
 
     def measured(self, layer: int, view: View) -> tuple[Ratio, Ratio] | None:
         """The base's and the tuned model's ratio at one layer, with what intervals need.

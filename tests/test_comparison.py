@@ -79,7 +79,7 @@ def test_the_verdicts_come_first_with_their_numbers() -> None:
     ("before", "last", "words"),
     [
         # The raw jump is +4.6 throughout.
-        (-1.5, 3.1, "Both readings agree about the last block"),
+        (-1.5, 3.1, "Both readings agree about the last block, because what the reading adds"),
         (0.0, 8.0, "Part of the jump that scripts show is made by the reading"),
         (0.0, -8.0, "Most of the jump that scripts show is made by the reading"),
         (0.0, 0.5, "The difference is made by the reading"),

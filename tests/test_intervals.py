@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from conftest import trials
+from conftest import make_tiny, perturbed, token_texts, trials
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hyperlens import compare_models
 from hyperlens.passes.streams import ModelStream, StreamPair, StreamSpec, TokenSample
 from hyperlens.probes import LogitLens, ParticipationRatio, ResidualDrift
 from hyperlens.statistics import ratios
@@ -228,3 +229,24 @@ def test_products_of_texts_are_traces(shape, most, monkeypatch):
     traces = torch.stack([torch.stack([torch.trace(a @ b) for b in moments]) for a in moments])
     torch.testing.assert_close(ratios.products_of_moments(x), traces)
     torch.testing.assert_close(ratios.products_of_tokens(x), traces)
+
+
+@pytest.mark.parametrize("n_texts", [2, 4, 5, 6])
+def test_dimensions_stay_possible_on_a_few_short_texts(n_texts: int) -> None:
+    """Quotients of pairs of texts do not: unknown then, or brought back where noise is known."""
+    base = make_tiny("llama")
+    tuned, seen = perturbed(base, 0.3), 0
+    for seed in range(6):
+        texts = token_texts(n_texts, seed=seed, shortest=2, longest=2)
+        found = compare_models(base, tuned, texts, probes=["participation_ratio"], progress=False)
+        for side in ("base", "tuned", "delta"):
+            for row in found.measured("participation_ratio", side, "raw"):
+                seen += math.isnan(row.value)
+                if not math.isnan(row.value):
+                    assert abs(row.value) <= 32
+                    assert side == "delta" or row.value >= 1
+                if not math.isnan(row.low):
+                    assert row.low <= row.value <= row.high
+        if math.isnan(found.value("participation_ratio", "delta", 3, "raw")):
+            assert "cannot be estimated from so few texts" in " ".join(str(found).split())
+    assert (seen > 0) == (n_texts < 5)

@@ -7,7 +7,7 @@ import peft
 import pytest
 import torch
 from conftest import D_VOCAB, lora, make_tiny, perturbed, short, token_texts
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from hyperlens import compare_models, load_hooked, measure_behaviour, open_pair
@@ -80,6 +80,13 @@ def tokenizer(tokens: list[str]):
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, tokens[0])))
 
 
+def spoken(tokens: list[str]):
+    """One that splits texts at spaces."""
+    found = tokenizer(tokens)
+    found.backend_tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return found
+
+
 @pytest.mark.parametrize(
     ("rows", "first", "second", "expected"),
     [
@@ -105,6 +112,17 @@ def test_tokens_that_moved_are_refused() -> None:
     others = tokenizer([f"v{i}" for i in range(D_VOCAB)])
     with pytest.raises(PairError, match="only the first 0 are the same"):
         open_pair((base, tokenizer(words)), (wide, others))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_single_tokens_that_the_base_lacks_are_said(tmp_path: Path) -> None:
+    base = make_tiny("llama")
+    config = peft.LoraConfig(
+        r=2, target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [5, 64]}
+    )
+    peft.get_peft_model(padded(base), config).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(PairError, match=r"trained token 64, .* has 61 tokens: resize the base"):
+        open_source(tmp_path / "adapter", base=open_source(base))
 
 
 def test_hooked_models_need_one_vocabulary() -> None:
@@ -157,3 +175,15 @@ def test_an_adapter_trained_after_resizing_opens_on_the_original_base(tmp_path: 
     lora(padded(base), "llama", modules_to_save=["lm_head"]).save_pretrained(tmp_path / "half")
     with pytest.raises((LoadingError, PairError), match="trained with 69 tokens"):
         open_source(tmp_path / "half", base=open_source(base))
+
+
+@pytest.mark.parametrize("is_swapped", [False, True])
+def test_either_model_may_have_added_tokens(is_swapped: bool) -> None:
+    base, words = make_tiny("llama"), [f"w{i}" for i in range(D_VOCAB)]
+    sides = [(base, spoken(words)), (padded(perturbed(base)), spoken([*words, "<new>"]))]
+    first, second = reversed(sides) if is_swapped else sides
+    texts = [f"w{i} w{i + 1} w5 w{i + 9}" for i in range(8)]
+    found = compare_models(first, second, texts, probes=["drift"], progress=False)
+    assert any("both are read on 61 tokens" in note for note in found.meta["notes"])
+    with pytest.raises(PairError, match="leave out of the texts what only one of them knows"):
+        open_pair(first, second).tokenize([*texts, "w3 <new> w4"])

@@ -181,7 +181,7 @@ def fit(
                 )
             scope["prefix_cache"] = str(prefix.plan) if prefix else None
             if options.progress and processes.is_first():
-                _announce(scope)
+                _announce(scope, (*data.notes, *notes))
             identity = {"base": base_sha256, "texts": data.manifest["sha256"], "first": blocks[0]}
             forget_peak(device)
             try:
@@ -335,11 +335,14 @@ def _fill(
         prefix.fill(trainer.model, tokens, _rows(recipe), identity | {"versions": versions()})
 
 
-def _announce(scope: dict[str, Any]) -> None:
+def _announce(scope: dict[str, Any], notes: Sequence[str]) -> None:
+    """What will be trained, and what its user may want to change before it takes its time."""
     blocks = ", ".join(map(str, scope["trained_blocks"]))
     tqdm.write(f"training blocks {blocks} (0-based) of {scope['n_blocks']}", file=sys.stderr)
     if scope["prefix_cache"]:
         tqdm.write(f"prefix cache: {scope['prefix_cache']}", file=sys.stderr)
+    for note in notes:
+        tqdm.write(f"note: {note}", file=sys.stderr)
 
 
 def train(

@@ -164,7 +164,7 @@ class Recipe:
     last_k: int = _field(5, "late_lora: how many of the last blocks to train")
     blocks: tuple[int, ...] | None = _field(
         None,
-        "full, lora: 0-based indices of the blocks to train, None for all; with "
+        "full, lora: 0-based indices of the blocks to train; with "
         "indices, embeddings, final norm and unembedding stay frozen",
     )
     lora_r: int = _field(16, "LoRA: rank of the update")
@@ -178,7 +178,7 @@ class Recipe:
     lora_dora: bool = _field(False, "LoRA: DoRA, which learns magnitude and direction separately")
     lora_rslora: bool = _field(False, "LoRA: rsLoRA, which scales by alpha / sqrt(r)")
     target_modules: tuple[str, ...] | None = _field(
-        None, "LoRA: names of the projections to adapt; None for all linear ones"
+        None, "LoRA: names of the projections to adapt, the linear ones"
     )
     gradient_checkpointing: bool = _field(
         False, "recompute activations in the backward pass to save memory"

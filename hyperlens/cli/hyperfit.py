@@ -152,7 +152,12 @@ def run(args: argparse.Namespace) -> Answer:
 
 def _compare_command(args: argparse.Namespace) -> str:
     """The command that compares what was trained with its base."""
-    command = ["hyperlens", "compare", args.model, str(args.out), "--texts", args.texts]
+    from ..models.adapters import adapter_folder, named_base, read_adapter_config
+
+    # A run that went on from an adapter has that one's base.
+    adapter = adapter_folder(args.model)
+    base = args.model if adapter is None else named_base(adapter, read_adapter_config(adapter))
+    command = ["hyperlens", "compare", str(base), str(args.out), "--texts", args.texts]
     for option, value, default in (
         ("--text-column", args.text_column, None),
         ("--split", args.split, "train"),

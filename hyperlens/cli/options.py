@@ -192,7 +192,8 @@ _ARGUMENT = (
     r"(?P<value>'[^']*'|\"[^\"]*\"|\[[^\]]*\]|…|[\w.+-]*\w)"
 )
 _NAME = r"(?<![\w/.'\"-])(?P<alone>[a-z0-9]+(?:_[a-z0-9]+)+)(?![\w/'\"=-]|\.\w)"
-_SAID = re.compile(f"{_CALL}|{_ARGUMENT}|{_NAME}")
+_SUBJECT = r"\A(?P<subject>[a-z]+)(?= must be | has no effect )"
+_SAID = re.compile(f"{_SUBJECT}|{_CALL}|{_ARGUMENT}|{_NAME}")
 _TWICE = re.compile(r"(?P<option>--[\w-]+)(?P<value> \S+)? \((?P=option)( on the command line)?\)")
 
 
@@ -208,7 +209,8 @@ def as_options(message: str, known: Container[str]) -> str:
     """
 
     def option(found: re.Match[str]) -> str:
-        name, value = found["name"] or found["alone"] or "", found["value"]
+        name = found["name"] or found["alone"] or found["subject"] or ""
+        value = found["value"]
         flag = f"--{name.replace('_', '-')}"
         if value == "False":
             return f"--no{flag[1:]}" if f"--no{flag[1:]}" in known else found[0]

@@ -171,7 +171,12 @@ def add_options(group: Any, options: Iterable[Option], *, only_given: bool = Fal
 
 def _count_or_share(text: str) -> int | float:
     """A number of things, or with a decimal point a share of them."""
-    return float(text) if "." in text else int(text)
+    try:
+        return float(text) if "." in text else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"expected a number such as 32, or a share such as 0.1; got {text!r}"
+        ) from None
 
 
 # Annotation, without "| None", to what reads a value and what it is called in --help.
@@ -194,7 +199,9 @@ CHOICES = {"Backend": BACKENDS}
 
 def _add(group: Any, one: Option, default: Any) -> None:
     option = f"--{one.name.replace('_', '-')}"
-    text = f"{one.text.rstrip('.')} (default: {_shown(one.default)})".replace("%", "%%")
+    # On the command line None is an option left out.
+    said, _, instead = one.text.rstrip(".").partition("; None for ")
+    text = f"{said} (default: {instead or _shown(one.default)})".replace("%", "%%")
     if one.annotation == "bool":
         action = argparse.BooleanOptionalAction
         group.add_argument(option, action=action, default=default, help=text)

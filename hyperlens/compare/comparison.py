@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -268,6 +269,13 @@ class Comparison(Result):
         last = rows.get(self.n_layers)
         if last is None:
             return None
+        if math.isnan(last.value):
+            return Verdict(
+                "dimension",
+                "How much the effective dimension of the last layer has changed cannot be "
+                "estimated from so few texts: give more of them.",
+                caution=True,
+            )
         total = interval(last._asdict(), DIMENSIONS)
         added = last_block(self)
         by_last = f"; the last block adds {DIMENSIONS(added)} of it" if added is not None else ""
@@ -620,7 +628,7 @@ def _group_row(name: str, found: Mapping[str, Row]) -> list[str]:
 
 def _audit_verdict(one: Decomposition) -> Verdict | None:
     jump, before = one.jump, one.before
-    if jump is None or before is None:
+    if jump is None or before is None or math.isnan(jump.as_read + jump.blocks):
         return None
     read, raw = DIMENSIONS(jump.as_read), DIMENSIONS(jump.blocks)
     seen = (
@@ -630,8 +638,6 @@ def _audit_verdict(one: Decomposition) -> Verdict | None:
         f"of ordinary tokens from {DIMENSIONS(before.blocks)} to {DIMENSIONS(one.last.blocks)}, by "
         f"{raw}."
     )
-    if readings_agree(jump):
-        return Verdict("real?", f"{seen} Both readings agree about the last block.")
     largest = max(jump.reading, key=lambda part: abs(jump.reading[part]))
     at_layers = " and ".join(
         f"{DIMENSIONS(at.reading[largest])} at layer {at.layer}" for at in (before, one.last)
@@ -641,6 +647,11 @@ def _audit_verdict(one: Decomposition) -> Verdict | None:
         for part, value in sorted(jump.reading.items(), key=lambda item: -abs(item[1]))
         if abs(value) >= NOTHING
     )
+    if readings_agree(jump):
+        if readings_agree(replace(jump, as_read=jump.blocks + jump.reading[largest])):
+            return Verdict("real?", f"{seen} Both readings agree about the last block.")
+        why = f"because what the reading adds cancels: {parts}"
+        return Verdict("real?", f"{seen} Both readings agree about the last block, {why}.")
     what = "The difference is"
     if abs(jump.as_read) > abs(jump.blocks):
         is_most = jump.as_read * jump.blocks <= 0 or abs(jump.as_read) > 2 * abs(jump.blocks)

@@ -46,7 +46,7 @@ from ..passes.streaming import (
 from ..passes.streams import StreamPair, StreamSpec
 from ..probes import LogitLens, ParticipationRatio, Probe, RankReordering, ResidualDrift
 from ..render.blocks import Table, Text
-from ..render.format import count, listed
+from ..render.format import MISSING, count, listed
 from ..render.terminal import to_text
 from ..results.fingerprint import weights_sha256
 from ..statistics.moments import corrected_traces, moments_of, naive_traces
@@ -129,13 +129,14 @@ class ComparisonPlan:
 
     def __str__(self) -> str:
         rows = [
-            [part.name, f"{part.flops:.1e}", in_time(part.seconds)]
+            [part.name, f"{part.flops:.1e}" if part.flops else MISSING, in_time(part.seconds)]
             for part in (*self.parts, Part("all", self.flops, self.seconds))
         ]
         read = f"{count(self.n_texts, 'text')}, {count(self.n_tokens, 'token')}"
         passes = f", read {self.n_passes} times to fit in memory" if self.n_passes > 1 else ""
         sizes = (
-            f"memory at the peak: {in_bytes(self.memory)}; weights to read: "
+            f"memory at the peak, besides Python and its libraries: {in_bytes(self.memory)}; "
+            "weights to read: "
             f"{in_bytes(self.bytes_read)}"
         )
         return to_text(

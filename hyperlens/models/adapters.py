@@ -178,6 +178,7 @@ def put_on(
         placed = {layout.in_base(key): key for key in shapes}
         keys = {name: key for name, key in placed.items() if name is not None}
         stored = {name: shapes[key] for name, key in keys.items()}
+        _check_tokens(shell, config, folder, base_name)
         _resize(shell, stored, folder, base_name)
         _unshare_written(shell, set(stored), config)
         _unshare_initialised(shell, config)
@@ -324,6 +325,24 @@ def _unshare_initialised(shell: Any, config: Any) -> None:
 def _in_base(key: str) -> str:
     """What a key of an adapter file is called in the base, if it is one of the base's weights."""
     return key.removeprefix(PREFIX).replace(".base_layer.", ".")
+
+
+def _check_tokens(shell: Any, config: Any, folder: Path, base_name: str) -> None:
+    """Raise where an adapter trained single tokens that the base does not have.
+
+    Raises:
+        PairError: with how many it needs.
+    """
+    given = getattr(config, "trainable_token_indices", None) or ()
+    lists = given.values() if isinstance(given, Mapping) else [given]
+    needed = 1 + max((index for one in lists for index in one), default=-1)
+    rows = token_tables(shell)[0].weight.shape[0]
+    if needed > rows:
+        raise PairError(
+            f"adapter {folder} trained token {needed - 1}, and {base_name} has {rows} tokens: "
+            "resize the base as for training (model.resize_token_embeddings), and pass that model "
+            "as the base"
+        )
 
 
 def _resize(shell: Any, shapes: dict[str, Any], folder: Path, base_name: str) -> None:

@@ -101,7 +101,11 @@ def narrowed(model: Any, n: int) -> Any:
     except (IndexError, LoadingError, RuntimeError, TypeError, ValueError) as error:
         raise PairError(_cannot(rows, n, first_line(error))) from error
     if not close:
-        raise PairError(_cannot(rows, n, "it reads differently then"))
+        raise PairError(
+            _cannot(
+                rows, n, "it reads differently then, as where DoRA takes a norm over all of them"
+            )
+        )
     return copied
 
 

@@ -584,8 +584,8 @@ def _check_same(base: _Weights, tuned: _Weights) -> None:
         if place is not None and base.shapes[place] != shape:
             raise PairError(
                 f"{name} is {_size(base.shapes[place])} in the base and {_size(shape)} in the "
-                "tuned model: compare a model with its own base; if tokens were added, resize the "
-                "base with resize_token_embeddings too"
+                "tuned model: compare a model with its own base; if tokens were added, give "
+                "open_pair(base, tuned), which reads the rows that both have"
             )
 
 
