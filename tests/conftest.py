@@ -235,6 +235,14 @@ def fairy_tales():
     return folder
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread_in_fixtures():
+    """Also while what tests share is made: sums of several threads differ from run to run."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def _one_thread():
     """Tiny tensors gain nothing from threads, and two processes of two threads each crawl."""

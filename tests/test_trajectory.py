@@ -226,7 +226,7 @@ def test_what_cannot_be_told_is_said() -> None:
     base = make_tiny("llama")
     found = trace_trajectory(base, {7: perturbed(base)}, TEXTS[:4], **QUIET)
     summary = " ".join(found.summary().split())
-    assert "cannot tell when, as intervals need five texts, step 7" in summary
+    assert "cannot tell when, as its intervals need five texts" in summary
     assert found.onset("dimension_raw").step is None
 
 

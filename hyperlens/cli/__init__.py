@@ -78,6 +78,8 @@ class Parser(argparse.ArgumentParser):
             meant = fields.get(nearest(word.removeprefix("--").replace("-", "_"), fields) or "")
             instead = f" instead of {word}" if "required" in message else ""
         message = f"{message}; did you mean {meant}{instead}?" if meant else message
+        if any(word.partition("=")[0] == "--config" for word in self._words):
+            message += " (in the file of --config, or beside it)"
         if "--json" in self._words:
             _say_error("UsageError", message)
         super().error(message)

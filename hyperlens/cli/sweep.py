@@ -86,6 +86,8 @@ def spans(text: str) -> tuple[int, ...]:
         for part in text.split(","):
             low, dots, high = part.partition("..")
             found += range(int(low), int(high) + 1) if dots else [int(low)]
+            if dots and int(high) < int(low):
+                raise ValueError("a span that ends before it begins")
     except ValueError:
         raise argparse.ArgumentTypeError(
             f"expected whole numbers such as 1..8,12; got {text!r}"

@@ -651,17 +651,17 @@ class TrajectoryResult(Result):
             return f"{what}: exactly as in the base at every checkpoint."
         last = changes[-1]
         if found.step is None:
-            why = (
-                "it is not surely changed at the last checkpoint"
-                if math.isfinite(last["low"])
-                else "intervals need five texts"
-            )
+            if not math.isfinite(last["low"]):
+                return (
+                    f"{what}: cannot tell when, as its intervals need five texts "
+                    f"({quantity.form(last['value'])} at the last checkpoint)."
+                )
             only = (
                 f"surely changed only at step {_steps(found.sure)}" if found.sure else "nor before"
             )
             return (
-                f"{what}: cannot tell when, as {why}, step {last['step']} "
-                f"({_decided(last, quantity.form)}), {only}."
+                f"{what}: cannot tell when, as it is not surely changed at the last checkpoint, "
+                f"step {last['step']} ({_decided(last, quantity.form)}), {only}."
             )
         at = next(one for one in changes if one["step"] == found.step)
         words = f"{what}: {SURE[_sign(at)]} from step {found.step} on"
