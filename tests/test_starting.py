@@ -146,7 +146,7 @@ def test_what_the_run_would_lose_of_an_adapter_is_refused(first: HyperfitRun) ->
 def test_pissa_says_how_to_go_on(first: HyperfitRun) -> None:
     """Of the same shape, too: the weights would be decomposed under the adapter."""
     for rank in (2, 4):
-        with pytest.raises(TrainingError, match="lora_init='default'"):
+        with pytest.raises(TrainingError, match="lora_init='zero'"):
             hyperfit(
                 first.model,
                 IDS,

@@ -150,7 +150,7 @@ def _pissa_hint(model: Any) -> str:
         return ""
     return (
         "; a run with lora_init pissa saves a plain adapter of twice its rank: to go on, set "
-        "lora_init='default', and lora_r and lora_alpha to those in adapter_config.json"
+        "lora_init='zero', and lora_r and lora_alpha to those in adapter_config.json"
     )
 
 
