@@ -1,5 +1,6 @@
 """Going on from an adapter: the same base, the adapter's weights, a new optimiser."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from test_quantised import IDS, OPTIONS
 
 from hyperlens.errors import TrainingError
 from hyperlens.training import HyperfitRun, Recipe, hyperfit, read_history, sweep
+from hyperlens.training.data import training_data
 from hyperlens.training.recipes import read_recipe, recipe_of
 
 
@@ -127,3 +129,40 @@ def test_a_recipe_is_read_from_a_run(first: HyperfitRun, tmp_path: Path) -> None
         recipe_of(tmp_path)
     with pytest.raises(TrainingError, match=r"no recipe 'nowhere'.*or the folder of a run"):
         recipe_of("nowhere")
+
+
+def test_what_the_run_would_lose_of_an_adapter_is_refused(first: HyperfitRun) -> None:
+    model = copy.deepcopy(first.model)
+    for module in model.modules():
+        if hasattr(module, "set_scale"):
+            module.set_scale("default", 3.0)
+    with pytest.raises(TrainingError, match="the logits differ by"):
+        hyperfit(model, IDS, recipe=first.folder, progress=False)
+    model.peft_config["default"].alora_invocation_tokens = [1]
+    with pytest.raises(TrainingError, match="alora_invocation_tokens"):
+        hyperfit(model, IDS, recipe=first.folder, progress=False)
+
+
+def test_pissa_says_how_to_go_on(first: HyperfitRun) -> None:
+    """Of the same shape, too: the weights would be decomposed under the adapter."""
+    for rank in (2, 4):
+        with pytest.raises(TrainingError, match="lora_init='zero'"):
+            hyperfit(
+                first.model,
+                IDS,
+                recipe=first.folder,
+                lora_init="pissa",
+                lora_r=rank,
+                progress=False,
+            )
+
+
+def test_a_step_too_small_for_float32(base: Path) -> None:
+    with pytest.raises(TrainingError, match="float32 weights: raise learning_rate"):
+        hyperfit(base, IDS, **OPTIONS | {"learning_rate": 1e-12})
+
+
+def test_packed_ids_without_a_tokenizer_have_a_note() -> None:
+    recipe = Recipe(packed=True, sequence_length=4, record_every=0)
+    data = training_data([[1, 2, 3], [4, 5, 6]], None, recipe, 9)
+    assert any("no EOS stands between" in note for note in data.notes)

@@ -116,7 +116,10 @@ def test_packing_uses_every_token_and_says_what_is_left_over() -> None:
     data = found(texts, n_sequences=9, packed=True)
     assert data.tokens.tolist() == [[1, 2, 3, 4], [5, 6, 7, 8]]
     assert data.manifest.items() >= {"n_read": 6, "n_short": 0, "n_left_over": 3}.items()
-    assert data.notes == ("only 2 of the 9 sequences asked for were found",)
+    assert data.notes == (
+        "only 2 of the 9 sequences asked for were found",
+        "there is no tokenizer, so no EOS stands between the packed texts",
+    )
     long = found([list(range(1, 14))], n_sequences=9, packed=True)
     assert long.tokens.flatten().tolist() == list(range(1, 13))
     assert long.manifest["n_left_over"] == 1

@@ -119,7 +119,7 @@ def training_data(
         tokens=torch.from_numpy(tokens),
         held_out=torch.from_numpy(held_out),
         manifest=manifest,
-        notes=_notes(manifest, recipe, n_held_out),
+        notes=_notes(manifest, recipe, n_held_out, has_eos=tokenizer is not None),
         counted=counted,
         held_out_counted=held_out_counted,
         held_out_lengths=None
@@ -387,7 +387,9 @@ def _none_long_enough(recipe: Recipe, counts: dict[str, int]) -> str:
     )
 
 
-def _notes(manifest: dict[str, Any], recipe: Recipe, n_held_out: int) -> tuple[str, ...]:
+def _notes(
+    manifest: dict[str, Any], recipe: Recipe, n_held_out: int, has_eos: bool
+) -> tuple[str, ...]:
     """What was left out or is missing, in words."""
     notes = []
     n, held_out = manifest["n_sequences"], manifest["n_held_out"]
@@ -412,6 +414,8 @@ def _notes(manifest: dict[str, Any], recipe: Recipe, n_held_out: int) -> tuple[s
             notes.append(
                 f"{of}{counts['n_trained_on']:,} sequences are also trained on and were left out"
             )
+    if recipe.packed and manifest["source"].get("kind") == "token ids" and not has_eos:
+        notes.append("there is no tokenizer, so no EOS stands between the packed texts")
     if n_held_out and not held_out:
         notes.append(
             "no sequences are left to hold out, so there is no record of loss, ranks and quality: "

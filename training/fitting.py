@@ -256,6 +256,11 @@ def _check_steps_are_not_rounded_away(model: nn.Module, recipe: Recipe) -> None:
     share = stuck / sum(p.numel() for p in trained)
     if share > LARGEST_STUCK_SHARE:
         dtype = str(trained[0].dtype).removeprefix("torch.")
+        if trained[0].dtype == torch.float32:
+            raise TrainingError(
+                f"a step of learning_rate {recipe.learning_rate:g} is too small to change "
+                f"{share:.0%} of the float32 weights: raise learning_rate"
+            )
         raise TrainingError(
             f"{share:.0%} of the {dtype} weights are too coarse to change by a step of "
             f"learning_rate {recipe.learning_rate:g}: leave dtype out, for float32 weights "

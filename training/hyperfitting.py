@@ -121,7 +121,9 @@ def hyperfit(
         model: hub id, local folder, adapter folder, `PreTrainedModel`, `PeftModel`, or a pair
             (model, tokenizer). An object is copied, never changed. "full" merges an adapter first;
             "lora" and "late_lora" go on from its weights, with a fresh optimiser, if the recipe
-            makes one of the same shape: that of its own run does (`recipe=` its folder).
+            makes one of the same shape: that of its own run does (`recipe=` its folder), save with
+            `lora_init` "pissa", which saves a plain adapter of twice `lora_r` and another
+            `lora_alpha`.
         texts: anything `read_texts` takes, a list of token id sequences, or a source with
             conversations in a column `messages`, or with columns `prompt` and `completion`. Of
             these the loss is on what the assistant says and on completions only, unless `loss_on`

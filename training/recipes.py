@@ -494,7 +494,8 @@ def _check_together(values: Mapping[str, Any]) -> None:
         )
     if values["add_eos"] and values["packed"]:
         raise TrainingError(
-            "add_eos does not go with packed, which puts EOS after each text anyway: leave it out"
+            "add_eos does not go with packed, which puts the tokenizer's EOS after each text: "
+            "leave it out"
         )
     if values["lora_dora"] and values["lora_init"] == "pissa":
         raise TrainingError(
