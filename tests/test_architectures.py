@@ -35,14 +35,18 @@ def test_it_is_read_right_or_refused(kind: str, dtype: torch.dtype) -> None:
     assert "\n" not in why
 
 
-@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys")  # of peft, about experts
+@pytest.mark.filterwarnings(
+    "ignore:The following (rank|alpha)_pattern keys"
+)  # of peft, about experts
 @pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_page_says_what_becomes_of_it(kind: str) -> None:
     assert tuple(outcome(kind, *column)[0] for column in COLUMNS.values()) == ROWS[kind]
 
 
-@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys")  # of peft, about experts
+@pytest.mark.filterwarnings(
+    "ignore:The following (rank|alpha)_pattern keys"
+)  # of peft, about experts
 @pytest.mark.parametrize("form", ["folder", "adapter"])
 @pytest.mark.parametrize("kind", ["gemma2", "deepseek_v3", "laguna"])
 def test_folders_and_adapters_are_read_as_objects_are(kind: str, form: str) -> None:
