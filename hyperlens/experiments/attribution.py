@@ -1076,9 +1076,12 @@ class AttributionResult(Result):
             "Written: the change of what a component writes, read by the mean of both models' "
             "readouts. Direct: what a component does through later ones counts as theirs."
         )
+        leading: list[Block] = []
+        if leaders := self.leaders():
+            leading = [self._chart(), self._table(leaders[:SHOWN])]
         return [
             told,
-            *([self._chart(), self._table(self.leaders()[:SHOWN])] if self.leaders() else []),
+            *leading,
             *self._against_effect(),
             *self._patterns(),
             *self._experts(),
