@@ -136,7 +136,12 @@ class MeanShift(Probe):
                 for metric, whole in value.items():
                     found = jackknife_estimate(float(whole), without[metric])
                     half = (found.high - found.low) / 2 * spread
-                    ends = (found.value - half, found.value + half)
+                    low, high = found.value - half, found.value + half
+                    if metric == "share" and not math.isnan(half):
+                        # No share is outside 0 and 1; the estimate itself may be, a little.
+                        low = max(low, min(found.value, 0.0))
+                        high = min(high, max(found.value, 1.0))
+                    ends = (low, high)
                     yield Row(self.name, metric, layer, view, found.value, *ends, int(s["n"][i]))
 
 

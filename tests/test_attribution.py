@@ -13,7 +13,7 @@ from test_prompts import one_token_per_byte
 from hyperlens import cli, load_hooked, open_pair, write_report
 from hyperlens.errors import ArgumentError, LoadingError, PairError, PatchError
 from hyperlens.experiments import AttributionResult, attribute
-from hyperlens.experiments.attribution import beyond_controls
+from hyperlens.experiments.attribution import agreement, beyond_controls, bounded_correlation
 from hyperlens.hooks.components import find_components
 from hyperlens.hooks.patterns import attention_patterns
 from hyperlens.statistics.significance import Estimate
@@ -411,7 +411,7 @@ def test_what_an_architecture_does_not_allow_is_refused_by_name() -> None:
     torch.manual_seed(0)
     sizes = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}
     mamba = transformers.MambaForCausalLM(transformers.MambaConfig(**sizes)).eval()
-    with pytest.raises(PatchError, match="MambaForCausalLM's blocks do not add exactly two"):
+    with pytest.raises(PatchError, match="MambaForCausalLM's blocks return"):
         attribute(mamba, perturbed(mamba), TEXTS, **PLAIN)
     small = {k: v for k, v in SIZES.items() if k != "num_hidden_layers"}
     config = transformers.JambaConfig(
@@ -430,6 +430,61 @@ def test_what_an_architecture_does_not_allow_is_refused_by_name() -> None:
         find_components(open_pair(base, base, backend="bridge").base, "heads")
     with pytest.raises(ArgumentError, match="at least 2"):
         attribute(base, base, TEXTS, n_controls=1)
+
+
+def test_a_scaled_residual_is_refused_with_the_reason() -> None:
+    config = transformers.GraniteConfig(**SIZES, residual_multiplier=0.5)
+    granite = transformers.GraniteForCausalLM(config).eval()
+    reason = "GraniteForCausalLM's blocks return.*it is scaled.*patch_blocks"
+    with pytest.raises(PatchError, match=reason):
+        attribute(granite, perturbed(granite), TEXTS, **PLAIN)
+
+
+def test_another_unembedding_alone_ranks_nothing() -> None:
+    base = make_tiny("llama")
+    tuned = copy.deepcopy(base)
+    torch.manual_seed(3)
+    with torch.no_grad():
+        tuned.lm_head.weight += 0.1 * torch.randn_like(tuned.lm_head.weight)
+    found = attribute(base, tuned, TEXTS, n_verified=2, n_controls=2, progress=False)
+    assert found.extras["changed"] > 0
+    assert (found.leaders(), found.beyond(), found.extras["leading"]) == ([], [], [])
+    assert found.rows(metric="effect") == found.rows(metric="explained") == []
+    text = said(found)
+    assert "No component writes anything differently" in text
+    assert "No head attends differently" in text
+    assert "attends most differently" not in text
+    assert found.value(kind="reading", metric="share") == pytest.approx(1.0, abs=1e-5)
+    assert found.evidence()
+
+
+def test_few_components_have_no_interval_of_their_order() -> None:
+    base = make_tiny("llama")
+    found = attribute(
+        base, perturbed(base, 0.05), TEXTS, n_verified=2, n_controls=0, progress=False
+    )
+    row = found.at(metric="rank_correlation")
+    assert -1 <= row["value"] <= 1
+    assert all(math.isnan(row[end]) for end in ("low", "high", "se"))
+    assert "too few components for an interval" in said(found)
+
+
+def test_a_correlation_stays_within_its_bounds() -> None:
+    for value in (-1.0, -0.9, 0.0, 0.99, 1.0):
+        found = bounded_correlation(Estimate(value, value - 1.33, value + 1.33, 0.5, 9), 24)
+        assert -1 <= found.low <= value <= found.high <= 1
+    # On Fisher's scale a small error is as it was.
+    small = bounded_correlation(Estimate(0.5, 0.49, 0.51, 0.005, 9), 24)
+    assert (small.low, small.high) == pytest.approx((0.49, 0.51), abs=1e-3)
+    same = bounded_correlation(Estimate(0.8, 0.8, 0.8, 0.0, 9), 24)
+    assert math.isnan(same.low)
+
+
+def test_effects_of_rounding_are_not_explained() -> None:
+    written = torch.tensor([1.0, -2.0, 0.5]).double()
+    for effects in (torch.zeros(3).double(), 1e-8 * written):
+        assert all(math.isnan(x) for x in agreement(written, effects, 3.0))
+    assert agreement(written, written, 3.0) == pytest.approx((1.0, 1.0))
 
 
 def test_a_norm_of_another_kind_is_refused() -> None:

@@ -73,3 +73,15 @@ def test_intervals_hold_the_truth():
             row = rows_of(shifted(40, seed, by, 0.5), layers=[0])["share", 0]
             hits[has_shift] += row.low <= truth <= row.high
     assert all(n >= 33 for n in hits.values()), hits  # fewer in 1 of 1,000 at 95%
+
+
+def test_no_interval_of_a_share_goes_beyond_1():
+    bounded = 0
+    for seed in range(10):
+        streams = Streams(5, seed, same=True)
+        scale = torch.rand(5, generator=torch.Generator().manual_seed(seed))
+        streams.tuned = [x + 0.3 + one for x, one in zip(streams.base, scale, strict=True)]
+        row = rows_of(streams, layers=[0])["share", 0]
+        assert row.low <= row.value <= row.high <= max(row.value, 1.0)
+        bounded += row.high == 1.0
+    assert bounded

@@ -87,6 +87,14 @@ FEWEST, SHOWN = 5, 12
 SHARE = Form(percent)
 # Shares of components before the first change, which differ by rounding only.
 ROUNDING = 1e-9
+# Up to this, what differs between two float32 models is rounding, not what tuning did: shares of
+# the change, effects relative to the differences of logits, and distances of attention patterns.
+NEGLIGIBLE = 1e-6
+# Over fewer components Spearman's correlation takes few values, and often does not move at all
+# when a text is left out: its spread over texts tells nothing.
+FEWEST_RANKED = 8
+# What reads the stream and adds no part to it.
+READ_ONLY = ("norm_bias", "unembedding_bias", "soft_cap", "reading", "remainder", "all")
 
 Sums = Float[Tensor, "unit component"]
 
@@ -170,7 +178,8 @@ def attribute(
         sums = _measure(maps[0], maps[1], decisions, run, seed)
         controls = list(_controls(inputs, maps[0], top, by, n_controls, run, seed))
         rows = _rows(maps[0].components, sums, controls)
-        chosen = _chosen(maps[0].components, sums, n_verified, seed)
+        nothing = _writes_nothing(rows)
+        chosen = _chosen(maps[0].components, sums, 0 if nothing else n_verified, seed)
         if chosen.leading:
             effects = _effects(maps[0], maps[1], decisions, chosen.all, run)
             rows += _verified_rows(maps[0].components, sums, effects, chosen)
@@ -496,6 +505,15 @@ def _rows(components: Sequence[Component], sums: _Sums, controls: Sequence[_Cont
     return rows
 
 
+def _writes_nothing(rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether no component adds anything else to the stream in the tuned model, but for rounding.
+
+    Then the stream is the same, and all of the change is how it is read.
+    """
+    written = [r for r in rows if r["metric"] == "share" and r["kind"] not in READ_ONLY]
+    return bool(written) and all(abs(row["value"]) <= NEGLIGIBLE for row in written)
+
+
 def beyond_controls(
     share: Sequence[Estimate],
     controls: Float[Tensor, "control component"],
@@ -681,23 +699,65 @@ def _verified_rows(
     index = torch.tensor([components.index(one) for one in chosen.all])
     written = sums.written[:, index]
 
-    def agreement(keep: Bool[Tensor, " unit"]) -> tuple[float, float]:
+    def of_texts(keep: Bool[Tensor, " unit"]) -> tuple[float, float]:
         n = sums.n[keep].sum()
         w, e = (x[keep].sum(0) / n for x in (written, effects))
-        explained = 1 - float((e - w).square().sum() / e.square().sum().clamp_min(1e-300))
-        return rho_and_p(w.tolist(), e.tolist())[0], explained
+        return agreement(w, e, float(sums.totals[keep].sum(0).abs().max() / n))
 
     used = sums.n > 0
-    values = agreement(used)
+    values = of_texts(used)
     without = []
     for unit in used.nonzero()[:, 0].tolist():
         keep = used.clone()
         keep[unit] = False
-        without.append(agreement(keep) if bool(keep.any()) else (math.nan, math.nan))
+        without.append(of_texts(keep) if bool(keep.any()) else (math.nan, math.nan))
     for i, metric in enumerate(("rank_correlation", "explained")):
         left_out = torch.tensor([one[i] for one in without], dtype=torch.float64)
-        rows.append(_row(ALL, metric, jackknife_estimate(values[i], left_out)))
+        found = jackknife_estimate(values[i], left_out)
+        if metric == "rank_correlation":
+            found = bounded_correlation(found, len(chosen.all))
+        rows.append(_row(ALL, metric, found))
     return rows
+
+
+def agreement(
+    written: Float[Tensor, " component"], effects: Float[Tensor, " component"], size: float
+) -> tuple[float, float]:
+    """Spearman's correlation of attributions and effects, and how much of the effects they explain.
+
+    Args:
+        written, effects: of each component, in logits.
+        size: of the differences of logits that the effects are part of.
+
+    Returns:
+        Both NaN where no effect is more than rounding: there is no order and no size to explain.
+
+    >>> agreement(torch.tensor([1.0, 2.0]), torch.tensor([0.0, 1e-9]), 5.0)
+    (nan, nan)
+    """
+    if not float(effects.abs().max()) > NEGLIGIBLE * size:
+        return math.nan, math.nan
+    explained = 1 - float((effects - written).square().sum() / effects.square().sum())
+    return rho_and_p(written.tolist(), effects.tolist())[0], explained
+
+
+def bounded_correlation(found: Estimate, n: int) -> Estimate:
+    """A rank correlation over n components with its interval over texts within -1 and 1.
+
+    Made on Fisher's scale, artanh, by the delta method: near 1 the error is skewed. No interval
+    (NaN) over few components, nor where no text moves the correlation.
+
+    >>> found = bounded_correlation(Estimate(0.9, 0.7, 1.1, 0.1, 20), 12)
+    >>> round(found.low, 2), round(found.high, 2)
+    (0.4, 0.99)
+    """
+    if n < FEWEST_RANKED or not found.se > 0:
+        return found._replace(low=math.nan, high=math.nan, se=math.nan)
+    half = (found.high - found.low) / 2
+    if abs(found.value) >= 1:  # infinite on that scale
+        return found._replace(low=max(found.low, -1.0), high=min(found.high, 1.0))
+    centre, step = math.atanh(found.value), half / (1 - found.value**2)
+    return found._replace(low=math.tanh(centre - step), high=math.tanh(centre + step))
 
 
 # Where heads attend, and where tokens are sent
@@ -862,8 +922,9 @@ class AttributionResult(Result):
     Kind "reading" is what is read differently of all components together, "remainder" what
     rounding leaves: `written` of all rows but "all" sums to the change of "all". Of kind "all" are
     also `rank_correlation` (Spearman, attributions against effects) and `explained` (1 - squared
-    errors of attributions over squared effects). Over all tokens: `pattern_distance`, total
-    variation between the two models' attention patterns, and beside it
+    errors of attributions over squared effects), both NaN where no effect is more than rounding;
+    over fewer than 8 components the correlation has no interval. Over all tokens:
+    `pattern_distance`, total variation between the two models' attention patterns, and beside it
     `pattern_distance_of_heads`, between this head and the next in the base; of blocks with
     experts `routing_overlap`, the same with another token's (`..._elsewhere`), and
     `load_distance`.
@@ -879,7 +940,12 @@ class AttributionResult(Result):
     )
 
     def leaders(self) -> list[Mapping[str, Any]]:
-        """Rows of `share`, of components that write most of the change first."""
+        """Rows of `share`, of components that write most of the change first.
+
+        None where no component writes anything differently, but for rounding.
+        """
+        if _writes_nothing(self.table):
+            return []
         rows = [row for row in self.rows(metric="share") if row["kind"] in VERIFIABLE]
         return sorted(rows, key=lambda row: -row["value"])
 
@@ -917,6 +983,13 @@ class AttributionResult(Result):
             few = count(self.extras["n_units"], "text")
             yield Verdict("components", f"Changed decisions in {few} only: too few to name any.")
             return
+        if not leaders:
+            yield Verdict(
+                "components",
+                "No component writes anything differently, but for rounding: all of the change is "
+                "another reading of the same stream (final norm, unembedding and their biases).",
+            )
+            return
         first = (beyond or leaders)[0]
         part = _part(first)
         beside = self._of(part, "control_share")
@@ -950,10 +1023,15 @@ class AttributionResult(Result):
             return
         rho, explained = (self.at(metric=m) for m in ("rank_correlation", "explained"))
         tried = len(self.extras["leading"]), len(self.extras["others"])
+        who = f"Put into the base alone, {tried[0]} leading components and {tried[1]} others"
+        if math.isnan(explained["value"]):
+            said = f"{who} do not move the decisions, but for rounding."
+            yield Verdict("verified", said, caution=True)
+            return
+        few = sum(tried) < FEWEST_RANKED
         said = (
-            f"Put into the base alone, {tried[0]} leading components and {tried[1]} others move "
-            "the decisions in the order of their attributions with Spearman's ρ "
-            f"{interval(rho, SIGNED)}; "
+            f"{who} move the decisions in the order of their attributions with Spearman's ρ "
+            f"{interval(rho, SIGNED)}{' (too few components for an interval)' if few else ''}; "
         )
         if explained["value"] > 0:
             said += f"attributions explain {interval(explained, SHARE)} of the effects."
@@ -968,12 +1046,14 @@ class AttributionResult(Result):
         if moved:
             most = max(moved, key=lambda row: row["value"])
             beside = self.at(**_part(most)._asdict(), metric="pattern_distance_of_heads")
-            yield Verdict(
-                "attention",
-                f"{_capital(label(_part(most)))} attends most differently: "
-                f"{interval(most, PERCENT)} of its attention moved (two heads of that block in the "
-                f"base: {PERCENT(beside['value'])} apart).",
-            )
+            differ = f"No head attends differently on these texts ({len(moved)} compared)."
+            if most["value"] > NEGLIGIBLE:
+                differ = (
+                    f"{_capital(label(_part(most)))} attends most differently: "
+                    f"{interval(most, PERCENT)} of its attention moved (two heads of that block in "
+                    f"the base: {PERCENT(beside['value'])} apart)."
+                )
+            yield Verdict("attention", differ)
         overlap = self.rows(metric="routing_overlap")
         if overlap:
             least = min(overlap, key=lambda row: row["value"])
@@ -996,10 +1076,12 @@ class AttributionResult(Result):
             "Written: the change of what a component writes, read by the mean of both models' "
             "readouts. Direct: what a component does through later ones counts as theirs."
         )
+        leading: list[Block] = []
+        if leaders := self.leaders():
+            leading = [self._chart(), self._table(leaders[:SHOWN])]
         return [
             told,
-            self._chart(),
-            self._table(self.leaders()[:SHOWN]),
+            *leading,
             *self._against_effect(),
             *self._patterns(),
             *self._experts(),

@@ -199,8 +199,9 @@ def find_components(loaded: LoadedModel, by: str) -> ComponentMap:
     structure, cfg = hooked.structure, hooked.cfg
     if structure.branches is None:
         raise PatchError(
-            f"{name}'s blocks do not add exactly two branches, attention and an MLP, to the "
-            "stream: its logits cannot be split into components"
+            f"what two modules of {name}'s blocks return, attention and an MLP, is not just what "
+            "is added to the stream (it is scaled, added inside those modules, or not all): its "
+            "logits cannot be split into components. patch_blocks shows which blocks matter"
         )
     device = input_device(hooked)
     final = frozen_norm(structure.final_norm, cfg.d_model, cfg.dtype, device)
