@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import TrainingError
+from ..models.kinds import text_config
 from ..models.sources import OpenedModel
 from .pissa import SUBTRACTED, TRAINED
 
@@ -132,7 +133,7 @@ def _weights(model: Any, adapter: str) -> dict[str, Tensor]:
 def _logits(model: Any) -> Tensor:
     """What a model in evaluation mode returns for a few tokens, in float32 on the CPU."""
     weight = model.get_input_embeddings().weight
-    ids = torch.arange(8, device=weight.device)[None] % model.config.vocab_size
+    ids = torch.arange(8, device=weight.device)[None] % text_config(model).vocab_size
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
