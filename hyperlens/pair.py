@@ -159,7 +159,7 @@ class Pair:
         """How much probability is on tokens that only one of the models has."""
         n = self.base.hooked.cfg.d_vocab
         for side, model in self.whole.items():
-            device = next(model.parameters()).device
+            device = device_of(model)
             texts = [
                 torch.as_tensor(ids, device=device) for ids in corpus.sequences[:WEIGHED_TEXTS]
             ]

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..errors import LoadingError, PairError, first_line
+from ..offloading import device_of
 from .kinds import plain_model, text_config
 from .weight_sharing import token_tables, weight_sharing_copy
 
@@ -143,7 +144,7 @@ def _say_rows(module: nn.Module, n: int) -> None:
 
 
 def _reads_as_before(model: Any, copied: Any, n: int) -> bool:
-    device = next(model.parameters()).device
+    device = device_of(model)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(n, (1, CHECKED_TOKENS), generator=generator).to(device)
     was = model.training
